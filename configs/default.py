@@ -1,0 +1,79 @@
+"""Every default, once. The meaning of each field stands in dnd_jax/config.py; the numbers are the paper's where it has them."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "suite": "",
+            "base": {
+                "path": "",
+                "max_length": 1024,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+            },
+            "pretrain": {
+                "steps": 400,
+                "batch_size": 128,
+                "learning_rate": 4e-3,
+                "weight_decay": 0.1,
+                "warmup_steps": 20,
+                "save_every": 100,
+            },
+            "lora": {
+                "rank": 8,
+                "alpha": 16.0,
+                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
+                "steps": 675,
+                "batch_size": 8,
+                "learning_rate": 1e-4,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+                "checkpoints": 50,
+                "save_every": 100,
+            },
+            "condition": {
+                "encoder": "sentence-transformers/all-MiniLM-L12-v2",
+                "num_prompts": 128,
+                "max_text_length": 384,
+                "in_graph": False,
+            },
+            "generator": {
+                "features": ((0, 0, 0), (0, 0, 0)),
+                "kernel_size": 9,
+                "length_projection": "",
+                "target": "chunk",
+                "chunk_width": 0,
+                "importance": True,
+                "bfloat16_checkpoints": False,
+            },
+            "train": {
+                "checkpoints": "",
+                "steps": 4000,
+                "batch_size": 64,
+                "learning_rate": 3e-5,
+                "weight_decay": 0.1,
+                "clip": 1.0,
+                "warmup_steps": 1,
+                "condition_noise": 1e-4,
+                "target_noise": 1e-5,
+                "dtype": "float32",
+                "save_every": 500,
+            },
+            "evaluate": {"samples": 5, "batch_size": 128, "max_new_tokens": 32},
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,
+                "tensor": 1,
+                # The decoder's kernels (k, k, in, out) hold nearly all parameters; everything else is small and replicated.
+                "rules": ((r"decoder/stage_\d+/conv(1w|1h|2h|2w|_n)$", (None, None, "fsdp", "tensor")), (r".", ())),
+            },
+        }
+    )
+    return config.lock()

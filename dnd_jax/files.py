@@ -1,0 +1,61 @@
+"""Files that are whole or absent: outputs are written under a temporary name and renamed; JSON is read with clear errors."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from dnd_jax.errors import InputError
+
+
+def _not_writable(path: pathlib.Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot write here ({error.strerror or error}); choose another folder or free some space")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+
+    With directory=True the temporary path is a new folder. Raises InputError when the disk refuses or is full.
+    """
+    path = pathlib.Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        target = temporary / path.name
+        if directory:
+            target.mkdir()
+        yield target
+        if directory and path.is_dir():
+            path.rename(temporary / "old")
+        target.replace(path)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON value of a file. Raises InputError naming the file when it is absent, not UTF-8 or not JSON."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

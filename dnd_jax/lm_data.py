@@ -1,0 +1,85 @@
+"""Questions and answers as arrays for the base LM: rendered with the base's chat template, tokenised once, ahead of time."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dnd_jax.errors import InputError
+from dnd_jax.suite import Example
+
+# The template of a base pretrained here; a given base brings its own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+ROLES = ("<system>", "<user>", "<assistant>")
+
+
+def build_tokenizer(texts: Iterable[str]):
+    """A word-level tokenizer over the words and punctuation marks of `texts`, as a transformers fast tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=[*SPECIAL.values(), *ROLES], vocab_size=1 << 16, show_progress=False)
+    # Sorted, so that equally frequent words always get the same ids.
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=list(ROLES))
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def render(tokenizer, prompt: str, system: str = "") -> str:
+    """The text that precedes the response: the base's chat template, or prompt and a line break where it has none."""
+    if tokenizer.chat_template is None:
+        return f"{system}\n{prompt}\n" if system else f"{prompt}\n"
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Token ids (n, S), padded on the right; the response and its end token lie at [start, end)."""
+
+    ids: np.ndarray  # int32 (n, S)
+    start: np.ndarray  # int32 (n,)
+    end: np.ndarray  # int32 (n,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at `at` predict `labels`
+        (-1: beyond the response)."""
+        offset = np.arange(width)
+        at = self.start[index][..., None] + offset
+        inside = at < self.end[index][..., None]
+        at = np.minimum(at, self.ids.shape[1] - 1)
+        labels = np.where(inside, np.take_along_axis(self.ids[index], at, axis=-1), -1)
+        return {"ids": self.ids[index], "at": at - 1, "labels": labels.astype(np.int32)}
+
+    @property
+    def response_width(self) -> int:
+        """The longest response, its end token included."""
+        return int((self.end - self.start).max())
+
+
+def encode(tokenizer, examples: Sequence[Example], max_length: int) -> Sequences:
+    """Tokenises examples. Raises InputError naming the file and line of one that has more than max_length tokens."""
+    prompts = tokenizer([render(tokenizer, e.prompt, e.system) for e in examples], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
+    rows = [p + r + [tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+    for example, row in zip(examples, rows, strict=True):
+        if len(row) > max_length:
+            raise InputError(
+                f"{example.where}: {len(row)} tokens with its response, more than base.max_length={max_length}; "
+                "shorten it or raise the setting"
+            )
+    ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    start = np.array([len(p) for p in prompts], np.int32)
+    return Sequences(ids, start, np.array([len(r) for r in rows], np.int32))

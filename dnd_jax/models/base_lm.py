@@ -1,0 +1,191 @@
+"""The frozen base LLM: the Qwen2 architecture with LoRA on any of its seven projections.
+
+    module = BaseLM(config)
+    logits = module.apply({"params": params}, tokens_BxS, lora=tensors, lora_scale=alpha / rank)
+
+`lora` is a flat dict under PEFT's keys without its prefix: "model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in),
+"...lora_B.weight" (d_out, r); projections without an entry stay as they are. Letters: B batch, S sequence, D hidden,
+F feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dnd_jax.errors import InputError
+
+Lora = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LmConfig:
+    """The fields of a Hugging Face Qwen2 config.json that shape the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 32768
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"base: {self.num_attention_heads} heads must divide hidden_size {self.hidden_size} and be a multiple of "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each LoRA-able projection, by its path inside a layer."""
+        d, f, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (d, kv),
+            "self_attn.v_proj": (d, kv),
+            "self_attn.o_proj": (d, d),
+            "mlp.up_proj": (d, f),
+            "mlp.gate_proj": (d, f),
+            "mlp.down_proj": (f, d),
+        }
+
+    def lora_shapes(self, rank: int, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Shapes of a LoRA's tensors on the named projections ("q_proj", ...) of every layer. Raises InputError on an unknown name."""
+        projections = self.projections()
+        unknown = set(targets) - {path.split(".")[1] for path in projections}
+        if unknown:
+            raise InputError(f"LoRA targets {sorted(unknown)} are no projections of the base ({', '.join(projections)})")
+        shapes = {}
+        for layer in range(self.num_hidden_layers):
+            for path, (d_in, d_out) in projections.items():
+                if path.split(".")[1] in targets:
+                    shapes[f"model.layers.{layer}.{path}.lora_A.weight"] = (rank, d_in)
+                    shapes[f"model.layers.{layer}.{path}.lora_B.weight"] = (d_out, rank)
+        return shapes
+
+
+class Projection(nn.Module):
+    """x W (+ bias) + scale * (x A^T) B^T."""
+
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
+        y = nn.Dense(
+            self.features, self.use_bias, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="dense"
+        )(x)  # fmt: skip
+        a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
+        if a is None:
+            return y
+        return y + (x @ a.T.astype(self.dtype)) @ b.T.astype(self.dtype) * lora_scale
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, as Qwen2's."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
+        return (x * scale).astype(self.dtype)
+
+
+def rotate(x_BxSxHxE: jax.Array, positions_BxS: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves convention, angles in float32."""
+    half = x_BxSxHxE.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BxS[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle).astype(x_BxSxHxE.dtype), jnp.sin(angle).astype(x_BxSxHxE.dtype)
+    first, second = x_BxSxHxE[..., :half], x_BxSxHxE[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Layer(nn.Module):
+    config: LmConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxSxD, mask_BxSxS, positions_BxS, lora: Lora, lora_scale: float, path: str) -> jax.Array:
+        c = self.config
+        heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+        def project(x, name, features, use_bias=False):
+            module = Projection(features, use_bias, self.dtype, name=name)
+            block = "self_attn" if name[0] in "qkvo" else "mlp"
+            return module(x, lora, lora_scale, f"{path}.{block}.{name}")
+
+        x = RMSNorm(c.rms_norm_eps, self.dtype, name="input_layernorm")(x_BxSxD)
+        batch, length = x.shape[:2]
+        q = project(x, "q_proj", heads * width, True).reshape(batch, length, heads, width)
+        k = project(x, "k_proj", kv_heads * width, True).reshape(batch, length, kv_heads, width)
+        v = project(x, "v_proj", kv_heads * width, True).reshape(batch, length, kv_heads, width)
+        q, k = rotate(q, positions_BxS, c.rope_theta), rotate(k, positions_BxS, c.rope_theta)
+        q = q.reshape(batch, length, kv_heads, heads // kv_heads, width) * width**-0.5
+        scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask_BxSxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        attended = jnp.einsum("bkgst,btke->bskge", weights, v).reshape(batch, length, heads * width)
+        x = x_BxSxD + project(attended, "o_proj", c.hidden_size)
+
+        y = RMSNorm(c.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
+        gate = nn.silu(project(y, "gate_proj", c.intermediate_size))
+        return x + project(gate * project(y, "up_proj", c.intermediate_size), "down_proj", c.hidden_size)
+
+
+class BaseLM(nn.Module):
+    """Token ids -> logits, or the final hidden states with `head` applied later to the positions that matter."""
+
+    config: LmConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype)
+        self.layers = [Layer(c, self.dtype) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
+
+    def hidden(
+        self, tokens_BxS: jax.Array, lora: Lora | None = None, lora_scale: float = 1.0, valid_BxS: jax.Array | None = None
+    ) -> jax.Array:
+        """Final hidden states (B, S, D), causal. valid_BxS marks real tokens; padding may stand on either side."""
+        batch, length = tokens_BxS.shape
+        mask = jnp.tril(jnp.ones((length, length), bool))[None]
+        if valid_BxS is None:
+            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        else:
+            positions = jnp.maximum(jnp.cumsum(valid_BxS, axis=1) - 1, 0)
+            mask = mask & valid_BxS[:, None, :].astype(bool)
+        x = self.embed_tokens(tokens_BxS)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, positions, lora or {}, lora_scale, f"model.layers.{i}")
+        return self.norm(x)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (..., D) -> logits (..., V), float32."""
+        c = self.config
+        logits = self.embed_tokens.attend(hidden) if c.tie_word_embeddings else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def __call__(
+        self, tokens_BxS: jax.Array, lora: Lora | None = None, lora_scale: float = 1.0, valid_BxS: jax.Array | None = None
+    ) -> jax.Array:
+        return self.head(self.hidden(tokens_BxS, lora, lora_scale, valid_BxS))

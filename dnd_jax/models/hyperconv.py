@@ -1,0 +1,110 @@
+"""The cascaded hyper-convolutional decoder: condition (B, N, L, C) -> token grid (B, T, h, w) (paper section 3, METHOD.md section 5).
+
+A stage maps (N, L, C) -> (N', L', C'): two paths of two convolutions each over the (L, C) side, their mean with a bias,
+then one convolution over N. Every convolution runs over two of the three axes and mixes the third.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Features = tuple[int, int, int]  # (N, L, C)
+
+LAYER_NORM_EPS = 1e-5
+
+
+def convolve(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
+
+    kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the order of x. Returns x's layout
+    with `axis` of size `out`.
+    """
+    grid = tuple(a for a in (1, 2, 3) if a != axis)
+    layout = (0, axis, *grid)
+    return jax.lax.conv_general_dilated(
+        x_BxNxLxC,
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=jax.lax.ConvDimensionNumbers(lhs_spec=layout, rhs_spec=(3, 2, 0, 1), out_spec=layout),
+    )
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default initialisation of convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return symmetric_uniform(fan_in**-0.5)
+
+
+def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class HyperConvStage(nn.Module):
+    """One stage (N, L, C) -> (N', L', C')."""
+
+    features_in: Features
+    features_out: Features
+    kernel_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    def kernel(self, name: str, size_in: int, size_out: int) -> jax.Array:
+        k = self.kernel_size
+        return self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out)).astype(self.dtype)
+
+    @nn.compact
+    def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
+        n, length, c = self.features_in
+        n_out, length_out, c_out = self.features_out
+        if x_BxNxLxC.shape[1:] != self.features_in:
+            raise ValueError(f"stage expects (B, {n}, {length}, {c}), got {x_BxNxLxC.shape}")
+
+        x = nn.LayerNorm(
+            epsilon=LAYER_NORM_EPS, reduction_axes=(-2, -1), feature_axes=(-2, -1), use_fast_variance=False,
+            dtype=self.dtype, name="norm",
+        )(x_BxNxLxC)  # fmt: skip
+        width_first = convolve(x, self.kernel("conv1w", c, c_out), axis=3)
+        width_first = convolve(width_first, self.kernel("conv1h", length, length_out), axis=2)
+        height_first = convolve(x, self.kernel("conv2h", length, length_out), axis=2)
+        height_first = jnp.tanh(convolve(height_first, self.kernel("conv2w", c, c_out), axis=3))
+        bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
+        y = (width_first + height_first + bias.astype(self.dtype)) / 3
+
+        y = convolve(y, self.kernel("conv_n", n, n_out), axis=1)
+        bias_n = self.param("bias_n", torch_uniform(n * self.kernel_size**2), (n_out,))
+        y = y + bias_n.astype(self.dtype)[:, None, None]
+        return x_BxNxLxC + y if self.features_in == self.features_out else y
+
+
+class HyperConvDecoder(nn.Module):
+    """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation."""
+
+    features: Sequence[Features]
+    kernel_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
+        x = condition_BxNxLxC.astype(self.dtype)
+        for i, (features_in, features_out) in enumerate(zip(self.features[:-1], self.features[1:], strict=True)):
+            stage = HyperConvStage(tuple(features_in), tuple(features_out), self.kernel_size, self.dtype, name=f"stage_{i}")
+            x = stage(x)
+        return x
+
+
+def weighted_loss(output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array) -> jax.Array:
+    """Mean over the target's non-NaN cells of importance[token] * (output - target)^2, in float32 (METHOD.md section 6)."""
+    mask = ~jnp.isnan(target)
+    error = output_BxTxHxW.astype(jnp.float32) - jnp.where(mask, target, 0).astype(jnp.float32)
+    weight = jnp.where(mask, importance_T.astype(jnp.float32)[:, None, None], 0)
+    return jnp.sum(weight * error**2) / jnp.sum(mask)
+
+
+def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
+    """Multiply-accumulates of one sample's forward pass by the direct method (CONFIGS.md); FLOP are twice that."""
+    total = 0
+    for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
+        total += c * c2 * length * n + length * l2 * n * c2 + length * l2 * n * c + c * c2 * l2 * n + n * n2 * l2 * c2
+    return kernel_size**2 * total
