@@ -83,9 +83,9 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
-        y = nn.Dense(
-            self.features, self.use_bias, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="dense"
-        )(x)  # fmt: skip
+        # Scaled by fan-in: at small widths the usual 0.02 learns facts several times more slowly.
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        y = nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=init, name="dense")(x)
         a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
         if a is None:
             return y

@@ -1,0 +1,151 @@
+"""Stage `collect`: one LoRA a dataset, all trained at once, as PEFT checkpoints WORKDIR/loras/DATASET/step_NNNNNN.
+
+    dnd collect --config=configs/mini.py --workdir=runs/mini
+
+All tasks run in one jitted step (vmap over tasks, the base shared), start from the same A and read their examples in the same
+order: checkpoints of different tasks then differ by their task alone, without which a generator cannot compose them. Datasets
+of `train` keep each of the last M steps (METHOD.md section 1); unseen ones only the last, as the tuned reference of the report.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dnd_jax import loop, sharding
+from dnd_jax.adapters import AdapterConfig, save_adapter
+from dnd_jax.config import Config
+from dnd_jax.files import read_json, write_json
+from dnd_jax.lm_data import encode
+from dnd_jax.models import hf
+from dnd_jax.models.base_lm import BaseLM
+from dnd_jax.pretrain import answer_loss, shuffled_rows
+from dnd_jax.suite import Suite
+
+DONE = "collect.json"
+
+
+def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
+    """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
+    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
+    return {
+        name: jnp.zeros(shape) if ".lora_B." in name else jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
+        for name, shape in shapes.items()
+    }
+
+
+def make_collect_step(module: BaseLM, optimizer: optax.GradientTransformation, lora_scale: float):
+    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) -> (state, metrics, loss of each task)."""
+
+    def one(params, state, batch):
+        def loss_of(lora):
+            return answer_loss(module, params, batch, lora, lora_scale)
+
+        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["lora"])
+        updates, opt = optimizer.update(gradient, state["opt"], state["lora"])
+        return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
+
+    def step(params, state, batch):
+        state, losses, accuracies = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        return state, {"loss": losses.mean(), "accuracy": accuracies.mean(), "worst_loss": losses.max()}
+
+    return step
+
+
+def score_loras(module: BaseLM, params, lora, lora_scale: float, data, chunk: int = 512) -> np.ndarray:
+    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one entry a task."""
+
+    @jax.jit
+    def score(params, lora, batch):
+        return answer_loss(module, params, batch, lora, lora_scale)[1]
+
+    scores = []
+    for k, sequences in enumerate(data):
+        one = {name: value[k] for name, value in lora.items()}
+        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // chunk))
+        right = [float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part) for part in parts]
+        scores.append(sum(right) / len(sequences))
+    return np.array(scores)
+
+
+def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains the LoRAs of all datasets of a suite and returns WORKDIR/loras; one made with the same settings is kept.
+
+    Writes loras/collect.json with each task's exact match on its test file. Raises InputError as the loop does.
+    """
+    folder, c = workdir / "loras", config.lora
+    record = {"seed": config.seed, "base": str(base_path), "lora": dataclasses.asdict(c), "max_length": config.base.max_length}
+    record["datasets"] = [d.name for d in suite.datasets]
+    if (folder / DONE).is_file():
+        loop.check_same_run(folder / DONE, read_json(folder / DONE)["settings"], record)
+        return folder
+
+    module, params = hf.load_base(base_path)
+    tokenizer = hf.load_tokenizer(base_path)
+    shapes = module.config.lora_shapes(c.rank, c.targets)
+    adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
+    train = [encode(tokenizer, d.train, config.base.max_length) for d in suite.datasets]
+    test = [encode(tokenizer, d.test, config.base.max_length) for d in suite.datasets]
+    length, width = max(t.ids.shape[1] for t in train), max(t.response_width for t in train)
+    pad = tokenizer.pad_token_id
+
+    def batch_at(i: int):
+        rows = []
+        for data in train:
+            batch = data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width)
+            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, length - batch["ids"].shape[1])), constant_values=pad)
+            rows.append(batch)
+        return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows), over_tasks)
+
+    mesh = sharding.make_mesh(config.mesh)
+    tasks = len(suite.datasets)
+    over_tasks = sharding.leading(mesh, tasks, "the number of datasets")
+    optimizer = optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(c.learning_rate, weight_decay=c.weight_decay))
+
+    def init(key):
+        lora = init_lora(key, shapes)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), {"lora": lora, "opt": optimizer.init(lora)})
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params = jax.device_put(params, sharding.shard_by_rules(mesh, config.mesh.rules, params))
+    step = jax.jit(
+        make_collect_step(module, optimizer, adapter.scale),
+        out_shardings=(over_tasks, sharding.replicated(mesh)),
+        donate_argnums=1,
+    )
+
+    def keep(done: int, state) -> None:
+        """The last M steps of training datasets, the very last of unseen ones."""
+        if done > c.steps - c.checkpoints:
+            stacked = jax.device_get(state["lora"])
+            for k, dataset in enumerate(suite.datasets):
+                if k < len(suite.train) or done == c.steps:
+                    tensors = {name: value[k] for name, value in stacked.items()}
+                    save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
+
+    state = loop.run(
+        "collect",
+        workdir / "collect",
+        jax.jit(init, out_shardings=over_tasks)(key),
+        lambda state, batch: step(params, state, batch),
+        batch_at,
+        steps=c.steps,
+        save_every=c.save_every,
+        record=record,
+        after_step=keep,
+    )
+    scores = score_loras(module, params, jax.device_get(state["lora"]), adapter.scale, test)
+    exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
+    write_json(folder / DONE, {"settings": record, "exact_match": exact})
+    return folder
+
+
+def score_table(folder: pathlib.Path) -> str:
+    """Each task's exact match on its test file, as text."""
+    exact = read_json(folder / DONE)["exact_match"]
+    width = max(map(len, exact))
+    return "\n".join(f"  {name:<{width}}  {score:.3f}" for name, score in exact.items())

@@ -1,0 +1,88 @@
+"""Greedy answers of the base LM in JAX, and the scores of an answer: exact match, right content, right format."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dnd_jax.models.base_lm import BaseLM, Lora
+
+SCORES = ("exact", "content", "format")
+FORM_SHARE = 0.95  # a word that this share of a dataset's responses has belongs to the form, the others to the content
+
+
+def words(text: str) -> list[str]:
+    """Words and single punctuation marks of a text."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+class Scorer:
+    """Scores answers to one dataset's questions.
+
+    exact: the same words in the same order. content: the share of the right answer's content words that the answer holds (words
+    that nearly all of the dataset's responses share are form, the others content). format: the answer has the right shape:
+    as many words, the same form words and punctuation in the same places, any word where a content word belongs.
+    """
+
+    def __init__(self, responses: Sequence[str]):
+        self.right = [words(r) for r in responses]
+        counts: dict[str, int] = {}
+        for response in self.right:
+            for word in set(response):
+                counts[word] = counts.get(word, 0) + 1
+        self.form = {word for word, count in counts.items() if count >= FORM_SHARE * len(self.right)}
+
+    def _shape(self, answer: Iterable[str]) -> list[str]:
+        return [w if w in self.form or not w[0].isalnum() else "*" for w in answer]
+
+    def __call__(self, answers: Sequence[str]) -> dict[str, float]:
+        """Mean scores, each in 0..1, of one answer a question in the order of the responses."""
+        totals = dict.fromkeys(SCORES, 0.0)
+        for right, text in zip(self.right, answers, strict=True):
+            answer = words(text)
+            content = set(right) - self.form
+            totals["exact"] += answer == right
+            totals["content"] += len(content & set(answer)) / len(content) if content else float(answer == right)
+            totals["format"] += self._shape(answer) == self._shape(right)
+        return {key: total / len(self.right) for key, total in totals.items()}
+
+
+def make_greedy(module: BaseLM, max_new_tokens: int):
+    """A jitted greedy decoder: (params, lora, lora_scale, ids (B, S) padded on the left, valid (B, S), end id) -> (B, max_new_tokens).
+
+    Tokens after an end token are the end token.
+    """
+
+    def decode(params: Mapping, lora: Lora, lora_scale: float, ids, valid, end):
+        batch, length = ids.shape
+        ids = jnp.concatenate([ids, jnp.full((batch, max_new_tokens), end, ids.dtype)], axis=1)
+        valid = jnp.concatenate([valid, jnp.zeros((batch, max_new_tokens), valid.dtype)], axis=1)
+
+        def step(i, carry):
+            ids, valid, done = carry
+            hidden = module.apply({"params": params}, ids, lora, lora_scale, valid, method="hidden")
+            last = jax.lax.dynamic_index_in_dim(hidden, length + i - 1, axis=1, keepdims=False)
+            token = jnp.argmax(module.apply({"params": params}, last, method="head"), axis=-1).astype(ids.dtype)
+            token = jnp.where(done, end, token)
+            at = (0, length + i)
+            ids = jax.lax.dynamic_update_slice(ids, token[:, None], at)
+            valid = jax.lax.dynamic_update_slice(valid, jnp.ones((batch, 1), valid.dtype), at)
+            return ids, valid, done | (token == end)
+
+        ids, _, _ = jax.lax.fori_loop(0, max_new_tokens, step, (ids, valid, jnp.zeros(batch, bool)))
+        return ids[:, length:]
+
+    return jax.jit(decode)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows of any length as (ids, valid), int32 (B, S), padded on the left."""
+    length = max(map(len, rows))
+    ids = np.full((len(rows), length), pad, np.int32)
+    valid = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        valid[i, length - len(row) :] = 1
+    return ids, valid
