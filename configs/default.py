@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
             "base": {
                 "path": "",
                 "max_length": 1024,
+                "vocab_size": 4096,
                 "hidden_size": 128,
                 "intermediate_size": 256,
                 "num_hidden_layers": 4,

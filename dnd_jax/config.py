@@ -27,6 +27,7 @@ class Base:
 
     path: str
     max_length: int  # tokens of a question with its answer
+    vocab_size: int  # at most; the tokenizer is trained on the corpus
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -37,7 +38,7 @@ class Base:
     def lm_config(self, vocab_size: int) -> LmConfig:
         """The architecture of a base to pretrain."""
         names = {f.name for f in dataclasses.fields(LmConfig)} & {f.name for f in dataclasses.fields(self)}
-        return LmConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+        return LmConfig(**{name: getattr(self, name) for name in names} | {"vocab_size": vocab_size})
 
 
 @dataclasses.dataclass(frozen=True)

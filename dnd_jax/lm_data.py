@@ -1,6 +1,7 @@
 """Questions and answers as arrays for the base LM: rendered with the base's chat template, tokenised once, ahead of time."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,26 +11,36 @@ from dnd_jax.suite import Example
 
 # The template of a base pretrained here; a given base brings its own.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
 ROLES = ("<system>", "<user>", "<assistant>")
 
 
-def build_tokenizer(texts: Iterable[str]):
-    """A word-level tokenizer over the words and punctuation marks of `texts`, as a transformers fast tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def build_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer of Qwen2's own class, trained on `texts`: at most vocab_size tokens, the 256 bytes included.
 
-    tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(special_tokens=[*SPECIAL.values(), *ROLES], vocab_size=1 << 16, show_progress=False)
-    # Sorted, so that equally frequent words always get the same ids.
-    tokenizer.train_from_iterator(sorted(texts), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=list(ROLES))
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    Every piece starts with a space, so that a word is one token wherever it stands.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers.models.qwen2 import Qwen2Tokenizer
+
+    special = {**SPECIAL, "add_prefix_space": True}
+    backend = Qwen2Tokenizer(**special)._tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL.values(), *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], extra_special_tokens=list(ROLES), **special
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def render(tokenizer, prompt: str, system: str = "") -> str:

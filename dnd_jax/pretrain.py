@@ -68,13 +68,14 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
     folder = workdir / "base"
     c = config.pretrain
     record = {"seed": config.seed, "base": dataclasses.asdict(config.base), "pretrain": dataclasses.asdict(c)}
+    record["suite"] = suite.fingerprint
     if (folder / DONE).is_file():
         loop.check_same_run(folder / DONE, read_json(folder / DONE), record)
         return folder
     if not suite.corpus:
         raise InputError(f"{suite.root}/suite.json: no corpus to pretrain a base on; add one or set config.base.path")
 
-    tokenizer = build_tokenizer(f"{e.system} {e.prompt} {e.response}" for e in suite.corpus)
+    tokenizer = build_tokenizer((f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size)
     data = encode(tokenizer, suite.corpus, config.base.max_length)
     width = data.response_width
     module = BaseLM(config.base.lm_config(len(tokenizer)))

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -45,6 +46,7 @@ class Suite:
     train: tuple[Dataset, ...]
     unseen: tuple[Dataset, ...]
     kinds: Mapping[str, str]  # of every unseen dataset
+    fingerprint: str  # of everything a run reads from it
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
@@ -147,11 +149,10 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
         folder = root / "datasets" / name
         return Dataset(name, read_jsonl(folder / "train.jsonl", least_prompts), read_jsonl(folder / "test.jsonl"))
 
-    return Suite(
-        name=str(raw.get("name", root.name)),
-        root=root,
-        corpus=read_jsonl(root / raw["corpus"], 2) if raw.get("corpus") else (),
-        train=tuple(dataset(n) for n in raw["train"]),
-        unseen=tuple(dataset(n) for n in raw["unseen"]),
-        kinds={n: str(kinds.get(n, DEFAULT_KIND)) for n in raw["unseen"]},
-    )
+    corpus = read_jsonl(root / raw["corpus"], 2) if raw.get("corpus") else ()
+    train, unseen = (tuple(dataset(n) for n in raw[key]) for key in ("train", "unseen"))
+    kinds = {n: str(kinds.get(n, DEFAULT_KIND)) for n in raw["unseen"]}
+    digest = hashlib.sha256(json.dumps([raw["train"], raw["unseen"], kinds]).encode())
+    for examples in (corpus, *(part for d in train + unseen for part in (d.train, d.test))):
+        digest.update(json.dumps([(e.prompt, e.response, e.system) for e in examples]).encode())
+    return Suite(str(raw.get("name", root.name)), root, corpus, train, unseen, kinds, digest.hexdigest())

@@ -231,6 +231,4 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
 def _settings(config: Config, suite: Suite) -> dict:
     """What a generator depends on, for its record."""
     full = config.to_json()
-    return {key: full[key] for key in ("seed", "condition", "generator", "train")} | {
-        "datasets": [d.name for d in suite.train],
-    }
+    return {key: full[key] for key in ("seed", "condition", "generator", "train")} | {"suite": suite.fingerprint}

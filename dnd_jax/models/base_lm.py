@@ -19,6 +19,9 @@ from dnd_jax.errors import InputError
 
 Lora = Mapping[str, jax.Array]
 
+# Initialisation by fan-in (embeddings by their width): at small widths the usual 0.02 learns facts several times more slowly.
+FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
 
 @dataclasses.dataclass(frozen=True)
 class LmConfig:
@@ -83,9 +86,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
-        # Scaled by fan-in: at small widths the usual 0.02 learns facts several times more slowly.
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        y = nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=init, name="dense")(x)
+        y = nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=FAN_IN, name="dense")(x)
         a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
         if a is None:
             return y
@@ -156,12 +157,12 @@ class BaseLM(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(0.02)
-        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype)
+        embedding_init = nn.initializers.normal(c.hidden_size**-0.5)
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=embedding_init, dtype=self.dtype)
         self.layers = [Layer(c, self.dtype) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=FAN_IN)
 
     def hidden(
         self, tokens_BxS: jax.Array, lora: Lora | None = None, lora_scale: float = 1.0, valid_BxS: jax.Array | None = None

@@ -1,0 +1,268 @@
+"""Stage `evaluate`: adapters for every unseen dataset, their competitors, and the scores of all of them in PyTorch.
+
+    dnd evaluate --config=configs/mini.py --workdir=runs/mini
+
+The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train file (no response is read);
+mean and spread over the S are reported, nothing is selected. WORKDIR/adapters/NAME is the first of them. The wrong-prompts control
+does the same with another unseen dataset's prompts.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dnd_jax import loop, scoring
+from dnd_jax.adapters import AdapterConfig, checkpoint_folders, load_adapter, save_adapter
+from dnd_jax.collect import init_lora, make_collect_step
+from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
+from dnd_jax.config import Config
+from dnd_jax.files import read_json, write_json
+from dnd_jax.generate import TrainedGenerator, draw_prompts
+from dnd_jax.lm_data import encode
+from dnd_jax.models import hf
+from dnd_jax.pretrain import shuffled_rows
+from dnd_jax.suite import Dataset, Suite
+from dnd_jax.targets import ElementTarget
+
+EVALUATION = "evaluation.json"
+# The columns of every table, in order; "generated" and "wrong_prompts" also have a spread over the S draws.
+METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
+RIDGE_DRAWS = 16
+PAPER_OVERHEAD = (2500, 12000)
+
+
+def wrong_task(suite: Suite, name: str) -> Dataset:
+    """The unseen dataset whose prompts serve as the wrong ones for `name`: the next of its kind, or else the next of all."""
+    same = [d for d in suite.unseen if suite.kinds[d.name] == suite.kinds[name]]
+    pool = same if len(same) > 1 else suite.unseen if len(suite.unseen) > 1 else [*suite.unseen, *suite.train]
+    at = [d.name for d in pool].index(name)
+    return pool[(at + 1) % len(pool)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Adapter folders to score: of each unseen dataset by method, and those that every unseen dataset shares."""
+
+    by_dataset: dict[str, dict[str, list[pathlib.Path]]]
+    training: dict[str, pathlib.Path]  # the last checkpoint of each training dataset
+    nearest: dict[str, str]  # unseen dataset -> training dataset
+
+
+def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
+    """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders; finished ones are kept."""
+    generator = TrainedGenerator(workdir / "generator")
+    root = pathlib.Path(config.train.checkpoints or workdir / "loras")
+    folders = checkpoint_folders(root, [d.name for d in suite.train])
+    encoder, adapter = generator.encoder, generator.adapter
+    n, samples = config.condition.num_prompts, config.evaluate.samples
+
+    def pooled(prompts: list[str]) -> np.ndarray:
+        return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
+
+    training = {d.name: pooled([e.prompt for e in d.train]) for d in suite.train}
+    mean_folder = workdir / "competitors" / "mean_adapter"
+    if not mean_folder.is_dir():
+        every = (load_adapter(f) for per_dataset in folders.values() for f in per_dataset)
+        save_adapter(mean_folder, mean_weights(every), adapter)
+
+    ridge = None
+    if len(suite.train) > 2 and not all((workdir / "competitors" / "ridge" / d.name).is_dir() for d in suite.unseen):
+        target = generator.target
+        if not isinstance(target, ElementTarget):
+            checkpoints = [(str(f), f) for per_dataset in folders.values() for f in per_dataset]
+            target = ElementTarget.fit(generator.layout, lambda: ((name, load_adapter(f)) for name, f in checkpoints))
+        weights = {
+            name: np.mean([target.encode(load_adapter(f)) for f in per_dataset], axis=0) for name, per_dataset in folders.items()
+        }
+        rng = np.random.default_rng(config.seed)
+        draws = [[rng.choice(len(x), n, replace=False) for _ in range(RIDGE_DRAWS)] for x in training.values()]
+        ridge = Ridge.fit(target, training, weights, draws)
+
+    by_dataset, closest = {}, {}
+    for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
+        loop.stop.check()
+        name, prompts = dataset.name, [e.prompt for e in dataset.train]
+        wrong = [e.prompt for e in wrong_task(suite, name).train]
+        drawn = pooled(draw_prompts(prompts, n, 0))
+        closest[name] = nearest(drawn, training)
+        found: dict[str, list[pathlib.Path]] = {"mean_adapter": [mean_folder], "generated": [], "wrong_prompts": []}
+        for seed in range(samples):
+            other = workdir / "competitors" / "generated" / name / f"seed_{seed}"
+            found["generated"].append(workdir / "adapters" / name if seed == 0 else other)
+            found["wrong_prompts"].append(workdir / "competitors" / "wrong_prompts" / name / f"seed_{seed}")
+            for method, pool in (("generated", prompts), ("wrong_prompts", wrong)):
+                if not found[method][-1].is_dir():
+                    generator.write(pool, found[method][-1], seed, f"prompts of {name}")
+        found["ridge"] = [workdir / "competitors" / "ridge" / name]
+        if ridge is not None:
+            save_adapter(found["ridge"][0], ridge.tensors(drawn), adapter)
+        elif not found["ridge"][0].is_dir():
+            del found["ridge"]
+        tuned = sorted(root.glob(f"{name}/*/adapter_model.safetensors"))
+        if tuned:
+            found["tuned"] = [tuned[-1].parent]
+        by_dataset[name] = found
+    return Candidates(by_dataset, {name: f[-1] for name, f in folders.items()}, closest)
+
+
+def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, settings: dict) -> dict:
+    """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
+
+    Returns {label: {unseen dataset: {"exact", "content", "format"}}}, label an adapter's folder or "base".
+    """
+    scores: dict[str, dict] = {}
+    if path.is_file():
+        stored = read_json(path)
+        loop.check_same_run(path, stored["settings"], settings)
+        scores = stored["scores"]
+    scorers = {d.name: scoring.Scorer([e.response for e in d.test]) for d in suite.unseen}
+
+    jobs: dict[str, tuple[pathlib.Path | None, list[Dataset]]] = {"base": (None, list(suite.unseen))}
+    jobs |= {str(folder): (folder, list(suite.unseen)) for folder in candidates.training.values()}
+    for dataset in suite.unseen:
+        for folder in sum(candidates.by_dataset[dataset.name].values(), []):
+            jobs.setdefault(str(folder), (folder, []))[1].append(dataset)
+    todo = {label: job for label, job in jobs.items() if label not in scores}
+    for label, (folder, datasets) in tqdm(todo.items(), desc="score in PyTorch", unit="adapter", dynamic_ncols=True):
+        loop.stop.check()
+        base.use(folder)
+        examples = [e for d in datasets for e in d.test]
+        answers = base.decode(base.answer_ids(examples))
+        scores[label] = {}
+        for d in datasets:
+            scores[label][d.name], answers = scorers[d.name](answers[: len(d.test)]), answers[len(d.test) :]
+        write_json(path, {"settings": settings, "scores": scores})
+    return scores
+
+
+def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_path) -> dict:
+    """How well our base agrees with PyTorch on the generated adapters: all greedy answers, and the logits along them."""
+    module, params = hf.load_base(base_path)
+    greedy = scoring.make_greedy(module, config.evaluate.max_new_tokens)
+    end, pad = base.tokenizer.eos_token_id, base.tokenizer.pad_token_id
+
+    @jax.jit
+    def logits_of(params, lora, scale, ids, valid):
+        return module.apply({"params": params}, ids, lora, scale, valid)
+
+    same = total = 0
+    worst = 0.0
+    scale = config.lora.alpha / config.lora.rank
+    for dataset in tqdm(suite.unseen, desc="compare with JAX", unit="dataset", dynamic_ncols=True):
+        loop.stop.check()
+        folder = candidates.by_dataset[dataset.name]["generated"][0]
+        base.use(folder)
+        theirs, lora = base.answer_ids(dataset.test), load_adapter(folder)
+        prompts = base.prompt_ids(dataset.test)
+        ours = np.asarray(greedy(params, lora, scale, *scoring.pad_left(prompts, pad), end)).tolist()
+        ours = [row[: row.index(end)] if end in row else row for row in ours]
+        same += sum(a == b for a, b in zip(ours, theirs, strict=True))
+        total += len(theirs)
+        rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
+        ids, valid = scoring.pad_left(rows, pad)
+        difference = np.abs(np.asarray(logits_of(params, lora, scale, ids, valid)) - base.logits(rows))
+        worst = max(worst, float((difference * valid[..., None]).max()))
+    return {"answers": total, "same_answers": same, "largest_logit_difference": worst}
+
+
+def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path, repeats: int = 5) -> dict:
+    """Seconds to tune one LoRA on one unseen dataset (compilation aside) against generating one adapter, on this machine, warm."""
+    dataset, c = suite.unseen[0], config.lora
+    generator = TrainedGenerator(workdir / "generator")
+    prompts = [e.prompt for e in dataset.train]
+
+    def seconds(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - started
+
+    def generate(seed: int):
+        return generator.tensors(draw_prompts(prompts, generator.condition.num_prompts, seed))
+
+    cold = seconds(lambda: generate(0))
+    generating = [seconds(lambda seed=seed: generate(seed)) for seed in range(1, repeats + 1)]
+
+    module, params = hf.load_base(base_path)
+    import optax
+
+    optimizer = optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(c.learning_rate, weight_decay=c.weight_decay))
+    scale = AdapterConfig("", c.rank, c.alpha, c.targets).scale
+    step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
+    lora = init_lora(jax.random.key(config.seed), module.config.lora_shapes(c.rank, c.targets))
+    state = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], {"lora": lora, "opt": optimizer.init(lora)})
+    data = encode(hf.load_tokenizer(base_path), dataset.train, config.base.max_length)
+
+    def tune(state, steps: int):
+        for i in range(steps):
+            batch = data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), data.response_width)
+            state, _ = step(params, state, jax.tree.map(lambda x: x[None], batch))
+        return state
+
+    state = jax.block_until_ready(tune(state, 2))
+    tuning = seconds(lambda: tune(state, c.steps))
+    generated = statistics.median(generating)
+    return {
+        "tune_seconds": tuning,
+        "generate_seconds": generated,
+        "generate_seconds_all": generating,
+        "generate_cold_seconds": cold,
+        "ratio": tuning / generated,
+        "note": (
+            f"Tuning one LoRA ({c.steps} steps of {c.batch_size}) took {tuning:.2f} s, generating one {generated:.3f} s: "
+            f"{tuning / generated:.0f} times less. The paper reports {PAPER_OVERHEAD[0]:,} to {PAPER_OVERHEAD[1]:,}: there a LoRA takes hours on a model of "
+            "billions of parameters; here the base has less than a million, so tuning is nearly free and the text encoder costs "
+            "as much as the rest."
+        ),
+    }
+
+
+def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
+    """Runs the whole stage and returns {"unseen": {NAME: scores}, "agreement", "overhead"}, also kept in WORKDIR/evaluation.json."""
+    from dnd_jax.torch_scoring import TorchBase
+
+    path = workdir / EVALUATION
+    settings = {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite.fingerprint}
+    candidates = make_candidates(config, suite, workdir)
+    if path.is_file() and "result" in (stored := read_json(path)):
+        loop.check_same_run(path, stored["settings"], settings)
+        return stored["result"]
+    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    scores = score_all(suite, candidates, base, path, settings)
+
+    unseen = {}
+    for dataset in suite.unseen:
+        name = dataset.name
+        found = candidates.by_dataset[name]
+        entry: dict = {"kind": suite.kinds[name], "nearest_dataset": candidates.nearest[name], "wrong_dataset": wrong_task(suite, name).name}
+        for measure in scoring.SCORES:
+            training = {n: scores[str(folder)][name][measure] for n, folder in candidates.training.items()}
+            values: dict = {
+                "base": scores["base"][name][measure],
+                "train_mean": statistics.fmean(training.values()),
+                "train_best": max(training.values()),
+                "nearest": training[candidates.nearest[name]],
+            }
+            for method, folders in found.items():
+                of_each = [scores[str(folder)][name][measure] for folder in folders]
+                values[method] = statistics.fmean(of_each)
+                if method == "generated":
+                    values[method] = {"mean": values[method], "std": statistics.pstdev(of_each), "scores": of_each}
+            values = {method: values[method] for method in METHODS if method in values}
+            if measure == "exact":
+                entry |= values
+            else:
+                entry[measure] = values
+        unseen[name] = entry
+    result = {
+        "unseen": unseen,
+        "agreement": agreement(config, suite, candidates, base, base_path),
+        "overhead": measure_overhead(config, suite, workdir, base_path),
+    }
+    write_json(path, {"settings": settings, "scores": scores, "result": result})
+    return result

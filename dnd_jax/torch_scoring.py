@@ -1,0 +1,93 @@
+"""Greedy answers in PyTorch: the real transformers model with the real PEFT adapter, read from their exported folders."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dnd_jax.errors import InputError
+from dnd_jax.lm_data import render
+from dnd_jax.models.hf import load_tokenizer
+from dnd_jax.scoring import pad_left
+from dnd_jax.suite import Example
+
+_SLOT = "scored"
+
+
+class TorchBase:
+    """A base model in PyTorch whose LoRA adapter can be exchanged."""
+
+    def __init__(self, base: str | os.PathLike, batch_size: int, max_new_tokens: int):
+        self.base = pathlib.Path(base)
+        self.tokenizer = load_tokenizer(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self._loaded = 0
+
+    def use(self, adapter: str | os.PathLike | None) -> None:
+        """Loads an adapter folder in place of the present one; None turns adapters off.
+
+        Raises InputError when it does not fit the base: PEFT itself only warns.
+        """
+        if adapter is None:
+            if isinstance(self.model, PeftModel):
+                self.model = self.model.unload()
+            return
+        if not pathlib.Path(adapter, "adapter_config.json").is_file():
+            raise InputError(f"{adapter}: no adapter_config.json, so no PEFT adapter")
+        try:
+            if not isinstance(self.model, PeftModel):
+                # The first one wraps the model, which reports nothing; it is loaded again below, which does.
+                self.model = PeftModel.from_pretrained(self.model, adapter, adapter_name=f"{_SLOT}0")
+                self._loaded = 0
+            old, self._loaded = f"{_SLOT}{self._loaded}", self._loaded + 1
+            result = self.model.load_adapter(adapter, adapter_name=f"{_SLOT}{self._loaded}")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{adapter}: not an adapter of {self.base} ({str(error).strip().splitlines()[0]})") from None
+        name = f"{_SLOT}{self._loaded}"
+        missing = [key for key in result.missing_keys if name in key]
+        if missing or result.unexpected_keys:
+            raise InputError(
+                f"{adapter}: not an adapter of {self.base}: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown "
+                f"({(list(result.unexpected_keys) + missing)[0]})"
+            )
+        self.model.set_adapter(name)
+        self.model.delete_adapter(old)
+        self.model.eval()
+
+    def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Token ids of each example as the base is asked: the training template, up to where the answer begins."""
+        texts = [render(self.tokenizer, e.prompt, e.system) for e in examples]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def answer_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Greedy answers as token ids, without the end token."""
+        prompts, answers = self.prompt_ids(examples), []
+        end = self.tokenizer.eos_token_id
+        for first in range(0, len(prompts), self._batch_size):
+            ids, valid = pad_left(prompts[first : first + self._batch_size], self.tokenizer.pad_token_id)
+            with torch.inference_mode():
+                out = self.model.generate(
+                    input_ids=torch.from_numpy(ids).long(),
+                    attention_mask=torch.from_numpy(valid).long(),
+                    max_new_tokens=self._max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=end,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )[:, ids.shape[1] :].tolist()
+            answers += [row[: row.index(end)] if end in row else row for row in out]
+        return answers
+
+    def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Logits (n, S, V) of token rows padded on the left."""
+        ids, valid = pad_left(rows, self.tokenizer.pad_token_id)
+        with torch.inference_mode():
+            out = self.model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long())
+        return out.logits.float().numpy()

@@ -1,0 +1,12 @@
+"""Eight virtual CPU devices, no network, the same hypothesis examples each run; `python -m pytest` runs everything but the slow ones too."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis  # noqa: E402
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15)
+hypothesis.settings.load_profile("repeatable")
