@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """The default configuration, locked."""
     config = ConfigDict(
         {
             "seed": 0,

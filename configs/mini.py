@@ -10,6 +10,7 @@ from configs import default
 
 
 def get_config():
+    """default.py with the sizes of the embedded setting."""
     config = default.get_config()
     config.base.max_length = 64
     config.pretrain.steps = 300

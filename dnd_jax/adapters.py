@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,7 +51,9 @@ class AdapterConfig:
         }
 
 
-def save_adapter(folder: str | os.PathLike, tensors: Mapping[str, np.ndarray], config: AdapterConfig, card: str = "") -> pathlib.Path:
+def save_adapter(
+    folder: str | os.PathLike, tensors: Mapping[str, np.ndarray], config: AdapterConfig, card: str = ""
+) -> pathlib.Path:
     """Writes an adapter folder, whole or not at all; `card` becomes its README.md. Raises InputError when the disk refuses."""
     folder = pathlib.Path(folder)
     stored = {PEFT_PREFIX + key: np.ascontiguousarray(value) for key, value in sorted(canonical(tensors).items())}
@@ -71,7 +74,7 @@ def verify_adapter(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
 
 
 def load_adapter(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of an adapter folder (or a .safetensors file) under canonical keys. Raises InputError on missing or damaged files."""
+    """The tensors of an adapter folder (or a .safetensors file) under canonical keys. Raises InputError if missing or damaged."""
     path = pathlib.Path(folder)
     return canonical(read_safetensors(path / WEIGHTS if path.suffix != ".safetensors" else path))
 
@@ -104,7 +107,7 @@ def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict
     found = {}
     for name in datasets:
         folders = [path.parent for path in pathlib.Path(root, name).glob(f"*/{WEIGHTS}")]
-        found[name] = sorted(folders, key=lambda p: ([int(d) for d in "".join(c if c.isdigit() else " " for c in p.name).split()], p.name))
+        found[name] = sorted(folders, key=lambda folder: ([int(d) for d in re.findall(r"\d+", folder.name)], folder.name))
     absent = [name for name, folders in found.items() if not folders]
     if absent:
         raise InputError(f"{root}: no checkpoints (DATASET/*/{WEIGHTS}) for {', '.join(absent)}")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dnd_jax import config as config_lib
 from dnd_jax import loop, sharding
 from dnd_jax.adapters import AdapterConfig, save_adapter
 from dnd_jax.config import Config
@@ -32,14 +33,22 @@ DONE = "collect.json"
 def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
     """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
     keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
-    return {
-        name: jnp.zeros(shape) if ".lora_B." in name else jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
-        for name, shape in shapes.items()
-    }
+
+    def init(name: str, shape: tuple[int, int]) -> jax.Array:
+        if ".lora_B." in name:
+            return jnp.zeros(shape)
+        return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
+
+    return {name: init(name, shape) for name, shape in shapes.items()}
+
+
+def make_optimizer(config: config_lib.Lora) -> optax.GradientTransformation:
+    """AdamW at a constant rate with a global-norm clip."""
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(config.learning_rate, weight_decay=config.weight_decay))
 
 
 def make_collect_step(module: BaseLM, optimizer: optax.GradientTransformation, lora_scale: float):
-    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) -> (state, metrics, loss of each task)."""
+    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) -> (state, metrics)."""
 
     def one(params, state, batch):
         def loss_of(lora):
@@ -104,7 +113,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     mesh = sharding.make_mesh(config.mesh)
     tasks = len(suite.datasets)
     over_tasks = sharding.leading(mesh, tasks, "the number of datasets")
-    optimizer = optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(c.learning_rate, weight_decay=c.weight_decay))
+    optimizer = make_optimizer(c)
 
     def init(key):
         lora = init_lora(key, shapes)

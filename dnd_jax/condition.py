@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from dnd_jax import config as config_lib
 from dnd_jax.files import replacing
@@ -48,12 +47,12 @@ class PromptEncoder:
         )
         return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
 
-    def encode(self, prompts: Sequence[str], progress: str = "") -> np.ndarray:
-        """Prompts -> float32 (n, L, C). progress: title of a progress bar."""
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts -> float32 (n, L, C)."""
         ids, valid = self.tokenize(prompts)
         size = min(len(ids), max(1, TOKENS_PER_BATCH // self.max_text_length))
         out = np.empty((*ids.shape, self.width), np.float32)
-        for first in tqdm(range(0, len(ids), size), desc=progress, unit="batch", disable=not progress, dynamic_ncols=True):
+        for first in range(0, len(ids), size):
             stop.check()
             rows = np.arange(first, first + size) % len(ids)  # the last batch wraps around: one shape, one compilation
             values = self._encode(self.params, ids[rows], valid[rows])
@@ -61,14 +60,14 @@ class PromptEncoder:
             out[first : first + count] = values[:count]
         return out
 
-    def cached(self, prompts: Sequence[str], cache: str | os.PathLike, progress: str = "") -> np.ndarray:
+    def cached(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
         """`encode`, kept as a memory-mapped file under `cache` whose name is the hash of encoder and prompts."""
         digest = hashlib.sha256(self.fingerprint.encode())
         for prompt in prompts:
             digest.update(len(prompt).to_bytes(8, "little") + prompt.encode())
         path = pathlib.Path(cache, f"{digest.hexdigest()[:32]}.npy")
         if not path.is_file():
-            values = self.encode(prompts, progress)
+            values = self.encode(prompts)
             with replacing(path) as temporary:
                 np.save(temporary, values)
         return np.load(path, mmap_mode="r")

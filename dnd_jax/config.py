@@ -188,9 +188,9 @@ def _impossible(c: Config) -> list[str]:
             faults.append(f"config.{key} = {value!r} {what}")
 
     positive = (
-        "base.max_length pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size lora.save_every "
-        "lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size train.save_every "
-        "evaluate.samples evaluate.batch_size evaluate.max_new_tokens"
+        "base.max_length pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
+        "lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size "
+        "train.save_every evaluate.samples evaluate.batch_size evaluate.max_new_tokens"
     )
     for key in positive.split():
         section, name = key.split(".")
@@ -222,7 +222,7 @@ def load_file(path: str) -> ml_collections.ConfigDict:
 
 
 def find_file(path: str) -> str:
-    """`path` itself, or the same path beside the installed package (configs/ ships with it). Raises InputError if neither exists."""
+    """`path` itself, or the same path beside the installed package (configs/ ships with it). Raises InputError if absent."""
     for candidate in (pathlib.Path(path), pathlib.Path(__file__).parent.parent / path):
         if candidate.is_file():
             return str(candidate)

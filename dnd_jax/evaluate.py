@@ -10,31 +10,25 @@ does the same with another unseen dataset's prompts.
 import dataclasses
 import pathlib
 import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from dnd_jax import loop, scoring
-from dnd_jax.adapters import AdapterConfig, checkpoint_folders, load_adapter, save_adapter
-from dnd_jax.collect import init_lora, make_collect_step
+from dnd_jax.adapters import checkpoint_folders, load_adapter, save_adapter
 from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
 from dnd_jax.config import Config
 from dnd_jax.files import read_json, write_json
 from dnd_jax.generate import TrainedGenerator, draw_prompts
-from dnd_jax.lm_data import encode
 from dnd_jax.models import hf
-from dnd_jax.pretrain import shuffled_rows
+from dnd_jax.overhead import measure_overhead
+from dnd_jax.results import METHODS
 from dnd_jax.suite import Dataset, Suite
 from dnd_jax.targets import ElementTarget
 
 EVALUATION = "evaluation.json"
-# The columns of every table, in order; "generated" and "wrong_prompts" also have a spread over the S draws.
-METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
 RIDGE_DRAWS = 16
-PAPER_OVERHEAD = (2500, 12000)
 
 
 def wrong_task(suite: Suite, name: str) -> Dataset:
@@ -171,59 +165,8 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
     return {"answers": total, "same_answers": same, "largest_logit_difference": worst}
 
 
-def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path, repeats: int = 5) -> dict:
-    """Seconds to tune one LoRA on one unseen dataset (compilation aside) against generating one adapter, on this machine, warm."""
-    dataset, c = suite.unseen[0], config.lora
-    generator = TrainedGenerator(workdir / "generator")
-    prompts = [e.prompt for e in dataset.train]
-
-    def seconds(run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - started
-
-    def generate(seed: int):
-        return generator.tensors(draw_prompts(prompts, generator.condition.num_prompts, seed))
-
-    cold = seconds(lambda: generate(0))
-    generating = [seconds(lambda seed=seed: generate(seed)) for seed in range(1, repeats + 1)]
-
-    module, params = hf.load_base(base_path)
-    import optax
-
-    optimizer = optax.chain(optax.clip_by_global_norm(c.clip), optax.adamw(c.learning_rate, weight_decay=c.weight_decay))
-    scale = AdapterConfig("", c.rank, c.alpha, c.targets).scale
-    step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
-    lora = init_lora(jax.random.key(config.seed), module.config.lora_shapes(c.rank, c.targets))
-    state = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], {"lora": lora, "opt": optimizer.init(lora)})
-    data = encode(hf.load_tokenizer(base_path), dataset.train, config.base.max_length)
-
-    def tune(state, steps: int):
-        for i in range(steps):
-            batch = data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), data.response_width)
-            state, _ = step(params, state, jax.tree.map(lambda x: x[None], batch))
-        return state
-
-    state = jax.block_until_ready(tune(state, 2))
-    tuning = seconds(lambda: tune(state, c.steps))
-    generated = statistics.median(generating)
-    return {
-        "tune_seconds": tuning,
-        "generate_seconds": generated,
-        "generate_seconds_all": generating,
-        "generate_cold_seconds": cold,
-        "ratio": tuning / generated,
-        "note": (
-            f"Tuning one LoRA ({c.steps} steps of {c.batch_size}) took {tuning:.2f} s, generating one {generated:.3f} s: "
-            f"{tuning / generated:.0f} times less. The paper reports {PAPER_OVERHEAD[0]:,} to {PAPER_OVERHEAD[1]:,}: there a LoRA takes hours on a model of "
-            "billions of parameters; here the base has less than a million, so tuning is nearly free and the text encoder costs "
-            "as much as the rest."
-        ),
-    }
-
-
 def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
-    """Runs the whole stage and returns {"unseen": {NAME: scores}, "agreement", "overhead"}, also kept in WORKDIR/evaluation.json."""
+    """Runs the whole stage and returns {"unseen": {NAME: scores}, "agreement", "overhead"}, kept in WORKDIR/evaluation.json too."""
     from dnd_jax.torch_scoring import TorchBase
 
     path = workdir / EVALUATION
@@ -239,7 +182,11 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
     for dataset in suite.unseen:
         name = dataset.name
         found = candidates.by_dataset[name]
-        entry: dict = {"kind": suite.kinds[name], "nearest_dataset": candidates.nearest[name], "wrong_dataset": wrong_task(suite, name).name}
+        entry: dict = {
+            "kind": suite.kinds[name],
+            "nearest_dataset": candidates.nearest[name],
+            "wrong_dataset": wrong_task(suite, name).name,
+        }
         for measure in scoring.SCORES:
             training = {n: scores[str(folder)][name][measure] for n, folder in candidates.training.items()}
             values: dict = {

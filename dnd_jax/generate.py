@@ -1,9 +1,8 @@
 """Stage `generate`: prompts of an unseen task -> a PEFT adapter (METHOD.md section 7). No template adapter, no training.
 
-    dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1]
+dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1]
 """
 
-import dataclasses
 import functools
 import hashlib
 import os
@@ -55,7 +54,8 @@ class TrainedGenerator:
         self.condition = config_lib.Condition(**settings["condition"])
         self.adapter = AdapterConfig(**{**adapter, "targets": tuple(adapter["targets"])})
         self.layout = LoraLayout.from_json(description["layout"])
-        self.target = targets.from_statistics(settings["generator"]["target"], self.layout, read_safetensors(folder / STATISTICS))
+        kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
+        self.target = targets.from_statistics(kind, self.layout, stored)
         features = tuple(tuple(f) for f in description["features"])
         self.module = Generator(
             features,
@@ -64,7 +64,7 @@ class TrainedGenerator:
             jnp.dtype(settings["train"]["dtype"]),
         )
         flat = read_safetensors(folder / MODEL)
-        self.params = jax.device_put(traverse_util.unflatten_dict({tuple(key.split("/")): value for key, value in flat.items()}))
+        self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
         self.fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes() + (folder / MODEL).read_bytes()).hexdigest()
         self._encoder_fingerprint = description["encoder_fingerprint"]
         self._apply = jax.jit(lambda params, condition: self.module.apply({"params": params}, condition))
@@ -74,7 +74,7 @@ class TrainedGenerator:
         """The text encoder it was trained with, loaded when first needed."""
         encoder = PromptEncoder(self.condition)
         if encoder.fingerprint != self._encoder_fingerprint:
-            raise InputError(f"{self.condition.encoder}: not the text encoder that {self.folder} was trained with (its files differ)")
+            raise InputError(f"{self.condition.encoder}: not the encoder that {self.folder} was trained with (its files differ)")
         return encoder
 
     def tokens(self, condition: np.ndarray) -> np.ndarray:
@@ -104,11 +104,6 @@ class TrainedGenerator:
         folder = save_adapter(out_dir, tensors, self.adapter, self.card(drawn, seed))
         verify_adapter(folder, tensors)
         return folder
-
-    def with_base(self, base: str) -> "TrainedGenerator":
-        """The same generator naming another base path in the adapters it writes."""
-        self.adapter = dataclasses.replace(self.adapter, base=base)
-        return self
 
 
 def generate_adapter(

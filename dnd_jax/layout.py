@@ -259,7 +259,7 @@ class LoraLayout:
 
 
 def importance_weights(targets: Iterable[np.ndarray]) -> np.ndarray:
-    """Importance of each token, float32 [T] with mean 1 (METHOD.md section 3): the spread of its cells over one dataset's checkpoints.
+    """Importance of each token, float32 [T] with mean 1: the spread of its cells over a dataset's checkpoints (METHOD.md 3).
 
     targets: token arrays [T, h, w] of a dataset's checkpoints, read one at a time; NaN cells do not count.
     Raises InputError when there are fewer than two checkpoints or they do not differ.

@@ -103,7 +103,7 @@ def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping) -> tupl
             faults.append((step, error))
             continue
         for broken, error in faults:
-            tqdm.write(f"checkpoint {manager.directory}/{broken} is damaged ({type(error).__name__}); going on from step {step}")
+            tqdm.write(f"{manager.directory}/{broken} is damaged ({type(error).__name__}); going on from step {step}")
             shutil.rmtree(manager.directory / str(broken), ignore_errors=True)
         if faults:
             manager.reload()
@@ -111,7 +111,9 @@ def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping) -> tupl
     if faults:
         steps = ", ".join(str(step) for step, _ in faults)
         reason = str(faults[0][1]).strip().splitlines()[0][:200]
-        raise InputError(f"{manager.directory}: no checkpoint can be read (steps {steps}: {reason}); delete the folder to start over")
+        raise InputError(
+            f"{manager.directory}: no checkpoint can be read (steps {steps}: {reason}); delete the folder to start over"
+        )
     return 0, state
 
 
@@ -123,7 +125,7 @@ class Metrics:
         lines = path.read_text().splitlines() if path.exists() and step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
+        self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -152,10 +154,10 @@ def run(
 ) -> Any:
     """Trains `state` from its newest checkpoint in `directory` to `steps` and returns it.
 
-    batch_at(i) is the batch of the i-th step, counted from 0. metrics must hold "loss"; they are read one step late. after_step(i + 1, state)
-    runs after each step. record (JSON) is kept with every checkpoint and must not change between runs. blame(i) names the data of
-    a step for the message when its loss is not finite. Raises Stopped after saving when a stop was asked for, InputError when
-    checkpoints do not fit, the loss is not finite or the disk refuses.
+    batch_at(i) is the batch of the i-th step, counted from 0. metrics must hold "loss"; they are read one step late.
+    after_step(i + 1, state) runs after each step. record (JSON) is kept with every checkpoint and must not change between runs.
+    blame(i) names the data of a step for the message when its loss is not finite. Raises Stopped after saving when a stop was
+    asked for, InputError when checkpoints do not fit, the loss is not finite or the disk refuses.
     """
     directory.mkdir(parents=True, exist_ok=True)
     manager = open_checkpoints(directory / CHECKPOINTS)
@@ -209,7 +211,9 @@ def run(
                 stop.check()
         read_pending()
     except OSError as error:
-        raise InputError(f"{directory}: cannot write ({error.strerror or error}); free some space and run the same command") from error
+        raise InputError(
+            f"{directory}: cannot write ({error.strerror or error}); free some space and run the same command"
+        ) from error
     finally:
         bar.close()
         metrics.close()

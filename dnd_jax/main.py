@@ -21,6 +21,7 @@ DEFAULT_CONFIG = "configs/mini.py"
 
 
 def usage() -> str:
+    """The stages and the flags that they share."""
     lines = [f"  {name:<11} {text}" for name, text in STAGES.items()]
     return (
         "usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n" + "\n".join(lines) + "\n\n"
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
         return 0 if name == "SIGTERM" else 130
     except OSError as error:
-        print(f"dnd: {error.filename or 'disk'}: {error.strerror or error}; check the path, its rights and the free space", file=sys.stderr)
+        what = f"{error.filename or 'disk'}: {error.strerror or error}"
+        print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2
     return 0
 
@@ -153,17 +155,24 @@ def _stage(stage: str, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
     workdir.mkdir(parents=True, exist_ok=True)
-    if stage == "evaluate":
-        q.quickstart(config, workdir, [config.seed])
-        return
     suite = q.open_suite(config, workdir)
     if stage == "pretrain":
-        print(f"base: {q.base_path(config, suite, workdir)}")
-    elif stage == "collect":
-        folder = q.collect(config, suite, q.base_path(config, suite, workdir), workdir)
-        print(f"{q.score_table(folder)}\nLoRA checkpoints: {folder}")
-    elif stage == "train":
+        print(f"base: {q.make_base(config, suite, workdir)}")
+        return
+    if stage == "train":
         print(f"generator: {q.train(config, suite, workdir)}")
+        return
+    base = config.base.path or str(workdir / "base")
+    if not config.base.path and not (workdir / "base" / "config.json").is_file():
+        raise InputError(f"{base}: no base here; run `dnd pretrain` first or set --config.base.path")
+    if stage == "collect":
+        folder = q.collect(config, suite, base, workdir)
+        print(f"{q.score_table(folder)}\nLoRA checkpoints: {folder}")
+    else:
+        with q.timed(workdir, "evaluate"):
+            evaluation = q.evaluate(config, suite, base, workdir)
+        run = {"suite": suite.name, "train": [d.name for d in suite.train], **evaluation}
+        q.finish({config.seed: {**run, "seconds": q.read_json(workdir / q.SECONDS)}}, config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage `pretrain`: a small base LLM from scratch on the suite's corpus, written as a Hugging Face folder (WORKDIR/base).
 
-    dnd pretrain --config=configs/mini.py --workdir=runs/mini
+dnd pretrain --config=configs/mini.py --workdir=runs/mini
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def answer_loss(
 
 
 def shuffled_rows(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Rows of the step-th batch when `size` examples are read epoch after epoch, each in a new order: a function of (seed, step)."""
+    """Rows of the step-th batch when `size` examples are read epoch after epoch, each in a new order, from (seed, step) alone."""
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in np.unique(at // size)}
     return np.array([orders[i // size][i % size] for i in at])

@@ -4,15 +4,14 @@ import base64
 import html
 import io
 import pathlib
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from dnd_jax import loop
 from dnd_jax.adapters import load_adapter
-from dnd_jax.evaluate import METHODS
-from dnd_jax.files import read_json, replacing
+from dnd_jax.files import replacing
+from dnd_jax.results import METHODS
 
 TITLES = {
     "base": "base",
@@ -127,7 +126,8 @@ def projection(workdir: pathlib.Path, results: Mapping, training: Mapping[str, p
         return np.concatenate([value.ravel() for _, value in sorted(load_adapter(folder).items())])
 
     groups = {"training": {n: vector(f) for n, f in training.items()}}
-    groups["generated"] = {n: vector(workdir / "adapters" / n) for n in results["unseen"] if (workdir / "adapters" / n).is_dir()}
+    made = [n for n in results["unseen"] if (workdir / "adapters" / n).is_dir()]
+    groups["generated"] = {n: vector(workdir / "adapters" / n) for n in made}
     tuned = {n: sorted((workdir / "loras" / n).glob("*/adapter_model.safetensors")) for n in results["unseen"]}
     groups["tuned"] = {n: vector(files[-1].parent) for n, files in tuned.items() if files}
     points = np.stack(list(groups["training"].values()))
@@ -135,7 +135,8 @@ def projection(workdir: pathlib.Path, results: Mapping, training: Mapping[str, p
     axes_2d = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
     figure, axes = _figure(1, 5.0)
     figure.set_size_inches(8, 5.6)
-    for (group, members), marker, color in zip(groups.items(), "o*s", ("0.75", "tab:orange", "tab:green"), strict=True):
+    looks = zip("o*s", ("0.75", "tab:orange", "tab:green"), strict=True)
+    for (group, members), (marker, color) in zip(groups.items(), looks, strict=True):
         if members:
             at = {name: (v - centre) @ axes_2d.T for name, v in members.items()}
             xy = np.stack(list(at.values()))
@@ -164,7 +165,7 @@ def _html_table(results: Mapping, measure: str) -> str:
     for kind, mean in results["mean"]["by_kind"].items():
         body += "".join(row(n, s) for n, s in results["unseen"].items() if s["kind"] == kind)
         body += row(f"mean of {kind}", mean, "mean")
-    return f'<table><tr><th></th>{head}</tr>{body}{row("mean of all unseen", results["mean"], "mean")}</table>'
+    return f"<table><tr><th></th>{head}</tr>{body}{row('mean of all unseen', results['mean'], 'mean')}</table>"
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
@@ -180,11 +181,12 @@ def write_report(workdir: pathlib.Path, results: Mapping, training: Mapping[str,
     agreement, overhead = results["agreement"], results["overhead"]
     seconds = "".join(f"<tr><th>{html.escape(k)}</th><td>{v:.1f}</td></tr>" for k, v in results["seconds"].items())
     meaning = "".join(f"<dt>{TITLES[m]}</dt><dd>{html.escape(MEANING[m])}</dd>" for m in METHODS)
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Drag-and-drop adapters: {html.escape(results["suite"])}</title>
+    suite, rule = html.escape(results["suite"]), html.escape(results["rule"])
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Drag-and-drop adapters: {suite}</title>
 <style>{STYLE}</style>
-<h1>Adapters from prompts: {html.escape(results["suite"])}</h1>
-<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from PyTorch (transformers + PEFT) on the exported
-adapter folders, greedy decoding, on test questions whose prompts the generator did not see. {html.escape(results["rule"])}</p>
+<h1>Adapters from prompts: {suite}</h1>
+<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from PyTorch (transformers + PEFT) on the
+exported adapter folders, greedy decoding, on test questions whose prompts the generator did not see. {rule}</p>
 <h2>Exact match</h2>{_html_table(results, "exact")}{bars(results)}
 <dl>{meaning}</dl>
 <h2>Right content</h2><p>Share of the answer's content words that are there, whatever the form.</p>{_html_table(results, "content")}
@@ -192,38 +194,11 @@ adapter folders, greedy decoding, on test questions whose prompts the generator 
 <h2>Training</h2>{curves(workdir)}
 <h2>Where the adapters lie</h2>{projection(workdir, results, training)}
 <h2>Cost</h2><p>{html.escape(overhead["note"])}</p>
-<h2>Agreement of JAX and PyTorch</h2><p>{agreement["same_answers"]} of {agreement["answers"]} greedy answers of the generated adapters are
-identical; largest difference of a logit {agreement["largest_logit_difference"]:.1e}.</p>
+<h2>Agreement of JAX and PyTorch</h2>
+<p>{agreement["same_answers"]} of {agreement["answers"]} greedy answers of the generated adapters are identical; largest difference of a logit {agreement["largest_logit_difference"]:.1e}.</p>
 <h2>Seconds a stage</h2><table>{seconds}</table></html>
 """
     path = workdir / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
-
-
-def mean_scores(entries: Sequence[Mapping]) -> dict:
-    """The mean of several datasets' (or seeds') scores, measure by measure; spreads are averaged."""
-
-    def mean(values: Sequence) -> float | dict:
-        if isinstance(values[0], Mapping):
-            return {key: statistics.fmean(v[key] for v in values) for key in ("mean", "std")}
-        return statistics.fmean(values)
-
-    def over(rows: Sequence[Mapping]) -> dict:
-        shared = [m for m in METHODS if all(m in row for row in rows)]
-        return {m: mean([row[m] for row in rows]) for m in shared}
-
-    return over(entries) | {measure: over([e[measure] for e in entries]) for measure in ("content", "format")}
-
-
-def summarise(entries: Mapping[str, Mapping]) -> dict:
-    """`mean_scores` over all unseen datasets, and under "by_kind" over those of each kind."""
-    kinds = list(dict.fromkeys(e["kind"] for e in entries.values()))
-    by_kind = {kind: mean_scores([e for e in entries.values() if e["kind"] == kind]) for kind in kinds}
-    return mean_scores(list(entries.values())) | {"by_kind": by_kind}
-
-
-def stored_results(workdir: pathlib.Path) -> dict:
-    """WORKDIR/results.json."""
-    return read_json(workdir / "results.json")

@@ -50,9 +50,9 @@ class Scorer:
 
 
 def make_greedy(module: BaseLM, max_new_tokens: int):
-    """A jitted greedy decoder: (params, lora, lora_scale, ids (B, S) padded on the left, valid (B, S), end id) -> (B, max_new_tokens).
+    """A jitted greedy decoder: (params, lora, lora_scale, ids (B, S), valid (B, S), end id) -> ids (B, max_new_tokens).
 
-    Tokens after an end token are the end token.
+    Prompts are padded on the left; tokens after an end token are the end token.
     """
 
     def decode(params: Mapping, lora: Lora, lora_scale: float, ids, valid, end):

@@ -25,7 +25,9 @@ def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
         equation = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise InputError(f"config.mesh: {equation} does not make {devices} devices; set data to -1 and the others to divisors of {devices}")
+        raise InputError(
+            f"config.mesh: {equation} is not {devices} devices; set data to -1 and the others to divisors of {devices}"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -69,4 +71,5 @@ def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,10 +1,11 @@
 """A suite: the tasks of one run as a folder of JSONL files, checked when it is read.
 
-    suite.json               {"name", "corpus": "corpus.jsonl", "train": [NAME, ...], "unseen": [NAME, ...], "kinds": {NAME: KIND}}
-    corpus.jsonl             {"prompt", "response"} a line, to pretrain a base from scratch (optional with a given base)
-    datasets/NAME/train.jsonl, test.jsonl   {"prompt", "response", "system"} a line ("system" is optional)
+    suite.json       {"name", "corpus": "corpus.jsonl", "train": [NAME, ...], "unseen": [NAME, ...], "kinds": {NAME: KIND}}
+    corpus.jsonl     {"prompt", "response"} a line, to pretrain a base from scratch (optional with a given base)
+    datasets/NAME/train.jsonl, test.jsonl    {"prompt", "response", "system"} a line ("system" is optional)
 
-`kinds` is optional and only groups the unseen tasks in reports. Generation sees the prompts of an unseen dataset's train.jsonl alone.
+`kinds` is optional and only groups the unseen tasks in reports. Generation sees the prompts of an unseen dataset's train.jsonl
+alone.
 """
 
 import dataclasses

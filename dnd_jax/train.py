@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from dnd_jax import config as config_lib
 from dnd_jax import loop, sharding
@@ -59,14 +60,18 @@ def resolve_features(
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
     """AdamW on everything, global-norm clip, linear warm-up, cosine to 0."""
     warmup = min(config.warmup_steps, config.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, config.steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=config.weight_decay)
-    )
+    start = 0.0 if warmup else config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, config.steps)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=config.weight_decay))
 
 
 def make_train_step(
-    module: Generator, optimizer: optax.GradientTransformation, config: config_lib.Train, importance: np.ndarray, seed: int, encoder=None
+    module: Generator,
+    optimizer: optax.GradientTransformation,
+    config: config_lib.Train,
+    importance: np.ndarray,
+    seed: int,
+    encoder=None,
 ):
     """step(state {"params", "opt", "step"}, batch of `Pairs`) -> (state, metrics): one function for training, planning and tests.
 
@@ -155,14 +160,13 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     target = make_target(config, checkpoints)
     encoder = PromptEncoder(config.condition)
     datasets = []
-    for i, dataset in enumerate(suite.train):
+    for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True):
         prompts = [e.prompt for e in dataset.train]
         if config.condition.in_graph:
             ids, valid = encoder.tokenize(prompts)
             inputs = {"ids": ids, "valid": valid}
         else:
-            title = f"encode {i + 1}/{len(suite.train)} {dataset.name}"
-            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings", title)}
+            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
         targets = np.stack([target.encode(tensors, source) for source, tensors in checkpoints.tensors(dataset.name)])
         datasets.append(PairedDataset(dataset.name, inputs, targets))
     pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed)

@@ -17,10 +17,13 @@ import numpy as np
 
 from dnd_jax.files import replacing
 
+# fmt: off
 NAMES = (
-    "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karla Leo Mona Nils Olga Peter Quinn Rosa Simon Tara "
-    "Ulrich Vera Walter Xenia Yusuf Zoe Amir Bella Cyrus Dora"
-).split()
+    "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karla", "Leo", "Mona", "Nils",
+    "Olga", "Peter", "Quinn", "Rosa", "Simon", "Tara", "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella", "Cyrus",
+    "Dora",
+)
+# fmt: on
 
 TRAIN_PHRASES, HELD_PHRASES = 5, 3  # of each relation's sources and each form's cues; the held ones are for "paraphrase" tasks
 

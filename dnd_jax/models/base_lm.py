@@ -63,7 +63,7 @@ class LmConfig:
         }
 
     def lora_shapes(self, rank: int, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-        """Shapes of a LoRA's tensors on the named projections ("q_proj", ...) of every layer. Raises InputError on an unknown name."""
+        """Shapes of a LoRA's tensors on the named projections ("q_proj", ...) of every layer. Raises InputError if unknown."""
         projections = self.projections()
         unknown = set(targets) - {path.split(".")[1] for path in projections}
         if unknown:

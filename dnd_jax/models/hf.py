@@ -107,7 +107,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again") from None
 

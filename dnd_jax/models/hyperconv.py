@@ -1,4 +1,4 @@
-"""The cascaded hyper-convolutional decoder: condition (B, N, L, C) -> token grid (B, T, h, w) (paper section 3, METHOD.md section 5).
+"""The cascaded hyper-convolutional decoder: condition (B, N, L, C) -> token grid (B, T, h, w). Paper section 3, METHOD.md 5.
 
 A stage maps (N, L, C) -> (N', L', C'): two paths of two convolutions each over the (L, C) side, their mean with a bias,
 then one convolution over N. Every convolution runs over two of the three axes and mixes the third.

@@ -1,0 +1,74 @@
+"""results.json: the scores of every unseen dataset, their means by kind and over all, over one seed or several."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from dnd_jax.config import Config
+
+# The columns of every table, in order; "generated" also has a spread over the S draws of prompts.
+METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
+RULE = (
+    "Selection: none. {samples} adapters a dataset from {samples} seeded draws of {n} prompts, mean and spread over them; the "
+    "generator is the one after its last step."
+)
+
+
+def mean_scores(entries: Sequence[Mapping]) -> dict:
+    """The mean of several datasets' (or seeds') scores, measure by measure; spreads are averaged."""
+
+    def mean(values: Sequence) -> float | dict:
+        if isinstance(values[0], Mapping):
+            return {key: statistics.fmean(v[key] for v in values) for key in ("mean", "std")}
+        return statistics.fmean(values)
+
+    def over(rows: Sequence[Mapping]) -> dict:
+        shared = [m for m in METHODS if all(m in row for row in rows)]
+        return {m: mean([row[m] for row in rows]) for m in shared}
+
+    return over(entries) | {measure: over([e[measure] for e in entries]) for measure in ("content", "format")}
+
+
+def summarise(entries: Mapping[str, Mapping]) -> dict:
+    """`mean_scores` over all unseen datasets, and under "by_kind" over those of each kind."""
+    kinds = list(dict.fromkeys(e["kind"] for e in entries.values()))
+    by_kind = {kind: mean_scores([e for e in entries.values() if e["kind"] == kind]) for kind in kinds}
+    return mean_scores(list(entries.values())) | {"by_kind": by_kind}
+
+
+def combine(runs: dict[int, dict], config: Config) -> dict:
+    """results.json from each seed's evaluation: datasets averaged over the seeds that have them, and the spread over seeds."""
+    seeds = list(runs)
+    first = runs[seeds[0]]
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["unseen"]))
+    unseen = {}
+    for name in names:
+        entries = [run["unseen"][name] for run in runs.values() if name in run["unseen"]]
+        unseen[name] = entries[0] if len(entries) == 1 else {"kind": entries[0]["kind"], **mean_scores(entries)}
+    mean = summarise(unseen)
+    if len(runs) > 1:
+        # A seed counts once, however many datasets of a kind it has.
+        by_seed = {seed: summarise(run["unseen"]) for seed, run in runs.items()}
+        mean = mean_scores(list(by_seed.values()))
+        kinds = list(dict.fromkeys(kind for s in by_seed.values() for kind in s["by_kind"]))
+        of_kind = {kind: [s["by_kind"][kind] for s in by_seed.values() if kind in s["by_kind"]] for kind in kinds}
+        mean["by_kind"] = {kind: mean_scores(entries) for kind, entries in of_kind.items()}
+        for entry, entries in ((mean, by_seed.values()), *((mean["by_kind"][k], of_kind[k]) for k in kinds)):
+            scores = [e["generated"]["mean"] for e in entries]
+            entry["generated"] |= {"std_over_seeds": statistics.pstdev(scores), "by_seed": scores}
+    results = {
+        "suite": first["suite"],
+        "seeds": seeds,
+        "rule": RULE.format(samples=config.evaluate.samples, n=config.condition.num_prompts),
+        "unseen": unseen,
+        "mean": mean,
+        "overhead": first["overhead"],
+        "agreement": {
+            "answers": sum(r["agreement"]["answers"] for r in runs.values()),
+            "same_answers": sum(r["agreement"]["same_answers"] for r in runs.values()),
+            "largest_logit_difference": max(r["agreement"]["largest_logit_difference"] for r in runs.values()),
+        },
+        "seconds": {s: statistics.fmean(r["seconds"].get(s, 0.0) for r in runs.values()) for s in first["seconds"]},
+    }
+    if len(runs) > 1:
+        results["runs"] = {str(seed): {"unseen": run["unseen"], "seconds": run["seconds"]} for seed, run in runs.items()}
+    return results
