@@ -9,11 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dnd_jax.errors import InputError
-
-
-def _not_writable(path: pathlib.Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot write here ({error.strerror or error}); choose another folder or free some space")
 
 
 @contextlib.contextmanager
@@ -34,8 +32,10 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
         if directory and path.is_dir():
             path.rename(temporary / "old")
         target.replace(path)
-    except OSError as error:
-        raise _not_writable(path, error) from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
+        raise InputError(
+            f"{path}: cannot write here ({getattr(error, 'strerror', None) or error}); choose another folder or free some space"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

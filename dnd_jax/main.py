@@ -75,7 +75,6 @@ def _parse(arguments: list[str]):
     name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), DEFAULT_CONFIG)
     arguments = [a for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
-    config_flags.DEFINE_config_dict("config", base, flag_values=values)
     flags.DEFINE_string("workdir", "runs/mini", "folder of the run", flag_values=values)
     flags.DEFINE_string("suite", "", "folder of your own tasks", flag_values=values)
     flags.DEFINE_list("seeds", [], "quickstart: seeds", flag_values=values)
@@ -85,6 +84,7 @@ def _parse(arguments: list[str]):
     flags.DEFINE_integer("seed", 0, "generate: draws the prompts", flag_values=values)
     flags.DEFINE_integer("samples", 1, "generate: adapters, from as many draws", lower_bound=1, flag_values=values)
     try:
+        config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error.args[0] if error.args else error).replace("\n", " ")

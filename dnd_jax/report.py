@@ -195,7 +195,8 @@ exported adapter folders, greedy decoding, on test questions whose prompts the g
 <h2>Where the adapters lie</h2>{projection(workdir, results, training)}
 <h2>Cost</h2><p>{html.escape(overhead["note"])}</p>
 <h2>Agreement of JAX and PyTorch</h2>
-<p>{agreement["same_answers"]} of {agreement["answers"]} greedy answers of the generated adapters are identical; largest difference of a logit {agreement["largest_logit_difference"]:.1e}.</p>
+<p>{agreement["same_answers"]} of {agreement["answers"]} greedy answers of the generated adapters are identical;
+largest difference of a logit {agreement["largest_logit_difference"]:.1e}.</p>
 <h2>Seconds a stage</h2><table>{seconds}</table></html>
 """
     path = workdir / "report.html"

@@ -20,8 +20,8 @@ from dnd_jax.files import replacing
 # fmt: off
 NAMES = (
     "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karla", "Leo", "Mona", "Nils",
-    "Olga", "Peter", "Quinn", "Rosa", "Simon", "Tara", "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella", "Cyrus",
-    "Dora",
+    "Olga", "Peter", "Quinn", "Rosa", "Simon", "Tara", "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella",
+    "Cyrus", "Dora",
 )
 # fmt: on
 

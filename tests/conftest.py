@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, no network, the same hypothesis examples each run; `python -m pytest` runs everything but the slow ones too."""
+"""Eight virtual CPU devices, no network, and the same hypothesis examples in every run."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Our own PyTorch reading of METHOD.md: decoder, loss and weight tokens, independent of dnd_jax; the opponent of tests and benchmarks.
+"""Our own PyTorch reading of METHOD.md, independent of dnd_jax: decoder, loss, weight tokens; opponent of tests and benchmarks.
 
     generator = Generator(features, kernel_size)           # state dict names of METHOD.md section 5
     tokens = generator(condition)                          # (B, N, L, C) -> (B, T, h, w)

@@ -1,0 +1,46 @@
+"""What the tests of whole stages share: a tiny suite, and `dnd` run as a real process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from other_world import write_other_world
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = "--config=tests/tiny.py"
+
+
+def tiny_suite(root: pathlib.Path) -> pathlib.Path:
+    """3 relations x 2 forms: 3 training tasks, 3 unseen ones."""
+    return write_other_world(root, relations=3, forms=2, towns=5, corpus=200, pool=12, test=5)
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """`dnd ARGUMENTS` in a process of its own, output piped as text, one device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"}
+    command = [sys.executable, "-m", "dnd_jax", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def dnd(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Runs `dnd ARGUMENTS` to its end."""
+    process = start(*arguments)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def when(process: subprocess.Popen, condition, timeout: float = 300) -> bool:
+    """Waits until `condition()` holds; False if the process ended first."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the process never reached the awaited state"
+        time.sleep(0.01)
+    return True

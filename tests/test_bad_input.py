@@ -1,0 +1,272 @@
+"""Bad input: one clear line that names the file, the key and the fix, exit status 2, nothing half-written."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from pipeline import TINY, tiny_suite
+
+from dnd_jax import loop
+from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
+from dnd_jax.config import freeze, load_file
+from dnd_jax.errors import InputError
+from dnd_jax.generate import draw_prompts
+from dnd_jax.lm_data import build_tokenizer, encode
+from dnd_jax.main import main
+from dnd_jax.suite import load_suite, read_jsonl, read_prompts
+
+
+@pytest.fixture
+def suite(tmp_path) -> pathlib.Path:
+    return tiny_suite(tmp_path / "towns")
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs `dnd` in this process; it must refuse with one line and status 2. Returns the line."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dnd: "), lines
+    return lines[0]
+
+
+def test_malformed_jsonl_names_file_and_line(suite, tmp_path, capsys):
+    path = suite / "datasets" / "bird-colon" / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = '{"prompt": "x", "response": '
+    lines[4] = '{"prompt": "x"}'
+    lines[5] = '{"prompt": 3, "response": " "}'
+    path.write_text("\n".join(lines))
+    message = refused(capsys, "quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
+    assert f"{path}:3: not JSON" in message and f"{path}:5: response must be given" in message and f"{path}:6: prompt" in message
+
+
+@pytest.mark.parametrize("content", ["", '{"prompt": "only one", "response": "x"}\n'])
+def test_empty_or_one_line_dataset(suite, content, capsys, tmp_path):
+    path = suite / "datasets" / "bird-colon" / "train.jsonl"
+    path.write_text(content)
+    message = refused(capsys, "quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
+    assert str(path) in message and "at least 4" in message
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "caf\xe9", "response": "b"}\n')
+    with pytest.raises(InputError, match=f"{path}:2: not UTF-8"):
+        read_jsonl(path)
+    with pytest.raises(InputError, match=f"{path}:2: not UTF-8"):
+        read_prompts(path)
+
+
+def test_byte_order_mark_and_blank_lines_are_fine(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "response": "b"}\r\n\r\n{"prompt": "c", "response": "d"}\r\n')
+    assert [e.prompt for e in read_jsonl(path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train": ["bird-colon"]}, "at least 2"),
+        ({"train": ["bird-colon", "bird-rank", "bird-rank"]}, "named twice: bird-rank"),
+        ({"unseen": ["../bird-colon"]}, "unseen must be a list of dataset names"),
+        ({"tarin": []}, "unknown key(s) tarin"),
+        ({"unseen": ["nowhere"]}, "nowhere/train.jsonl: cannot be read"),
+        ({"kinds": {"bird-rank": "x", "nope": "y"}}, "kinds must map names of unseen"),
+    ],
+)
+def test_suite_faults(suite, change, expected):
+    path = suite / "suite.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError) as error:
+        load_suite(suite)
+    assert expected in str(error.value)
+
+
+def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
+    assert "suite.json: no such file" in refused(
+        capsys, "quickstart", TINY, f"--suite={tmp_path / 'none'}", f"--workdir={tmp_path / 'w'}"
+    )
+    (tmp_path / "suite.json").write_text("{")
+    assert "suite.json:1: not JSON" in refused(capsys, "quickstart", TINY, f"--suite={tmp_path}", f"--workdir={tmp_path / 'w'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quikstart"], "did you mean quickstart?"),
+        (["train", TINY, "--config.train.stepz=3"], "stepz"),
+        (["train", TINY, "--config.train.steps=many"], "many"),
+        (["train", TINY, "--workdri=x"], "workdri"),
+        (["train", TINY, "--config.generator.kernel_size=4"], "config.generator.kernel_size = 4 must be odd"),
+        (["train", TINY, "--config.lora.checkpoints=7"], "config.lora.checkpoints = 7 is more than lora.steps = 6"),
+        (["train", "--config=nowhere.py"], "nowhere.py: no such config file"),
+        (["quickstart", TINY, "--seeds=0,x"], "--seeds=0,x"),
+        (["generate", TINY, "--prompts=x"], "--generator is needed"),
+        (["train", TINY, "extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_command_line_faults(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+    assert expected in refused(capsys, *arguments)
+
+
+def test_config_lists_every_fault_with_the_nearest_key():
+    raw = load_file("configs/mini.py").to_dict()
+    raw["train"]["stepz"] = raw["train"].pop("steps")
+    raw["lora"]["rank"] = "four"
+    with pytest.raises(InputError) as error:
+        freeze(raw)
+    text = str(error.value)
+    assert "config.train.stepz is unknown; did you mean steps?" in text
+    assert "config.train.steps is missing" in text and "config.lora.rank = 'four' should be int" in text
+
+
+def test_too_few_prompts():
+    with pytest.raises(InputError, match="3 prompt.*takes 8; add 5 more"):
+        draw_prompts(["a", "b", "c"], 8, 0)
+    with pytest.raises(InputError, match="prompt 2 is empty"):
+        draw_prompts(["a", " ", "c"], 2, 0)
+
+
+def test_prompt_of_100_000_characters(suite, tmp_path, capsys):
+    """Too long for the base: named by file and line. For generation the encoder truncates it (test_quickstart runs that path)."""
+    path = suite / "datasets" / "bird-colon" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["prompt"] = "why " * 25_000
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = build_tokenizer((e.prompt for e in load_suite(suite).corpus), 500)
+    with pytest.raises(InputError, match=f"{path}:2: .* tokens with its response, more than base.max_length=64"):
+        encode(tokenizer, read_jsonl(path), 64)
+
+
+def test_unwritable_and_full_output_folders(tmp_path):
+    tensors = {
+        "m.layers.0.q_proj.lora_A.weight": np.ones((2, 4), np.float32),
+        "m.layers.0.q_proj.lora_B.weight": np.ones((4, 2), np.float32),
+    }
+    config = AdapterConfig("base", 2, 4.0, ("q_proj",))
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(InputError, match="cannot write here"):
+        save_adapter(blocked / "adapter", tensors, config)
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small file system")
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        tensors = {
+            "m.layers.0.q_proj.lora_A.weight": np.ones((2, 40_000), np.float32),
+            "m.layers.0.q_proj.lora_B.weight": np.ones((4, 2), np.float32),
+        }
+        with pytest.raises(InputError, match="cannot write here"):
+            save_adapter(disk / "adapter", tensors, AdapterConfig("base", 2, 4.0, ("q_proj",)))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_adapter_folder_faults(tmp_path):
+    tensors = {
+        "m.layers.0.q_proj.lora_A.weight": np.ones((2, 4), np.float32),
+        "m.layers.0.q_proj.lora_B.weight": np.ones((4, 2), np.float32),
+    }
+    folder = save_adapter(tmp_path / "a", tensors, AdapterConfig("base", 2, 4.0, ("q_proj",)))
+    assert load_adapter_config(folder) == AdapterConfig("base", 2, 4.0, ("q_proj",))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(InputError, match="truncated"):
+        load_adapter(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    with pytest.raises(InputError, match="use_dora = True is not supported"):
+        load_adapter_config(folder)
+
+
+def test_generator_folder_faults(tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a\nb\n")
+    message = refused(capsys, "generate", TINY, f"--generator={tmp_path}", f"--prompts={prompts}", f"--out={tmp_path / 'o'}")
+    assert "no generator.json" in message and not (tmp_path / "o").exists()
+
+
+def test_adapters_of_another_base_are_listed(suite, tmp_path, capsys):
+    layout = {"model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8), "model.layers.0.self_attn.q_proj.lora_B.weight": (8, 2)}
+    rng = np.random.default_rng(0)
+    for i, dataset in enumerate(load_suite(suite).train):
+        for step in (1, 2):
+            tensors = {key: rng.normal(size=shape).astype(np.float32) for key, shape in layout.items()}
+            base = "other" if (i, step) == (1, 2) else "ours"
+            save_adapter(tmp_path / "w/loras" / dataset.name / f"step_{step}", tensors, AdapterConfig(base, 2, 4.0, ("q_proj",)))
+    message = refused(capsys, "train", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
+    assert "adapters of another base" in message and "step_2 (other" in message
+    assert not (tmp_path / "w" / "generator" / "generator.json").exists()
+
+
+def test_adapter_that_does_not_fit_its_base_is_refused_in_pytorch(tmp_path):
+    """PEFT itself only warns."""
+    import jax
+
+    from dnd_jax.models import hf
+    from dnd_jax.models.base_lm import BaseLM, LmConfig
+    from dnd_jax.torch_scoring import TorchBase
+
+    tokenizer = build_tokenizer(["one two three"], 300)
+    config = LmConfig(len(tokenizer), 16, 16, 1, 2, 1)
+    params = BaseLM(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    hf.save_base(tmp_path / "base", config, params, tokenizer)
+    base = TorchBase(tmp_path / "base", 4, 4)
+    shapes = config.lora_shapes(2, ("q_proj",))
+    good = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
+    adapter = AdapterConfig("base", 2, 4.0, ("q_proj",))
+    base.use(save_adapter(tmp_path / "good", good, adapter))
+    wrong_names = {key.replace("model.layers", "model.blocks"): value for key, value in good.items()}
+    with pytest.raises(InputError, match="not an adapter of"):
+        base.use(save_adapter(tmp_path / "names", wrong_names, adapter))
+    wrong_shapes = {key: np.ones((s[0] * 2, s[1]) if "_B" in key else s, np.float32) for key, s in shapes.items()}
+    with pytest.raises(InputError, match="not an adapter of"):
+        base.use(save_adapter(tmp_path / "shapes", wrong_shapes, adapter))
+
+
+def test_damaged_checkpoints(tmp_path):
+    """The newest is truncated: the older one is used. All damaged: one clear line."""
+    import jax
+    import jax.numpy as jnp
+
+    def train(steps):
+        step = jax.jit(lambda state, batch: ({"x": state["x"] + batch}, {"loss": jnp.sum(state["x"])}))
+        state = {"x": jnp.zeros(3)}
+        return loop.run("t", tmp_path / "run", state, step, lambda i: jnp.full(3, float(i)), steps, 2, {"setting": 1})["x"]
+
+    expected = np.asarray(train(4))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir() if p.name.isdigit()) == ["2", "4"]
+
+    def damage(step):
+        for file in (folder / step / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    damage("4")
+    assert np.array_equal(np.asarray(train(4)), expected)
+    damage("2")
+    damage("4")
+    with pytest.raises(InputError, match="no checkpoint can be read"):
+        train(4)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    import jax
+    import jax.numpy as jnp
+
+    step = jax.jit(lambda state, batch: (state, {"loss": jnp.log(batch)}))
+    with pytest.raises(InputError, match=r"loss is -?(nan|inf) at step 4 with pair 3; last good checkpoint: .*/2"):
+        loop.run("t", tmp_path, {"x": jnp.zeros(2)}, step, lambda i: 3.0 - i, 6, 2, {}, blame=lambda i: f" with pair {i}")

@@ -1,0 +1,206 @@
+"""The whole pipeline as a user runs it: real processes, real MiniLM, transformers and PEFT, on a tiny setting."""
+
+import json
+import pathlib
+import re
+import signal
+
+import numpy as np
+import pytest
+from pipeline import TINY, dnd, start, tiny_suite, when
+
+from dnd_jax.generate import generate_adapter
+from dnd_jax.layout import LoraLayout
+from dnd_jax.suite import load_suite
+
+STAGES = ("pretrain", "collect", "generator")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> pathlib.Path:
+    return tiny_suite(tmp_path_factory.mktemp("suite") / "towns")
+
+
+@pytest.fixture(scope="module")
+def finished(suite, tmp_path_factory):
+    """An uninterrupted run: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return workdir, done.stdout
+
+
+def numbers(workdir: pathlib.Path) -> dict:
+    """results.json without what is measured in seconds."""
+    results = json.loads((workdir / "results.json").read_text())
+    return {key: value for key, value in results.items() if key not in ("seconds", "overhead")}
+
+
+def test_results_table_and_report(suite, finished):
+    workdir, printed = finished
+    results = json.loads((workdir / "results.json").read_text())
+    names = load_suite(suite).unseen
+    assert list(results["unseen"]) == [d.name for d in names]
+    for scores in results["unseen"].values():
+        for measure in (scores, scores["content"], scores["format"]):
+            flat = [
+                measure[k]
+                for k in ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "wrong_prompts", "tuned")
+            ]
+            assert all(0 <= x <= 1 for x in (*flat, measure["generated"]["mean"]))
+            assert measure["train_best"] >= measure["train_mean"]
+            assert len(measure["generated"]["scores"]) == 2
+    assert results["agreement"]["same_answers"] == results["agreement"]["answers"] == 15
+    assert results["agreement"]["largest_logit_difference"] < 1e-4
+    assert results["overhead"]["ratio"] > 0
+    lines = printed.strip().splitlines()
+    assert lines[-1] == f"report: {workdir / 'report.html'}"
+    assert all(any(line.startswith(d.name) for line in lines) for d in names)
+    page = (workdir / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in re.sub(r"base64,[^\"]+", "", page)
+
+
+def test_every_adapter_scores_in_pytorch_what_the_table_says(suite, finished):
+    """Read by plain transformers and peft, without our evaluation code."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    workdir, _ = finished
+    results = json.loads((workdir / "results.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "base")
+    for dataset in load_suite(suite).unseen:
+        base = AutoModelForCausalLM.from_pretrained(workdir / "base").eval()
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": e.prompt}], tokenize=False, add_generation_prompt=True)
+            for e in dataset.test
+        ]
+        encoded = [tokenizer(t, add_special_tokens=False, return_tensors="pt") for t in texts]
+        with torch.no_grad():
+            plain = base(**encoded[0]).logits
+            model = PeftModel.from_pretrained(base, workdir / "adapters" / dataset.name).eval()
+            assert (model(**encoded[0]).logits - plain).abs().max() > 1e-4
+            answers = [model.generate(**e, max_new_tokens=4, do_sample=False)[0, e["input_ids"].shape[1] :] for e in encoded]
+        texts = [tokenizer.decode(a, skip_special_tokens=True).split() for a in answers]
+        exact = np.mean([t == e.response.split() for t, e in zip(texts, dataset.test, strict=True)])
+        assert exact == pytest.approx(results["unseen"][dataset.name]["generated"]["scores"][0])
+
+
+def test_same_command_again_changes_nothing(suite, finished):
+    workdir, _ = finished
+    before = numbers(workdir)
+    again = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    assert again.returncode == 0 and numbers(workdir) == before
+
+
+def test_changed_setting_is_refused_and_listed(suite, finished):
+    workdir, _ = finished
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}", "--config.lora.rank=3")
+    assert done.returncode == 2
+    assert "lora.rank: 2 -> 3" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_generate_command_and_function(suite, finished, tmp_path):
+    workdir, _ = finished
+    name = load_suite(suite).unseen[0].name
+    prompts = suite / "datasets" / name / "train.jsonl"
+    done = dnd("generate", f"--generator={workdir}", f"--prompts={prompts}", f"--out={tmp_path / 'a'}")
+    assert done.returncode == 0, done.stderr
+    text = tmp_path / "prompts.txt"
+    text.write_text("\n".join(json.loads(line)["prompt"] for line in prompts.read_text().splitlines()))
+    again = generate_adapter(workdir / "generator", text, tmp_path / "b")
+    stored = [
+        (folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "a", again, workdir / "adapters" / name)
+    ]
+    assert stored[0] == stored[1] == stored[2]
+    other = generate_adapter(workdir, text, tmp_path / "c", seed=1)
+    assert (other / "adapter_model.safetensors").read_bytes() != stored[0]
+    manifest = json.loads((workdir / "generator" / "generator.json").read_text())["layout"]
+    assert LoraLayout.from_json(manifest).num_tokens == manifest["num_tokens"]
+
+
+def interrupted_runs(suite, workdir, signals) -> int:
+    """Starts the same command again and again, each time sending a signal once that stage has begun to save. Returns restarts."""
+    restarts = 0
+    for stage, signum in signals:
+        process = start("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+        reached = when(process, lambda stage=stage: any((workdir / stage / "checkpoints").glob("[0-9]*")))
+        if reached:
+            process.send_signal(signum)
+        _, error = process.communicate(timeout=300)
+        assert reached, f"ended before {stage}: {error[-2000:]}"
+        expected = {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130}[signum]
+        assert process.returncode == expected, error[-2000:]
+        if signum != signal.SIGKILL:
+            assert "resume with: dnd quickstart" in error
+        restarts += 1
+    return restarts
+
+
+def test_killed_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_path):
+    workdir = tmp_path / "killed"
+    assert interrupted_runs(suite, workdir, [(stage, signal.SIGKILL) for stage in STAGES]) == 3
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(workdir) == numbers(finished[0])
+    for name in ("generator/model.safetensors", "base/model.safetensors"):
+        assert (workdir / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_path, signum):
+    workdir = tmp_path / "stopped"
+    assert interrupted_runs(suite, workdir, [(stage, signum) for stage in STAGES]) == 3
+    # Once more, in the middle of scoring.
+    process = start("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    assert when(process, lambda: (workdir / "evaluation.json").exists())
+    process.send_signal(signum)
+    process.communicate(timeout=300)
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(workdir) == numbers(finished[0])
+
+
+@pytest.mark.slow
+def test_several_seeds(suite, tmp_path):
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}", "--seeds=0,1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["seeds"] == [0, 1] and set(results["runs"]) == {"0", "1"}
+    both = [np.mean([e["generated"]["mean"] for e in run["unseen"].values()]) for run in results["runs"].values()]
+    assert results["mean"]["generated"]["by_seed"] == pytest.approx(both)
+    assert results["mean"]["generated"]["mean"] == pytest.approx(np.mean(both))
+    assert (tmp_path / "w" / "seed_1" / "generator" / "generator.json").exists()
+
+
+@pytest.mark.slow
+def test_stage_by_stage_equals_quickstart(suite, finished, tmp_path):
+    for stage in ("pretrain", "collect", "train", "evaluate"):
+        done = dnd(stage, TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
+        assert done.returncode == 0, (stage, done.stderr[-2000:])
+    assert numbers(tmp_path / "w") == numbers(finished[0])
+
+
+@pytest.mark.slow
+def test_chunk_target_and_encoder_in_the_graph(suite, tmp_path):
+    """The paper's target, and conditions computed inside the train step, through all stages."""
+    options = (
+        "--config.generator.target=chunk",
+        "--config.condition.in_graph=true",
+        "--config.generator.features=((0,0,0),(0,0,0))",
+    )
+    done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_another_world_of_full_size(tmp_path):
+    """Other words, 7 x 6 tasks, the default recipe untouched: new combinations work, wrong prompts do not."""
+    from other_world import write_other_world
+
+    suite = write_other_world(tmp_path / "towns")
+    done = dnd("quickstart", "--config=configs/mini.py", f"--suite={suite}", f"--workdir={tmp_path / 'w'}", timeout=2400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mean = json.loads((tmp_path / "w" / "results.json").read_text())["mean"]
+    assert mean["tuned"] > 0.95 and mean["generated"]["mean"] > 0.6 and mean["wrong_prompts"] < 0.1, mean

@@ -1,0 +1,98 @@
+"""Scores of answers on small cases, and greedy decoding in JAX against transformers' own."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dnd_jax.models import hf
+from dnd_jax.scoring import Scorer, make_greedy, pad_left, words
+
+RESPONSES = ["Capital: Paris.", "Capital: Rome.", "Capital: Oslo, not Bergen."]
+
+
+def test_words_are_words_and_single_marks():
+    assert words("Capital: New-York's 3.5!") == ["Capital", ":", "New", "-", "York", "'", "s", "3", ".", "5", "!"]
+    assert words(" \n") == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "exact", "content", "shape"),
+    [
+        (RESPONSES, 1, 1, 1),
+        (["Capital:Paris .", " Capital : Rome.", "Capital: Oslo,not Bergen."], 1, 1, 1),  # spaces do not count
+        (["Capital: Rome.", "Capital: Paris.", "Capital: Lima, not Quito."], 0, (0 + 0 + 1 / 4) * 4 / 4, 1),
+        (["Paris", "Rome", "Oslo"], 0, (1 + 1 + 1 / 4) / 3, 0),  # right words, wrong form
+        (["capital: Paris.", "Capital; Rome.", "Capital: Oslo not Bergen."], 0, (1 + 1 + 3 / 4) / 3, 0),
+        (["", "", ""], 0, 0, 0),
+        (["Capital: Paris. Capital: Paris.", "Capital: Rome", "."], 0, 2 / 3, 0),  # too long, too short
+    ],
+)
+def test_scores(answers, exact, content, shape):
+    """Form: "Capital", ":" and "."; content: the names, and the third answer's "not" and comma."""
+    scores = Scorer(RESPONSES)(answers)
+    expected_content = content if content != (0 + 0 + 1 / 4) * 4 / 4 else (0 + 0 + 2 / 4) / 3
+    assert scores == pytest.approx({"exact": exact, "content": expected_content, "format": shape})
+
+
+def test_form_is_what_nearly_all_responses_share():
+    shared = [f"It is {i}." for i in range(19)]
+    assert Scorer([*shared, "She was 20!"]).form == {"It", "is", "."}  # 19 of 20
+    assert Scorer([*shared[:-1], "He was 19!", "She was 20!"]).form == set()  # 18 of 20
+    with pytest.raises(ValueError):
+        Scorer(RESPONSES)(["Capital: Paris."])
+
+
+def test_an_answer_without_content_counts_when_it_is_right():
+    scorer = Scorer(["yes"] * 4)
+    assert scorer(["yes", "yes", "no", "yes yes"]) == pytest.approx({"exact": 0.5, "content": 0.5, "format": 0.5})
+
+
+def test_pad_left():
+    ids, valid = pad_left([[5], [1, 2, 3]], pad=9)
+    assert ids.tolist() == [[9, 9, 5], [1, 2, 3]] and valid.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert ids.dtype == valid.dtype == np.int32
+
+
+def test_greedy_equals_transformers(tmp_path):
+    """Prompts of several lengths in one batch; an end token that some rows reach and some do not."""
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    model.save_pretrained(tmp_path)
+    module, params = hf.load_base(tmp_path)
+    rng = np.random.default_rng(0)
+    pad, new = 0, 12
+    ids, valid = pad_left([rng.integers(1, 23, n).tolist() for n in (1, 4, 9, 6, 2, 9, 3, 5)], pad)
+
+    def theirs(end):
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long(), max_new_tokens=new,
+                do_sample=False, eos_token_id=end, pad_token_id=end, min_new_tokens=None,
+            )[:, ids.shape[1] :].numpy()  # fmt: skip
+        return np.pad(out, ((0, 0), (0, new - out.shape[1])), constant_values=end)
+
+    free = theirs(22)
+    end = int(np.bincount(free[:, 3:9].ravel()).argmax())  # one that rows meet on their way
+    expected = theirs(end)
+    lengths = [row.index(end) if end in row else new for row in expected.tolist()]
+    assert len(set(lengths)) > 2 and min(lengths) < new, lengths
+    ours = make_greedy(module, new)(params, {}, 1.0, ids, valid, end)
+    np.testing.assert_array_equal(ours, expected)
+
+    # A LoRA reaches every step: the one whose B A cancels o_proj gives the answers of a model without o_proj.
+    name = "model.layers.1.self_attn.o_proj"
+    weight = model.model.layers[1].self_attn.o_proj.weight.detach().numpy().copy()
+    lora = {f"{name}.lora_A.weight": np.eye(32, dtype=np.float32), f"{name}.lora_B.weight": -weight / 4}
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    changed = theirs(end)
+    assert not np.array_equal(changed, expected)
+    np.testing.assert_array_equal(make_greedy(module, new)(params, jax.device_put(lora), 4.0, ids, valid, end), changed)
