@@ -19,6 +19,6 @@ def get_config():
     config.generator.update(
         features=((0, 0, 0), (16, 24, 96), (32, 12, 66), (64, 0, 0), (0, 0, 0)), kernel_size=3, target="element"
     )
-    config.train.update(steps=300, batch_size=16, learning_rate=1e-3, warmup_steps=10, save_every=100)
+    config.train.update(steps=600, batch_size=16, learning_rate=1e-3, warmup_steps=10, save_every=100)
     config.evaluate.max_new_tokens = 8
     return config

@@ -64,7 +64,8 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a state dict that can be read safely ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a state dict that can be read safely ({reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: expected a flat dictionary of tensors")
     return {key: value.numpy() for key, value in state.items()}
