@@ -77,12 +77,12 @@ def test_ridge_strength_is_that_of_a_brute_force_refit(seed, datasets, width, no
 
 
 def test_ridge_without_a_signal_predicts_the_mean():
-    """Weights that have nothing to do with the prompts: the strongest penalty wins, and the answer is about the mean adapter."""
+    """Weights that have nothing to do with the prompts: a strong penalty wins, and the answer is about the mean adapter."""
     (target, pooled, weights, batches), *_ = problem(seed=3, datasets=6, width=8, noise=0.5)
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in weights.items()}
     ridge = Ridge.fit(target, pooled, weights, batches)
-    assert ridge.strength >= 1e3 and ridge.left_out_error >= 0.99
+    assert ridge.strength >= 100 and ridge.left_out_error >= 0.99
     mean = target.decode(np.zeros(target.shape, np.float32))
     for key, value in ridge.tensors(pooled["d0"]).items():
         np.testing.assert_allclose(value, mean[key], atol=0.01)
