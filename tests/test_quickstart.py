@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pipeline import TINY, dnd, start, tiny_suite, when
 
+from dnd_jax.adapters import load_adapter
 from dnd_jax.generate import generate_adapter
 from dnd_jax.layout import LoraLayout
 from dnd_jax.suite import load_suite
