@@ -110,12 +110,14 @@ def test_generate_command_and_function(suite, finished, tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("\n".join(json.loads(line)["prompt"] for line in prompts.read_text().splitlines()))
     again = generate_adapter(workdir / "generator", text, tmp_path / "b")
-    stored = [
-        (folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "a", again, workdir / "adapters" / name)
-    ]
-    assert stored[0] == stored[1] == stored[2]
-    other = generate_adapter(workdir, text, tmp_path / "c", seed=1)
-    assert (other / "adapter_model.safetensors").read_bytes() != stored[0]
+    stored = [(folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "a", workdir / "adapters" / name)]
+    assert stored[0] == stored[1]
+    # This process has eight virtual devices, hence other threads and another order of summation.
+    first, second = load_adapter(tmp_path / "a"), load_adapter(again)
+    other = load_adapter(generate_adapter(workdir, text, tmp_path / "c", seed=1))
+    for key, value in first.items():
+        np.testing.assert_allclose(second[key], value, atol=1e-5)
+    assert any(np.abs(other[key] - value).max() > 1e-5 for key, value in first.items())
     manifest = json.loads((workdir / "generator" / "generator.json").read_text())["layout"]
     assert LoraLayout.from_json(manifest).num_tokens == manifest["num_tokens"]
 
