@@ -195,15 +195,3 @@ def test_chunk_target_and_encoder_in_the_graph(suite, tmp_path):
     )
     done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}", *options)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_another_world_of_full_size(tmp_path):
-    """Other words, 7 x 6 tasks, the default recipe untouched: new combinations work, wrong prompts do not."""
-    from other_world import write_other_world
-
-    suite = write_other_world(tmp_path / "towns")
-    done = dnd("quickstart", "--config=configs/mini.py", f"--suite={suite}", f"--workdir={tmp_path / 'w'}", timeout=2400)
-    assert done.returncode == 0, done.stderr[-2000:]
-    mean = json.loads((tmp_path / "w" / "results.json").read_text())["mean"]
-    assert mean["tuned"] > 0.95 and mean["generated"]["mean"] > 0.6 and mean["wrong_prompts"] < 0.1, mean
