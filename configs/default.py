@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
                 "features": ((0, 0, 0), (0, 0, 0)),
                 "kernel_size": 9,
                 "length_projection": "",
+                "convolution": "auto",
                 "target": "chunk",
                 "chunk_width": 0,
                 "importance": True,
@@ -69,6 +70,13 @@ def get_config() -> ConfigDict:
                 "save_every": 500,
             },
             "evaluate": {"samples": 5, "batch_size": 128, "max_new_tokens": 32},
+            "bench": {
+                "cases": (),
+                "methods": ("direct", "auto"),
+                "torch": ("eager", "channels_last", "compile"),
+                "repeats": 3,
+                "rounds": 2,
+            },
             "mesh": {
                 "data": -1,
                 "fsdp": 1,

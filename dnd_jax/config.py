@@ -17,6 +17,7 @@ from dnd_jax.errors import InputError, listed
 from dnd_jax.models.base_lm import LmConfig
 from dnd_jax.models.generator import LENGTH_PROJECTIONS
 from dnd_jax.models.hyperconv import Features
+from dnd_jax.ops import METHODS
 
 TARGETS = ("chunk", "element")
 
@@ -82,6 +83,7 @@ class Generator:
     features: tuple[Features, ...]  # (N, L, C) of each stage; a 0 takes the size from the condition or the token grid
     kernel_size: int
     length_projection: str  # "", "camera_ready" or "first_release"
+    convolution: str  # "auto", "direct", "dft" or "tuned": dnd_jax/ops/convolution.py
     target: str  # "chunk" (the paper's) or "element"
     chunk_width: int  # 0: the greatest common divisor of all LoRA dimensions
     importance: bool  # weight tokens by their spread over checkpoints
@@ -111,6 +113,18 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bench:
+    """`dnd bench`. cases: (name, config file, what, batch, dtype, first stage, last stage) as dnd_jax/bench/case.py's Case, the last
+    two may be left out; none: this configuration's own forward, train and generate."""
+
+    cases: tuple
+    methods: tuple  # ours, of generator.convolution
+    torch: tuple  # of dnd_jax/bench/torch_worker.py's VARIANTS
+    repeats: int  # timed runs in one process
+    rounds: int  # processes a variant, one variant after the other
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     """Axis sizes; one may be -1. `rules`: ordered (pattern of a parameter's path, mesh axis of each dimension)."""
 
@@ -131,6 +145,7 @@ class Config:
     generator: Generator
     train: Train
     evaluate: Evaluate
+    bench: Bench
     mesh: Mesh
 
     def to_json(self) -> dict:
@@ -190,7 +205,7 @@ def _impossible(c: Config) -> list[str]:
     positive = (
         "base.max_length pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
         "lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size "
-        "train.save_every evaluate.samples evaluate.batch_size evaluate.max_new_tokens"
+        "train.save_every evaluate.samples evaluate.batch_size evaluate.max_new_tokens bench.repeats bench.rounds"
     )
     for key in positive.split():
         section, name = key.split(".")
@@ -203,6 +218,7 @@ def _impossible(c: Config) -> list[str]:
     need("generator.kernel_size", g.kernel_size % 2 == 1 and g.kernel_size > 0, "must be odd")
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")
     need("generator.length_projection", g.length_projection in ("", *LENGTH_PROJECTIONS), f"is none of {('', *LENGTH_PROJECTIONS)}")
+    need("generator.convolution", g.convolution in METHODS, f"is none of {METHODS}")
     need("generator.chunk_width", g.chunk_width >= 0, "must not be negative (0 derives it)")
     need(
         "generator.features",

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -21,10 +20,9 @@ from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
 from dnd_jax.layout import LoraLayout
-from dnd_jax.models.generator import Generator
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.suite import read_prompts
-from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS
+from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS, make_generator
 
 
 def draw_prompts(prompts: Sequence[str], count: int, seed: int, source: str = "prompts") -> list[str]:
@@ -57,12 +55,7 @@ class TrainedGenerator:
         kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
         self.target = targets.from_statistics(kind, self.layout, stored)
         features = tuple(tuple(f) for f in description["features"])
-        self.module = Generator(
-            features,
-            settings["generator"]["kernel_size"],
-            settings["generator"]["length_projection"] or None,
-            jnp.dtype(settings["train"]["dtype"]),
-        )
+        self.module = make_generator(features, config_lib.Generator(**settings["generator"]), settings["train"]["dtype"])
         flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
         self.fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes() + (folder / MODEL).read_bytes()).hexdigest()

@@ -72,10 +72,11 @@ class LoraLayout:
         chunk_width w: None derives the greatest common divisor of all d_in and d_out.
         Raises InputError listing every key that is not a LoRA matrix, every missing partner and every deviating rank.
         """
-        return cls._from_shapes({key: tuple(value.shape) for key, value in tensors.items()}, chunk_width)
+        return cls.from_shapes({key: tuple(value.shape) for key, value in tensors.items()}, chunk_width)
 
     @classmethod
-    def _from_shapes(cls, raw_shapes: Mapping[str, tuple[int, ...]], chunk_width: int | None) -> "LoraLayout":
+    def from_shapes(cls, raw_shapes: Mapping[str, tuple[int, ...]], chunk_width: int | None = None) -> "LoraLayout":
+        """`from_tensors` for {key: shape}."""
         faults, pairs, ranks = [], {}, {}
         for raw_key, shape in raw_shapes.items():
             match = _KEY.fullmatch(raw_key.removeprefix(PEFT_PREFIX))
@@ -249,7 +250,7 @@ class LoraLayout:
         if isinstance(manifest, str):
             manifest = json.loads(manifest)
         shapes = {key: (rows, columns) for key, rows, columns in manifest["matrices"]}
-        layout = cls._from_shapes(shapes, manifest["chunk_width"])
+        layout = cls.from_shapes(shapes, manifest["chunk_width"])
         if (layout.num_tokens, layout.rank) != (manifest["num_tokens"], manifest["rank"]):
             raise InputError(
                 f"layout manifest says {manifest['num_tokens']} tokens of rank {manifest['rank']}, "

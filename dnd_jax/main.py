@@ -15,6 +15,7 @@ STAGES: dict[str, str] = {
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
     "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples",
+    "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
@@ -28,6 +29,7 @@ def usage() -> str:
         f"--config     a file of configs/ (default {DEFAULT_CONFIG}); any of its keys can be set: --config.train.steps=500\n"
         "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
         "--suite      folder of your own tasks (default: the embedded suite)\n"
+        "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
         "--seeds      quickstart: comma-separated seeds (default: the config's)"
     )
 
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]):
-    """absl flags and config overrides -> (flag values, frozen Config). Raises InputError with the nearest known name."""
+    """absl flags and config overrides -> (flag values, frozen Config, config file). Raises InputError with the nearest known name."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -83,6 +85,8 @@ def _parse(arguments: list[str]):
     flags.DEFINE_string("out", "", "generate, suite: output folder", flag_values=values)
     flags.DEFINE_integer("seed", 0, "generate: draws the prompts", flag_values=values)
     flags.DEFINE_integer("samples", 1, "generate: adapters, from as many draws", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("backend", "", "bench: tpu-aot for a TPU compiler's estimates without a TPU", flag_values=values)
+    flags.DEFINE_string("topology", "v5p:2x2x1", "bench: the TPU chips to compile for", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
@@ -93,7 +97,7 @@ def _parse(arguments: list[str]):
         raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
     if values.suite:
         base.suite = values.suite
-    return values, config_lib.freeze(base)
+    return values, config_lib.freeze(base), name
 
 
 def _seeds(values, config) -> list[int]:
@@ -114,12 +118,13 @@ def _run(stage: str, arguments: list[str]) -> None:
     if any(a in ("-h", "--help") for a in arguments):
         print(usage())
         return
-    values, config = _parse(arguments)
+    values, config, config_file = _parse(arguments)
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
+        "bench": lambda: _bench(values, config, config_file, workdir),
     }
     runners.get(stage, lambda: _stage(stage, config, workdir))()
 
@@ -149,6 +154,19 @@ def _generate(values) -> None:
     for sample in range(values.samples):
         folder = out if values.samples == 1 else out / f"sample_{sample}"
         print(f"adapter: {generator.write(prompts, folder, values.seed + sample, values.prompts).absolute()}")
+
+
+def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
+    if values.backend not in ("", "tpu-aot"):
+        raise InputError(f"--backend={values.backend}: only tpu-aot, or nothing for the devices of this machine")
+    if values.backend:
+        from dnd_jax.bench.tpu import estimate
+
+        estimate(config, values.topology, workdir)
+        return
+    from dnd_jax.bench.run import bench
+
+    bench(config, config_file, workdir)
 
 
 def _stage(stage: str, config, workdir: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ statistics.safetensors (target statistics, importance weights), beside checkpoin
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,14 @@ def resolve_features(
         if stages[at] != known:
             raise InputError(f"config.generator.features[{at}] = {stages[at]} is not {what}, which is {known}; a 0 takes it over")
     return tuple(stages)
+
+
+def make_generator(
+    features: Sequence[Features], config: config_lib.Generator, dtype: str, platform: str | None = None
+) -> Generator:
+    """The module of a configuration with its resolved features; platform as in dnd_jax.ops.convolve."""
+    projection = config.length_projection or None
+    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform)
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
@@ -177,7 +185,7 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
 
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
-    module = Generator(features, config.generator.kernel_size, config.generator.length_projection or None, jnp.dtype(c.dtype))
+    module = make_generator(features, config.generator, c.dtype)
     optimizer = make_optimizer(c)
     mesh = sharding.make_mesh(config.mesh)
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dnd_jax.bench import torch_generator
 from dnd_jax.errors import InputError
 from dnd_jax.interop import load_criterion_weight, load_reference_generator, save_reference_generator
 from dnd_jax.models.generator import Generator
@@ -64,8 +64,9 @@ def assert_gradients_agree(actual: dict, expected: dict, tolerance: float = TOLE
         assert np.abs(actual[name] - value).max() <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("convolution", ["direct", "dft", "auto"])
 @pytest.mark.parametrize("name", ["decoder_small", "decoder_even_dims"])
-def test_golden_decoder(name, tmp_path):
+def test_golden_decoder(name, convolution, tmp_path):
     setting, arrays = golden(name)
     features, weight = setting["features"], arrays["criterion_weight"]
     for kind in ("param", "grad"):
@@ -73,6 +74,7 @@ def test_golden_decoder(name, tmp_path):
         setting[kind] = {PREFIX + key: value for key, value in found.items()}
     assert len(setting["grad"]) == 9 * (len(features) - 1)
     module, params = load_reference_generator(write_state(tmp_path / "g.pth", setting["param"]), features, setting["kernel_size"])
+    module = module.clone(convolution=convolution)
     target = np.where(arrays["mask"], arrays["target"], np.nan)
     output, loss, gradients, by_condition = loss_and_gradients(module, params, arrays["input"], target, weight, tmp_path)
 
@@ -97,7 +99,7 @@ def test_golden_generator_in_both_directions(kind, tmp_path):
         assert after[key].dtype == value.dtype and after[key].shape == value.shape, key
         assert after[key].tobytes() == value.tobytes(), key
 
-    theirs = torch_reference.Generator(*args)
+    theirs = torch_generator.Generator(*args)
     theirs.load_state_dict(torch.load(written, weights_only=True))
     with torch.inference_mode():
         reread = theirs(torch.from_numpy(arrays["condition"])).numpy()
@@ -124,7 +126,7 @@ def test_agrees_with_the_torch_reference(decoder, projection, seed):
     torch.manual_seed(seed)
     n, length, c = features[0]
     text_length = 9 if projection else length
-    reference = torch_reference.Generator(features, kernel_size, projection, text_length)
+    reference = torch_generator.Generator(features, kernel_size, projection, text_length)
     with torch.no_grad():
         for name, value in reference.named_parameters():  # 1 and 0 would hide a swapped scale and bias
             if "norm" in name:
@@ -137,7 +139,7 @@ def test_agrees_with_the_torch_reference(decoder, projection, seed):
 
     theirs = torch.from_numpy(condition).requires_grad_()
     expected = reference(theirs)
-    loss = torch_reference.weighted_loss(expected, torch.from_numpy(target), reference.criterion_weight)
+    loss = torch_generator.weighted_loss(expected, torch.from_numpy(target), reference.criterion_weight)
     loss.backward()
     expected_gradients = {name: value.grad.numpy() for name, value in reference.named_parameters()} | {"input": theirs.grad.numpy()}
 
@@ -163,7 +165,7 @@ def test_initialisation_has_the_bounds_of_pytorch():
         path = pathlib.Path(folder, "init.pth")
         ours = read_state(save_reference_generator(Generator(features, k, "camera_ready"), params, path, np.ones(10)))
     torch.manual_seed(0)
-    theirs = {n: v.detach().numpy() for n, v in torch_reference.Generator(features, k, "camera_ready", 40).named_parameters()}
+    theirs = {n: v.detach().numpy() for n, v in torch_generator.Generator(features, k, "camera_ready", 40).named_parameters()}
     for name, value in theirs.items():
         bound = np.abs(value).max()
         assert np.abs(ours[name]).max() == pytest.approx(bound, rel=0.25 if value.size < 50 else 0.1), name

@@ -42,16 +42,19 @@ class LengthProjection(nn.Module):
 
 
 class Generator(nn.Module):
-    """features: (N, L, C) of every stage, the condition's first and the token grid's last."""
+    """features: (N, L, C) of every stage, the condition's first and the token grid's last. The rest as `HyperConvDecoder`."""
 
     features: Sequence[Features]
     kernel_size: int
     length_projection: str | None = None
     dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         if self.length_projection:
             x = LengthProjection(self.length_projection, self.features[0][1], self.dtype, name="length_projection")(x)
-        return HyperConvDecoder(self.features, self.kernel_size, self.dtype, name="decoder")(x)
+        decoder = HyperConvDecoder(self.features, self.kernel_size, self.dtype, self.convolution, self.platform, name="decoder")
+        return decoder(x)

@@ -209,15 +209,21 @@ def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, toke
         tokenizer.save_pretrained(temporary)
 
 
-def load_encoder(path: str | os.PathLike) -> tuple[TextEncoder, dict]:
-    """(module, float32 parameters) of a BERT-family encoder from a folder, package or hub id; the pooler is not used."""
+def load_encoder_config(path: str | os.PathLike) -> EncoderConfig:
+    """The text encoder's sizes from a folder's config.json. Raises InputError for an architecture that is not BERT's."""
     folder = resolve(path)
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "bert":
         raise InputError(f"{folder}/config.json: model_type {raw.get('model_type')!r} is not supported as text encoder; use bert")
     if raw.get("hidden_act", "gelu") != "gelu" or raw.get("position_embedding_type", "absolute") != "absolute":
         raise InputError(f"{folder}/config.json: only hidden_act gelu and absolute positions are supported")
-    module = TextEncoder(_config_fields(folder, raw, EncoderConfig))
+    return _config_fields(folder, raw, EncoderConfig)
+
+
+def load_encoder(path: str | os.PathLike) -> tuple[TextEncoder, dict]:
+    """(module, float32 parameters) of a BERT-family encoder from a folder, package or hub id; the pooler is not used."""
+    folder = resolve(path)
+    module = TextEncoder(load_encoder_config(folder))
     ids = np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     weights = {

@@ -10,26 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dnd_jax.ops import Problem, convolve
+
 Features = tuple[int, int, int]  # (N, L, C)
 
 LAYER_NORM_EPS = 1e-5
-
-
-def convolve(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
-    """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
-
-    kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the order of x. Returns x's layout
-    with `axis` of size `out`.
-    """
-    grid = tuple(a for a in (1, 2, 3) if a != axis)
-    layout = (0, axis, *grid)
-    return jax.lax.conv_general_dilated(
-        x_BxNxLxC,
-        kernel,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=jax.lax.ConvDimensionNumbers(lhs_spec=layout, rhs_spec=(3, 2, 0, 1), out_spec=layout),
-    )
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -49,10 +34,14 @@ class HyperConvStage(nn.Module):
     features_out: Features
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    platform: str | None = None
 
-    def kernel(self, name: str, size_in: int, size_out: int) -> jax.Array:
-        k = self.kernel_size
-        return self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out)).astype(self.dtype)
+    def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
+        """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
+        k, size_in = self.kernel_size, x_BxNxLxC.shape[axis]
+        kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
+        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform)
 
     @nn.compact
     def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
@@ -65,32 +54,37 @@ class HyperConvStage(nn.Module):
             epsilon=LAYER_NORM_EPS, reduction_axes=(-2, -1), feature_axes=(-2, -1), use_fast_variance=False,
             dtype=self.dtype, name="norm",
         )(x_BxNxLxC)  # fmt: skip
-        width_first = convolve(x, self.kernel("conv1w", c, c_out), axis=3)
-        width_first = convolve(width_first, self.kernel("conv1h", length, length_out), axis=2)
-        height_first = convolve(x, self.kernel("conv2h", length, length_out), axis=2)
-        height_first = jnp.tanh(convolve(height_first, self.kernel("conv2w", c, c_out), axis=3))
+        width_first = self.convolve(x, "conv1w", 3, c_out)
+        width_first = self.convolve(width_first, "conv1h", 2, length_out)
+        height_first = self.convolve(x, "conv2h", 2, length_out)
+        height_first = jnp.tanh(self.convolve(height_first, "conv2w", 3, c_out))
         bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
         y = (width_first + height_first + bias.astype(self.dtype)) / 3
 
-        y = convolve(y, self.kernel("conv_n", n, n_out), axis=1)
+        y = self.convolve(y, "conv_n", 1, n_out)
         bias_n = self.param("bias_n", torch_uniform(n * self.kernel_size**2), (n_out,))
         y = y + bias_n.astype(self.dtype)[:, None, None]
         return x_BxNxLxC + y if self.features_in == self.features_out else y
 
 
 class HyperConvDecoder(nn.Module):
-    """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation."""
+    """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation.
+
+    convolution, platform: the method of dnd_jax.ops.convolve and what it is compiled for.
+    """
 
     features: Sequence[Features]
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         for i, (features_in, features_out) in enumerate(zip(self.features[:-1], self.features[1:], strict=True)):
-            stage = HyperConvStage(tuple(features_in), tuple(features_out), self.kernel_size, self.dtype, name=f"stage_{i}")
-            x = stage(x)
+            common = (self.kernel_size, self.dtype, self.convolution, self.platform)
+            x = HyperConvStage(tuple(features_in), tuple(features_out), *common, name=f"stage_{i}")(x)
         return x
 
 
@@ -108,3 +102,19 @@ def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
     for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
         total += c * c2 * length * n + length * l2 * n * c2 + length * l2 * n * c + c * c2 * l2 * n + n * n2 * l2 * c2
     return kernel_size**2 * total
+
+
+def convolutions(features: Sequence[Features], kernel_size: int, batch: int, dtype: str, platform: str) -> dict[str, Problem]:
+    """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen from."""
+    problems = {}
+    for i, ((n, length, c), (n2, l2, c2)) in enumerate(zip(features[:-1], features[1:], strict=True)):
+        shapes = {  # grid, channels in and out
+            "conv1w": ((n, length), c, c2),
+            "conv1h": ((n, c2), length, l2),
+            "conv2h": ((n, c), length, l2),
+            "conv2w": ((n, l2), c, c2),
+            "conv_n": ((l2, c2), n, n2),
+        }
+        for name, (grid, size_in, size_out) in shapes.items():
+            problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out, kernel_size, dtype, platform)
+    return problems

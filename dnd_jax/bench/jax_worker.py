@@ -1,0 +1,134 @@
+"""One of our measurements, in a process of its own: `python -m dnd_jax.bench.jax_worker SPEC` prints one JSON line."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_config, layout_of
+from dnd_jax.config import Config
+from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
+from dnd_jax.models.text_encoder import TextEncoder, encode_windows
+from dnd_jax.ops import choose
+from dnd_jax.targets import ChunkTarget, ElementTarget
+from dnd_jax.train import make_generator, make_optimizer, make_train_step
+
+
+def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """float32 N(0, 1): conditions, targets and prompts only have to have the right shapes."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def operation(case: Case, config: Config) -> Callable[[], object]:
+    """A function that runs the case once and returns what must be waited for. Everything it needs is on the device already."""
+    features, g = case.features(config), config.generator
+    whole = case.stages is None
+    module = make_generator(features, g if whole else dataclasses.replace(g, length_projection=""), config.train.dtype)
+    batch = max(case.batch, 1)
+    length = config.condition.max_text_length if whole and g.length_projection else features[0][1]
+    shape = (batch, features[0][0], length, features[0][2])
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *shape[1:])))["params"]
+    if case.what == "generate":
+        return _generate(case, config, features, module, params)
+    condition = jax.device_put(normal(shape, 0))
+    if case.what == "forward":
+        apply = jax.jit(lambda params, condition: module.apply({"params": params}, condition))
+        return lambda: apply(params, condition)
+    target = jax.device_put(normal((batch, *features[-1]), 1))
+    importance = jnp.ones(features[-1][0])
+    if case.what == "gradient":
+
+        def loss(params, condition):
+            return weighted_loss(module.apply({"params": params}, condition), target, importance)
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        return lambda: gradient(params, condition)
+    optimizer = make_optimizer(config.train)
+    step = jax.jit(make_train_step(module, optimizer, config.train, importance, 0), donate_argnums=0)
+    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    def train():
+        nonlocal state
+        state, metrics = step(state, {"condition": condition, "target": target})
+        return metrics
+
+    return train
+
+
+def _generate(case: Case, config: Config, features: tuple[Features, ...], module, params) -> Callable[[], object]:
+    """Prompt ids -> adapter tensors: text encoder, decoder, and weights read back from the tokens where the layout is known."""
+    sizes, n, length = encoder_config(config), config.condition.num_prompts, config.condition.max_text_length
+    encoder = TextEncoder(sizes, jnp.dtype(config.train.dtype))
+    ids = np.random.default_rng(0).integers(sizes.vocab_size, size=(case.batch * n, length)).astype(np.int32)
+    valid = np.ones_like(ids)
+    encoder_params = jax.jit(encoder.init)(jax.random.key(1), ids[:1, :8], valid[:1, :8])["params"]
+
+    @jax.jit
+    def tokens(params, encoder_params, ids, valid):
+        condition = encode_windows(encoder, encoder_params, ids, valid)
+        return module.apply({"params": params}, condition.reshape(case.batch, n, length, -1)).astype(jnp.float32)
+
+    layout = layout_of(config)
+    decode = lambda tokens: tokens
+    if layout is not None and config.generator.target == "chunk":
+        decode = ChunkTarget(layout).decode
+    elif layout is not None:
+        decode = ElementTarget(layout, np.zeros(features[-1], np.float32), np.ones(layout.num_tokens, np.float32)).decode
+    ids, valid = jax.device_put((ids, valid))
+    return lambda: [decode(np.asarray(t)) for t in tokens(params, encoder_params, ids, valid)]
+
+
+def peak_bytes() -> int:
+    """The most memory held so far: on the device, or by this process on a CPU."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plans(case: Case, config: Config) -> dict[str, int]:
+    """How many convolutions of the case the method computes which way, output / gradients."""
+    problems = convolutions(
+        case.features(config), config.generator.kernel_size, max(case.batch, 1), config.train.dtype, jax.default_backend()
+    )
+    chosen = (choose(problem, config.generator.convolution) for problem in problems.values())
+    names = {True: "dft", False: "direct"}
+    return Counter(f"{names[p.forward is not None]} / {names[p.backward is not None]}" for p in chosen)
+
+
+def main() -> None:
+    """Runs the spec of the command line."""
+    spec = json.loads(sys.argv[1])
+    case = Case(**spec["case"])
+    config = case.load()
+    config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, convolution=spec["variant"]))
+    try:
+        run = operation(case, config)
+        seconds = []  # the first is warming up
+        while len(seconds) <= spec["repeats"] and (len(seconds) < 2 or sum(seconds) < LONG_ENOUGH):
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds.append(time.perf_counter() - started)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(json.dumps({"out_of_memory": True}))
+        return
+    result = {
+        "seconds": seconds[1:],
+        "compile_seconds": max(0.0, seconds[0] - min(seconds[1:])),
+        "peak_bytes": peak_bytes(),
+        "plans": plans(case, config),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jax": jax.__version__},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""A "same" cross-correlation tile by tile in the Fourier domain, as small matrix products (overlap-save).
+
+For a grid (H, W), kernel k and t-point transforms (t = step + k - 1):
+
+    x -> tiles (t_h, t_w) -> real DFT down H, complex DFT along W -> planes X    "analysis"
+    kernel (k, k)         -> the same, conjugated                 -> planes V
+    P = X V over channels, one matrix product a plane
+    P -> inverse DFTs, the valid (step_h, step_w) of each tile    -> y           "synthesis"
+
+A complex product over channels is three real ones (Gauss): the planes of a frequency are (re, im, re + im) of X and of V, and the
+synthesis matrices turn the three products back. With `products=4` one factor has the planes (re, im) and the other is the real
+2 x 2 matrix of a complex number, the smaller array of the two: a third more work, fewer bytes, half the rounding error. Either way everything is a real bilinear algorithm, y = S [(A x) * (K w)], so the gradients are its
+transposes: dP = S' dy, dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather than kept.
+
+A grid axis of one tile needs no padding: zeros wrap around, t = size + k // 2 is enough, and matrices have the grid's own columns.
+Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X, o plane of P, i j positions, d output channel.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One grid axis cut into tiles. Each makes `step` outputs from `width` inputs by a transform of t points."""
+
+    size: int
+    kernel: int
+    tiles: int
+
+    @property
+    def step(self) -> int:
+        return -(-self.size // self.tiles)
+
+    @property
+    def t(self) -> int:
+        return self.size + self.kernel // 2 if self.tiles == 1 else self.step + self.kernel - 1
+
+    @property
+    def width(self) -> int:
+        return self.size if self.tiles == 1 else self.t
+
+    @property
+    def first(self) -> int:
+        """Position of a tile's first input inside its transform."""
+        return self.kernel // 2 if self.tiles == 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Types inside: of half-transformed arrays, of the planes that are multiplied, of their products; real products a complex one."""
+
+    between: jnp.dtype
+    spectrum: jnp.dtype
+    product: jnp.dtype
+    products: int = 3
+    precision: str = "highest"  # of the matrix products with float32 data
+    scaled: bool = False  # bring every operand's largest value to about 1 first (float16 has little range)
+
+
+# How a complex product is made of real ones: three (Gauss), or four, with the kernel or the data as the 2 x 2 matrix.
+GAUSS, WIDE_KERNEL, WIDE_DATA = "gauss", "wide kernel", "wide data"
+_PLANES = {GAUSS: ("q", "q", "q"), WIDE_KERNEL: ("q", "oq", "o"), WIDE_DATA: ("oq", "q", "o")}  # of X, of V, of P
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The bilinear algorithm of a tile, float64: A = (x_rows, x_columns), K = (k_rows, k_columns), S = (y_columns, y_rows)."""
+
+    x_rows: np.ndarray  # (f, p, width_h)
+    x_columns: np.ndarray  # ([o,] q, g, p, width_w)
+    k_rows: np.ndarray  # (f, p, k)
+    k_columns: np.ndarray  # ([o,] q, g, p, k)
+    y_columns: np.ndarray  # (p, step_w, o, g); o is q with Gauss
+    y_rows: np.ndarray  # (step_h, f, p)
+
+
+@functools.lru_cache(maxsize=256)
+def matrices(h: Axis, w: Axis, form: str) -> Matrices:
+    """The transforms of one tile size. Both ways are scaled by 1/sqrt(t_h t_w), so that planes stay as large as the data."""
+    f, g = np.arange(h.t // 2 + 1), np.arange(w.t)
+    scale_h, scale_w = h.t**-0.5, w.t**-0.5
+
+    def rows(positions, sign):
+        angle = 2 * np.pi * np.outer(f, positions) / h.t
+        return np.stack([np.cos(angle), sign * np.sin(angle)], axis=1)
+
+    def columns(positions, sign):
+        angle = 2 * np.pi * np.outer(g, positions) / w.t
+        cos, sin = np.cos(angle), sign * np.sin(angle)
+        return np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)  # real and imaginary part, each (g, p, position)
+
+    out = np.arange(w.step)
+    angle = 2 * np.pi * np.outer(out, g) / w.t
+    cos, sin = np.cos(angle), np.sin(angle)
+    (x_re, x_im), (k_re, k_im) = columns(w.first + np.arange(w.width), -1), columns(np.arange(w.kernel), 1)
+    if form == GAUSS:  # re = product 0 - product 1, im = product 2 - product 0 - product 1
+        re, im = [cos + sin, sin - cos, -sin], [sin - cos, -sin - cos, cos]
+        x_columns, k_columns = [x_re, x_im, x_re + x_im], [k_re, k_im, k_re + k_im]
+    else:
+        re, im = [cos, -sin], [sin, cos]
+        x_columns, k_columns = [x_re, x_im], [k_re, k_im]
+        if form == WIDE_KERNEL:
+            k_columns = [[k_re, -k_im], [k_im, k_re]]
+        else:
+            x_columns = [[x_re, -x_im], [x_im, x_re]]
+    angle = 2 * np.pi * np.outer(np.arange(h.step), f) / h.t
+    twice = np.where((f == 0) | (2 * f == h.t), 1.0, 2.0)  # the conjugate half of the row frequencies
+    return Matrices(
+        x_rows=rows(h.first + np.arange(h.width), -1) * scale_h,
+        x_columns=np.stack(x_columns) * scale_w,
+        k_rows=rows(np.arange(h.kernel), 1),
+        k_columns=np.stack(k_columns),
+        y_columns=np.stack([np.stack(re, axis=1), np.stack(im, axis=1)]) * scale_w,
+        y_rows=np.stack([np.cos(angle) * twice, -np.sin(angle) * twice], axis=2) * scale_h,
+    )
+
+
+def cut(x: jax.Array, axis: int, a: Axis) -> jax.Array:
+    """(..., size, ...) -> (..., tiles, width, ...), overlapping by k - 1 and padded with zeros outside the grid."""
+    if a.tiles == 1:
+        return jnp.expand_dims(x, axis)
+    pieces = -(-a.t // a.step)  # of a tile: itself and what it borrows from those that follow
+    padding = [(0, 0)] * x.ndim
+    before = a.kernel // 2
+    padding[axis] = (before, (a.tiles + pieces - 1) * a.step - before - a.size)
+    x = jnp.pad(x, padding)
+    parts = []
+    for piece in range(pieces):
+        part = lax.slice_in_dim(x, piece * a.step, (piece + a.tiles) * a.step, axis=axis)
+        part = part.reshape(*x.shape[:axis], a.tiles, a.step, *x.shape[axis + 1 :])
+        parts.append(lax.slice_in_dim(part, 0, min(a.step, a.t - piece * a.step), axis=axis + 1))
+    return jnp.concatenate(parts, axis=axis + 1)
+
+
+class Transforms:
+    """The linear maps of one convolution; every one is written once, forwards, and transposed by JAX or by swapping indices."""
+
+    def __init__(self, h: Axis, w: Axis, arithmetic: Arithmetic, batch: int, channels_out: int):
+        self.h, self.w, self.arithmetic = h, w, arithmetic
+        wide = WIDE_DATA if batch * h.tiles * w.tiles < channels_out else WIDE_KERNEL
+        form = GAUSS if arithmetic.products == 3 else wide
+        self._matrices = matrices(h, w, form)
+        self._x, self._v, self._p = _PLANES[form]
+
+    def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
+        """An einsum of a transform matrix with data, in the data's type but accumulated in at least float32."""
+        matrix = getattr(self._matrices, name)
+        parts = [matrix.astype(value.dtype)]
+        if value.dtype == jnp.bfloat16:  # 8 bits of a matrix would cost as much as rounding the data: take 16
+            parts.append((matrix - parts[0].astype(np.float64)).astype(value.dtype))
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        dot = functools.partial(jnp.einsum, pattern, precision=self.arithmetic.precision, preferred_element_type=wide)
+        return sum(dot(part, value) for part in parts).astype(out)
+
+    def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
+        narrow = min(x_BxHxWxC.dtype, self.arithmetic.between, key=lambda t: jnp.dtype(t).itemsize)
+        x = cut(cut(x_BxHxWxC.astype(narrow), 1, self.h), 3, self.w).transpose(2, 4, 0, 1, 3, 5)
+        return self._dot("fpi,ijbhwc->fpjbhwc", "x_rows", x, self.arithmetic.between)
+
+    def k_rows(self, kernel: jax.Array) -> jax.Array:
+        """(k, k, C, D) -> (f, p, k, C, D)."""
+        return self._dot("fpi,ijcd->fpjcd", "k_rows", kernel.astype(self.arithmetic.between), self.arithmetic.between)
+
+    def y_rows(self, y: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+        """(f, p, step_w, B, tiles_h, tiles_w, D) -> (B, H, W, D)."""
+        y = self._dot("ifp,fpjbhwd->ijbhwd", "y_rows", y, self.arithmetic.product)
+        batch, height, width, channels = shape
+        y = y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, self.h.tiles * self.h.step, self.w.tiles * self.w.step, channels)
+        return y[:, :height, :width]
+
+    # Of one row frequency (no f), so that a loop over f keeps only its own planes.
+    def x_planes(self, z: jax.Array) -> jax.Array:
+        """(p, width_w, B, tiles_h, tiles_w, C) -> ([o,] q, g, B, tiles_h, tiles_w, C)."""
+        return self._dot(f"{self._x}gpj,pjbhwc->{self._x}gbhwc", "x_columns", z, self.arithmetic.spectrum)
+
+    def x_planes_transposed(self, planes: jax.Array) -> jax.Array:
+        return self._dot(f"{self._x}gpj,{self._x}gbhwc->pjbhwc", "x_columns", planes, self.arithmetic.between)
+
+    def k_planes(self, z: jax.Array) -> jax.Array:
+        """(p, k, C, D) -> ([o,] q, g, C, D)."""
+        return self._dot(f"{self._v}gpj,pjcd->{self._v}gcd", "k_columns", z, self.arithmetic.spectrum)
+
+    def k_planes_transposed(self, planes: jax.Array) -> jax.Array:
+        return self._dot(f"{self._v}gpj,{self._v}gcd->pjcd", "k_columns", planes, self.arithmetic.between)
+
+    def y_columns(self, products: jax.Array) -> jax.Array:
+        """(o, g, B, tiles_h, tiles_w, D) -> (p, step_w, B, tiles_h, tiles_w, D)."""
+        return self._dot("pjog,ogbhwd->pjbhwd", "y_columns", products, self.arithmetic.product)
+
+    def y_columns_transposed(self, z: jax.Array) -> jax.Array:
+        return self._dot("pjog,pjbhwd->ogbhwd", "y_columns", z, self.arithmetic.spectrum)
+
+    def _multiply(self, pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        precision = self.arithmetic.precision if a.dtype == jnp.float32 else None
+        return jnp.einsum(pattern, a, b, precision=precision, preferred_element_type=self.arithmetic.product)
+
+    # The products over channels (or over tiles, for the kernel's gradient), frequency by frequency.
+    def product(self, x_planes: jax.Array, k_planes: jax.Array) -> jax.Array:
+        return self._multiply(f"{self._x}gbhwc,{self._v}gcd->{self._p}gbhwd", x_planes, k_planes)
+
+    def product_to_x(self, dp: jax.Array, k_planes: jax.Array) -> jax.Array:
+        return self._multiply(f"{self._p}gbhwd,{self._v}gcd->{self._x}gbhwc", dp, k_planes)
+
+    def product_to_k(self, x_planes: jax.Array, dp: jax.Array) -> jax.Array:
+        return self._multiply(f"{self._x}gbhwc,{self._p}gbhwd->{self._v}gcd", x_planes, dp)
+
+
+def _scale(x: jax.Array, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
+    """x divided by the power of two next to its largest magnitude, and that power (None: untouched)."""
+    if not scaled:
+        return x, None
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x))
+    power = jnp.exp2(jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1))))
+    return x / power, power
+
+
+def _unscale(y: jax.Array, *powers: jax.Array | None) -> jax.Array:
+    for power in powers:
+        if power is not None:
+            y = y * power
+    return y
+
+
+def _each_frequency(function, looped: bool, *arrays):
+    """`function` over the leading axis: in a loop, which keeps the planes of one row frequency, or all at once."""
+    return lax.map(lambda args: function(*args), arrays) if looped else jax.vmap(function)(*arrays)
+
+
+def _part(array: jax.Array, index: jax.Array | int, chunks: int, axis: int) -> jax.Array:
+    size = array.shape[axis] // chunks
+    return lax.dynamic_slice_in_dim(array, index * size, size, axis=axis) if chunks > 1 else array
+
+
+def forward(
+    x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, arithmetic: Arithmetic, looped: bool = False, chunks: int = 1
+) -> jax.Array:
+    """x (B, H, W, C), kernel (k, k, C, D) -> y (B, H, W, D), of x's type.
+
+    looped: one row frequency after the other. chunks (a divisor of D): one part of the output channels after the other.
+    """
+    maps = Transforms(h, w, arithmetic, x.shape[0], kernel.shape[3])
+    x_scaled, x_power = _scale(x, arithmetic.scaled)
+    k_scaled, k_power = _scale(kernel, arithmetic.scaled)
+    zx = maps.x_rows(x_scaled)
+
+    def one(zx, zk):
+        return maps.y_columns(maps.product(maps.x_planes(zx), maps.k_planes(zk)))
+
+    def part(i):
+        zk = maps.k_rows(_part(k_scaled, i, chunks, 3))
+        y = maps.y_rows(_each_frequency(one, looped, zx, zk), (*x.shape[:3], kernel.shape[3] // chunks))
+        return _unscale(y, x_power, k_power).astype(x.dtype)
+
+    if chunks == 1:
+        return part(0)
+    y = lax.map(part, jnp.arange(chunks))  # (chunks, B, H, W, D / chunks)
+    return jnp.moveaxis(y, 0, 3).reshape(*x.shape[:3], kernel.shape[3])
+
+
+def backward(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, arithmetic: Arithmetic, looped: bool = False, chunks: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
+    maps = Transforms(h, w, arithmetic, x.shape[0], kernel.shape[3])
+    x_scaled, x_power = _scale(x, arithmetic.scaled)
+    k_scaled, k_power = _scale(kernel, arithmetic.scaled)
+    dy, dy_power = _scale(dy.astype(arithmetic.product), arithmetic.scaled)
+    zx = maps.x_rows(x_scaled)
+    part_shape = (*dy.shape[:3], dy.shape[3] // chunks)
+    zy_shape = (h.t // 2 + 1, 2, w.step, x.shape[0], h.tiles, w.tiles, part_shape[3])
+    y_rows_transposed = jax.linear_transpose(
+        lambda y: maps.y_rows(y, part_shape), jax.ShapeDtypeStruct(zy_shape, arithmetic.product)
+    )
+    # Transposed as maps of the type between, so that the gradients are rounded once, at the end.
+    x_rows_transposed = jax.linear_transpose(maps.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.between))
+    k_part_shape = (*kernel.shape[:3], part_shape[3])
+    k_rows_transposed = jax.linear_transpose(maps.k_rows, jax.ShapeDtypeStruct(k_part_shape, arithmetic.between))
+
+    def one(zx, zk, zy):
+        dp = maps.y_columns_transposed(zy)
+        dx = maps.x_planes_transposed(maps.product_to_x(dp, maps.k_planes(zk)))
+        return dx, maps.k_planes_transposed(maps.product_to_k(maps.x_planes(zx), dp))
+
+    def part(i):
+        (zy,) = y_rows_transposed(_part(dy, i, chunks, 3))
+        dzx, dzk = _each_frequency(one, looped, zx, maps.k_rows(_part(k_scaled, i, chunks, 3)), zy.astype(arithmetic.between))
+        return dzx, k_rows_transposed(dzk)[0]
+
+    if chunks == 1:
+        dzx, dk = part(0)
+    else:
+
+        def accumulate(dzx, i):
+            more, dk = part(i)
+            return dzx + more, dk
+
+        dzx, dk = lax.scan(accumulate, jnp.zeros_like(zx), jnp.arange(chunks))
+        dk = jnp.moveaxis(dk, 0, 3).reshape(kernel.shape)
+    (dx,) = x_rows_transposed(dzx)
+    return _unscale(dx, k_power, dy_power).astype(x.dtype), _unscale(dk, x_power, dy_power).astype(kernel.dtype)

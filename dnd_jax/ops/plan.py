@@ -1,0 +1,217 @@
+"""Which method and which tiles a convolution uses: a cost model over its shapes, type and platform, or what was measured here.
+
+The model counts, for every way to cut the grid into tiles, the operations and bytes of dnd_jax/ops/dft.py and divides them by the
+rates of the platform (`RATES`, measured or the compiler's); a gradient counts the transposed maps too. A method other than the
+direct one must promise a gain of MARGIN, since a wrong guess costs more than a missed one. `tune` measures instead and remembers.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from dnd_jax.files import read_json, write_json
+from dnd_jax.ops.dft import Arithmetic, Axis
+
+METHODS = ("auto", "direct", "dft", "tuned")
+Tiling = tuple[int, int]  # tiles along each grid axis
+
+MARGIN = 1.15  # predicted gain below which the direct method stays
+LARGEST_TRANSFORM = 64  # points
+LOOP_BYTES = 4 << 30  # planes beyond this are made one row frequency at a time
+CHUNK_BYTES = 1 << 30  # of half-transformed kernel held at once on a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one convolution is computed. None: directly; else the tiling of the output's or of both gradients' transforms."""
+
+    forward: Tiling | None
+    backward: Tiling | None
+    platform: str
+    looped: bool = True
+    chunks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A convolution's shapes: grid (height, width), kernel k, channels C -> D, of a type on a platform."""
+
+    batch: int
+    height: int
+    width: int
+    channels_in: int
+    channels_out: int
+    kernel: int
+    dtype: str
+    platform: str
+
+    @classmethod
+    def of(cls, x, kernel, axis: int, platform: str) -> "Problem":
+        """From arrays or shapes as `convolve` takes them."""
+        height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
+        k, _, channels_in, channels_out = kernel.shape
+        return cls(x.shape[0], height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the direct method."""
+        return self.batch * self.height * self.width * self.kernel**2 * self.channels_in * self.channels_out
+
+    def axes(self, tiling: Tiling) -> tuple[Axis, Axis]:
+        return Axis(self.height, self.kernel, tiling[0]), Axis(self.width, self.kernel, tiling[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a platform achieves: operations and bytes a second."""
+
+    direct: float  # convolution, and its input gradient
+    direct_kernel_gradient: float
+    product: float  # batched matrix products over channels
+    transform: float  # products with the small DFT matrices
+    memory: float  # bytes a second
+    half_channels: int  # channels at which the direct convolution reaches half its rate
+    step: float = 0.0  # seconds for one turn of the loop over row frequencies
+
+
+# cpu: two cores of a Zen 4 server, fitted to `dnd bench`; only ratios matter. gpu: H100. tpu: v5p, by the compiler's estimate.
+RATES = {
+    "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, half_channels=20, step=1e-4),
+    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, half_channels=32),
+    "tpu": Rates(360e12, 360e12, 300e12, 100e12, 2.4e12, half_channels=64),
+}
+
+
+def arithmetic(dtype, platform: str) -> Arithmetic:
+    """The types inside a transform.
+
+    float64 and float32 stay what they are. 16-bit data: a CPU computes in float32; a GPU in float16, scaled, whose 11 bits lose
+    nothing that bfloat16's 8 would show; a TPU multiplies bfloat16 planes, so there the four-product form keeps the error down.
+    """
+    dtype, f32 = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    if dtype.itemsize >= 4:
+        return Arithmetic(dtype, dtype, dtype)
+    if platform == "gpu":
+        return Arithmetic(jnp.dtype(jnp.float16), jnp.dtype(jnp.float16), f32, scaled=True)
+    if platform == "tpu":
+        return Arithmetic(f32, jnp.dtype(jnp.bfloat16), f32, products=4, precision="high")
+    return Arithmetic(f32, f32, f32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates and bytes of one tiling, by direction."""
+
+    products: float
+    transforms: float
+    bytes: float
+    planes: float  # bytes of all planes at once
+    kernel_rows: float  # bytes of the half-transformed kernel
+    turns: int
+
+    def seconds(self, rates: Rates) -> float:
+        """Time by the platform's rates."""
+        return (
+            2 * self.products / rates.product
+            + 2 * self.transforms / rates.transform
+            + self.bytes / rates.memory
+            + self.turns * rates.step
+        )
+
+
+def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
+    """The cost of `dft.forward`, or of `dft.backward`, under a tiling."""
+    h, w = problem.axes(tiling)
+    a = arithmetic(problem.dtype, problem.platform)
+    c, d, k = problem.channels_in, problem.channels_out, problem.kernel
+    tiles = problem.batch * h.tiles * w.tiles
+    f = h.t // 2 + 1
+    frequencies = f * w.t
+    wide_x, wide_k = (3, 3) if a.products == 3 else (4, 2) if tiles < d else (2, 4)
+    # Elements of every array, and the multiply-accumulates of every map.
+    x_tiles, y_tiles = h.width * w.width * tiles * c, h.step * w.step * tiles * d
+    zx, zk, zy = 2 * f * w.width * tiles * c, 2 * f * k * c * d, 2 * f * w.step * tiles * d
+    planes_y = 3 if a.products == 3 else 2
+    px, pk, py = (frequencies * n for n in (wide_x * tiles * c, wide_k * c * d, planes_y * tiles * d))
+    of_x = zx * h.width + 2 * px * w.width
+    of_k = zk * k + 2 * pk * k
+    of_y = zy * h.step + 2 * py * w.step
+    between, spectrum, product = (t.itemsize for t in (a.between, a.spectrum, a.product))
+    bytes_x = 2 * (x_tiles + zx) * between + 2 * px * spectrum
+    bytes_k = (k * k * c * d * 4) + 2 * zk * between + 2 * pk * spectrum
+    bytes_y = 2 * (y_tiles + zy + py) * product
+    every = 2 if gradient else 1
+    return Cost(
+        products=every * a.products * frequencies * tiles * c * d,
+        transforms=every * (of_x + of_k) + of_y,
+        bytes=every * (bytes_x + bytes_k) + bytes_y,
+        planes=(px + pk) * spectrum + py * product,
+        kernel_rows=zk * between,
+        turns=f,
+    )
+
+
+def direct_seconds(problem: Problem, gradient: bool) -> float:
+    """The time of the direct method."""
+    rates = RATES[problem.platform]
+    channels = min(problem.channels_in, problem.channels_out)
+    share = channels / (channels + rates.half_channels)
+    flop = 2 * problem.macs / share
+    return flop / rates.direct + flop / rates.direct_kernel_gradient if gradient else flop / rates.direct
+
+
+def _tile_counts(size: int, kernel: int) -> list[int]:
+    """Numbers of tiles worth trying along an axis: of different steps, with transforms that are not too long."""
+    counts = {-(-size // -(-size // n)) for n in range(1, size + 1)}
+    fitting = [n for n in counts if Axis(size, kernel, n).t <= LARGEST_TRANSFORM]
+    return sorted(fitting) or [max(counts)]
+
+
+def tilings(problem: Problem) -> list[Tiling]:
+    """All tilings worth considering."""
+    return list(itertools.product(_tile_counts(problem.height, problem.kernel), _tile_counts(problem.width, problem.kernel)))
+
+
+def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
+    """The cheapest tiling by the model and its seconds."""
+    rates = RATES[problem.platform]
+    timed = [(dft_cost(problem, tiling, gradient).seconds(rates), tiling) for tiling in tilings(problem)]
+    seconds, tiling = min(timed)
+    return tiling, seconds
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(problem: Problem, method: str = "auto") -> Plan:
+    """The plan of a convolution. Raises ValueError for an unknown method."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if problem.platform not in RATES:
+        raise ValueError(f"platform {problem.platform!r} is none of {', '.join(RATES)}")
+    if method == "direct":
+        return Plan(None, None, problem.platform)
+    if method == "tuned" and (found := _tuned(problem)) is not None:
+        return found
+    found = {}
+    for gradient in (False, True):
+        tiling, seconds = best_tiling(problem, gradient)
+        wins = method == "dft" or seconds * MARGIN < direct_seconds(problem, gradient)
+        found[gradient] = tiling if wins else None
+    return _plan(problem, found[False], found[True])
+
+
+def _plan(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> Plan:
+    """Adds to tilings how their arrays are kept small enough."""
+    costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
+    cpu = problem.platform == "cpu"
+    looped = cpu or any(cost.planes > LOOP_BYTES for cost in costs)
+    chunks = 1
+    if cpu:
+        held = max((cost.kernel_rows for cost in costs), default=0)
+        chunks = next(n for n in range(1, problem.channels_out + 1) if problem.channels_out % n == 0 and held / n <= CHUNK_BYTES)
+    return Plan(forward, backward, problem.platform, looped, chunks)
