@@ -1,4 +1,4 @@
-"""The benchmark of a CPU: ours beside PyTorch on the paper's first setting, and on the embedded default. Numbers in docs/PERFORMANCE.md.
+"""The benchmark of a CPU: ours beside PyTorch, on the paper's first setting and the embedded default (docs/PERFORMANCE.md).
 
     dnd bench --config=configs/bench_cpu.py --workdir=runs/bench
 

@@ -114,8 +114,8 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """`dnd bench`. cases: (name, config file, what, batch, dtype, first stage, last stage) as dnd_jax/bench/case.py's Case, the last
-    two may be left out; none: this configuration's own forward, train and generate."""
+    """`dnd bench`. cases: (name, config file, what, batch, dtype, first stage, last stage) as Case in dnd_jax/bench/case.py, the
+    last two may be left out; none: this configuration's own forward, train and generate."""
 
     cases: tuple
     methods: tuple  # ours, of generator.convolution

@@ -1,5 +1,6 @@
 """The console command: dnd STAGE --config=FILE --workdir=DIR [--config.key=value ...]. `dnd` alone lists the stages."""
 
+import glob
 import os
 import pathlib
 import shlex
@@ -30,6 +31,8 @@ def usage() -> str:
         "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
         "--suite      folder of your own tasks (default: the embedded suite)\n"
         "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
+        "--layers     bench: every convolution of the configuration by itself\n"
+        "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
         "--seeds      quickstart: comma-separated seeds (default: the config's)"
     )
 
@@ -41,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):  # libtpu without a TPU: no questions to a metadata server
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from dnd_jax import loop
 
@@ -67,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]):
-    """absl flags and config overrides -> (flag values, frozen Config, config file). Raises InputError with the nearest known name."""
+    """absl flags and config overrides -> (flag values, frozen Config, config file). Raises InputError with the nearest name."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -86,6 +91,8 @@ def _parse(arguments: list[str]):
     flags.DEFINE_integer("seed", 0, "generate: draws the prompts", flag_values=values)
     flags.DEFINE_integer("samples", 1, "generate: adapters, from as many draws", lower_bound=1, flag_values=values)
     flags.DEFINE_string("backend", "", "bench: tpu-aot for a TPU compiler's estimates without a TPU", flag_values=values)
+    flags.DEFINE_bool("layers", False, "bench: every convolution by itself", flag_values=values)
+    flags.DEFINE_bool("limits", False, "bench: what hardware allows for the paper's settings", flag_values=values)
     flags.DEFINE_string("topology", "v5p:2x2x1", "bench: the TPU chips to compile for", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
@@ -157,6 +164,16 @@ def _generate(values) -> None:
 
 
 def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
+    if values.limits:
+        from dnd_jax.bench.limits import limits_table
+
+        print(limits_table())
+        return
+    if values.layers:
+        from dnd_jax.bench.layers import layers_table
+
+        print(layers_table(config))
+        return
     if values.backend not in ("", "tpu-aot"):
         raise InputError(f"--backend={values.backend}: only tpu-aot, or nothing for the devices of this machine")
     if values.backend:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
-    """The mesh of all devices. One axis size may be -1. Raises InputError with the equation when the sizes do not fit."""
-    devices = jax.device_count()
+def make_mesh(config: config_lib.Mesh, device_list: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of all devices, or of those given. One axis size may be -1.
+
+    Raises InputError with the equation when the sizes do not fit.
+    """
+    devices = jax.device_count() if device_list is None else len(device_list)
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -28,7 +32,7 @@ def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
         raise InputError(
             f"config.mesh: {equation} is not {devices} devices; set data to -1 and the others to divisors of {devices}"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=device_list)
 
 
 def path_name(path: tuple) -> str:
@@ -62,9 +66,14 @@ def shard_by_rules(mesh: jax.sharding.Mesh, rules: tuple, shapes: Any) -> Any:
     return shardings
 
 
+def batch_ways(mesh: jax.sharding.Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
     """The first axis (batch, tasks) over data x fsdp. Raises InputError when it does not divide."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = batch_ways(mesh)
     if size % ways:
         raise InputError(f"{what} = {size} is not divisible by data x fsdp = {ways}")
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -8,7 +8,7 @@ statistics.safetensors (target statistics, importance weights), beside checkpoin
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing, write_json
 from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
-from dnd_jax.models.hyperconv import Features, forward_macs, weighted_loss
+from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
+from dnd_jax.ops.plan import describe
+from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
 from dnd_jax.suite import Suite
 from dnd_jax.targets import ChunkTarget, ElementTarget, Target
@@ -58,11 +60,11 @@ def resolve_features(
 
 
 def make_generator(
-    features: Sequence[Features], config: config_lib.Generator, dtype: str, platform: str | None = None
+    features: Sequence[Features], config: config_lib.Generator, dtype: str, platform: str | None = None, batch_ways: int = 1
 ) -> Generator:
-    """The module of a configuration with its resolved features; platform as in dnd_jax.ops.convolve."""
+    """The module of a configuration with its resolved features; platform and batch_ways as in dnd_jax.ops.convolve."""
     projection = config.length_projection or None
-    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform)
+    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform, batch_ways)
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
@@ -118,6 +120,51 @@ def make_train_step(
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt, "step": state["step"] + 1}, metrics
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedStep:
+    """The train step as it runs on a mesh. state: {"params", "opt", "step"}; batch: that of `Pairs`."""
+
+    shapes: dict  # of the state
+    shardings: dict  # of the state
+    over_batch: jax.sharding.NamedSharding
+    init: Callable  # key -> state, jitted
+    step: Callable  # (state, batch) -> (state, metrics), jitted, the state donated
+
+
+def shard_train_step(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    features: Sequence[Features],
+    condition_shape: tuple[int, int, int],
+    importance: np.ndarray,
+    encoder=None,
+) -> ShardedStep:
+    """The one train step of a configuration, for training, ahead-of-time compilation and tests. condition_shape: (N, L, C).
+
+    Raises InputError for a parameter without a rule and for sizes that the mesh does not divide.
+    """
+    c = config.train
+    platform = mesh.devices.flat[0].platform
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    module = make_generator(features, config.generator, c.dtype, platform, sharding.batch_ways(mesh))
+    optimizer = make_optimizer(c)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((1, *condition_shape)))["params"]
+        return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
+    over_batch = sharding.leading(mesh, c.batch_size, "config.train.batch_size")
+    step = jax.jit(
+        make_train_step(module, optimizer, c, importance, config.seed, encoder),
+        in_shardings=(shardings, over_batch),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return ShardedStep(shapes, shardings, over_batch, jax.jit(init, out_shardings=shardings), step)
 
 
 class Checkpoints:
@@ -185,38 +232,26 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
 
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
-    module = make_generator(features, config.generator, c.dtype)
-    optimizer = make_optimizer(c)
     mesh = sharding.make_mesh(config.mesh)
-
-    def init(key):
-        params = module.init(key, jnp.zeros((1, *condition_shape)))["params"]
-        return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    shapes = jax.eval_shape(init, key)
-    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
-    over_batch = sharding.leading(mesh, c.batch_size, "config.train.batch_size")
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    step = jax.jit(
-        make_train_step(module, optimizer, c, importance, config.seed, in_graph),
-        in_shardings=(shardings, over_batch),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    problems = convolutions(features, config.generator.kernel_size, -(-c.batch_size // sharding.batch_ways(mesh)), c.dtype)
+    if config.generator.convolution == "tuned":
+        tune(problems.values())
+    sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
+    count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
     flop = 2 * forward_macs(features, config.generator.kernel_size)
     print(
         f"generator: {count / 1e6:.1f}M parameters, {flop / 1e9:.2f} GFLOP a sample forward, {target.shape} tokens, "
-        f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints",
+        f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints\nconvolutions (output / gradients): "
+        f"{describe(problems.values(), config.generator.convolution)}",
         flush=True,
     )
     state = loop.run(
         "train",
         folder,
-        jax.jit(init, out_shardings=shardings)(key),
-        step,
-        lambda i: jax.device_put(pairs.batch_at(i), over_batch),
+        sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2)),
+        sharded.step,
+        lambda i: jax.device_put(pairs.batch_at(i), sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
         record=_settings(config, suite),

@@ -1,9 +1,10 @@
-"""Eight virtual CPU devices, no network, and the same hypothesis examples in every run."""
+"""Eight virtual CPU devices (and no other), no network, and the same hypothesis examples in every run."""
 
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis  # noqa: E402

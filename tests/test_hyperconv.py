@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import tempfile
 
 import jax
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnd_jax.bench import torch_generator
+from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
 from dnd_jax.interop import load_criterion_weight, load_reference_generator, save_reference_generator
 from dnd_jax.models.generator import Generator
-from dnd_jax.models.hyperconv import HyperConvDecoder, forward_macs, weighted_loss
+from dnd_jax.models.hyperconv import forward_macs, weighted_loss
+from dnd_jax.train import make_generator
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -274,28 +277,32 @@ def test_criterion_weight_of_another_length_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-WIDE, TALL = [(64, 500, 300), (256, 125, 300)], [(512, 64, 400), (1024, 64, 400), (2048, 32, 400), (4928, 18, 514)]
-COMMON_SENSE = [(128, 384, 384), (128, 200, 300), (128, 100, 256), (256, 50, 200), (512, 50, 200), (1024, 25, 200), (1024, 10, 200)]
-SETTINGS = {  # name: (stages, kernel, million parameters, TFLOP of a sample's forward pass)
-    "0.5B": ([*COMMON_SENSE, (2048, 10, 200), (4296, 10, 130)], 9, 1113.2, 8.26),
-    "1.5B code": (
-        [(16, 1000, 384), *WIDE, (512, 64, 300), (1024, 64, 256), (2048, 32, 256), (4508, 18, 258)], 11, 1715.3, 27.31,
-    ),
-    "1.5B math": (
-        [(32, 1000, 384), (64, 500, 300), (256, 500, 300), (512, 125, 300), (1024, 64, 256), (2048, 32, 256), (4508, 18, 258)],
-        11, 1775.3, 37.93,
-    ),
-    "7B": ([(16, 1000, 384), (64, 500, 384), (256, 125, 400), *TALL], 11, 1936.5, 52.77),
-    "VL-3B": ([(16, 1536, 384), *WIDE, (1024, 64, 300), (2048, 16, 256), (7308, 18, 258)], 11, 2409.6, 28.90),
-}  # fmt: skip
+SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass), CONFIGS.md
+    "qwen2_5_0_5b_commonsense": (1113.2, 8.26),
+    "qwen2_5_1_5b_code": (1715.3, 27.31),
+    "qwen2_5_1_5b_math": (1775.3, 37.93),
+    "qwen2_5_7b_code": (1936.5, 52.77),
+    "qwen2_5_7b_math": (1936.5, 52.77),
+    "qwen2_5_vl_3b_math": (2409.6, 28.90),
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sizes_and_cost_of_the_original_settings(name):
-    features, kernel_size, millions, tera = SETTINGS[name]
-    module = HyperConvDecoder(features, kernel_size)
-    condition = jax.ShapeDtypeStruct((1, *features[0]), jnp.float32)
+    millions, tera = SETTINGS[name]
+    config = freeze(load_file(f"configs/{name}.py"))
+    features, kernel_size, projection = config.generator.features, config.generator.kernel_size, config.generator.length_projection
+    module = make_generator(features, config.generator, config.train.dtype)
+    length = config.condition.max_text_length
+    assert features[0][0] == config.condition.num_prompts and (projection or features[0][1] == length)
+    condition = jax.ShapeDtypeStruct((1, features[0][0], length, features[0][2]), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), condition)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["decoder"])) / 1e6 == pytest.approx(millions, abs=0.05)
     assert jax.eval_shape(module.apply, variables, condition).shape == (1, *features[-1])
     assert 2 * forward_macs(features, kernel_size) / 1e12 == pytest.approx(tera, abs=0.005)
+    assert millions == pytest.approx(float(re.search(r"([0-9.]+)M parameters", config_text(name))[1]))
+    assert tera == pytest.approx(float(re.search(r"([0-9.]+) TFLOP a sample", config_text(name))[1]))
+
+
+def config_text(name: str) -> str:
+    return (pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py").read_text()

@@ -5,7 +5,6 @@ import json
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,7 @@ from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_config, layout_of
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
 from dnd_jax.models.text_encoder import TextEncoder, encode_windows
-from dnd_jax.ops import choose
+from dnd_jax.ops.plan import describe
 from dnd_jax.targets import ChunkTarget, ElementTarget
 from dnd_jax.train import make_generator, make_optimizer, make_train_step
 
@@ -91,16 +90,6 @@ def peak_bytes() -> int:
     return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def plans(case: Case, config: Config) -> dict[str, int]:
-    """How many convolutions of the case the method computes which way, output / gradients."""
-    problems = convolutions(
-        case.features(config), config.generator.kernel_size, max(case.batch, 1), config.train.dtype, jax.default_backend()
-    )
-    chosen = (choose(problem, config.generator.convolution) for problem in problems.values())
-    names = {True: "dft", False: "direct"}
-    return Counter(f"{names[p.forward is not None]} / {names[p.backward is not None]}" for p in chosen)
-
-
 def main() -> None:
     """Runs the spec of the command line."""
     spec = json.loads(sys.argv[1])
@@ -123,7 +112,10 @@ def main() -> None:
         "seconds": seconds[1:],
         "compile_seconds": max(0.0, seconds[0] - min(seconds[1:])),
         "peak_bytes": peak_bytes(),
-        "plans": plans(case, config),
+        "plans": describe(
+            convolutions(case.features(config), config.generator.kernel_size, max(case.batch, 1), config.train.dtype).values(),
+            spec["variant"],
+        ),
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},
     }

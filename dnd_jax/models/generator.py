@@ -50,11 +50,12 @@ class Generator(nn.Module):
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
     platform: str | None = None
+    batch_ways: int = 1
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         if self.length_projection:
             x = LengthProjection(self.length_projection, self.features[0][1], self.dtype, name="length_projection")(x)
-        decoder = HyperConvDecoder(self.features, self.kernel_size, self.dtype, self.convolution, self.platform, name="decoder")
-        return decoder(x)
+        how = (self.dtype, self.convolution, self.platform, self.batch_ways)
+        return HyperConvDecoder(self.features, self.kernel_size, *how, name="decoder")(x)

@@ -36,12 +36,13 @@ class HyperConvStage(nn.Module):
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
     platform: str | None = None
+    batch_ways: int = 1
 
     def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
         k, size_in = self.kernel_size, x_BxNxLxC.shape[axis]
         kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
-        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform)
+        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform, self.batch_ways)
 
     @nn.compact
     def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
@@ -70,7 +71,7 @@ class HyperConvStage(nn.Module):
 class HyperConvDecoder(nn.Module):
     """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation.
 
-    convolution, platform: the method of dnd_jax.ops.convolve and what it is compiled for.
+    convolution, platform, batch_ways: method of dnd_jax.ops.convolve, what it is compiled for, devices that share a batch.
     """
 
     features: Sequence[Features]
@@ -78,12 +79,13 @@ class HyperConvDecoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
     platform: str | None = None
+    batch_ways: int = 1
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         for i, (features_in, features_out) in enumerate(zip(self.features[:-1], self.features[1:], strict=True)):
-            common = (self.kernel_size, self.dtype, self.convolution, self.platform)
+            common = (self.kernel_size, self.dtype, self.convolution, self.platform, self.batch_ways)
             x = HyperConvStage(tuple(features_in), tuple(features_out), *common, name=f"stage_{i}")(x)
         return x
 
@@ -104,8 +106,11 @@ def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
     return kernel_size**2 * total
 
 
-def convolutions(features: Sequence[Features], kernel_size: int, batch: int, dtype: str, platform: str) -> dict[str, Problem]:
+def convolutions(
+    features: Sequence[Features], kernel_size: int, batch: int, dtype: str, platform: str | None = None
+) -> dict[str, Problem]:
     """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen from."""
+    platform = platform or jax.default_backend()
     problems = {}
     for i, ((n, length, c), (n2, l2, c2)) in enumerate(zip(features[:-1], features[1:], strict=True)):
         shapes = {  # grid, channels in and out

@@ -13,7 +13,12 @@ __all__ = ["METHODS", "convolve", "direct"]
 
 
 def convolve(
-    x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int, method: str | Plan = "auto", platform: str | None = None
+    x_BxNxLxC: jax.Array,
+    kernel: jax.Array,
+    axis: int,
+    method: str | Plan = "auto",
+    platform: str | None = None,
+    batch_ways: int = 1,
 ) -> jax.Array:
     """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
 
@@ -21,6 +26,7 @@ def convolve(
     type with `axis` of size `out`. method: "direct" (the compiler's convolution), "dft" (tile by tile in the Fourier domain,
     dnd_jax/ops/dft.py), "auto" (the cheaper one by the cost model of dnd_jax/ops/plan.py), "tuned" (the fastest one measured
     here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one).
+    batch_ways: devices that the batch is split over, for the cost model.
     A kernel of higher precision than x is kept by "dft" and rounded to x's type by "direct".
     Raises ValueError for an even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
     """
@@ -34,10 +40,10 @@ def convolve(
         raise ValueError(f"x {x_BxNxLxC.shape} and kernel {kernel.shape} must not have an empty dimension; a batch has at least 1")
     if x_BxNxLxC.shape[axis] != kernel.shape[2]:
         raise ValueError(
-            f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, kernel {kernel.shape} takes {kernel.shape[2]}"
+            f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel takes {kernel.shape[2]}"
         )
     if not isinstance(method, Plan):
-        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend()), method)
+        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways), method)
     return _convolve(x_BxNxLxC, kernel, axis, method)
 
 

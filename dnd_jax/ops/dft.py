@@ -9,11 +9,13 @@ For a grid (H, W), kernel k and t-point transforms (t = step + k - 1):
 
 A complex product over channels is three real ones (Gauss): the planes of a frequency are (re, im, re + im) of X and of V, and the
 synthesis matrices turn the three products back. With `products=4` one factor has the planes (re, im) and the other is the real
-2 x 2 matrix of a complex number, the smaller array of the two: a third more work, fewer bytes, half the rounding error. Either way everything is a real bilinear algorithm, y = S [(A x) * (K w)], so the gradients are its
-transposes: dP = S' dy, dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather than kept.
+2 x 2 matrix of a complex number, the smaller array of the two: a third more work, fewer bytes, half the rounding error. Either
+way everything is a real bilinear algorithm, y = S [(A x) * (K w)], so the gradients are its transposes: dP = S' dy,
+dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather than kept.
 
 A grid axis of one tile needs no padding: zeros wrap around, t = size + k // 2 is enough, and matrices have the grid's own columns.
-Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X, o plane of P, i j positions, d output channel.
+Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X or V, o plane of P,
+i j positions, d output channel.
 """
 
 import dataclasses
@@ -53,12 +55,12 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Types inside: of half-transformed arrays, of the planes that are multiplied, of their products; real products a complex one."""
+    """Types inside (of half-transformed arrays, of the planes, of their products) and how a complex product is computed."""
 
     between: jnp.dtype
     spectrum: jnp.dtype
     product: jnp.dtype
-    products: int = 3
+    products: int = 3  # real ones for a complex one
     precision: str = "highest"  # of the matrix products with float32 data
     scaled: bool = False  # bring every operand's largest value to about 1 first (float16 has little range)
 
@@ -150,13 +152,10 @@ class Transforms:
 
     def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
         """An einsum of a transform matrix with data, in the data's type but accumulated in at least float32."""
-        matrix = getattr(self._matrices, name)
-        parts = [matrix.astype(value.dtype)]
-        if value.dtype == jnp.bfloat16:  # 8 bits of a matrix would cost as much as rounding the data: take 16
-            parts.append((matrix - parts[0].astype(np.float64)).astype(value.dtype))
+        matrix = jnp.asarray(getattr(self._matrices, name), value.dtype)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        dot = functools.partial(jnp.einsum, pattern, precision=self.arithmetic.precision, preferred_element_type=wide)
-        return sum(dot(part, value) for part in parts).astype(out)
+        precision = self.arithmetic.precision
+        return jnp.einsum(pattern, matrix, value, precision=precision, preferred_element_type=wide).astype(out)
 
     def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
@@ -168,9 +167,9 @@ class Transforms:
         """(k, k, C, D) -> (f, p, k, C, D)."""
         return self._dot("fpi,ijcd->fpjcd", "k_rows", kernel.astype(self.arithmetic.between), self.arithmetic.between)
 
-    def y_rows(self, y: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+    def y_rows(self, y: jax.Array, shape: tuple[int, int, int, int], out: jnp.dtype) -> jax.Array:
         """(f, p, step_w, B, tiles_h, tiles_w, D) -> (B, H, W, D)."""
-        y = self._dot("ifp,fpjbhwd->ijbhwd", "y_rows", y, self.arithmetic.product)
+        y = self._dot("ifp,fpjbhwd->ijbhwd", "y_rows", y, out)
         batch, height, width, channels = shape
         y = y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, self.h.tiles * self.h.step, self.w.tiles * self.w.step, channels)
         return y[:, :height, :width]
@@ -256,7 +255,8 @@ def forward(
 
     def part(i):
         zk = maps.k_rows(_part(k_scaled, i, chunks, 3))
-        y = maps.y_rows(_each_frequency(one, looped, zx, zk), (*x.shape[:3], kernel.shape[3] // chunks))
+        out = arithmetic.product if arithmetic.scaled else x.dtype
+        y = maps.y_rows(_each_frequency(one, looped, zx, zk), (*x.shape[:3], kernel.shape[3] // chunks), out)
         return _unscale(y, x_power, k_power).astype(x.dtype)
 
     if chunks == 1:
@@ -277,7 +277,7 @@ def backward(
     part_shape = (*dy.shape[:3], dy.shape[3] // chunks)
     zy_shape = (h.t // 2 + 1, 2, w.step, x.shape[0], h.tiles, w.tiles, part_shape[3])
     y_rows_transposed = jax.linear_transpose(
-        lambda y: maps.y_rows(y, part_shape), jax.ShapeDtypeStruct(zy_shape, arithmetic.product)
+        lambda y: maps.y_rows(y, part_shape, arithmetic.product), jax.ShapeDtypeStruct(zy_shape, arithmetic.product)
     )
     # Transposed as maps of the type between, so that the gradients are rounded once, at the end.
     x_rows_transposed = jax.linear_transpose(maps.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.between))

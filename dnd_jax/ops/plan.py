@@ -2,20 +2,17 @@
 
 The model counts, for every way to cut the grid into tiles, the operations and bytes of dnd_jax/ops/dft.py and divides them by the
 rates of the platform (`RATES`, measured or the compiler's); a gradient counts the transposed maps too. A method other than the
-direct one must promise a gain of MARGIN, since a wrong guess costs more than a missed one. `tune` measures instead and remembers.
+direct one must promise a gain of MARGIN, since a wrong guess costs more than a missed one. dnd_jax/ops/tune.py measures instead.
 """
 
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import pathlib
+from collections import Counter
+from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
 
-from dnd_jax.files import read_json, write_json
 from dnd_jax.ops.dft import Arithmetic, Axis
 
 METHODS = ("auto", "direct", "dft", "tuned")
@@ -24,6 +21,7 @@ Tiling = tuple[int, int]  # tiles along each grid axis
 MARGIN = 1.15  # predicted gain below which the direct method stays
 LARGEST_TRANSFORM = 64  # points
 LOOP_BYTES = 4 << 30  # planes beyond this are made one row frequency at a time
+MOST_CHUNKS = 64
 CHUNK_BYTES = 1 << 30  # of half-transformed kernel held at once on a CPU
 
 
@@ -52,11 +50,11 @@ class Problem:
     platform: str
 
     @classmethod
-    def of(cls, x, kernel, axis: int, platform: str) -> "Problem":
-        """From arrays or shapes as `convolve` takes them."""
+    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1) -> "Problem":
+        """From arrays or shapes as `convolve` takes them: what one of the devices that share the batch has to do."""
         height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
         k, _, channels_in, channels_out = kernel.shape
-        return cls(x.shape[0], height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
+        return cls(-(-x.shape[0] // batch_ways), height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
 
     @property
     def macs(self) -> int:
@@ -76,15 +74,16 @@ class Rates:
     product: float  # batched matrix products over channels
     transform: float  # products with the small DFT matrices
     memory: float  # bytes a second
-    half_channels: int  # channels at which the direct convolution reaches half its rate
-    step: float = 0.0  # seconds for one turn of the loop over row frequencies
+    full_channels: int  # channels from which on the direct convolution reaches its rate; below, in proportion
+    lanes: int = 1  # the innermost dimension of an array takes a multiple of this
+    turn: float = 0.0  # seconds for one turn of the loop over row frequencies
 
 
 # cpu: two cores of a Zen 4 server, fitted to `dnd bench`; only ratios matter. gpu: H100. tpu: v5p, by the compiler's estimate.
 RATES = {
-    "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, half_channels=20, step=1e-4),
-    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, half_channels=32),
-    "tpu": Rates(360e12, 360e12, 300e12, 100e12, 2.4e12, half_channels=64),
+    "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, full_channels=40, turn=1e-4),
+    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, full_channels=64),
+    "tpu": Rates(360e12, 360e12, 300e12, 100e12, 1.6e12, full_channels=100, lanes=128),
 }
 
 
@@ -121,7 +120,7 @@ class Cost:
             2 * self.products / rates.product
             + 2 * self.transforms / rates.transform
             + self.bytes / rates.memory
-            + self.turns * rates.step
+            + self.turns * rates.turn
         )
 
 
@@ -143,9 +142,11 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     of_k = zk * k + 2 * pk * k
     of_y = zy * h.step + 2 * py * w.step
     between, spectrum, product = (t.itemsize for t in (a.between, a.spectrum, a.product))
-    bytes_x = 2 * (x_tiles + zx) * between + 2 * px * spectrum
-    bytes_k = (k * k * c * d * 4) + 2 * zk * between + 2 * pk * spectrum
-    bytes_y = 2 * (y_tiles + zy + py) * product
+    lanes = RATES[problem.platform].lanes
+    padded_c, padded_d = (-(-n // lanes) * lanes / n for n in (c, d))
+    bytes_x = (2 * (x_tiles + zx) * between + 2 * px * spectrum) * padded_c
+    bytes_k = ((k * k * c * d * 4) + 2 * zk * between + 2 * pk * spectrum) * padded_d
+    bytes_y = 2 * (y_tiles + zy + py) * product * padded_d
     every = 2 if gradient else 1
     return Cost(
         products=every * a.products * frequencies * tiles * c * d,
@@ -160,8 +161,7 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
 def direct_seconds(problem: Problem, gradient: bool) -> float:
     """The time of the direct method."""
     rates = RATES[problem.platform]
-    channels = min(problem.channels_in, problem.channels_out)
-    share = channels / (channels + rates.half_channels)
+    share = min(1.0, min(problem.channels_in, problem.channels_out) / rates.full_channels)
     flop = 2 * problem.macs / share
     return flop / rates.direct + flop / rates.direct_kernel_gradient if gradient else flop / rates.direct
 
@@ -186,26 +186,33 @@ def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
     return tiling, seconds
 
 
-@functools.lru_cache(maxsize=1024)
 def choose(problem: Problem, method: str = "auto") -> Plan:
     """The plan of a convolution. Raises ValueError for an unknown method."""
+    if method == "tuned":
+        from dnd_jax.ops.tune import tuned
+
+        found = tuned(problem)
+        return found if found is not None else choose(problem)
+    return _by_model(problem, method)
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_model(problem: Problem, method: str) -> Plan:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if problem.platform not in RATES:
         raise ValueError(f"platform {problem.platform!r} is none of {', '.join(RATES)}")
     if method == "direct":
         return Plan(None, None, problem.platform)
-    if method == "tuned" and (found := _tuned(problem)) is not None:
-        return found
     found = {}
     for gradient in (False, True):
         tiling, seconds = best_tiling(problem, gradient)
         wins = method == "dft" or seconds * MARGIN < direct_seconds(problem, gradient)
         found[gradient] = tiling if wins else None
-    return _plan(problem, found[False], found[True])
+    return with_memory(problem, found[False], found[True])
 
 
-def _plan(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> Plan:
+def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> Plan:
     """Adds to tilings how their arrays are kept small enough."""
     costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
     cpu = problem.platform == "cpu"
@@ -213,5 +220,14 @@ def _plan(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> 
     chunks = 1
     if cpu:
         held = max((cost.kernel_rows for cost in costs), default=0)
-        chunks = next(n for n in range(1, problem.channels_out + 1) if problem.channels_out % n == 0 and held / n <= CHUNK_BYTES)
+        divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
+        chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
     return Plan(forward, backward, problem.platform, looped, chunks)
+
+
+def describe(problems: Iterable[Problem], method: str) -> str:
+    """How many convolutions a method computes which way, output / gradients: "3 dft / dft, 2 direct / dft"."""
+    names = {True: "dft", False: "direct"}
+    plans = [choose(problem, method) for problem in problems]
+    counts = Counter(f"{names[p.forward is not None]} / {names[p.backward is not None]}" for p in plans)
+    return ", ".join(f"{count} {way}" for way, count in counts.most_common())

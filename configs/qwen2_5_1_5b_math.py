@@ -1,0 +1,30 @@
+"""The paper's math setting: LoRAs of Qwen2.5-1.5B-Instruct from 32 prompts of 4608 tokens (METHOD.md, CONFIGS.md).
+
+    dnd train --config=configs/qwen2_5_1_5b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
+
+LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 80 of each of 6 datasets.
+4508 tokens of 18 x 258; a generator of 1775.3M parameters; 37.93 TFLOP a sample forward by the direct method; 5000 steps of 128.
+"""
+
+from configs import default
+
+
+def get_config():
+    """default.py with this setting's sizes."""
+    config = default.get_config()
+    config.base.path = "Qwen/Qwen2.5-1.5B-Instruct"
+    config.lora.update(rank=16, alpha=32.0)
+    config.condition.update(num_prompts=32, max_text_length=4608)
+    config.generator.features = (
+        (32, 1000, 384),
+        (64, 500, 300),
+        (256, 500, 300),
+        (512, 125, 300),
+        (1024, 64, 256),
+        (2048, 32, 256),
+        (4508, 18, 258),
+    )
+    config.generator.kernel_size = 11
+    config.generator.length_projection = "camera_ready"
+    config.train.update(steps=5000, batch_size=128, dtype="bfloat16")
+    return config
