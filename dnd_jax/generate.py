@@ -21,6 +21,7 @@ from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.hf import read_safetensors
+from dnd_jax.ops import compiler_options
 from dnd_jax.suite import read_prompts
 from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS, make_generator
 
@@ -60,7 +61,10 @@ class TrainedGenerator:
         self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
         self.fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes() + (folder / MODEL).read_bytes()).hexdigest()
         self._encoder_fingerprint = description["encoder_fingerprint"]
-        self._apply = jax.jit(lambda params, condition: self.module.apply({"params": params}, condition))
+        self._apply = jax.jit(
+            lambda params, condition: self.module.apply({"params": params}, condition),
+            compiler_options=compiler_options(jax.default_backend()),
+        )
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:

@@ -29,6 +29,7 @@ from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
+from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
@@ -163,6 +164,7 @@ def shard_train_step(
         in_shardings=(shardings, over_batch),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(platform),
     )
     return ShardedStep(shapes, shardings, over_batch, jax.jit(init, out_shardings=shardings), step)
 

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from other_world import write_other_world
 from pipeline import TINY, dnd, start, tiny_suite, when
 
 from dnd_jax.adapters import load_adapter
@@ -163,6 +164,18 @@ def test_stopped_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_
     done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert numbers(workdir) == numbers(finished[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_another_world_at_full_size(tmp_path):
+    """Other words, other templates, 7 relations x 6 forms: the embedded setting as it is, on a suite that the library never saw."""
+    suite = write_other_world(tmp_path / "towns")
+    done = dnd("quickstart", "--config=configs/mini.py", f"--suite={suite}", f"--workdir={tmp_path / 'w'}", timeout=1500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mean = json.loads((tmp_path / "w" / "results.json").read_text())["mean"]
+    assert mean["tuned"] >= 0.95 and mean["wrong_prompts"] <= 0.1 and mean["train_best"] <= 0.2
+    assert mean["generated"]["mean"] >= 0.8 and mean["generated"]["mean"] > mean["nearest"] + 0.5
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """One of our measurements, in a process of its own: `python -m dnd_jax.bench.jax_worker SPEC` prints one JSON line."""
 
 import dataclasses
+import functools
 import json
+import math
 import resource
 import sys
 import time
@@ -15,6 +17,7 @@ from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_config, layout_of
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
 from dnd_jax.models.text_encoder import TextEncoder, encode_windows
+from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.targets import ChunkTarget, ElementTarget
 from dnd_jax.train import make_generator, make_optimizer, make_train_step
@@ -25,6 +28,13 @@ def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def random_params(module, *shapes, dtype=jnp.float32) -> dict:
+    """Parameters of the right shapes and about the right size, made leaf by leaf and in place: an init would set memory's peak."""
+    leaves = jax.eval_shape(module.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, dtype) for s in shapes))["params"]
+    wave = jax.jit(lambda shape: 0.01 * jnp.sin(jnp.arange(math.prod(shape), dtype=jnp.float32)).reshape(shape), static_argnums=0)
+    return jax.tree.map(lambda leaf: wave(leaf.shape), leaves)
+
+
 def operation(case: Case, config: Config) -> Callable[[], object]:
     """A function that runs the case once and returns what must be waited for. Everything it needs is on the device already."""
     features, g = case.features(config), config.generator
@@ -33,12 +43,13 @@ def operation(case: Case, config: Config) -> Callable[[], object]:
     batch = max(case.batch, 1)
     length = config.condition.max_text_length if whole and g.length_projection else features[0][1]
     shape = (batch, features[0][0], length, features[0][2])
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, *shape[1:])))["params"]
+    params = random_params(module, (1, *shape[1:]))
     if case.what == "generate":
         return _generate(case, config, features, module, params)
     condition = jax.device_put(normal(shape, 0))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     if case.what == "forward":
-        apply = jax.jit(lambda params, condition: module.apply({"params": params}, condition))
+        apply = jit(lambda params, condition: module.apply({"params": params}, condition))
         return lambda: apply(params, condition)
     target = jax.device_put(normal((batch, *features[-1]), 1))
     importance = jnp.ones(features[-1][0])
@@ -47,10 +58,10 @@ def operation(case: Case, config: Config) -> Callable[[], object]:
         def loss(params, condition):
             return weighted_loss(module.apply({"params": params}, condition), target, importance)
 
-        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        gradient = jit(jax.grad(loss, argnums=(0, 1)))
         return lambda: gradient(params, condition)
     optimizer = make_optimizer(config.train)
-    step = jax.jit(make_train_step(module, optimizer, config.train, importance, 0), donate_argnums=0)
+    step = jit(make_train_step(module, optimizer, config.train, importance, 0), donate_argnums=0)
     state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def train():
@@ -67,9 +78,9 @@ def _generate(case: Case, config: Config, features: tuple[Features, ...], module
     encoder = TextEncoder(sizes, jnp.dtype(config.train.dtype))
     ids = np.random.default_rng(0).integers(sizes.vocab_size, size=(case.batch * n, length)).astype(np.int32)
     valid = np.ones_like(ids)
-    encoder_params = jax.jit(encoder.init)(jax.random.key(1), ids[:1, :8], valid[:1, :8])["params"]
+    encoder_params = random_params(encoder, (1, 8), (1, 8), dtype=jnp.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     def tokens(params, encoder_params, ids, valid):
         condition = encode_windows(encoder, encoder_params, ids, valid)
         return module.apply({"params": params}, condition.reshape(case.batch, n, length, -1)).astype(jnp.float32)

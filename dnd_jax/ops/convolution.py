@@ -44,6 +44,8 @@ def convolve(
         )
     if not isinstance(method, Plan):
         method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways), method)
+    if method.forward is None and method.backward is None:
+        return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)
 
 
@@ -66,7 +68,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: Plan) -> jax.Arr
         return direct(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True))
-    y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped)
+    y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(y, 3, axis)
 
 
@@ -80,7 +82,7 @@ def _backward(axis, plan, residuals, dy):
         return jax.vjp(functools.partial(direct, axis=axis), x, kernel)[1](dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True))
-    dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped)
+    dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(dx, 3, axis), dkernel
 
 
