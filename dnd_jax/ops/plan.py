@@ -22,7 +22,7 @@ MARGIN = 1.15  # predicted gain below which the direct method stays
 LARGEST_TRANSFORM = 64  # points
 LOOP_BYTES = 4 << 30  # planes beyond this are made one row frequency at a time
 MOST_CHUNKS = 64
-CHUNK_BYTES = 64 << 20  # of half-transformed kernel held at once on a CPU
+CHUNK_BYTES = 128 << 20  # of half-transformed kernel held at once on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
