@@ -33,8 +33,10 @@ COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}
 
 def topology_devices(topology: str) -> list:
     """The devices of a TPU topology such as "v5p:2x2x2". Raises InputError when libtpu is missing or does not know it."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # No TPU is needed: no questions to a metadata server, no quarrel with a process that has one, and less to read on stderr.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
