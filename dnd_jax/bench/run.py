@@ -16,7 +16,7 @@ import time
 from tqdm import tqdm
 
 from dnd_jax.bench.case import WHAT, Case
-from dnd_jax.config import Config
+from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import write_json
 from dnd_jax.loop import stop
@@ -63,9 +63,9 @@ def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
     return json.loads(out.strip().splitlines()[-1])
 
 
-def largest_batch(case: Case, config: Config, variants: list[tuple[str, str]]) -> Case:
-    """The case with the largest power-of-two share of the training batch that every variant has room for."""
-    batch = case.load().train.batch_size if case.batch else _training_batch(case)
+def largest_batch(case: Case, variants: list[tuple[str, str]]) -> Case:
+    """The case with the training batch, halved until every variant has room for it."""
+    batch = freeze(load_file(case.config)).train.batch_size
     while batch >= 1:
         tried = dataclasses.replace(case, batch=batch)
         if not any(measure(side, tried, variant, 1).get("out_of_memory") for side, variant in variants):
@@ -74,18 +74,12 @@ def largest_batch(case: Case, config: Config, variants: list[tuple[str, str]]) -
     raise InputError(f"bench {case.name}: not even one sample fits")
 
 
-def _training_batch(case: Case) -> int:
-    from dnd_jax.config import freeze, load_file
-
-    return freeze(load_file(case.config)).train.batch_size
-
-
 def run_case(case: Case, config: Config) -> dict:
     """All variants of a case, in rounds."""
     bench = config.bench
     variants = [("jax", m) for m in bench.methods] + [("torch", v) for v in bench.torch]
     if not case.batch:
-        case = largest_batch(case, config, variants)
+        case = largest_batch(case, variants)
     rows: dict[str, dict] = {}
     for _ in tqdm(range(bench.rounds), desc=case.name, unit="round", dynamic_ncols=True):
         for side, variant in variants:
