@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+KERNEL = r"decoder/stage_\d+/conv(1w|1h|2h|2w|_n)$"
+
 
 def get_config() -> ConfigDict:
     """The default configuration, locked."""
@@ -60,6 +62,7 @@ def get_config() -> ConfigDict:
                 "checkpoints": "",
                 "steps": 4000,
                 "batch_size": 64,
+                "micro_batches": 1,
                 "learning_rate": 3e-5,
                 "weight_decay": 0.1,
                 "clip": 1.0,
@@ -67,7 +70,13 @@ def get_config() -> ConfigDict:
                 "condition_noise": 1e-4,
                 "target_noise": 1e-5,
                 "dtype": "float32",
+                "remat": "none",
+                "optimizer": "adamw",
                 "save_every": 500,
+                "keep_last": 2,
+                "keep_every": 0,
+                "checkpoint_dir": "",
+                "trackers": (),
             },
             "evaluate": {"samples": 5, "batch_size": 128, "max_new_tokens": 32},
             "bench": {
@@ -78,11 +87,26 @@ def get_config() -> ConfigDict:
                 "rounds": 2,
             },
             "mesh": {
+                "slices": 0,
                 "data": -1,
                 "fsdp": 1,
                 "tensor": 1,
-                # The decoder's kernels (k, k, in, out) hold nearly all parameters; everything else is small and replicated.
-                "rules": ((r"decoder/stage_\d+/conv(1w|1h|2h|2w|_n)$", (None, None, "fsdp", "tensor")), (r".", ())),
+                # The first rule that fits decides: pattern found in the path, and a multiple of the axes' sizes in each dimension.
+                "rules": (
+                    # Kernels (k, k, in, out) hold nearly all parameters. Their output channels are what `tensor` computes in parts.
+                    (KERNEL, (None, None, "fsdp", "tensor")),
+                    (KERNEL, (None, None, ("fsdp", "tensor"), None)),
+                    (KERNEL, (None, None, None, ("fsdp", "tensor"))),
+                    (KERNEL, (None, None, "fsdp", None)),
+                    (KERNEL, (None, None, None, "fsdp")),
+                    (KERNEL, (None, None, None, "tensor")),
+                    (KERNEL, (None, None, "tensor", None)),
+                    # Norms and biases over (L, C), and everything else where a dimension divides.
+                    (r".", (None, "fsdp")),
+                    (r".", ("fsdp", None)),
+                    (r".", ("fsdp",)),
+                    (r".", ()),
+                ),
             },
         }
     )

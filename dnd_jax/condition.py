@@ -6,7 +6,7 @@ METHOD.md section 4; padding positions included, texts truncated and padded to L
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -62,12 +62,20 @@ class PromptEncoder:
 
     def cached(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
         """`encode`, kept as a memory-mapped file under `cache` whose name is the hash of encoder and prompts."""
+        return self._cached(prompts, cache, "states", lambda: self.encode(prompts))
+
+    def cached_tokens(self, prompts: Sequence[str], cache: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+        """`tokenize`, kept in the same way: texts are tokenised once, ahead of training."""
+        both = self._cached(prompts, cache, "tokens", lambda: np.stack(self.tokenize(prompts)))
+        return both[0], both[1]
+
+    def _cached(self, prompts: Sequence[str], cache: str | os.PathLike, what: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         digest = hashlib.sha256(self.fingerprint.encode())
         for prompt in prompts:
             digest.update(len(prompt).to_bytes(8, "little") + prompt.encode())
-        path = pathlib.Path(cache, f"{digest.hexdigest()[:32]}.npy")
+        path = pathlib.Path(cache, f"{what}_{digest.hexdigest()[:32]}.npy")
         if not path.is_file():
-            values = self.encode(prompts)
+            values = make()
             with replacing(path) as temporary:
                 np.save(temporary, values)
         return np.load(path, mmap_mode="r")

@@ -16,10 +16,12 @@ import ml_collections
 from dnd_jax.errors import InputError, listed
 from dnd_jax.models.base_lm import LmConfig
 from dnd_jax.models.generator import LENGTH_PROJECTIONS
-from dnd_jax.models.hyperconv import Features
+from dnd_jax.models.hyperconv import REMAT, Features
 from dnd_jax.ops import METHODS
 
 TARGETS = ("chunk", "element")
+OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Train:
     checkpoints: str  # folder of DATASET/*/adapter_model.safetensors; empty: the workdir's own
     steps: int
     batch_size: int
+    micro_batches: int  # parts of a batch computed one after the other; their gradients are added up
     learning_rate: float
     weight_decay: float
     clip: float
@@ -102,7 +105,13 @@ class Train:
     condition_noise: float  # standard deviation
     target_noise: float
     dtype: str  # of the computation; parameters stay float32
+    remat: str  # what the backward pass computes again: "none", "convolutions" (all but their outputs) or "stages"
+    optimizer: str  # "adamw", "adamw_bfloat16_moment" (three quarters of its state) or "adafactor" (nearly none)
     save_every: int
+    keep_last: int  # checkpoints of the run that stay
+    keep_every: int  # and every one at a multiple of this step; 0: none
+    checkpoint_dir: str  # a folder or gs:// address; empty: in the workdir
+    trackers: tuple[str, ...]  # "tensorboard", "wandb", beside metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +135,9 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Axis sizes; one may be -1. `rules`: ordered (pattern of a parameter's path, mesh axis of each dimension)."""
+    """Axis sizes; one of data, fsdp and tensor may be -1. `rules`: as in dnd_jax.sharding.shard_by_rules."""
 
+    slices: int  # TPU slices, or groups of hosts, over a slower network; 0: as the devices report
     data: int
     fsdp: int
     tensor: int
@@ -205,7 +215,8 @@ def _impossible(c: Config) -> list[str]:
     positive = (
         "base.max_length pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
         "lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size "
-        "train.save_every evaluate.samples evaluate.batch_size evaluate.max_new_tokens bench.repeats bench.rounds"
+        "train.micro_batches train.save_every train.keep_last "
+        "evaluate.samples evaluate.batch_size evaluate.max_new_tokens bench.repeats bench.rounds"
     )
     for key in positive.split():
         section, name = key.split(".")
@@ -225,6 +236,13 @@ def _impossible(c: Config) -> list[str]:
         len(g.features) >= 2 and all(isinstance(f, tuple) and len(f) == 3 and min(f) >= 0 for f in g.features),
         "must be at least two (N, L, C) triples",
     )
+    t = c.train
+    need("train.remat", t.remat in REMAT, f"is none of {REMAT}")
+    need("train.optimizer", t.optimizer in OPTIMIZERS, f"is none of {OPTIMIZERS}")
+    need("train.trackers", set(t.trackers) <= set(TRACKERS), f"has more than {TRACKERS}")
+    need("train.keep_every", t.keep_every >= 0, "must not be negative (0 keeps none)")
+    divides = t.micro_batches >= 1 and t.batch_size % t.micro_batches == 0
+    need("train.micro_batches", divides, f"does not divide train.batch_size = {t.batch_size}")
     need("train.dtype", c.train.dtype in ("float32", "bfloat16", "float64"), "is none of float32, bfloat16, float64")
     return faults
 

@@ -4,27 +4,34 @@ A stage gives a jitted `step(state, batch) -> (state, metrics)`, a pure `batch_a
 Position in the data is the step itself: a batch is a function of (seed, step), so a resumed run sees what it would have seen.
 """
 
+import collections
+import dataclasses
 import json
 import logging
 import math
 import os
 import pathlib
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from dnd_jax import multihost
 from dnd_jax.errors import InputError, listed
+from dnd_jax.metrics import Metrics, Profiler
 
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+AHEAD = 2  # batches made before they are needed
+SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
 
 
 class Stopped(Exception):
@@ -51,6 +58,8 @@ class StopRequest:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if multihost.several() and signum == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX's preemption service tells to all processes
 
     def check(self) -> None:
         """Raises Stopped if a stop was asked for: call it where nothing is half done."""
@@ -69,24 +78,38 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
     return [] if then == now else [f"{path}: {then!r} -> {now!r}"]
 
 
-def check_same_run(where: pathlib.Path, then: Any, now: Any) -> None:
-    """Raises InputError listing what changed when a run's stored settings are not the present ones."""
+def check_same_run(where: os.PathLike, then: Any, now: Any, allowed: Collection[str] = ()) -> bool:
+    """Whether a run's stored settings are the present ones. allowed: names ("train.steps", "train") that may differ.
+
+    Raises InputError listing everything else that does.
+    """
     changed = differences(json.loads(json.dumps(then)), json.loads(json.dumps(now)))
-    if changed:
-        raise listed(f"{where} was made with other settings; restore them or use another --workdir (then -> now)", changed)
+    keys = {line: line.split(": ", 1)[0] for line in changed}
+    refused = [line for line, key in keys.items() if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
+    if refused:
+        names = ",".join(keys[line] for line in refused)
+        raise listed(
+            f"{where} was made with other settings; restore them, use another --workdir, or allow them by --allow={names} "
+            "(then -> now)",
+            refused,
+        )
+    return not changed
 
 
-def open_checkpoints(directory: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
-    """The Orbax manager of a run's checkpoints: asynchronous, each step whole or absent."""
+def open_checkpoints(directory: os.PathLike, keep_last: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step whole or absent."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(epath.Path(directory), options=options)
 
 
-def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping) -> tuple[int, Any]:
+def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping, allowed: Collection[str] = ()) -> tuple[int, Any]:
     """(step, state) of the newest readable checkpoint, on the shardings of `state`; (0, state) when there is none.
 
-    Raises InputError when its record (settings) differs from `record`, or when checkpoints exist and none can be read.
+    Raises InputError when its record (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none
+    can be read.
     """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     faults = []
@@ -96,16 +119,18 @@ def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping) -> tupl
         except Exception as error:  # whatever a damaged file makes of itself
             faults.append((step, error))
             continue
-        check_same_run(manager.directory / str(step), stored["settings"], record)
+        check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
         try:
             state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
         except Exception as error:
             faults.append((step, error))
             continue
         for broken, error in faults:
-            tqdm.write(f"{manager.directory}/{broken} is damaged ({type(error).__name__}); going on from step {step}")
-            shutil.rmtree(manager.directory / str(broken), ignore_errors=True)
+            if multihost.lead():
+                tqdm.write(f"{manager.directory}/{broken} is damaged ({type(error).__name__}); going on from step {step}")
+                (manager.directory / str(broken)).rmtree(missing_ok=True)
         if faults:
+            multihost_utils.sync_global_devices("damaged checkpoints removed")
             manager.reload()
         return step, state
     if faults:
@@ -117,27 +142,36 @@ def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping) -> tupl
     return 0, state
 
 
-class Metrics:
-    """metrics.jsonl of a run: one object a line; a resumed run first drops the lines that it will write again."""
-
-    def __init__(self, directory: pathlib.Path, step: int):
-        path = directory / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-
-    def write(self, row: Mapping) -> None:
-        self._file.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+def ahead(batch_at: Callable[[int], Any], first: int, steps: int) -> Iterator[tuple[int, Any, float]]:
+    """(i, batch_at(i), seconds that were waited for it) for i in first..steps - 1, made by a thread AHEAD of their use."""
+    pool = ThreadPoolExecutor(1, "input")
+    queue = collections.deque(pool.submit(batch_at, i) for i in range(first, min(first + AHEAD, steps)))
+    try:
+        for i in range(first, steps):
+            started = time.perf_counter()
+            batch = queue.popleft().result()
+            if i + AHEAD < steps:
+                queue.append(pool.submit(batch_at, i + AHEAD))
+            yield i, batch, time.perf_counter() - started
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def read_metrics(directory: str | os.PathLike) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
-    path = pathlib.Path(directory, METRICS_FILE)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run may do differently without training differently.
+
+    checkpoint_dir: a folder or gs:// address (empty: in the run's directory). allowed: names of settings that may have changed.
+    profile: traces the steps between these two. notes: JSON beside the record, not compared.
+    """
+
+    keep_last: int = 2
+    keep_every: int = 0
+    checkpoint_dir: str = ""
+    trackers: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    profile: tuple[int, int] | None = None
+    notes: Mapping = dataclasses.field(default_factory=dict)
 
 
 def run(
@@ -151,21 +185,27 @@ def run(
     record: Mapping,
     after_step: Callable[[int, Any], None] | None = None,
     blame: Callable[[int], str] = lambda step: "",
+    row_of: Callable[[int, Mapping, float], Mapping] = lambda step, values, seconds: values,
+    options: Options = Options(),
 ) -> Any:
     """Trains `state` from its newest checkpoint in `directory` to `steps` and returns it.
 
-    batch_at(i) is the batch of the i-th step, counted from 0. metrics must hold "loss"; they are read one step late.
-    after_step(i + 1, state) runs after each step. record (JSON) is kept with every checkpoint and must not change between runs.
-    blame(i) names the data of a step for the message when its loss is not finite. Raises Stopped after saving when a stop was
-    asked for, InputError when checkpoints do not fit, the loss is not finite or the disk refuses.
+    batch_at(i) is the batch of the i-th step, counted from 0; a thread calls it AHEAD of its use. metrics must hold "loss"; they
+    are read one step late. after_step(i + 1, state) runs after each step. record (JSON) is kept with every checkpoint and must not
+    change between runs. blame(i) names the data of a step for the message when its loss is not finite. row_of(i, metrics, seconds)
+    makes them the numbers that are written. With several processes, all run this; process 0 writes and shows. Raises Stopped after
+    saving when a stop was asked for, InputError when checkpoints do not fit, the loss is not finite or the disk refuses.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manager = open_checkpoints(directory / CHECKPOINTS)
-    record = json.loads(json.dumps(record))
-    first, state = restore(manager, state, record)
-    metrics = Metrics(directory, first)
-    bar = tqdm(total=steps, initial=first, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
-    pending: tuple[int, Mapping] | None = None
+    manager = open_checkpoints(options.checkpoint_dir or directory.absolute() / CHECKPOINTS, options.keep_last, options.keep_every)
+    record, lead = json.loads(json.dumps(record)), multihost.lead()
+    first, state = restore(manager, state, record, options.allowed)
+    metrics = Metrics(directory, first, options.trackers, title) if lead else None
+    profiler = Profiler(directory, options.profile)
+    bar = tqdm(
+        total=steps, initial=first, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1, disable=not lead
+    )
+    pending: tuple[int, Mapping, float] | None = None
     last_saved = first
     started = time.perf_counter()
 
@@ -174,7 +214,7 @@ def run(
         if step != last_saved:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave({"settings": record, "step": step, "data_position": step}),
+                record=ocp.args.JsonSave({"settings": record, "step": step, "data_position": step, **options.notes}),
             )
             manager.save(step, args=args)
             last_saved = step
@@ -184,7 +224,7 @@ def run(
         nonlocal pending, started
         if pending is None:
             return
-        step, values = pending
+        step, values, waited = pending
         pending = None
         row = {key: np.asarray(value).tolist() for key, value in values.items()}
         if not math.isfinite(row["loss"]):
@@ -193,30 +233,39 @@ def run(
                 f"{f'{manager.directory}/{last_saved}' if last_saved else 'none'}; lower the learning rate or mend the data"
             )
         now = time.perf_counter()
-        metrics.write({"step": step, **row, "seconds": round(now - started, 4)})
-        started = now
+        seconds, started = now - started, now
+        row = row_of(step, row, seconds)
+        if metrics is not None:
+            metrics.write({"step": step, **row, "seconds": round(seconds, 4), "input_seconds": round(waited, 4)})
         bar.update(1)
-        bar.set_postfix({key: f"{value:.3g}" for key, value in row.items() if isinstance(value, float)}, refresh=False)
+        bar.set_postfix({key: f"{row[key]:.3g}" for key in SHOWN if key in row}, refresh=False)
 
     try:
-        for i in range(first, steps):
-            state, values = step_fn(state, batch_at(i))
+        profiler.at(first, state)
+        for i, batch, waited in ahead(batch_at, first, steps):
+            state, values = step_fn(state, batch)
             read_pending()
-            pending = (i + 1, values)
+            pending = (i + 1, values, waited)
+            profiler.at(i + 1, state)
             if after_step is not None:
                 after_step(i + 1, state)
-            if stop.signum is not None or (i + 1) % save_every == 0 or i + 1 == steps:
+            # One process stops where it is; several agree on a step.
+            stopping = multihost_utils.reached_preemption_sync_point(i + 1) if multihost.several() else stop.signum is not None
+            if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                 read_pending()  # never save a state whose loss has not been seen to be finite
                 save(i + 1)
-                stop.check()
+            if stopping:
+                raise Stopped(stop.signum or signal.SIGTERM)
         read_pending()
     except OSError as error:
         raise InputError(
             f"{directory}: cannot write ({error.strerror or error}); free some space and run the same command"
         ) from error
     finally:
+        profiler.close()
         bar.close()
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
         try:
             manager.wait_until_finished()
         finally:

@@ -33,6 +33,10 @@ def usage() -> str:
         "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
         "--layers     bench: every convolution of the configuration by itself\n"
         "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
+        "--allow      train: settings that may differ from the run that is resumed: --allow=train.steps,train.learning_rate\n"
+        "--profile    train: trace the steps between two numbers into WORKDIR/generator/profile: --profile=100,110\n"
+        "--multihost  train: one of several processes of a cluster that JAX detects (Cloud TPU, GKE, SLURM); elsewhere\n"
+        "             --coordinator=HOST:PORT --processes=N --process=I; --start-timeout=300 seconds\n"
         "--seeds      quickstart: comma-separated seeds (default: the config's)"
     )
 
@@ -93,6 +97,13 @@ def _parse(arguments: list[str]):
     flags.DEFINE_string("backend", "", "bench: tpu-aot for a TPU compiler's estimates without a TPU", flag_values=values)
     flags.DEFINE_bool("layers", False, "bench: every convolution by itself", flag_values=values)
     flags.DEFINE_bool("limits", False, "bench: what hardware allows for the paper's settings", flag_values=values)
+    flags.DEFINE_list("allow", [], "train: settings that may have changed", flag_values=values)
+    flags.DEFINE_list("profile", [], "train: trace the steps between two numbers", flag_values=values)
+    flags.DEFINE_bool("multihost", False, "train: one process of a cluster that JAX detects", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "train: HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", 1, "train: how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", 0, "train: which this is", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("start-timeout", 300.0, "train: seconds until all processes have joined", flag_values=values)
     flags.DEFINE_string("topology", "v5p:2x2x1", "bench: the TPU chips to compile for", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
@@ -132,6 +143,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
         "bench": lambda: _bench(values, config, config_file, workdir),
+        "train": lambda: _train(values, config, workdir, arguments),
     }
     runners.get(stage, lambda: _stage(stage, config, workdir))()
 
@@ -186,6 +198,28 @@ def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
     bench(config, config_file, workdir)
 
 
+def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
+    from dnd_jax import multihost
+    from dnd_jax import quickstart as q
+
+    several = values.coordinator or values.multihost
+    if not several and (values.processes > 1 or values.process):
+        raise InputError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    if values.process >= values.processes and values.coordinator:
+        raise InputError(f"--process={values.process} is not one of 0 to {values.processes - 1} (--processes={values.processes})")
+    profile = [int(step) for step in values.profile if step.isdigit()]
+    if values.profile and (len(values.profile) != 2 or len(profile) != 2 or profile[0] >= profile[1]):
+        raise InputError(f"--profile={','.join(values.profile)}: expected two steps, the first below the second, such as 100,110")
+    same = [a for a in arguments if not a.startswith("--process=")]
+    address = values.coordinator, values.processes, values.process
+    with multihost.joined(*address, values.multihost, values["start-timeout"].value, same):
+        workdir.mkdir(parents=True, exist_ok=True)
+        suite = q.open_suite(config, workdir)
+        folder = q.train(config, suite, workdir, values.allow, tuple(profile) or None)
+        if multihost.lead():
+            print(f"generator: {folder}")
+
+
 def _stage(stage: str, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
@@ -193,9 +227,6 @@ def _stage(stage: str, config, workdir: pathlib.Path) -> None:
     suite = q.open_suite(config, workdir)
     if stage == "pretrain":
         print(f"base: {q.make_base(config, suite, workdir)}")
-        return
-    if stage == "train":
-        print(f"generator: {q.train(config, suite, workdir)}")
         return
     base = config.base.path or str(workdir / "base")
     if not config.base.path and not (workdir / "base" / "config.json").is_file():

@@ -1,11 +1,14 @@
 """Training pairs: N random prompts of a dataset with one of that dataset's LoRA checkpoints (METHOD.md section 1).
 
-A pair is drawn from (seed, step) alone and knows its dataset by name.
+A pair is drawn from (seed, step) alone and knows its dataset by name. Every process draws the same global batch, whatever their
+number, and reads only the part of it that its devices hold.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from dnd_jax.errors import listed
@@ -45,15 +48,29 @@ class Pairs:
             drawn.append((d, checkpoint, rng.choice(dataset.num_prompts, self.num_prompts, replace=False)))
         return drawn
 
-    def batch_at(self, step: int) -> dict[str, np.ndarray]:
-        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w); "dataset" (B,)}."""
-        drawn = self.draw(step)
+    def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
+        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w)}, or its samples first..last - 1."""
+        drawn = self.draw(step)[first:last]
         keys = self.datasets[0].prompts
         batch = {key: np.stack([self.datasets[d].prompts[key][np.sort(prompts)] for d, _, prompts in drawn]) for key in keys}
         batch["target"] = np.stack([self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn])
-        batch["dataset"] = np.array([d for d, _, _ in drawn], np.int32)
         return batch
 
-    def names(self, step: int) -> str:
-        """The datasets of a step's pairs, for messages."""
-        return ", ".join(sorted({self.datasets[d].name for d, _, _ in self.draw(step)}))
+    def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
+        """`batch_at` as global arrays on a mesh; of the samples only those are read that this process' devices hold."""
+        part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))  # replicas share their samples
+        first_pair = {**{k: v[0] for k, v in self.datasets[0].prompts.items()}, "target": self.datasets[0].targets[0]}
+        shapes = {"target": first_pair.pop("target").shape} | {k: (self.num_prompts, *v.shape) for k, v in first_pair.items()}
+
+        def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(self.batch_size)
+            return part(first, last)[key]
+
+        return {
+            key: jax.make_array_from_callback((self.batch_size, *shape), over_batch, functools.partial(samples, key))
+            for key, shape in shapes.items()
+        }
+
+    def names(self, step: int) -> list[str]:
+        """The dataset of each of a step's pairs."""
+        return [self.datasets[d].name for d, _, _ in self.draw(step)]

@@ -54,7 +54,7 @@ def make_train_step(module: BaseLM, optimizer: optax.GradientTransformation):
     def step(state, batch):
         (loss, accuracy), gradient = jax.value_and_grad(lambda p: answer_loss(module, p, batch), has_aux=True)(state["params"])
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
-        metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.tree.norm(gradient)}
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
 
     return step

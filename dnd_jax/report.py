@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dnd_jax import loop
 from dnd_jax.adapters import load_adapter
 from dnd_jax.files import replacing
+from dnd_jax.metrics import read_metrics
 from dnd_jax.results import METHODS
 
 TITLES = {
@@ -99,7 +99,7 @@ def bars(results: Mapping) -> str:
 
 def curves(workdir: pathlib.Path) -> str:
     """Loss and accuracy of every training stage that was run here."""
-    stages = [(name, rows) for name in ("pretrain", "collect", "generator") if (rows := loop.read_metrics(workdir / name))]
+    stages = [(name, rows) for name in ("pretrain", "collect", "generator") if (rows := read_metrics(workdir / name))]
     if not stages:
         return ""
     figure, axes = _figure(len(stages))

@@ -1,38 +1,100 @@
-"""The device mesh, and where every array lies on it: parameters by ordered rules, batches over the data axes."""
+"""The device mesh, and where every array is kept on it: parameters and optimiser state by rules, batches over its data axes."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dnd_jax import config as config_lib
 from dnd_jax.errors import InputError, listed
+from dnd_jax.models.placement import AXES, BATCH_AXES
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+# Flags by which a user names an axis.
+KEYS = {"slice": "slices", "data": "data", "fsdp": "fsdp", "tensor": "tensor"}
 
 
 def make_mesh(config: config_lib.Mesh, device_list: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of all devices, or of those given. One axis size may be -1.
+    """The mesh of all devices, or of those given: slice x data x fsdp x tensor, slices connected by the data centre's network.
 
-    Raises InputError with the equation when the sizes do not fit.
+    slices 0 takes as many as the devices report; with more than one given and none reported, processes are grouped in order. One of
+    the other sizes may be -1. Raises InputError with the equation and a mesh that works when the sizes do not fit.
     """
-    devices = jax.device_count() if device_list is None else len(device_list)
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(f"config.mesh: sizes {dict(zip(AXES, sizes, strict=True))}; each is at least 1, one of them may be -1")
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
-        equation = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise InputError(
-            f"config.mesh: {equation} is not {devices} devices; set data to -1 and the others to divisors of {devices}"
-        )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=device_list)
+    devices = list(jax.devices() if device_list is None else device_list)
+    slices = config.slices or len({_slice(d) for d in devices})
+    sizes = {"slice": slices, **{axis: getattr(config, axis) for axis in AXES[1:]}}
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        given = ", ".join(f"{KEYS[axis]} {size}" for axis, size in sizes.items())
+        raise InputError(f"config.mesh: {given}; each is at least 1, and one of data, fsdp and tensor may be -1 (the rest)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if unknown and len(devices) % known == 0:
+        sizes[unknown[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        shown = {axis: size for axis, size in sizes.items() if axis != "slice" or size > 1}
+        equation = " x ".join(f"{axis} {'?' if size == -1 else size}" for axis, size in shown.items())
+        total = f"a multiple of {known}" if unknown else known
+        flags = " ".join(f"--config.mesh.{KEYS[axis]}={size}" for axis, size in _working(sizes, len(devices)).items())
+        raise InputError(f"config.mesh: {equation} = {total}, but {_counted(devices)}; this works: {flags}")
+    shape = tuple(sizes.values())
+    return jax.sharding.Mesh(_arrange(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0) or 0
+
+
+def _counted(devices: Sequence[jax.Device]) -> str:
+    """ "16 devices (4 hosts x 4)"."""
+    per_host = Counter(d.process_index for d in devices)
+    counts = set(per_host.values())
+    each = f" ({len(per_host)} hosts x {counts.pop()})" if len(counts) == 1 and len(per_host) > 1 else ""
+    return f"{len(devices)} device{'s' * (len(devices) > 1)}{each}"
+
+
+def _working(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """The nearest sizes that fit: tensor and fsdp as far as they divide what there is, data the rest."""
+    left, found = devices, {}
+    for axis in ("slice", "tensor", "fsdp"):
+        found[axis] = math.gcd(left, max(sizes[axis], 1))
+        left //= found[axis]
+    found["data"] = left
+    return {axis: found[axis] for axis in AXES if axis != "slice" or found[axis] > 1 or sizes[axis] > 1}
+
+
+def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in an order that keeps neighbours on the mesh neighbours in the network."""
+    slices = shape[0]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    reported = len({_slice(d) for d in devices})
+    if reported not in (1, slices):
+        raise InputError(f"config.mesh.slices = {slices}, but the devices are in {reported} slices; leave it at 0")
+    if reported == 1:  # no slices of their own: equal runs of processes, such as the hosts of a GPU cluster
+        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+        per_slice = len(devices) // slices
+        parts = [ordered[i * per_slice : (i + 1) * per_slice] for i in range(slices)]
+        inner = [mesh_utils.create_device_mesh(shape[1:], part, allow_split_physical_axes=True) for part in parts]
+        return np.stack(inner)
+    inside, outside = (1, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+
+
+def describe_mesh(mesh: jax.sharding.Mesh) -> str:
+    """ "data 2 x fsdp 4 over 8 TPU v5p devices (2 hosts x 4)"."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "slice" or size > 1)
+    devices = list(mesh.devices.flat)
+    return f"{sizes} over {_counted(devices)} ({devices[0].device_kind})"
+
+
+def mesh_record(mesh: jax.sharding.Mesh) -> dict:
+    """Axis sizes and the order of the devices, for a run's record."""
+    return {"axes": dict(mesh.shape), "devices": [d.id for d in mesh.devices.flat]}
 
 
 def path_name(path: tuple) -> str:
@@ -41,41 +103,65 @@ def path_name(path: tuple) -> str:
 
 
 def shard_by_rules(mesh: jax.sharding.Mesh, rules: tuple, shapes: Any) -> Any:
-    """NamedShardings for a tree of arrays or shapes: the first rule whose pattern is found in a leaf's path decides.
+    """NamedShardings for a tree of arrays or shapes.
 
-    Scalars are replicated. Raises InputError listing every leaf without a rule or with a dimension that its axis does not divide.
+    rules: ordered (pattern, axes), axes being a mesh axis, a tuple of them or None for each dimension; () replicates. The first
+    rule decides whose pattern is found in the leaf's path, that has an entry for each of its dimensions and whose axes divide them.
+    Scalars are replicated. Raises InputError listing every leaf that no rule fits, with why.
     """
     faults = []
 
     def place(path, leaf) -> NamedSharding:
-        name = path_name(path)
-        if not leaf.shape:
-            return NamedSharding(mesh, PartitionSpec())
-        axes = next((axes for pattern, axes in rules if re.search(pattern, name)), None)
-        if axes is None:
-            faults.append(f"{name} {leaf.shape} matches no rule of config.mesh.rules")
-            axes = ()
-        for dimension, axis in zip(leaf.shape, axes, strict=False):
-            if axis is not None and dimension % mesh.shape[axis]:
-                faults.append(f"{name} {leaf.shape}: {dimension} is not divisible by {axis} = {mesh.shape[axis]}")
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        name, tried = path_name(path), []
+        for pattern, axes in rules if leaf.shape else ():
+            if not re.search(pattern, name):
+                continue
+            if not axes or (len(axes) == len(leaf.shape) and _divides(mesh, axes, leaf.shape)):
+                return NamedSharding(mesh, PartitionSpec(*axes))
+            tried.append(f"{axes} does not fit")
+        if leaf.shape:
+            faults.append(f"{name} {leaf.shape} has no rule in config.mesh.rules{': ' + '; '.join(tried) if tried else ''}")
+        return NamedSharding(mesh, PartitionSpec())
 
     shardings = jax.tree.map_with_path(place, shapes)
     if faults:
-        raise listed("sharding", faults)
+        raise listed(f"sharding over {describe_mesh(mesh)}", faults)
     return shardings
 
 
-def batch_ways(mesh: jax.sharding.Mesh) -> int:
-    """How many parts a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def _divides(mesh: jax.sharding.Mesh, axes: tuple, shape: tuple[int, ...]) -> bool:
+    """Whether every dimension is a multiple of its axes' sizes."""
+
+    def ways(entry) -> int:
+        return math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)
+
+    return all(size % ways(entry) == 0 for size, entry in zip(shape, axes, strict=True))
+
+
+def bytes_per_device(shapes: Any, shardings: Any) -> tuple[int, int]:
+    """(bytes of a whole tree of arrays or shapes, bytes of it that one device holds)."""
+    total = held = 0
+    for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize
+        held += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total, held
+
+
+def sharding_table(shapes: Any, shardings: Any) -> list[str]:
+    """One line a leaf: path, type, shape, axes of each dimension and the shape on one device."""
+    lines = []
+    for (path, leaf), where in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+        axes = ", ".join(str(a) for a in where.spec) or "-"
+        lines.append(f"{path_name(path)} {leaf.dtype}{list(leaf.shape)} ({axes}) {list(where.shard_shape(leaf.shape))}")
+    return lines
 
 
 def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
-    """The first axis (batch, tasks) over data x fsdp. Raises InputError when it does not divide."""
-    ways = batch_ways(mesh)
+    """The first axis (batch, tasks) over slice x data x fsdp. Raises InputError when it does not divide."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % ways:
-        raise InputError(f"{what} = {size} is not divisible by data x fsdp = {ways}")
+        fits = max(ways, size // ways * ways)
+        raise InputError(f"{what} = {size} is not divisible by slice x data x fsdp = {ways}; {fits} is")
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

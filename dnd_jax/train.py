@@ -9,25 +9,30 @@ statistics.safetensors (target statistics, importance weights), beside checkpoin
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dnd_jax import config as config_lib
-from dnd_jax import loop, sharding
+from dnd_jax import loop, multihost, sharding
 from dnd_jax.adapters import checkpoint_folders, load_adapter, load_adapter_config
+from dnd_jax.chips import chip_of
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing, write_json
 from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
-from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
+from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
+from dnd_jax.models.placement import ANYWHERE, Placement
 from dnd_jax.models.text_encoder import encode_windows
 from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
@@ -61,19 +66,35 @@ def resolve_features(
 
 
 def make_generator(
-    features: Sequence[Features], config: config_lib.Generator, dtype: str, platform: str | None = None, batch_ways: int = 1
+    features: Sequence[Features],
+    config: config_lib.Generator,
+    dtype: str,
+    placement: Placement = ANYWHERE,
+    remat: str = "none",
 ) -> Generator:
-    """The module of a configuration with its resolved features; platform and batch_ways as in dnd_jax.ops.convolve."""
+    """The module of a configuration with its resolved features."""
     projection = config.length_projection or None
-    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform, batch_ways)
+    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, placement, remat)
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
-    """AdamW on everything, global-norm clip, linear warm-up, cosine to 0."""
+    """AdamW (METHOD.md section 6) or Adafactor on everything, global-norm clip, linear warm-up, cosine to 0."""
     warmup = min(config.warmup_steps, config.steps - 1)
     start = 0.0 if warmup else config.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, config.steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=config.weight_decay))
+    if config.optimizer == "adafactor":
+        # Steps of Adam's size: neither scaled by the parameters' own size nor clipped a second time.
+        inner = optax.adafactor(
+            schedule,
+            multiply_by_parameter_scale=False,
+            clipping_threshold=None,
+            min_dim_size_to_factor=8,
+            weight_decay_rate=config.weight_decay,
+        )
+    else:
+        moment = jnp.bfloat16 if config.optimizer == "adamw_bfloat16_moment" else None
+        inner = optax.adamw(schedule, weight_decay=config.weight_decay, mu_dtype=moment)
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
 
 
 def make_train_step(
@@ -82,41 +103,69 @@ def make_train_step(
     config: config_lib.Train,
     importance: np.ndarray,
     seed: int,
-    encoder=None,
+    encoder: nn.Module | None = None,
+    shardings=None,
 ):
-    """step(state {"params", "opt", "step"}, batch of `Pairs`) -> (state, metrics): one function for training, planning and tests.
+    """step(state {"params", "opt", "step"}, batch of `Pairs`, encoder_params=None) -> (state, metrics).
 
-    Noise is drawn from (seed, step). encoder: (module, params) to turn "ids" and "valid" into the condition here.
+    Noise is drawn from (seed, step). The batch is computed in config.micro_batches parts whose gradients are added up, which gives
+    the whole batch's. encoder: the text encoder that turns "ids" and "valid" into the condition here. shardings: of the parameters,
+    and so of their gradients. metrics: scalars, and "sample_loss" (B,).
     """
+    place = module.placement
 
-    def condition_of(batch: Mapping) -> jax.Array:
+    def condition_of(batch: Mapping, encoder_params) -> jax.Array:
         if encoder is None:
             return batch["condition"]
-        encoder_module, encoder_params = encoder
         b, n, length = batch["ids"].shape
-        flat = encode_windows(
-            encoder_module, encoder_params, batch["ids"].reshape(b * n, length), batch["valid"].reshape(b * n, length)
-        )
+        ids, valid = (place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid"))
+        flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
         return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
 
-    def step(state, batch):
+    def step(state, batch, encoder_params=None):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
-        condition, target = condition_of(batch), batch["target"]
+        condition, target = condition_of(batch, encoder_params), batch["target"]
         condition = condition + config.condition_noise * jax.random.normal(on_condition, condition.shape, condition.dtype)
         target = target + config.target_noise * jax.random.normal(on_target, target.shape, target.dtype)
 
-        def loss_of(params):
-            output = module.apply({"params": params}, condition)
-            return weighted_loss(output, target, importance), jnp.mean(output.astype(jnp.float32) ** 2)
+        cells = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
 
-        (loss, mean_square), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        def loss_of(params, condition, target):
+            """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
+            # Kernels are gathered by the convolution that needs them, all that is small here.
+            params = jax.tree.map(lambda p: p if p.ndim == 4 else place.whole(p), params)
+            output = module.apply({"params": params}, place.activation(condition))
+            errors_b, cells_b = weighted_errors(output, target, importance)
+            squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
+            return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
+
+        def gradient_of(condition, target):
+            (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["params"], condition, target)
+            return loss, aux, gradient if shardings is None else jax.lax.with_sharding_constraint(gradient, shardings)
+
+        k = config.micro_batches
+        if k == 1:
+            loss, (sample_loss, squares), gradient = gradient_of(condition, target)
+        else:
+            # Every k-th sample belongs to a part, so that each device finds its share among the samples it has.
+            parts = jax.tree.map(lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1), (condition, target))
+
+            def add(total, part):
+                loss, aux, gradient = gradient_of(*part)
+                return jax.tree.map(jnp.add, total, (loss, gradient)), aux
+
+            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"])
+            (loss, gradient), aux = jax.lax.scan(add, nothing, parts)
+            sample_loss, squares = (x.swapaxes(0, 1).reshape(-1) for x in aux)
+
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradient),
-            "output_mean_square": mean_square,
+            "gradient_norm": optax.tree.norm(gradient),
+            "output_mean_square": jnp.mean(squares),
             "target_mean_square": jnp.nanmean(target**2),
+            "sample_loss": sample_loss,
         }
         return {"params": optax.apply_updates(state["params"], updates), "opt": opt, "step": state["step"] + 1}, metrics
 
@@ -130,8 +179,9 @@ class ShardedStep:
     shapes: dict  # of the state
     shardings: dict  # of the state
     over_batch: jax.sharding.NamedSharding
+    encoder: Any  # shardings of the text encoder's parameters, None without one
     init: Callable  # key -> state, jitted
-    step: Callable  # (state, batch) -> (state, metrics), jitted, the state donated
+    step: Callable  # (state, batch, encoder parameters or None) -> (state, metrics), jitted, the state donated
 
 
 def shard_train_step(
@@ -140,16 +190,15 @@ def shard_train_step(
     features: Sequence[Features],
     condition_shape: tuple[int, int, int],
     importance: np.ndarray,
-    encoder=None,
+    encoder: tuple[nn.Module, Any] | None = None,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests. condition_shape: (N, L, C).
 
-    Raises InputError for a parameter without a rule and for sizes that the mesh does not divide.
+    encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the step. Raises InputError for a
+    parameter without a rule and for sizes that the mesh does not divide.
     """
-    c = config.train
-    platform = mesh.devices.flat[0].platform
-    platform = "gpu" if platform in ("cuda", "rocm") else platform
-    module = make_generator(features, config.generator, c.dtype, platform, sharding.batch_ways(mesh))
+    c, place = config.train, Placement(mesh)
+    module = make_generator(features, config.generator, c.dtype, place, c.remat)
     optimizer = make_optimizer(c)
 
     def init(key):
@@ -159,14 +208,17 @@ def shard_train_step(
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
     over_batch = sharding.leading(mesh, c.batch_size, "config.train.batch_size")
+    sharding.leading(mesh, c.batch_size // c.micro_batches, "config.train.batch_size / config.train.micro_batches")
+    encoder_module, encoder_shapes = encoder or (None, None)
+    encoder_shardings = encoder and sharding.shard_by_rules(mesh, config.mesh.rules, {"encoder": encoder_shapes})["encoder"]
     step = jax.jit(
-        make_train_step(module, optimizer, c, importance, config.seed, encoder),
-        in_shardings=(shardings, over_batch),
+        make_train_step(module, optimizer, c, importance, config.seed, encoder_module, shardings["params"]),
+        in_shardings=(shardings, over_batch, encoder_shardings),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(platform),
+        compiler_options=compiler_options(place.platform),
     )
-    return ShardedStep(shapes, shardings, over_batch, jax.jit(init, out_shardings=shardings), step)
+    return ShardedStep(shapes, shardings, over_batch, encoder_shardings, jax.jit(init, out_shardings=shardings), step)
 
 
 class Checkpoints:
@@ -202,25 +254,33 @@ def make_target(config: Config, checkpoints: Checkpoints) -> Target:
     return ElementTarget.fit(checkpoints.layout, checkpoints.tensors)
 
 
-def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
+def train(
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    allowed: Sequence[str] = (),
+    profile: tuple[int, int] | None = None,
+) -> pathlib.Path:
     """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a finished one is kept.
 
-    Raises InputError for checkpoints that do not fit together, too few prompts, or a folder made with other settings.
+    allowed: names of settings that may differ from those of the run that is resumed. profile: steps between which to trace. Several
+    processes share the work; process 0 writes. Raises InputError for checkpoints that do not fit together, too few prompts, or a
+    folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
     if (folder / DESCRIPTION).is_file():
         stored = read_json(folder / DESCRIPTION)["settings"]
-        loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite))
-        return folder
+        if loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite), allowed):
+            return folder
 
     checkpoints = Checkpoints(config, suite, workdir)
     target = make_target(config, checkpoints)
     encoder = PromptEncoder(config.condition)
     datasets = []
-    for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True):
+    for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not multihost.lead()):
         prompts = [e.prompt for e in dataset.train]
         if config.condition.in_graph:
-            ids, valid = encoder.tokenize(prompts)
+            ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
             inputs = {"ids": ids, "valid": valid}
         else:
             inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
@@ -235,49 +295,93 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
     mesh = sharding.make_mesh(config.mesh)
+    place = Placement(mesh)
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    problems = convolutions(features, config.generator.kernel_size, -(-c.batch_size // sharding.batch_ways(mesh)), c.dtype)
+    a_part = -(-c.batch_size // c.micro_batches // place.batch_ways(c.batch_size))
+    problems = convolutions(features, config.generator.kernel_size, a_part, c.dtype, place.platform, mesh.shape["tensor"])
     if config.generator.convolution == "tuned":
         tune(problems.values())
     sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
-    count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
+    encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
     flop = 2 * forward_macs(features, config.generator.kernel_size)
-    print(
-        f"generator: {count / 1e6:.1f}M parameters, {flop / 1e9:.2f} GFLOP a sample forward, {target.shape} tokens, "
-        f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints\nconvolutions (output / gradients): "
-        f"{describe(problems.values(), config.generator.convolution)}",
-        flush=True,
-    )
+    if multihost.lead():
+        count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
+        total, held = sharding.bytes_per_device(sharded.shapes, sharded.shardings)
+        print(
+            f"generator: {count / 1e6:.1f}M parameters, {flop / 1e9:.2f} GFLOP a sample forward, {target.shape} tokens, "
+            f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints\n"
+            f"mesh: {sharding.describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a device\n"
+            f"convolutions (output / gradients): {describe(problems.values(), config.generator.convolution)}",
+            flush=True,
+        )
     state = loop.run(
         "train",
         folder,
         sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2)),
-        sharded.step,
-        lambda i: jax.device_put(pairs.batch_at(i), sharded.over_batch),
+        lambda state, batch: sharded.step(state, batch, encoder_params),
+        lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
         record=_settings(config, suite),
-        blame=lambda i: f", with pairs of {pairs.names(i)}",
+        blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
+        row_of=lambda step, values, seconds: _row(values, pairs.names(step - 1), seconds, 3 * flop * c.batch_size, mesh),
+        options=loop.Options(
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            checkpoint_dir=c.checkpoint_dir,
+            trackers=c.trackers,
+            allowed=tuple(allowed),
+            profile=profile,
+            notes={"config": config.to_json(), "mesh": sharding.mesh_record(mesh)},
+        ),
     )
-    params = {"/".join(path): np.asarray(x) for path, x in traverse_util.flatten_dict(jax.device_get(state["params"])).items()}
-    with replacing(folder / MODEL) as temporary:
-        save_file(params, temporary)
-    with replacing(folder / STATISTICS) as temporary:
-        save_file({"importance": importance, **target.statistics()}, temporary)
-    write_json(
-        folder / DESCRIPTION,
-        {
-            "settings": _settings(config, suite),
-            "features": features,
-            "layout": checkpoints.layout.to_json(),
-            "adapter": dataclasses.asdict(checkpoints.adapter),
-            "encoder_fingerprint": encoder.fingerprint,
-        },
-    )
+    params = {"/".join(path): multihost.to_host(x) for path, x in traverse_util.flatten_dict(state["params"]).items()}
+    if multihost.lead():
+        with replacing(folder / MODEL) as temporary:
+            save_file(params, temporary)
+        with replacing(folder / STATISTICS) as temporary:
+            save_file({"importance": importance, **target.statistics()}, temporary)
+        write_json(
+            folder / DESCRIPTION,
+            {
+                "settings": _settings(config, suite),
+                "features": features,
+                "layout": checkpoints.layout.to_json(),
+                "adapter": dataclasses.asdict(checkpoints.adapter),
+                "encoder_fingerprint": encoder.fingerprint,
+            },
+        )
+    multihost_utils.sync_global_devices("generator written")
     return folder
+
+
+def _row(values: Mapping, names: Sequence[str], seconds: float, flop: int, mesh: jax.sharding.Mesh) -> dict:
+    """The numbers of a step that are written: the metrics, the loss of each dataset, and speed.
+
+    flop: operations of the step by the direct method, so that methods compare; a faster one may exceed the peak.
+    """
+    row = {key: value for key, value in values.items() if key != "sample_loss"}
+    by_name: dict[str, list[float]] = {}
+    for name, loss in zip(names, values["sample_loss"], strict=True):
+        by_name.setdefault(name, []).append(loss)
+    row |= {f"loss/{name}": float(np.mean(losses)) for name, losses in sorted(by_name.items())}
+    row |= {"samples_per_second": len(names) / seconds, "tflop_per_second": flop / seconds / 1e12}
+    device = jax.local_devices()[0]
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        row["share_of_peak"] = flop / seconds / (chip.peak * mesh.size)
+    memory = device.memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+        row["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+    return row
+
+
+# Settings of the generator's training that change no number in it.
+_FREE = ("checkpoints", "save_every", "keep_last", "keep_every", "checkpoint_dir", "trackers")
 
 
 def _settings(config: Config, suite: Suite) -> dict:
     """What a generator depends on, for its record."""
     full = config.to_json()
-    return {key: full[key] for key in ("seed", "condition", "generator", "train")} | {"suite": suite.fingerprint}
+    training = {key: value for key, value in full["train"].items() if key not in _FREE}
+    return {key: full[key] for key in ("seed", "condition", "generator")} | {"train": training, "suite": suite.fingerprint}

@@ -22,6 +22,7 @@ from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.files import write_json
 from dnd_jax.models.hyperconv import convolutions, forward_macs
+from dnd_jax.models.placement import Placement
 from dnd_jax.ops import plan
 from dnd_jax.ops.plan import describe
 from dnd_jax.train import shard_train_step
@@ -68,7 +69,7 @@ def compile_train_step(config: Config, devices: list) -> dict:
     seconds = time.perf_counter() - started
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     problems = convolutions(
-        features, config.generator.kernel_size, -(-batch // sharding.batch_ways(mesh)), config.train.dtype, "tpu"
+        features, config.generator.kernel_size, -(-batch // Placement(mesh).batch_ways(batch)), config.train.dtype, "tpu"
     )
     return {
         "flops": cost["flops"],

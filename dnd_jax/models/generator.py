@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dnd_jax.models.hyperconv import Features, HyperConvDecoder, torch_uniform
+from dnd_jax.models.placement import ANYWHERE, Placement
 
 LENGTH_PROJECTIONS = ("camera_ready", "first_release")
 
@@ -49,13 +50,13 @@ class Generator(nn.Module):
     length_projection: str | None = None
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
-    platform: str | None = None
-    batch_ways: int = 1
+    placement: Placement = ANYWHERE
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         if self.length_projection:
             x = LengthProjection(self.length_projection, self.features[0][1], self.dtype, name="length_projection")(x)
-        how = (self.dtype, self.convolution, self.platform, self.batch_ways)
+        how = (self.dtype, self.convolution, self.placement, self.remat)
         return HyperConvDecoder(self.features, self.kernel_size, *how, name="decoder")(x)

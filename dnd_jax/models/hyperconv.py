@@ -9,12 +9,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from dnd_jax.models.placement import ANYWHERE, Placement
 from dnd_jax.ops import Problem, convolve
 
 Features = tuple[int, int, int]  # (N, L, C)
 
 LAYER_NORM_EPS = 1e-5
+CONVOLUTION = "convolution"  # the name of every convolution's output, for rematerialisation
+# What the backward pass finds kept of a stage, and what it computes again: nothing; all but the convolutions' outputs; all but its
+# input.
+REMAT = ("none", "convolutions", "stages")
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -35,14 +41,17 @@ class HyperConvStage(nn.Module):
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
-    platform: str | None = None
-    batch_ways: int = 1
+    placement: Placement = ANYWHERE
 
     def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
-        k, size_in = self.kernel_size, x_BxNxLxC.shape[axis]
-        kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
-        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform, self.batch_ways)
+        k, size_in, place = self.kernel_size, x_BxNxLxC.shape[axis], self.placement
+        kernel = place.kernel(self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out)))
+        ways = place.batch_ways(len(x_BxNxLxC)), place.channel_ways(size_out)
+        y = convolve(x_BxNxLxC, kernel, axis, self.convolution, place.platform, *ways)
+        # Split, then gathered: each part of `tensor` computes its channels, and backwards takes its part of the gradient.
+        y = place.activation(place.activation(y, axis))
+        return checkpoint_name(y, CONVOLUTION)
 
     @nn.compact
     def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
@@ -71,31 +80,48 @@ class HyperConvStage(nn.Module):
 class HyperConvDecoder(nn.Module):
     """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation.
 
-    convolution, platform, batch_ways: method of dnd_jax.ops.convolve, what it is compiled for, devices that share a batch.
+    convolution: method of dnd_jax.ops.convolve. placement: on which mesh. remat: what is computed again backwards, of `REMAT`.
     """
 
     features: Sequence[Features]
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
     convolution: str = "auto"
-    platform: str | None = None
-    batch_ways: int = 1
+    placement: Placement = ANYWHERE
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
-        x = condition_BxNxLxC.astype(self.dtype)
+        x = self.placement.activation(condition_BxNxLxC.astype(self.dtype))
         for i, (features_in, features_out) in enumerate(zip(self.features[:-1], self.features[1:], strict=True)):
-            common = (self.kernel_size, self.dtype, self.convolution, self.platform, self.batch_ways)
-            x = HyperConvStage(tuple(features_in), tuple(features_out), *common, name=f"stage_{i}")(x)
+            common = (self.kernel_size, self.dtype, self.convolution, self.placement)
+            x = _stage_class(self.remat)(tuple(features_in), tuple(features_out), *common, name=f"stage_{i}")(x)
         return x
+
+
+def _stage_class(remat: str) -> type[HyperConvStage]:
+    if remat == "none":
+        return HyperConvStage
+    policy = jax.checkpoint_policies.save_only_these_names(CONVOLUTION) if remat == "convolutions" else None
+    return nn.remat(HyperConvStage, policy=policy, prevent_cse=False)
+
+
+def weighted_errors(output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each sample's sum over the target's non-NaN cells of importance[token] * (output - target)^2, and its number of such cells.
+
+    float32 (B,) both. The loss of METHOD.md section 6 is the quotient of their sums over the batch.
+    """
+    mask = ~jnp.isnan(target)
+    error = output_BxTxHxW.astype(jnp.float32) - jnp.where(mask, target, 0).astype(jnp.float32)
+    weight = jnp.where(mask, importance_T.astype(jnp.float32)[:, None, None], 0)
+    over = (1, 2, 3)
+    return jnp.sum(weight * error**2, over), jnp.sum(mask, over, dtype=jnp.float32)
 
 
 def weighted_loss(output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array) -> jax.Array:
     """Mean over the target's non-NaN cells of importance[token] * (output - target)^2, in float32 (METHOD.md section 6)."""
-    mask = ~jnp.isnan(target)
-    error = output_BxTxHxW.astype(jnp.float32) - jnp.where(mask, target, 0).astype(jnp.float32)
-    weight = jnp.where(mask, importance_T.astype(jnp.float32)[:, None, None], 0)
-    return jnp.sum(weight * error**2) / jnp.sum(mask)
+    errors_B, cells_B = weighted_errors(output_BxTxHxW, target, importance_T)
+    return jnp.sum(errors_B) / jnp.sum(cells_B)
 
 
 def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
@@ -107,9 +133,12 @@ def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
 
 
 def convolutions(
-    features: Sequence[Features], kernel_size: int, batch: int, dtype: str, platform: str | None = None
+    features: Sequence[Features], kernel_size: int, batch: int, dtype: str, platform: str | None = None, tensor: int = 1
 ) -> dict[str, Problem]:
-    """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen from."""
+    """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen from.
+
+    batch: a device's part. tensor: parts of the output channels, where it divides them.
+    """
     platform = platform or jax.default_backend()
     problems = {}
     for i, ((n, length, c), (n2, l2, c2)) in enumerate(zip(features[:-1], features[1:], strict=True)):
@@ -121,5 +150,6 @@ def convolutions(
             "conv_n": ((l2, c2), n, n2),
         }
         for name, (grid, size_in, size_out) in shapes.items():
+            size_out = size_out // tensor if size_out % tensor == 0 else size_out
             problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out, kernel_size, dtype, platform)
     return problems

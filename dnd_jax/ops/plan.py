@@ -50,11 +50,12 @@ class Problem:
     platform: str
 
     @classmethod
-    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1) -> "Problem":
-        """From arrays or shapes as `convolve` takes them: what one of the devices that share the batch has to do."""
+    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1, channel_ways: int = 1) -> "Problem":
+        """From arrays or shapes as `convolve` takes them: what one of the devices that share batch and channels has to do."""
         height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
         k, _, channels_in, channels_out = kernel.shape
-        return cls(-(-x.shape[0] // batch_ways), height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
+        batch, channels_out = -(-x.shape[0] // batch_ways), -(-channels_out // channel_ways)
+        return cls(batch, height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
 
     @property
     def macs(self) -> int:

@@ -1,0 +1,95 @@
+"""What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked for, and profiler traces."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from dnd_jax.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """metrics.jsonl of a run: one object a line; a resumed run first drops the lines that it will write again.
+
+    trackers: "tensorboard" and "wandb" get the numbers too, under the directory. Raises InputError when one is not installed.
+    """
+
+    def __init__(self, directory: pathlib.Path, step: int, trackers: Collection[str] = (), title: str = ""):
+        self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
+        path = directory / METRICS_FILE
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: Mapping) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for log, _ in self._trackers:
+            log(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def close(self) -> None:
+        self._file.close()
+        for _, close in self._trackers:
+            close()
+
+
+def _tensorboard(directory: pathlib.Path, step: int, title: str) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InputError("train.trackers: tensorboard needs tensorboardX; pip install tensorboardX") from None
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def log(step: int, row: Mapping) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _wandb(directory: pathlib.Path, step: int, title: str) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("train.trackers: wandb is not installed; pip install wandb") from None
+    run = wandb.init(project="dnd_jax", name=f"{directory.absolute().parent.name} {title}", dir=str(directory))
+    return lambda step, row: run.log(dict(row), step=step), run.finish
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+class Profiler:
+    """Traces the steps first < i <= last of a run into DIRECTORY/profile, for TensorBoard's or Perfetto's viewer."""
+
+    def __init__(self, directory: pathlib.Path, window: tuple[int, int] | None):
+        self._directory, self._window, self._running = directory / "profile", window or (-1, -1), False
+
+    def at(self, done: int, wait_for: Any) -> None:
+        """Starts or stops after `done` steps; wait_for: what the last traced step computes."""
+        first, last = self._window
+        if done == first and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif done == last and self._running:
+            jax.block_until_ready(wait_for)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a running trace."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            tqdm.write(f"profile: {self._directory}")
+
+
+def read_metrics(directory: str | os.PathLike) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = pathlib.Path(directory, METRICS_FILE)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

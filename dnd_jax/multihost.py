@@ -1,0 +1,278 @@
+"""Several processes as one program: they meet before JAX starts, watch each other while it runs, and say who is missing.
+
+Process 0 holds a connection to every other one, on the port after the coordinator's. A lost peer ends a JAX program with a hang or
+an abort that names nobody; here every process prints which peer is gone, and exits with status LOST.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from dnd_jax.errors import InputError
+
+BEAT, SILENCE = 5.0, 40.0  # seconds between signs of life, and without one until a peer counts as gone
+LOST = 3  # exit status
+_RESUME = "start every process again with the same command to resume"
+
+
+def lead() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether there are more processes than this."""
+    return jax.process_count() > 1
+
+
+class _Line:
+    """JSON objects over a socket, one a line; from several threads."""
+
+    def __init__(self, connection: socket.socket):
+        self._socket, self._file, self._lock = connection, connection.makefile("r", encoding="utf-8"), threading.Lock()
+
+    def send(self, **message) -> None:
+        with self._lock, contextlib.suppress(OSError):  # a closed connection is noticed by who reads it
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float) -> dict | None:
+        """The next message; None when the connection is closed. Raises TimeoutError."""
+        self._socket.settimeout(seconds)
+        try:
+            line = self._file.readline()
+        except ConnectionError:
+            line = ""
+        return json.loads(line) if line.endswith("\n") else None
+
+
+class Peers:
+    """The connections of this process: to all others in process 0, else to process 0."""
+
+    def __init__(self, process: int, lines: dict[int, _Line], names: dict[int, str]):
+        self._process, self._lines, self._names = process, lines, names
+        self._over = threading.Event()
+
+    def watch(self) -> None:
+        """Starts to give and to expect signs of life."""
+        threading.Thread(target=self._beat, daemon=True, name="peers").start()
+        for peer in self._lines:
+            threading.Thread(target=self._read, args=(peer,), daemon=True, name=f"peer {peer}").start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            self._tell()
+
+    def _tell(self, **message) -> None:
+        for line in self._lines.values():
+            line.send(**message)
+
+    def _read(self, peer: int) -> None:
+        while True:
+            try:
+                message = self._lines[peer].receive(SILENCE)
+            except TimeoutError:
+                return self._lost(peer, f"was silent for {SILENCE:.0f} s")
+            if message is None:
+                return self._lost(peer, "is gone: its connection closed")
+            if "done" in message:
+                return None
+            if "why" in message:
+                return self._lost(message.get("peer", peer), message["why"])
+
+    def _lost(self, peer: int, why: str) -> None:
+        """Tells the others and this user, and ends the process, whatever it hangs in."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._tell(peer=peer, why=why)
+        name = self._names.get(peer, f"process {peer}")
+        print(f"\ndnd: {name} {why}; process {self._process} stops; {_RESUME}", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+    def leave(self, why: str = "") -> None:
+        """The end of this process' part: done, or why it stops early, which ends all others."""
+        self._over.set()
+        if why:
+            self._tell(peer=self._process, why=f"stopped: {why}")
+        else:
+            self._tell(done=True)
+
+
+def _name(hello: dict) -> str:
+    return f"process {hello['process']} ({hello['host']}, pid {hello['pid']})"
+
+
+def _hello(process: int, run: str) -> dict:
+    return {"process": process, "host": socket.gethostname(), "pid": os.getpid(), "run": run}
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as 10.0.0.1:1234")
+    return host.strip("[]"), int(port) + 1
+
+
+def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers:
+    """Process 0: waits for all others."""
+    _, port = _address(coordinator)
+    hello = _hello(0, run)
+    joined, lines = {0: hello}, {}
+
+    def refuse(why: str) -> InputError:
+        for line in lines.values():
+            line.send(refused=why)
+        return InputError(why)
+
+    deadline = time.monotonic() + seconds
+    try:
+        server = socket.create_server(("", port), backlog=processes)
+    except OSError as error:
+        raise InputError(f"--coordinator={coordinator}: port {port} (the one after it) cannot be used: {error.strerror}") from None
+    with server:
+        while len(joined) < processes:
+            try:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                connection, _ = server.accept()
+            except TimeoutError:
+                here = ", ".join(_name(joined[i]) for i in sorted(joined))
+                missing = ", ".join(str(i) for i in range(processes) if i not in joined)
+                raise refuse(
+                    f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; missing: {missing}; "
+                    "start them, or raise --start-timeout"
+                ) from None
+            line = _Line(connection)
+            try:
+                other = line.receive(5.0)
+            except (TimeoutError, ValueError):
+                other = None
+            if other is None or "process" not in other:
+                continue  # a stranger on this port
+            if not 0 < other["process"] < processes or other["process"] in joined:
+                line.send(refused=f"{_name(other)} joined, but --process is one of 0 to {processes - 1}, each once")
+                continue
+            if other["run"] != run:
+                lines[other["process"]] = line
+                raise refuse(f"{_name(other)} was started with other arguments, configuration or versions than {_name(hello)}")
+            joined[other["process"]], lines[other["process"]] = other, line
+    names = {i: _name(h) for i, h in joined.items()}
+    for line in lines.values():
+        line.send(names=names)
+    return Peers(0, lines, names)
+
+
+def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
+    """Any other process: joins process 0."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            connection = socket.create_connection(_address(coordinator), timeout=5.0)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"process {process}: process 0 was not found at {coordinator} (port {_address(coordinator)[1]}) within "
+                    f"{seconds:.0f} s ({error.strerror or error}); start it, or mend --coordinator"
+                ) from None
+            time.sleep(0.2)
+    line = _Line(connection)
+    line.send(**_hello(process, run))
+    try:
+        answer = line.receive(max(5.0, deadline - time.monotonic()) + 5.0)
+    except TimeoutError:
+        answer = None
+    if answer is None or "refused" in answer:
+        raise InputError((answer or {}).get("refused", f"process 0 at {coordinator} left while the others were awaited"))
+    return Peers(process, {0: line}, {int(i): name for i, name in answer["names"].items()})
+
+
+def _address_of_lead() -> str:
+    """Address of process 0, told to all over JAX's own network, for clusters that JAX detected."""
+    from jax.experimental import multihost_utils
+
+    with contextlib.ExitStack() as stack:
+        probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: the system says which of its addresses faces outwards
+            host = probe.getsockname()[0]
+        except OSError:
+            host = "127.0.0.1"
+        free = stack.enter_context(socket.create_server(("", 0)))
+        text = f"{host}:{free.getsockname()[1] - 1}"
+    padded = np.frombuffer(text.encode().ljust(64), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode().strip()
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str, processes: int, process: int, detect: bool, start_timeout: float, run: Sequence[str]
+) -> Iterator[None]:
+    """The processes of a run, for as long as the block lasts. Must be entered before JAX uses a device.
+
+    coordinator, processes, process: HOST:PORT of process 0, how many there are, and which this is; with `detect` they are taken
+    from the cluster (Cloud TPU, GKE, SLURM). Neither: this process alone. run: what must be the same everywhere. Raises InputError
+    naming who joined when not all do within start_timeout seconds. An exception in the block ends all processes.
+    """
+    if not coordinator and not detect:
+        yield
+        return
+    print(f"{'detecting the cluster' if detect else f'process {process} of {processes}'}: waiting for the others", flush=True)
+    if detect:
+        jax.distributed.initialize(initialization_timeout=int(start_timeout))
+        coordinator, processes, process = _address_of_lead(), jax.process_count(), jax.process_index()
+    digest = hashlib.sha256("\0".join([*run, jax.__version__]).encode()).hexdigest()
+    if process == 0:
+        peers = _gather(coordinator, processes, start_timeout, digest)
+    else:
+        peers = _join(coordinator, process, start_timeout, digest)
+    if not detect:
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(start_timeout))
+    peers.watch()
+    local = jax.local_devices()
+    print(
+        f"process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()}): {len(local)} of {jax.device_count()} "
+        f"devices, {local[0].device_kind}",
+        flush=True,
+    )
+    try:
+        yield
+    except (InputError, OSError) as error:
+        print(f"dnd: {error}", file=sys.stderr, flush=True)
+        peers.leave(str(error))
+        os._exit(2)  # JAX's own shutdown waits for the others, who wait for this one
+    except jax.errors.JaxRuntimeError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "RESOURCE_EXHAUSTED" not in reason:
+            time.sleep(2 * BEAT)  # most likely a peer's end, whose name its connection tells; else the others are told this
+        print(f"dnd: process {process}: {reason}", file=sys.stderr, flush=True)
+        peers.leave(reason)
+        os._exit(LOST)
+    except BaseException as error:
+        peers.leave(str(error) if not _is_stop(error) else "")
+        raise
+    peers.leave()
+
+
+def _is_stop(error: BaseException) -> bool:
+    """A stop that all processes agreed upon."""
+    from dnd_jax.loop import Stopped
+
+    return isinstance(error, Stopped)
+
+
+def to_host(x: jax.Array) -> np.ndarray | None:
+    """The whole of a sharded array in process 0, None in the others; one array at a time through the devices."""
+    if several() and not x.is_fully_replicated:
+        mesh = x.sharding.mesh
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x) if lead() else None
