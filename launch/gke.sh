@@ -68,7 +68,7 @@ kubectl=(kubectl)
 yaml_list() {
   local word list=''
   for word in "$@"; do
-    case $word in *[[:cntrl:]]*) fail "an argument of dnd has a control character in it: $(quote "$word")" ;; esac
+    case $word in *[[:cntrl:]]*) fail "an argument of dnd has a control character in it: $(printf %q "$word")" ;; esac
     word=${word//\\/\\\\}
     word=${word//\"/\\\"}
     list="$list${list:+, }\"$word\""

@@ -2,9 +2,9 @@
 
 python launch/local_multiprocess.py --processes=2 --devices=4 -- dnd train --config=configs/mini.py --workdir=runs/two
 
-Each process gets --coordinator=127.0.0.1:PORT --processes=N --process=I appended (a free port is found), and with --devices=K its own
-K virtual CPU devices. Its lines come out as "[I] line". SIGTERM and SIGINT are passed on to all. When one fails, the others are stopped
-with SIGTERM (SIGKILL after --grace seconds) and its status becomes the exit status.
+Each process gets --coordinator=127.0.0.1:PORT --processes=N --process=I appended (a free port is found), and with --devices=K
+its own K virtual CPU devices. Its lines come out as "[I] line". SIGTERM and SIGINT are passed on to all. When one fails, the
+others are stopped with SIGTERM (SIGKILL after --grace seconds) and its status becomes the exit status.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def supervise(processes: list[subprocess.Popen], received: list[int], grace: flo
 
 
 def start(commands: list[list[str]], extra: dict[str, str]) -> list[subprocess.Popen]:
-    """Starts the commands with `extra` environment variables. Raises OSError, with none left running, when one cannot be started."""
+    """Starts the commands with `extra` environment variables. Raises OSError, with none left running, if one cannot start."""
     processes: list[subprocess.Popen] = []
     try:
         for command in commands:
