@@ -76,27 +76,32 @@ yaml_list() {
   printf '[%s]' "$list"
 }
 
-filled() { # YAML list of the arguments -> the manifest
-  local text volume='emptyDir: {}' toleration='' total=1 size
+# Sets `text` to the manifest. YAML list of the arguments ->
+fill() {
+  local volume=emptyDir source='{}' spot_line='' total=1 size
   for size in ${topology//x/ }; do total=$((total * size)); done
   [ -n "$chips" ] || chips=$((total < 4 ? total : 4))
   number --chips "$chips"
   [ $((total % chips)) = 0 ] || fail "--topology=$topology has $total chips: no multiple of $chips chips a host; give --chips=..."
-  [ -z "$claim" ] || volume="persistentVolumeClaim: {claimName: $claim}"
-  [ -z "$spot" ] || toleration=$'\n                cloud.google.com/gke-spot: "true"'
+  [ -z "$claim" ] || volume=persistentVolumeClaim source="{claimName: $claim}"
+  [ -z "$spot" ] || spot_line=$'\n                cloud.google.com/gke-spot: "true"'
   text=$(<"$here/gke_jobset.yaml")
-  text=${text//@NAME@/"$jobset"}
-  text=${text//@RESTARTS@/"$restarts"}
-  text=${text//@SLICES@/"$slices"}
-  text=${text//@HOSTS@/"$((total / chips))"}
-  text=${text//@ACCELERATOR@/"$accelerator"}
-  text=${text//@TOPOLOGY@/"$topology"}
-  text=${text//@SPOT@/"$toleration"}
-  text=${text//@IMAGE@/"$image"}
-  text=${text//@CHIPS@/"$chips"}
-  text=${text//@VOLUME@/"$volume"}
-  text=${text//@ARGUMENTS@/"$1"}
-  printf '%s\n' "$text"
+  put NAME "$jobset"
+  put RESTARTS "$restarts"
+  put SLICES "$slices"
+  put HOSTS "$((total / chips))"
+  put ACCELERATOR "$accelerator"
+  put TOPOLOGY "$topology"
+  put SPOT "$spot_line"
+  put IMAGE "$image"
+  put CHIPS "$chips"
+  put VOLUME "$volume"
+  put SOURCE "$source"
+  put ARGUMENTS "$1" # last: what the user wrote there stays as it is
+}
+
+put() { # word value: fills in one ${WORD} of the manifest
+  text=${text//"\${$1}"/"$2"}
 }
 
 apply() {
@@ -112,7 +117,7 @@ apply() {
   number --restarts "$restarts"
   local arguments text
   arguments=$(yaml_list "$@" --multihost)
-  text=$(filled "$arguments")
+  fill "$arguments"
   if [ "$dry" = 1 ]; then
     printf '%s <<'\''EOF'\''\n%s\nEOF\n' "$(quote "${kubectl[@]}" apply --filename=-)" "$text"
   else

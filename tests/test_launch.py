@@ -434,6 +434,14 @@ def test_jobset_fits_its_api(options, hosts, chips):
     assert pod["spec"]["restartPolicy"] == "Never"  # podFailurePolicy demands it
 
 
+def test_template_is_yaml_and_filled_in_whole():
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    words = set(re.findall(r"\$\{([A-Z]+)\}", text)) - {"WORDS"}
+    assert yaml.safe_load(text)["metadata"]["name"] == "${NAME}" and len(words) == 12
+    filled = yaml.safe_dump(manifest(*APPLY, "--", "train", "--note=${NAME} ${SPOT}"))
+    assert re.findall(r"\$\{.*?\}", filled) == ["${NAME}", "${SPOT}"]  # the user's own
+
+
 def test_the_checks_of_the_manifest_can_fail():
     jobset = manifest(*APPLY, "--", "train")
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **jobset["spec"]["replicatedJobs"][0]["template"]}
@@ -565,3 +573,29 @@ def test_bad_arguments_of_local(arguments, message):
 def test_local_help():
     done = subprocess.run(local("--help"), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: local_multiprocess.py --processes=N")
+
+
+# ------------------------------------------------------------------------------------------- README
+
+
+def test_commands_of_the_readme(stubs):
+    """Every launch command of launch/README.md, as written, with --dry-run."""
+    env, calls, _ = stubs
+    text = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in re.findall(r"^ {4}(.*launch/.*)$", text, re.MULTILINE)]
+    tried = 0
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "docker":
+            continue
+        if words[0] == "sbatch":
+            at = words.index("launch/slurm.sbatch")
+            words = ["bash", *words[at : at + 1], "--dry-run", *words[at + 1 :]]
+        else:
+            at = words.index("--") if "--" in words else len(words)
+            words = [*words[:at], "--dry-run", *words[at:]]
+        words[0] = sys.executable if words[0] == "python" else words[0]
+        done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout and not done.stderr, (line, done.stderr)
+        tried += 1
+    assert tried == 1 + 7 + 4 + 1 and calls() == []
