@@ -76,8 +76,7 @@ yaml_list() {
   printf '[%s]' "$list"
 }
 
-# Sets `text` to the manifest. YAML list of the arguments ->
-fill() {
+fill() { # YAML list of dnd's arguments: sets `text` to the manifest
   local volume=emptyDir source='{}' spot_line='' total=1 size
   for size in ${topology//x/ }; do total=$((total * size)); done
   [ -n "$chips" ] || chips=$((total < 4 ? total : 4))
