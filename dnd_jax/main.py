@@ -42,7 +42,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM, 2 bad input, 130 Ctrl-C."""
+    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM (75 with DND_REQUEUE=1), 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -67,12 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     except (loop.Stopped, KeyboardInterrupt) as error:
         name = str(error) or "SIGINT"
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
-        return 0 if name == "SIGTERM" else 130
+        return _stopped_status() if name == "SIGTERM" else 130
     except OSError as error:
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2
     return 0
+
+
+def _stopped_status() -> int:
+    """After SIGTERM: 0; for SLURM and Kubernetes (launch/), which start again what did not end well, EX_TEMPFAIL."""
+    return os.EX_TEMPFAIL if os.environ.get("DND_REQUEUE") == "1" else 0
 
 
 def _parse(arguments: list[str]):
