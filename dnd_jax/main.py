@@ -215,7 +215,7 @@ def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
     profile = [int(step) for step in values.profile if step.isdigit()]
     if values.profile and (len(values.profile) != 2 or len(profile) != 2 or profile[0] >= profile[1]):
         raise InputError(f"--profile={','.join(values.profile)}: expected two steps, the first below the second, such as 100,110")
-    same = [a for a in arguments if not a.startswith("--process=")]
+    same = [a for a in arguments if not a.startswith(("--process=", "--workdir="))]
     address = values.coordinator, values.processes, values.process
     with multihost.joined(*address, values.multihost, values["start-timeout"].value, same):
         workdir.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dnd_jax.errors import InputError
 
@@ -197,8 +198,6 @@ def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
 
 def _address_of_lead() -> str:
     """Address of process 0, told to all over JAX's own network, for clusters that JAX detected."""
-    from jax.experimental import multihost_utils
-
     with contextlib.ExitStack() as stack:
         probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         try:
@@ -267,6 +266,11 @@ def _is_stop(error: BaseException) -> bool:
     from dnd_jax.loop import Stopped
 
     return isinstance(error, Stopped)
+
+
+def agreed(flag: bool) -> bool:
+    """What process 0 says, in all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if several() else flag
 
 
 def to_host(x: jax.Array) -> np.ndarray | None:

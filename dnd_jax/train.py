@@ -268,10 +268,12 @@ def train(
     folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
+    finished = False
     if (folder / DESCRIPTION).is_file():
         stored = read_json(folder / DESCRIPTION)["settings"]
-        if loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite), allowed):
-            return folder
+        finished = loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite), allowed)
+    if multihost.agreed(finished):
+        return folder
 
     checkpoints = Checkpoints(config, suite, workdir)
     target = make_target(config, checkpoints)

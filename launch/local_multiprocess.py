@@ -52,10 +52,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that nothing listens on now, nor on the one after it: JAX takes the first, dnd_jax/multihost.py the second."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def variables(devices: int | None) -> dict[str, str]:

@@ -1,0 +1,219 @@
+"""`dnd train` in several real processes, killed and resumed: the same bits as one process that was never interrupted."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from pipeline import ROOT, TINY, tiny_suite, when
+
+from dnd_jax.adapters import AdapterConfig, save_adapter
+from dnd_jax.config import freeze, load_file
+from dnd_jax.suite import load_suite
+
+STEPS = 60
+ARGUMENTS = (TINY, f"--config.train.steps={STEPS}", "--config.train.save_every=5")
+TWO = ("--config.mesh.data=2",)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> pathlib.Path:
+    """A suite, and random LoRA checkpoints of its training tasks; compiled programs are kept here too."""
+    root = tmp_path_factory.mktemp("inputs")
+    tiny_suite(root / "suite")
+    config = freeze(load_file(str(ROOT / "tests/tiny.py")))
+    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
+    adapter = AdapterConfig("base", config.lora.rank, config.lora.alpha, config.lora.targets)
+    rng = np.random.default_rng(0)
+    for dataset in load_suite(root / "suite", config.condition.num_prompts).train:
+        for checkpoint in range(3):
+            tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+            save_adapter(root / "loras" / dataset.name / f"step_{checkpoint}", tensors, adapter)
+    return root
+
+
+def free_port() -> int:
+    sys.path.insert(0, str(ROOT / "launch"))
+    import local_multiprocess
+
+    return local_multiprocess.free_port()
+
+
+def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1) -> subprocess.Popen:
+    """`dnd train` in a process of its own with so many devices, its output in one pipe."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    data = (f"--suite={inputs / 'suite'}", f"--config.train.checkpoints={inputs / 'loras'}", f"--workdir={workdir}")
+    command = [sys.executable, "-m", "dnd_jax", "train", *ARGUMENTS, *data, *more]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
+    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=120")
+    return [start(inputs, workdir, *more, *address, f"--process={i}", devices=devices) for i in range(2)]
+
+
+def finish(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int, str]]:
+    """(exit status, output) of each."""
+    ended = []
+    try:
+        for process in processes:
+            out, _ = process.communicate(timeout=timeout)
+            ended.append((process.returncode, out))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    path = workdir / "generator/metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def model(workdir: pathlib.Path) -> bytes:
+    return (workdir / "generator/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs, tmp_path_factory) -> pathlib.Path:
+    """The run of one process with two devices."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    [(status, out)] = finish(start(inputs, workdir, *TWO, devices=2))
+    assert status == 0, out
+    return workdir
+
+
+def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
+    ended = finish(*start_two(inputs, tmp_path, *TWO))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert model(tmp_path) == model(uninterrupted)
+    losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert "process 1 of 2" in ended[1][1] and "1 of 2 devices" in ended[1][1]
+    assert "data 2 x fsdp 1 x tensor 1 over 2 devices (2 hosts x 1)" in ended[0][1]
+    assert "generator:" not in ended[1][1]  # only process 0 reports
+
+
+@pytest.mark.slow
+def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_path):
+    first, second = start_two(inputs, tmp_path, *TWO)
+    assert when(second, lambda: len(rows(tmp_path)) > 12), finish(first, second)
+    second.kill()
+    killed = time.monotonic()
+    [(status, out), _] = finish(first, second, timeout=60)
+    assert time.monotonic() - killed < 60
+    assert status == 3 and f"pid {second.pid}) is gone" in out and "dnd: process 1 (" in out, out
+    assert "start every process again with the same command to resume" in out
+
+    # The coordinator's end is noticed as well, and SIGTERM to one process stops both at one step.
+    first, second = start_two(inputs, tmp_path, *TWO)
+    assert when(first, lambda: len(rows(tmp_path)) > 24), finish(first, second)
+    first.kill()
+    [_, (status, out)] = finish(first, second, timeout=60)
+    assert status == 3 and f"dnd: process 0 ({os.uname().nodename}, pid {first.pid}) is gone" in out, out
+
+    first, second = start_two(inputs, tmp_path, *TWO)
+    assert when(first, lambda: len(rows(tmp_path)) > 36), finish(first, second)
+    second.send_signal(signal.SIGTERM)
+    ended = finish(first, second, timeout=120)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert all("stopped by SIGTERM; resume with: dnd train" in out for _, out in ended), ended
+
+    ended = finish(*start_two(inputs, tmp_path, *TWO))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert model(tmp_path) == model(uninterrupted)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_another_mesh_and_number_of_hosts_go_on_with_the_same_losses(inputs, uninterrupted, tmp_path):
+    run = start(inputs, tmp_path, *TWO, devices=2)
+    assert when(run, lambda: len(rows(tmp_path)) > 20), finish(run)
+    run.send_signal(signal.SIGTERM)
+    assert finish(run)[0][0] == 0
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    ended = finish(*start_two(inputs, tmp_path, *mesh, devices=2))
+    assert [status for status, _ in ended] == [0, 0], ended
+    losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_changed_setting_is_named_unless_it_is_allowed(inputs, tmp_path):
+    assert finish(start(inputs, tmp_path, "--config.train.steps=5"))[0][0] == 0
+    changed = ("--config.train.steps=10", "--config.train.learning_rate=1e-4")
+    [(status, out)] = finish(start(inputs, tmp_path, *changed))
+    assert status == 2
+    assert "allow them by --allow=train.learning_rate,train.steps" in out and "train.steps: 5 -> 10" in out, out
+    [(status, out)] = finish(start(inputs, tmp_path, *changed, "--allow=train.steps"))
+    assert status == 2 and "train.steps" not in out and "--allow=train.learning_rate " in out, out
+    [(status, out)] = finish(start(inputs, tmp_path, *changed, "--allow=train.steps,train.learning_rate"))
+    assert status == 0, out
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 11))
+
+
+def test_who_joined_is_said_when_not_all_do(inputs, tmp_path):
+    port = free_port()
+    address = (f"--coordinator=127.0.0.1:{port}", "--processes=3", "--start-timeout=8")
+    started = [start(inputs, tmp_path, *address, f"--process={i}") for i in (0, 2)]
+    ended = finish(*started)
+    for status, out in ended:
+        assert status == 2
+        assert f"2 of 3 processes joined within 8 s: process 0 ({os.uname().nodename}, pid {started[0].pid})" in out, out
+        assert "missing: 1; start them, or raise --start-timeout" in out
+    [(status, out)] = finish(start(inputs, tmp_path, *address[:2], "--process=1", "--start-timeout=2"))
+    assert status == 2 and f"process 1: process 0 was not found at 127.0.0.1:{port} (port {port + 1}) within 2 s" in out, out
+
+
+def test_processes_of_different_runs_do_not_start(inputs, tmp_path):
+    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=60")
+    odd = [start(inputs, tmp_path, *address, "--process=0"), start(inputs, tmp_path, *address, "--process=1", "--config.seed=1")]
+    for status, out in finish(*odd):
+        assert status == 2 and "was started with other arguments, configuration or versions than process 0" in out, out
+
+
+def test_a_fault_of_one_process_ends_all(inputs, tmp_path):
+    """Process 1 cannot write its cache of embeddings."""
+    port = free_port()
+    address = (f"--coordinator=127.0.0.1:{port}", "--processes=2", "--start-timeout=60", *TWO)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/embeddings").write_text("not a folder")
+    pair = [start(inputs, tmp_path / name, *address, f"--process={i}") for i, name in enumerate(("zero", "one"))]
+    pair_output = finish(*pair, timeout=120)
+    assert pair_output[1][0] == 2 and "embeddings" in pair_output[1][1], pair_output
+    assert pair_output[0][0] == 3 and "process 1" in pair_output[0][1] and "stopped: " in pair_output[0][1], pair_output
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(inputs, tmp_path):
+    """SIGKILL anywhere, saves included: never a corrupt or a skipped step, and the same bits in the end."""
+    settings = ("--config.train.steps=400", "--config.train.save_every=2")
+    assert finish(start(inputs, tmp_path / "whole", *settings))[0][0] == 0
+    rng, workdir = random.Random(0), tmp_path / "killed"
+    kills = 0
+    for goal in sorted(rng.sample(range(5, 390), 10)):
+        run = start(inputs, workdir, *settings)
+        if when(run, lambda goal=goal: len(rows(workdir)) >= goal):
+            time.sleep(rng.uniform(0, 0.05))
+            kills += run.poll() is None
+        run.kill()
+        finish(run)
+    assert kills == 10
+    [(status, out)] = finish(start(inputs, workdir, *settings))
+    assert status == 0 and "damaged" not in out, out
+    assert model(workdir) == model(tmp_path / "whole")
+    assert [row["step"] for row in rows(workdir)] == list(range(1, 401))
+    assert [r["loss"] for r in rows(workdir)] == [r["loss"] for r in rows(tmp_path / "whole")]
