@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import re
 import tracemalloc
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 import torch
 from flax import traverse_util
 from peft import LoraConfig, get_peft_model
+from rules import assert_one_rule_each
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -197,15 +197,6 @@ def test_every_parameter_has_one_rule_and_one_name(name):
     sharding.shard_by_rules(mesh_of(2, 2, 2), base_lm.RULES, shapes)
     ours = [ours for _, ours, _ in lm_table(REAL[name])]
     assert sorted(ours) == sorted(traverse_util.flatten_dict(shapes, sep="/"))
-
-
-def assert_one_rule_each(rules, shapes):
-    """Exactly one rule matches, and names all dimensions or none; whatever is as big as a matrix is cut."""
-    for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        matching = [axes for pattern, axes in rules if re.search(pattern, name)]
-        assert len(matching) == 1, (name, matching)
-        assert len(matching[0]) in (0, leaf.ndim), name
-        assert any(matching[0]) or leaf.size < 10_000, name
 
 
 def test_a_mesh_changes_no_logit(batch, tmp_path):
