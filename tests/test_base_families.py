@@ -211,6 +211,20 @@ def test_a_mesh_changes_no_logit(batch, tmp_path):
         hf.load_base(tmp_path, sharding.make_mesh(config_lib.Mesh(1, 1, 3, ()), jax.devices()[:3]))
 
 
+def test_bfloat16_stays_bfloat16_on_request(batch, tmp_path):
+    ids, valid = batch
+    model = make("qwen3").bfloat16()
+    model.save_pretrained(tmp_path)
+    module, params = hf.load_base(tmp_path, dtype=jnp.bfloat16)
+    kernel = params["layers_1"]["o_proj"]["dense"]["kernel"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(kernel.astype(jnp.float32), model.model.layers[1].self_attn.o_proj.weight.detach().float().T)
+    logits, expected = module.apply({"params": params}, ids, valid_BxS=valid), logits_of(model.float(), ids, valid)
+    assert logits.dtype == jnp.float32
+    error = np.abs(np.asarray(logits) - expected)[valid > 0].max() / np.abs(expected[valid > 0]).max()
+    assert 1e-4 < error < 0.1
+
+
 def test_no_host_holds_the_model(tmp_path, monkeypatch):
     """17 tensors of 4 MiB and some; every device's shard is read by itself, equal ones once, and dropped with its tensor."""
     big = dict(hidden_size=1024, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=2)

@@ -245,3 +245,31 @@ def test_unreadable_files_are_one_clear_error(folder):
     refuse(folder, "not JSON")
     refuse(folder, "no usable tokenizer", load=hf.load_tokenizer)
     refuse(folder / "absent", "no such model folder")
+
+
+def test_damaged_shards(tmp_path):
+    qwen(**SHAPES["tied, grouped queries"]).save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    refuse(tmp_path, shard.name, "not a readable safetensors file")
+    shard.unlink()
+    refuse(tmp_path, shard.name, "no such file")
+    places = json.loads(index.read_text())
+    left = {name: file for name, file in places["weight_map"].items() if file != shard.name}
+    index.write_text(json.dumps({**places, "weight_map": left}))
+    refuse(tmp_path, "the weights do not match the architecture", "is missing")
+    index.write_text("{}")
+    refuse(tmp_path, "no weight_map")
+
+
+def test_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
+    tokenizer = build_tokenizer(["one two"], 300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    assert hf.load_tokenizer(tmp_path).pad_token == "<end>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    refuse(tmp_path, "neither a padding nor an end token", load=hf.load_tokenizer)

@@ -222,7 +222,7 @@ def test_t5_windows_beyond_512_are_independent(tokenizer, tmp_path):
 
 
 @hypothesis.given(st.integers(2, 40).map(lambda n: 4 * n), st.integers(1, 2000))
-@hypothesis.example(32, 128 - 32)
+@hypothesis.example(32, 120)
 def test_distance_buckets_equal_t5s(buckets, beyond):
     furthest = buckets // 4 + beyond
     distance = torch.arange(-599, 600)
@@ -424,7 +424,7 @@ def test_fingerprint_of_minilm_stays(minilm):
 def test_encoder_parameters_on_a_mesh(kind, tmp_path):
     """Every parameter has one rule, and the mesh changes no number."""
     path = KINDS[kind](tmp_path)
-    mesh = sharding.make_mesh(Mesh(4, 1, 2, ()) if kind in ("vectors", "bert") else Mesh(2, 2, 2, ()))
+    mesh = sharding.make_mesh(Mesh(4, 1, 2, ()) if kind == "vectors" else Mesh(2, 2, 2, ()))
     plain, sharded = load_encoder(path), load_encoder(path, mesh=mesh)
     assert_one_rule_each(plain.rules, plain.params)
     ids, valid = plain.tokenize(PROMPTS, 9)

@@ -201,6 +201,8 @@ def load_tokenizer(path: str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError(f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

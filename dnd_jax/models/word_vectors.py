@@ -78,7 +78,7 @@ def read_vectors(path: str | os.PathLike) -> tuple[dict[str, int], np.ndarray]:
         raise InputError(f"{path}: not UTF-8, so no text file of word vectors") from None
     if not rows:
         raise InputError(f"{path}: no word vectors in it")
-    return ids, np.concatenate([np.zeros((1, width), np.float32), np.stack(rows)])
+    return ids, np.stack([np.zeros(width, np.float32), *rows])
 
 
 def _numbers(parts: Sequence[str]) -> np.ndarray | None:
