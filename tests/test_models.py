@@ -239,6 +239,8 @@ def test_unreadable_files_are_one_clear_error(folder):
         refuse(folder, "not a readable safetensors file")
     (folder / "model.safetensors").unlink()
     refuse(folder, "no such file")
+    (folder / "pytorch_model.bin").write_bytes(whole)
+    refuse(folder, "no such file; only safetensors are read")
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
     refuse(folder, "missing vocab_size, hidden_size")
     (folder / "config.json").write_text('{"model_type": ')

@@ -53,7 +53,10 @@ class StoredWeights:
     def _files(self) -> list[pathlib.Path]:
         index = self.folder / "model.safetensors.index.json"
         if not index.is_file():
-            return [self.folder / "model.safetensors"]
+            whole = self.folder / "model.safetensors"
+            if not whole.is_file() and list(self.folder.glob("pytorch_model*.bin")):
+                raise InputError(f"{whole}: no such file; only safetensors are read; save it again from transformers")
+            return [whole]
         places = read_json(index)
         if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
             raise InputError(f"{index}: no weight_map; copy the file again")
