@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             },
             "condition": {
                 "encoder": "sentence-transformers/all-MiniLM-L12-v2",
+                "layer": -1,
                 "num_prompts": 128,
                 "max_text_length": 384,
                 "in_graph": False,

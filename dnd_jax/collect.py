@@ -93,7 +93,8 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
         loop.check_same_run(folder / DONE, read_json(folder / DONE)["settings"], record)
         return folder
 
-    module, params = hf.load_base(base_path)
+    mesh = sharding.make_mesh(config.mesh)
+    module, params = hf.load_base(base_path, mesh)
     tokenizer = hf.load_tokenizer(base_path)
     shapes = module.config.lora_shapes(c.rank, c.targets)
     adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
@@ -110,7 +111,6 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
             rows.append(batch)
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows), over_tasks)
 
-    mesh = sharding.make_mesh(config.mesh)
     tasks = len(suite.datasets)
     over_tasks = sharding.leading(mesh, tasks, "the number of datasets")
     optimizer = make_optimizer(c)
@@ -120,7 +120,6 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), {"lora": lora, "opt": optimizer.init(lora)})
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params = jax.device_put(params, sharding.shard_by_rules(mesh, config.mesh.rules, params))
     step = jax.jit(
         make_collect_step(module, optimizer, adapter.scale),
         out_shardings=(over_tasks, sharding.replicated(mesh)),

@@ -1,4 +1,4 @@
-"""The condition: prompts -> last hidden states of the frozen text encoder, (n, L, C), computed once and cached by content.
+"""The condition: prompts -> hidden states of the frozen text encoder, (n, L, C), computed once and cached by content.
 
 METHOD.md section 4; padding positions included, texts truncated and padded to L = max_text_length, dropout off.
 """
@@ -14,23 +14,29 @@ import numpy as np
 from dnd_jax import config as config_lib
 from dnd_jax.files import replacing
 from dnd_jax.loop import stop
-from dnd_jax.models import hf
-from dnd_jax.models.text_encoder import encode_windows
+from dnd_jax.models.text_encoder import LAST, encode_windows, load_encoder
 
 TOKENS_PER_BATCH = 8192
+CHUNK = 1 << 24  # bytes of a file hashed at a time
 
 
 class PromptEncoder:
-    """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer and text length."""
+    """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer and text length.
 
-    def __init__(self, config: config_lib.Condition):
-        folder = hf.resolve(config.encoder)
+    `module` and `params` are what `encode_windows` takes; `rules` the sharding of `params`, which lie on the mesh if one is given.
+    """
+
+    def __init__(self, config: config_lib.Condition, mesh: jax.sharding.Mesh | None = None):
+        encoder = load_encoder(config.encoder, config.layer, mesh)
+        self.module, self.params, self.rules, self._tokenize = encoder.module, encoder.params, encoder.rules, encoder.tokenize
         self.max_text_length = config.max_text_length
-        self.module, self.params = hf.load_encoder(folder)
-        self._tokenizer = hf.load_tokenizer(folder)
-        digest = hashlib.sha256(f"last hidden states, L = {config.max_text_length}".encode())
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors")):
-            digest.update(path.name.encode() + path.read_bytes())
+        which = "last hidden states" if config.layer == LAST else f"hidden states of layer {config.layer}"
+        digest = hashlib.sha256(f"{which}, L = {config.max_text_length}".encode())
+        for path in encoder.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
         self.fingerprint = digest.hexdigest()
         # Parameters are an argument, not a constant that XLA would fold into the program.
         self._encode = jax.jit(lambda params, ids, valid: encode_windows(self.module, params, ids, valid))
@@ -38,14 +44,11 @@ class PromptEncoder:
     @property
     def width(self) -> int:
         """C."""
-        return self.module.config.hidden_size
+        return self.module.width
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts -> (ids, valid), int32 (n, L)."""
-        encoded = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.max_text_length, return_tensors="np"
-        )
-        return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
+        return self._tokenize(prompts, self.max_text_length)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts -> float32 (n, L, C)."""

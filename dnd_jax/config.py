@@ -72,9 +72,10 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What the generator is conditioned on: the encoder's last hidden states of N prompts."""
+    """What the generator is conditioned on: the encoder's hidden states of N prompts."""
 
-    encoder: str  # folder, "package:NAME/FOLDER" or hub id
+    encoder: str  # folder, "package:NAME/FOLDER", hub id or file of word vectors: dnd_jax/models/text_encoder.py
+    layer: int  # of a decoder-only encoder: 0 its embeddings, n the output of block n, -1 the last (after the final norm)
     num_prompts: int  # N
     max_text_length: int  # L
     in_graph: bool  # encode inside the train step instead of once ahead of it
@@ -224,6 +225,7 @@ def _impossible(c: Config) -> list[str]:
     for key in ("pretrain", "lora", "train"):
         need(f"{key}.learning_rate", getattr(c, key).learning_rate > 0, "must be above 0")
     need("seed", c.seed >= 0, "must not be negative")
+    need("condition.layer", c.condition.layer >= -1, "must be -1 (the last) or a layer from 0")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")
     g = c.generator
     need("generator.kernel_size", g.kernel_size % 2 == 1 and g.kernel_size > 0, "must be odd")

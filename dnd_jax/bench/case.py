@@ -2,17 +2,20 @@
 
 import dataclasses
 
+from flax import linen as nn
+
 from dnd_jax import config as config_lib
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models import hf
+from dnd_jax.models.bert import Bert, BertConfig
 from dnd_jax.models.hyperconv import Features, forward_macs
-from dnd_jax.models.text_encoder import EncoderConfig
+from dnd_jax.models.text_encoder import load_module
 from dnd_jax.train import resolve_features
 
 WHAT = ("forward", "gradient", "train", "generate")
 PASSES = {"forward": 1, "gradient": 3, "train": 3, "generate": 1}  # times the forward operations, by the direct method
 LONG_ENOUGH = 60.0  # seconds in one process, after which no further repeat is started
-MINILM_L12 = EncoderConfig(30522, 384, 1536, 12, 12)  # of a hub id, which a benchmark does not download
+MINILM_L12 = Bert(BertConfig(30522, 384, 1536, 12, 12))  # of a hub id, which a benchmark does not download
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +51,10 @@ class Case:
         return 2 * macs * max(self.batch, 1) * PASSES[self.what]
 
 
-def encoder_config(config: config_lib.Config) -> EncoderConfig:
-    """The text encoder's sizes: those of a local folder or package, else MiniLM-L12's."""
-    name = config.condition.encoder
-    return hf.load_encoder_config(name) if name.startswith(hf.PACKAGE) else MINILM_L12
+def encoder_module(config: config_lib.Config) -> nn.Module:
+    """The text encoder without its weights: that of a package, else MiniLM-L12."""
+    c = config.condition
+    return load_module(c.encoder, c.layer) if c.encoder.startswith(hf.PACKAGE) else MINILM_L12
 
 
 def layout_of(config: config_lib.Config) -> LoraLayout | None:
@@ -69,5 +72,5 @@ def features_of(config: config_lib.Config) -> tuple[Features, ...]:
         return features
     layout, condition = layout_of(config), config.condition
     grid = layout.token_shape if config.generator.target == "chunk" else layout.chunk_shape
-    width = encoder_config(config).hidden_size
+    width = encoder_module(config).width
     return resolve_features(config.generator, (condition.num_prompts, condition.max_text_length, width), (layout.num_tokens, *grid))

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_config, layout_of
+from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_module, layout_of
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
-from dnd_jax.models.text_encoder import TextEncoder, encode_windows
+from dnd_jax.models.text_encoder import encode_windows
 from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.targets import ChunkTarget, ElementTarget
@@ -74,9 +74,9 @@ def operation(case: Case, config: Config) -> Callable[[], object]:
 
 def _generate(case: Case, config: Config, features: tuple[Features, ...], module, params) -> Callable[[], object]:
     """Prompt ids -> adapter tensors: text encoder, decoder, and weights read back from the tokens where the layout is known."""
-    sizes, n, length = encoder_config(config), config.condition.num_prompts, config.condition.max_text_length
-    encoder = TextEncoder(sizes, jnp.dtype(config.train.dtype))
-    ids = np.random.default_rng(0).integers(sizes.vocab_size, size=(case.batch * n, length)).astype(np.int32)
+    encoder = encoder_module(config).clone(dtype=jnp.dtype(config.train.dtype))
+    n, length = config.condition.num_prompts, config.condition.max_text_length
+    ids = np.random.default_rng(0).integers(encoder.config.vocab_size, size=(case.batch * n, length)).astype(np.int32)
     valid = np.ones_like(ids)
     encoder_params = random_params(encoder, (1, 8), (1, 8), dtype=jnp.int32)
 

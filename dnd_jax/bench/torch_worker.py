@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dnd_jax.bench import torch_generator
-from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_config
+from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_module
 from dnd_jax.config import Config
 
 # memory layout, compiled, autocast to bfloat16
@@ -45,7 +45,7 @@ def operation(case: Case, config: Config, variant: str, device: torch.device) ->
     if case.what == "generate":
         from transformers import BertConfig, BertModel
 
-        sizes = encoder_config(config)
+        sizes = encoder_module(config).config
         bert = BertConfig(
             vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size,
             num_hidden_layers=sizes.num_hidden_layers, num_attention_heads=sizes.num_attention_heads,

@@ -1,82 +1,136 @@
-"""The frozen text encoder: the BERT family (MiniLM, BERT, GTE, BGE, ...), dropout off. METHOD.md section 4.
+"""The frozen text encoder, of whichever kind its folder or file holds (METHOD.md section 4).
 
-`TextEncoder(config).apply({"params": params}, ids_BxL, valid_BxL)` -> last hidden states (B, L, C), padding positions included.
+    BERT family (MiniLM, BERT, GTE, BGE)           model_type bert                          bert.py
+    T5, T5 v1.1 and mT5's encoder                  model_type t5, mt5                       t5.py
+    a decoder-only LM's hidden states of a layer   model_type qwen2, qwen3, llama, mistral  lm_encoder.py
+    word vectors                                   a text file: word v1 ... vC              word_vectors.py
+
+All are Linen modules of one shape: module.apply({"params": params}, ids (B, L), valid (B, L)) -> (B, L, C), padding positions
+included, with `config.vocab_size`, `width` (C) and `window` (the longest L, None for any).
 """
 
 import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-WINDOW = 512  # longer texts are encoded in independent windows of this many ids
+from dnd_jax.errors import InputError
+from dnd_jax.files import read_json
+from dnd_jax.models import base_lm, bert, hf, names, t5, word_vectors
+from dnd_jax.models.lm_encoder import LmEncoder
+from dnd_jax.models.weights import StoredWeights, load_params
+from dnd_jax.sharding import shard_by_rules
+
+LAST = -1  # layer
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """The fields of a Hugging Face BERT config.json that shape the computation."""
+class Encoder:
+    """A loaded text encoder."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
+    module: nn.Module
+    params: dict
+    rules: tuple  # sharding of its parameters
+    tokenize: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, L -> (ids, valid), int32 (n, L), padded right
+    files: tuple[pathlib.Path, ...]  # whatever its output depends on
 
 
-class EncoderLayer(nn.Module):
-    config: EncoderConfig
-    dtype: jnp.dtype
+def load_encoder(name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.Mesh | None = None) -> Encoder:
+    """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules where one is given.
 
-    @nn.compact
-    def __call__(self, x_BxLxC: jax.Array, bias_BxL: jax.Array) -> jax.Array:
-        c = self.config
-        batch, length, width = x_BxLxC.shape
-        heads = c.num_attention_heads
-
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
-
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(c.layer_norm_eps, use_fast_variance=False, dtype=self.dtype, name=name)
-
-        q, k, v = (dense(n, width)(x_BxLxC).reshape(batch, length, heads, -1) for n in ("query", "key", "value"))
-        scores = jnp.einsum("bshe,bthe->bhst", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores + bias_BxL[:, None, None, :], axis=-1).astype(self.dtype)
-        attended = jnp.einsum("bhst,bthe->bshe", weights, v).reshape(batch, length, width)
-        x = norm("attention_norm")(x_BxLxC + dense("attention_output", width)(attended))
-        inner = nn.gelu(dense("intermediate", c.intermediate_size)(x), approximate=False)
-        return norm("output_norm")(x + dense("output", width)(inner))
+    layer: of a decoder-only LM, 0 for its embeddings. Raises InputError for an architecture or layer that does not exist.
+    """
+    if pathlib.Path(name).is_file():
+        return _load_vectors(pathlib.Path(name), layer, mesh)
+    folder = hf.resolve(name)
+    module, rules, table, rename = _architecture(folder, layer)
+    ids = np.zeros((1, 2), np.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    params = load_params(StoredWeights(folder, rename), table, shapes, rules, mesh)
+    tokenizer = hf.load_tokenizer(folder)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model"))
+    return Encoder(module, params, rules, functools.partial(_tokenize, tokenizer), tuple(files))
 
 
-class TextEncoder(nn.Module):
-    config: EncoderConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
-        """L <= 512. valid_BxL is 1 at real tokens. Returns (B, L, C)."""
-        c = self.config
-        length = ids_BxL.shape[1]
-        init = nn.initializers.normal(0.02)
-        x = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=init, name="word_embeddings")(ids_BxL)
-        position = self.param("position_embeddings", init, (c.max_position_embeddings, c.hidden_size))
-        token_type = self.param("token_type_embeddings", init, (c.type_vocab_size, c.hidden_size))
-        x = x + position[:length] + token_type[0]
-        x = nn.LayerNorm(c.layer_norm_eps, use_fast_variance=False, dtype=self.dtype, name="norm")(x)
-        bias = jnp.where(valid_BxL > 0, 0.0, jnp.finfo(jnp.float32).min)
-        for i in range(c.num_hidden_layers):
-            x = EncoderLayer(c, self.dtype, name=f"layer_{i}")(x, bias)
-        return x
+def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
+    """The module of a folder's encoder without its weights, for its sizes."""
+    return _architecture(hf.resolve(name), layer)[0]
 
 
-def encode_windows(module: TextEncoder, params: dict, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
-    """Last hidden states (B, L, C) for any L: beyond 512 the ids are cut into windows that are encoded independently."""
-    window = min(WINDOW, module.config.max_position_embeddings)
+def encode_windows(module: nn.Module, params: Mapping, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
+    """Hidden states (B, L, C) for any L: ids beyond the module's window are cut into windows that are encoded independently."""
+    window = module.window or ids_BxL.shape[1]
     parts = [
         module.apply({"params": params}, ids_BxL[:, i : i + window], valid_BxL[:, i : i + window])
         for i in range(0, ids_BxL.shape[1], window)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _architecture(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, names.Table, Callable[[str], str | None]]:
+    """(module, sharding rules, table of names, renaming) of a folder's config.json."""
+    file = folder / "config.json"
+    raw = read_json(file)
+    kind = raw.get("model_type")
+    if kind in hf.BASES:
+        return _lm(folder, layer)
+    if kind == "bert":
+        if raw.get("hidden_act", "gelu") != "gelu" or raw.get("position_embedding_type", "absolute") != "absolute":
+            raise InputError(f"{file}: only hidden_act gelu and absolute positions are supported")
+        config = hf.config_fields(file, raw, bert.BertConfig)
+        parts = (bert.Bert(config), bert.RULES, names.bert_table(config.num_hidden_layers), names.bert_name)
+    elif kind in ("t5", "mt5"):
+        config = hf.config_fields(file, raw, t5.T5Config)
+        if config.feed_forward_proj not in t5.FEED_FORWARDS:
+            raise InputError(f"{file}: feed_forward_proj {config.feed_forward_proj!r} is none of {', '.join(t5.FEED_FORWARDS)}")
+        parts = (t5.T5Encoder(config), t5.RULES, names.t5_table(config.num_layers, config.gated), names.t5_name)
+    else:
+        supported = ", ".join(("bert", "t5", "mt5", *hf.BASES))
+        raise InputError(f"{file}: model_type {kind!r} is not supported as text encoder; use one of {supported}")
+    _only_last(folder, layer)
+    return parts
+
+
+def _lm(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, names.Table, Callable[[str], str | None]]:
+    config = hf.load_base_config(folder)
+    if not LAST <= layer <= config.num_hidden_layers:
+        raise InputError(
+            f"config.condition.layer = {layer}: {folder} has layers 0 (its embeddings) to "
+            f"{config.num_hidden_layers}; {LAST} is the last"
+        )
+    layer = config.num_hidden_layers if layer == LAST else layer
+    table = names.lm_table(config, layer)
+    wanted, every = {theirs for theirs, _, _ in table}, {theirs for theirs, _, _ in names.lm_table(config)} | {"lm_head.weight"}
+
+    def rename(stored: str) -> str | None:
+        name = names.lm_name(stored)
+        return name if name in wanted or name not in every else None  # later layers and the head stay on the disk
+
+    return LmEncoder(config, layer), base_lm.RULES, table, rename
+
+
+def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None) -> Encoder:
+    _only_last(path, layer)
+    vocabulary, vectors = word_vectors.read_vectors(path)
+    module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
+    params = {"vectors": vectors}
+    params = jax.device_put(params, mesh and shard_by_rules(mesh, word_vectors.RULES, params))
+    return Encoder(module, params, word_vectors.RULES, functools.partial(word_vectors.tokenize, vocabulary), (path,))
+
+
+def _only_last(name: pathlib.Path, layer: int) -> None:
+    if layer != LAST:
+        raise InputError(f"config.condition.layer = {layer}: only decoder-only LMs have layers to choose; set it to -1 for {name}")
+
+
+def _tokenize(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    # On the right whatever the tokenizer prefers: on the left, a causal LM's padding would see nothing at all.
+    how = {"padding": "max_length", "padding_side": "right", "truncation": True, "max_length": length, "return_tensors": "np"}
+    encoded = tokenizer(list(texts), **how)
+    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
