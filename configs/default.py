@@ -109,6 +109,16 @@ def get_config() -> ConfigDict:
                     (r".", ()),
                 ),
             },
+            "sweep": {
+                "topologies": (),
+                "meshes": (),
+                "rules": (),
+                "remat": (),
+                "batches": (),
+                "micro_batches": (),
+                "methods": (),
+                "steps": ("train",),
+            },
         }
     )
     return config.lock()

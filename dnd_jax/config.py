@@ -146,6 +146,20 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """`dnd plan --sweep`: every combination of these is compiled; an empty list takes the configuration's own value."""
+
+    topologies: tuple[str, ...]  # such as "v5p:2x2x2"; none: this machine's devices
+    meshes: tuple  # (data, fsdp, tensor) or (slices, data, fsdp, tensor)
+    rules: tuple  # whole lists of rules
+    remat: tuple[str, ...]
+    batches: tuple[int, ...]
+    micro_batches: tuple[int, ...]
+    methods: tuple[str, ...]
+    steps: tuple[str, ...]  # "train", "generate"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
     suite: str  # suite folder; empty: the embedded one, written into the workdir
@@ -158,6 +172,7 @@ class Config:
     evaluate: Evaluate
     bench: Bench
     mesh: Mesh
+    sweep: Sweep
 
     def to_json(self) -> dict:
         """A JSON-like copy, for records and comparisons."""

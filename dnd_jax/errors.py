@@ -12,3 +12,7 @@ def listed(title: str, faults: list[str], most: int = 20) -> InputError:
     """One `InputError` that names every fault (the first `most` in full)."""
     more = f"; and {len(faults) - most} more" if len(faults) > most else ""
     return InputError(f"{title}: " + "; ".join(faults[:most]) + more)
+
+
+class NothingFits(InputError):
+    """No plan fits its devices: exit status 1, with the nearest miss and what would make it fit."""

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, NothingFits
 
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
@@ -16,6 +16,7 @@ STAGES: dict[str, str] = {
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
     "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples",
+    "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
@@ -30,6 +31,9 @@ def usage() -> str:
         f"--config     a file of configs/ (default {DEFAULT_CONFIG}); any of its keys can be set: --config.train.steps=500\n"
         "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
         "--suite      folder of your own tasks (default: the embedded suite)\n"
+        "--topology   plan: TPU chips, such as v5p:2x2x4; --devices=8 virtual CPU devices; neither: this machine's devices\n"
+        "--sweep      plan: every combination of config.sweep in one table and plot (configs/ablate_sharding.py)\n"
+        "--measure    plan: run the steps on this machine's devices as well\n"
         "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
         "--layers     bench: every convolution of the configuration by itself\n"
         "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv[0], argv[1:])
     except InputError as error:
         print(f"dnd: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NothingFits) else 2
     except (loop.Stopped, KeyboardInterrupt) as error:
         name = str(error) or "SIGINT"
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
@@ -109,7 +113,10 @@ def _parse(arguments: list[str]):
     flags.DEFINE_integer("processes", 1, "train: how many there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process", 0, "train: which this is", lower_bound=0, flag_values=values)
     flags.DEFINE_float("start-timeout", 300.0, "train: seconds until all processes have joined", flag_values=values)
-    flags.DEFINE_string("topology", "v5p:2x2x1", "bench: the TPU chips to compile for", flag_values=values)
+    flags.DEFINE_string("topology", "", "plan, bench: the TPU chips to compile for", flag_values=values)
+    flags.DEFINE_integer("devices", 0, "plan: virtual CPU devices", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("sweep", False, "plan: every combination of config.sweep", flag_values=values)
+    flags.DEFINE_bool("measure", False, "plan: run the steps here as well", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
@@ -148,6 +155,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
         "bench": lambda: _bench(values, config, config_file, workdir),
+        "plan": lambda: _plan(values, config, workdir),
         "train": lambda: _train(values, config, workdir, arguments),
     }
     runners.get(stage, lambda: _stage(stage, config, workdir))()
@@ -196,11 +204,34 @@ def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
     if values.backend:
         from dnd_jax.bench.tpu import estimate
 
-        estimate(config, values.topology, workdir)
+        estimate(config, values.topology or "v5p:2x2x1", workdir)
         return
     from dnd_jax.bench.run import bench
 
     bench(config, config_file, workdir)
+
+
+def _plan(values, config, workdir: pathlib.Path) -> None:
+    if values.devices and values.topology:
+        raise InputError("--devices (virtual CPU devices) and --topology (TPU chips) exclude each other")
+    if values.measure and (values.topology or config.sweep.topologies):
+        raise InputError("--measure runs on this machine's devices; leave --topology and config.sweep.topologies empty")
+    if values.devices:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count={values.devices}")
+    elif values.topology or config.sweep.topologies:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs
+    from dnd_jax import plan, sweep
+
+    if values.sweep:
+        plans = sweep.sweep(config, workdir, values.measure)
+        print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}", flush=True)
+    else:
+        devices = plan.devices_of(values.topology, config.mesh.slices)
+        plans = [plan.make_plan(config, devices, step, values.measure) for step in plan.STEPS]
+        print("\n\n".join(map(plan.describe_plan, plans)), flush=True)
+    if not any(p.fits for p in plans if p.step == plans[0].step):
+        raise NothingFits(sweep.nearest_miss(plans))
 
 
 def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ from dnd_jax.adapters import checkpoint_folders, load_adapter, load_adapter_conf
 from dnd_jax.chips import chip_of
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import listed
 from dnd_jax.files import read_json, replacing, write_json
 from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
@@ -38,31 +38,11 @@ from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
+from dnd_jax.shapes import resolve_features
 from dnd_jax.suite import Suite
 from dnd_jax.targets import ChunkTarget, ElementTarget, Target
 
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
-
-
-def resolve_features(
-    config: config_lib.Generator, condition: tuple[int, int, int], token_grid: tuple[int, int, int]
-) -> tuple[Features, ...]:
-    """(N, L, C) of every stage with its zeros filled in: the first stage's from the condition (N, L, C), T from the token grid
-    (T, h, w), and any later L and C from h and w.
-
-    Raises InputError naming a given size that contradicts the data.
-    """
-    expected_first = condition
-    if config.length_projection:
-        expected_first = (condition[0], config.features[0][1] or condition[1], condition[2])
-    stages = [
-        tuple(given or known for given, known in zip(config.features[0], expected_first, strict=True)),
-        *((n or token_grid[0], length or token_grid[1], c or token_grid[2]) for n, length, c in config.features[1:]),
-    ]
-    for at, known, what in ((0, expected_first, "the condition (N, L, C)"), (-1, token_grid, "the token grid (T, h, w)")):
-        if stages[at] != known:
-            raise InputError(f"config.generator.features[{at}] = {stages[at]} is not {what}, which is {known}; a 0 takes it over")
-    return tuple(stages)
 
 
 def make_generator(

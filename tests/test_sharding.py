@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dnd_jax import sharding
-from dnd_jax.bench.case import features_of
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError
+from dnd_jax.shapes import features_of
 from dnd_jax.train import make_generator, make_optimizer, shard_train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_module, layout_of
+from dnd_jax.bench.case import LONG_ENOUGH, Case
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
 from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
+from dnd_jax.shapes import encoder_module, layout_of
 from dnd_jax.targets import ChunkTarget, ElementTarget
 from dnd_jax.train import make_generator, make_optimizer, make_train_step
 

@@ -10,11 +10,11 @@ import dataclasses
 
 from tqdm import tqdm
 
-from dnd_jax.bench.case import features_of
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import convolutions
 from dnd_jax.ops.plan import Plan, Problem, choose
 from dnd_jax.ops.tune import seconds_of
+from dnd_jax.shapes import features_of
 
 COLUMNS = ("direct", "at once", "looped")
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from dnd_jax.bench import torch_generator
-from dnd_jax.bench.case import LONG_ENOUGH, Case, encoder_module
+from dnd_jax.bench.case import LONG_ENOUGH, Case
 from dnd_jax.config import Config
+from dnd_jax.shapes import encoder_module
 
 # memory layout, compiled, autocast to bfloat16
 VARIANTS = {

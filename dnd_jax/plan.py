@@ -1,0 +1,327 @@
+"""`dnd plan`: the real train step and generation step compiled ahead of time for devices that need not be there.
+
+    dnd plan --config=configs/qwen2_5_0_5b_commonsense.py --topology=v5p:2x2x4
+
+For a TPU topology (its compiler comes with pip install "dnd-jax[tpu]"), for n virtual CPU devices, or for this machine's own. Says
+of one device: memory against the chip's, operations, bytes, collectives, and the compiler's time.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dnd_jax import hlo, sharding
+from dnd_jax.chips import Chip, chip_of
+from dnd_jax.config import Config
+from dnd_jax.errors import InputError
+from dnd_jax.models.hyperconv import convolutions, forward_macs
+from dnd_jax.models.placement import Placement
+from dnd_jax.ops import compiler_options
+from dnd_jax.ops.plan import describe
+from dnd_jax.shapes import condition_shape, encoder_module, features_of
+from dnd_jax.train import make_generator, shard_train_step
+
+STEPS = ("train", "generate")
+FAST = -1.0  # the compiler's least effort: several times faster, and neither its estimate nor its memory differs much
+REPEATS = 3
+
+
+def topology_devices(topology: str, slices: int = 1) -> list:
+    """The devices of so many TPU slices of a topology such as "v5p:2x2x2". Raises InputError when its compiler refuses."""
+    # No TPU is needed: no questions to a metadata server, and no quarrel with a process that has one.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    from jax.experimental import topologies
+
+    more = {"num_slices": slices} if slices > 1 else {}
+    more |= {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    try:
+        with _quiet():
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
+    except Exception as error:  # whatever a missing or refusing plugin raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f'--topology={topology}: cannot compile for it ({reason}); pip install "dnd-jax[tpu]"') from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that libtpu writes to stderr while it looks for a TPU."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _shaped(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+    """(the jitted train step, the shapes of its arguments: state, batch, text encoder)."""
+    features, condition = features_of(config), condition_shape(config)
+    encoder = None
+    if config.condition.in_graph:
+        module = encoder_module(config)
+        ids = jax.ShapeDtypeStruct((1, config.condition.max_text_length), jnp.int32)
+        encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    importance = np.ones(features[-1][0], np.float32)
+    sharded = shard_train_step(config, mesh, features, condition, importance, encoder)
+    b, (n, length, _) = config.train.batch_size, condition
+    if encoder:
+        inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
+    else:
+        inputs = {"condition": ((b, *condition), jnp.float32)}
+    inputs["target"] = (b, *features[-1]), jnp.float32
+    batch = {key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch) for key, (shape, kind) in inputs.items()}
+    encoder_params = encoder and _shaped(encoder[1], sharded.encoder)
+    return sharded.step, (_shaped(sharded.shapes, sharded.shardings), batch, encoder_params)
+
+
+def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+    """(the jitted decoder, the shapes of its arguments): one adapter for each part of the mesh that a batch is split into."""
+    features, place = features_of(config), Placement(mesh)
+    module = make_generator(features, config.generator, config.train.dtype, place)
+    batch = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *condition_shape(config)), jnp.float32))
+    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes["params"])
+    over_batch = sharding.leading(mesh, batch, "the adapters")
+
+    def generate(params, condition):
+        params = jax.tree.map(lambda p: p if p.ndim == 4 else place.whole(p), params)
+        return module.apply({"params": params}, condition).astype(jnp.float32)
+
+    step = jax.jit(generate, out_shardings=over_batch, compiler_options=compiler_options(place.platform))
+    condition = jax.ShapeDtypeStruct((batch, *condition_shape(config)), jnp.float32, sharding=over_batch)
+    return step, (_shaped(shapes["params"], shardings), condition)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step costs one device. Bytes, operations and seconds are the compiler's; None where it does not say."""
+
+    step: str
+    devices: str
+    mesh: dict[str, int]
+    batch: int  # samples of the whole step
+    micro_batches: int
+    remat: str
+    method: str
+    convolutions: str  # how many go which way, output / gradients
+    state_bytes: int
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    output_bytes: int | None = None  # beyond what the arguments give away
+    peak_bytes: int | None = None
+    limit_bytes: int | None = None
+    flops: float | None = None
+    direct_flops: float | None = None  # of the same step by the direct method
+    bytes: float | None = None
+    estimate_seconds: float | None = None
+    collectives: dict[str, dict] = dataclasses.field(default_factory=dict)
+    link_seconds: float | None = None
+    compile_seconds: float | None = None
+    hash: str = ""
+    measured_seconds: float | None = None
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.error and (self.limit_bytes is None or (self.peak_bytes or 0) <= self.limit_bytes)
+
+    @property
+    def seconds(self) -> float | None:
+        """Compute and links one after the other: what no overlap would take."""
+        return None if self.estimate_seconds is None else self.estimate_seconds + (self.link_seconds or 0.0)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self.batch / (self.measured_seconds or self.seconds) if self.measured_seconds or self.seconds else None
+
+
+def _too_much(error: Exception) -> int | None:
+    """Bytes that a program wanted which the compiler refused for want of memory; None when that was not the reason."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return None
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
+    return int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else 0
+
+
+def make_plan(config: Config, devices: list, step: str = "train", measure: bool = False) -> Plan:
+    """Compiles a step of a configuration for devices. measure: also run it on them, which must be this machine's.
+
+    The batch of "generate" is one adapter for each part of the mesh. A loop over micro-batches is counted as often as it runs: the
+    compiler counts its body once. Raises InputError when the configuration does not fit the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    function, arguments = (train_arguments if step == "train" else generate_arguments)(config, mesh)
+    chip = chip_of(devices[0].device_kind)
+    batch = len(jax.tree.leaves(arguments[1])[0].shape) and jax.tree.leaves(arguments[1])[0].shape[0]
+    parts = config.train.micro_batches if step == "train" else 1
+    place, features, g = Placement(mesh), features_of(config), config.generator
+    a_part = -(-batch // parts // place.batch_ways(batch))
+    problems = convolutions(features, g.kernel_size, a_part, config.train.dtype, place.platform, mesh.shape["tensor"]).values()
+    _, state = sharding.bytes_per_device(arguments[0], jax.tree.map(lambda x: x.sharding, arguments[0]))
+    plan = Plan(
+        step=step,
+        devices=f"{len(devices)} {chip.name if chip else devices[0].device_kind}",
+        mesh=dict(mesh.shape),
+        batch=batch,
+        micro_batches=parts,
+        remat=config.train.remat if step == "train" else "none",
+        method=g.convolution,
+        convolutions=describe(problems, g.convolution),
+        state_bytes=state,
+        limit_bytes=int(chip.memory) if chip else None,
+        direct_flops=(6 if step == "train" else 2) * batch * forward_macs(features, g.kernel_size) / len(devices),
+    )
+    started = time.perf_counter()
+    effort = {"exec_time_optimization_effort": FAST} if place.platform == "tpu" else None
+    try:
+        compiled = function.lower(*arguments).compile(compiler_options=effort)
+    except jax.errors.JaxRuntimeError as error:
+        wanted = _too_much(error)
+        if wanted is None:
+            raise
+        return dataclasses.replace(
+            plan, peak_bytes=wanted or None, compile_seconds=time.perf_counter() - started, error="out of memory"
+        )
+    seconds = time.perf_counter() - started
+    cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+    traffic = hlo.collectives(text, len(devices), mesh.shape["slice"])
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    estimate = cost.get("optimal_seconds", 0.0)
+    return dataclasses.replace(
+        plan,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=output,
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes,
+        flops=parts * cost["flops"],
+        bytes=parts * cost["bytes accessed"],
+        estimate_seconds=parts * estimate if estimate > 0 else None,
+        collectives={kind: dataclasses.asdict(t) for kind, t in traffic.items()},
+        link_seconds=_link_seconds(traffic, chip) if chip else None,
+        compile_seconds=seconds,
+        hash=hlo.fingerprint(text),
+        measured_seconds=_measured(compiled, arguments) if measure else None,
+    )
+
+
+def _link_seconds(traffic: dict[str, hlo.Traffic], chip: Chip) -> float:
+    """Rings that use a link both ways, and the network between slices."""
+    inside, between = (sum(getattr(t, name) for t in traffic.values()) for name in ("link_bytes", "network_bytes"))
+    return inside / (2 * chip.link if chip.platform == "tpu" else chip.link) + between / chip.network
+
+
+def _measured(compiled, arguments: tuple) -> float:
+    """Seconds of the fastest of REPEATS runs with arrays of zeros and ones; the first argument of a train step is given away."""
+
+    def fill(x):
+        return jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
+
+    state, *others = jax.tree.map(fill, arguments)
+    trains = isinstance(state, dict) and "opt" in state
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        out = jax.block_until_ready(compiled(state, *others))
+        times.append(time.perf_counter() - started)
+        state = out[0] if trains else state
+    return min(times[1:])
+
+
+def what_would_help(plan: Plan) -> str:
+    """For a plan that does not fit: what its memory goes to, and the settings that take less."""
+    limit, peak = plan.limit_bytes or 0, plan.peak_bytes or 0
+    if plan.state_bytes > 0.5 * limit:
+        ways = math.prod(plan.mesh.values())
+        fsdp = plan.mesh["fsdp"] * 2
+        more = f"--config.mesh.fsdp={fsdp}" if fsdp <= ways and plan.mesh["fsdp"] < ways else "more chips"
+        share = f"parameters and optimiser state take {plan.state_bytes / 2**30:.1f} GiB of it"
+        return f"{share}: {more}, or --config.train.optimizer=adafactor"
+    tips = []
+    if plan.step == "train":
+        if plan.remat != "stages":
+            tips.append("--config.train.remat=stages")
+        too_large = max(peak - plan.state_bytes, 1) / max(limit - plan.state_bytes, 1)
+        needed = plan.micro_batches * 2 ** max(1, math.ceil(math.log2(too_large)))
+        ways = plan.mesh["slice"] * plan.mesh["data"] * plan.mesh["fsdp"]
+        if plan.batch // ways >= needed:
+            tips.append(f"--config.train.micro_batches={needed}")
+        if plan.batch > ways * plan.micro_batches:
+            tips.append(f"--config.train.batch_size={max(ways, plan.batch // 2)}")
+    tips.append("more chips over which data or fsdp split the batch")
+    return f"activations take most of it: {' or '.join(tips)}"
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**30:.4g}"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan as text for someone who has never seen one."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if axis != "slice" or size > 1)
+    whose = "batch" if plan.step == "train" else "adapters at once"
+    lines = [
+        f"{plan.step} step on {plan.devices}: mesh {mesh}; {whose} {plan.batch}"
+        + (f" in {plan.micro_batches} parts" if plan.micro_batches > 1 else "")
+        + (f", remat {plan.remat}" if plan.step == "train" else ""),
+        f"convolutions (output / gradients): {plan.convolutions}",
+        "",
+        "one device:",
+        f"  state (parameters, optimiser)   {_gib(plan.state_bytes):>10} GiB",
+    ]
+    if plan.error:
+        wanted = f"{_gib(plan.peak_bytes)} of " if plan.peak_bytes else "more than "
+        lines.append(f"  {plan.error}: {wanted}{_gib(plan.limit_bytes)} GiB; {what_would_help(plan)}")
+        return "\n".join(lines)
+    limit = f" of {_gib(plan.limit_bytes)}" if plan.limit_bytes else ""
+    verdict = "" if plan.limit_bytes is None else ": fits" if plan.fits else ": DOES NOT FIT"
+    lines += [
+        f"  arguments                       {_gib(plan.argument_bytes):>10} GiB",
+        f"  temporaries                     {_gib(plan.temporary_bytes):>10} GiB",
+        f"  output beyond the arguments     {_gib(plan.output_bytes):>10} GiB",
+        f"  peak                            {_gib(plan.peak_bytes):>10} GiB{limit}{verdict}",
+        f"  operations                      {plan.flops / 1e12:>10.4g} TFLOP ({plan.direct_flops / 1e12:.4g} by the direct method)",
+        f"  bytes moved                     {plan.bytes / 1e9:>10.4g} GB",
+    ]
+    for kind, t in sorted(plan.collectives.items()):
+        network = f", {t['network_bytes'] / 1e9:.3g} GB between slices" if t["network_bytes"] else ""
+        lines.append(
+            f"  {kind:<31} {t['count']:>10} times, {t['bytes'] / 1e9:.3g} GB; {t['link_bytes'] / 1e9:.3g} GB over links{network}"
+        )
+    if plan.estimate_seconds is not None:
+        lines.append(f"  time, by the compiler           {plan.estimate_seconds * 1e3:>10.4g} ms")
+    if plan.link_seconds is not None:
+        lines.append(f"  time of links, not overlapped   {plan.link_seconds * 1e3:>10.4g} ms")
+    if plan.measured_seconds is not None:
+        lines.append(f"  time, measured here             {plan.measured_seconds * 1e3:>10.4g} ms")
+    if plan.samples_per_second:
+        what = "samples" if plan.step == "train" else "adapters"
+        lines.append(f"all devices: {plan.samples_per_second:.4g} {what} a second")
+    lines.append(f"compiled in {plan.compile_seconds:.0f} s, program {plan.hash}")
+    if not plan.fits:
+        lines.append(f"does not fit: {what_would_help(plan)}")
+    return "\n".join(lines)
+
+
+def devices_of(topology: str, slices: int) -> list:
+    """Those of a TPU topology, or this machine's own."""
+    return topology_devices(topology, max(1, slices)) if topology else jax.devices()

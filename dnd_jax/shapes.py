@@ -1,0 +1,65 @@
+"""The sizes of a run from its configuration alone, without a suite, a base or a network: for plans, benchmarks and training."""
+
+from flax import linen as nn
+
+from dnd_jax import config as config_lib
+from dnd_jax.errors import InputError
+from dnd_jax.layout import LoraLayout
+from dnd_jax.models import hf
+from dnd_jax.models.bert import Bert, BertConfig
+from dnd_jax.models.hyperconv import Features
+from dnd_jax.models.text_encoder import load_module
+
+MINILM_L12 = Bert(BertConfig(30522, 384, 1536, 12, 12))  # of a hub id, which nothing here downloads
+
+
+def resolve_features(
+    config: config_lib.Generator, condition: tuple[int, int, int], token_grid: tuple[int, int, int]
+) -> tuple[Features, ...]:
+    """(N, L, C) of every stage with its zeros filled in: the first stage's from the condition (N, L, C), T from the token grid
+    (T, h, w), and any later L and C from h and w.
+
+    Raises InputError naming a given size that contradicts the data.
+    """
+    expected_first = condition
+    if config.length_projection:
+        expected_first = (condition[0], config.features[0][1] or condition[1], condition[2])
+    stages = [
+        tuple(given or known for given, known in zip(config.features[0], expected_first, strict=True)),
+        *((n or token_grid[0], length or token_grid[1], c or token_grid[2]) for n, length, c in config.features[1:]),
+    ]
+    for at, known, what in ((0, expected_first, "the condition (N, L, C)"), (-1, token_grid, "the token grid (T, h, w)")):
+        if stages[at] != known:
+            raise InputError(f"config.generator.features[{at}] = {stages[at]} is not {what}, which is {known}; a 0 takes it over")
+    return tuple(stages)
+
+
+def encoder_module(config: config_lib.Config) -> nn.Module:
+    """The text encoder without its weights: that of a package, else MiniLM-L12."""
+    c = config.condition
+    return load_module(c.encoder, c.layer) if c.encoder.startswith(hf.PACKAGE) else MINILM_L12
+
+
+def layout_of(config: config_lib.Config) -> LoraLayout | None:
+    """The layout of the configured base's LoRA; None for a given base, whose sizes its own folder knows."""
+    if config.base.path:
+        return None
+    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
+    return LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
+
+
+def features_of(config: config_lib.Config) -> tuple[Features, ...]:
+    """The decoder's stages with their zeros filled in from the configured sizes."""
+    features = config.generator.features
+    if all(all(f) for f in features):
+        return features
+    layout, condition = layout_of(config), config.condition
+    grid = layout.token_shape if config.generator.target == "chunk" else layout.chunk_shape
+    width = encoder_module(config).width
+    return resolve_features(config.generator, (condition.num_prompts, condition.max_text_length, width), (layout.num_tokens, *grid))
+
+
+def condition_shape(config: config_lib.Config) -> tuple[int, int, int]:
+    """(N, L, C) of a condition, before any length projection."""
+    n, length, c = features_of(config)[0]
+    return n, config.condition.max_text_length if config.generator.length_projection else length, c
