@@ -94,7 +94,7 @@ def best(plans: Sequence[Plan], step: str) -> Plan | None:
 
 def nearest_miss(plans: Sequence[Plan]) -> str:
     """When nothing fits: the plan that wants the least beyond its limit, and what would make it fit."""
-    known = [p for p in plans if p.peak_bytes and p.limit_bytes]
+    known = [p for p in plans if not p.fits and p.peak_bytes and p.limit_bytes]
     if not known:
         return "nothing fits; take more chips or a smaller batch"
     p = min(known, key=lambda p: p.peak_bytes / p.limit_bytes)
