@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "checkpoints": "",
+                "init_from": "",
                 "steps": 4000,
                 "batch_size": 64,
                 "learning_rate": 3e-5,

@@ -19,11 +19,12 @@ from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
+from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.ops import compiler_options
 from dnd_jax.suite import read_prompts
-from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS, make_generator
+from dnd_jax.train import make_generator
 
 
 def draw_prompts(prompts: Sequence[str], count: int, seed: int, source: str = "prompts") -> list[str]:
@@ -42,16 +43,11 @@ class TrainedGenerator:
 
     def __init__(self, run_dir: str | os.PathLike):
         """run_dir: a generator folder, or the workdir that has one. Raises InputError naming the missing or damaged file."""
-        folder = pathlib.Path(run_dir)
-        if not (folder / DESCRIPTION).is_file() and (folder / "generator" / DESCRIPTION).is_file():
-            folder = folder / "generator"
-        if not (folder / DESCRIPTION).is_file():
-            raise InputError(f"{folder}: no {DESCRIPTION}, so no trained generator; give the folder that `dnd train` wrote")
-        self.folder = folder
+        self.folder = folder = find_generator(run_dir)
         description = read_json(folder / DESCRIPTION)
         settings, adapter = description["settings"], description["adapter"]
         self.condition = config_lib.Condition(**settings["condition"])
-        self.adapter = AdapterConfig(**{**adapter, "targets": tuple(adapter["targets"])})
+        self.adapter = AdapterConfig.from_record(adapter)
         self.layout = LoraLayout.from_json(description["layout"])
         kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
         self.target = targets.from_statistics(kind, self.layout, stored)

@@ -15,25 +15,45 @@ STAGES: dict[str, str] = {
     "pretrain": "a base LLM from scratch on the suite's corpus -> WORKDIR/base",
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
-    "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples",
+    "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples, --dtype, --merge, --push-to-hub",
+    "import-generator": "a released generator (.pth) -> --out, a generator folder: --adapter, --config.generator.length_projection",
+    "export-generator": "a generator folder -> --out, the original's .pth",
+    "verify-adapter": "an adapter folder on --base in PyTorch: does it change the logits as its matrices say?",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
+# Stages that take one file or folder by itself, and what it is.
+POSITIONAL = {"import-generator": "X.pth", "export-generator": "GENERATOR", "verify-adapter": "ADAPTER"}
+FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
+    "workdir": (str, "runs/mini", "folder of the run; the same command goes on where it was stopped"),
+    "suite": (str, "", "folder of your own tasks (default: the embedded suite)"),
+    "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
+    "generator": (str, "", "generate: a trained or imported generator's folder"),
+    "prompts": (str, "", "generate: file of prompts"),
+    "out": (str, "", "generate, suite, import-generator, export-generator: what to write"),
+    "seed": (int, 0, "generate: draws the prompts"),
+    "samples": (int, 1, "generate: adapters, from as many draws"),
+    "dtype": (str, "float32", "generate: of the adapter's tensors, float32 or bfloat16"),
+    "merge": (str, "", "generate: a folder for the whole model, base + adapter, in the base's dtype"),
+    "push_to_hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
+    "base": (str, "", "generate --merge, verify-adapter: the base's folder or hub id (default: the one the adapter names)"),
+    "adapter": (str, "", "import-generator: a PEFT adapter of the base (default: config.base.path and config.lora)"),
+    "backend": (str, "", "bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
+    "topology": (str, "v5p:2x2x1", "bench: the TPU chips to compile for"),
+    "layers": (bool, False, "bench: every convolution of the configuration by itself"),
+    "limits": (bool, False, "bench: what the hardware allows for the paper's settings, by counting"),
+}
 
 
 def usage() -> str:
     """The stages and the flags that they share."""
-    lines = [f"  {name:<11} {text}" for name, text in STAGES.items()]
+    width = max(map(len, STAGES))
+    stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in STAGES.items())
+    flags = "\n".join(f"--{name.replace('_', '-'):<12} {meaning}" for name, (_, _, meaning) in FLAGS.items())
     return (
-        "usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n" + "\n".join(lines) + "\n\n"
-        f"--config     a file of configs/ (default {DEFAULT_CONFIG}); any of its keys can be set: --config.train.steps=500\n"
-        "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
-        "--suite      folder of your own tasks (default: the embedded suite)\n"
-        "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
-        "--layers     bench: every convolution of the configuration by itself\n"
-        "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
-        "--seeds      quickstart: comma-separated seeds (default: the config's)"
+        f"usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n{stages}\n\n"
+        f"--config       a file of configs/ (default {DEFAULT_CONFIG}); any key can be set: --config.train.steps=500\n{flags}"
     )
 
 
@@ -71,40 +91,40 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]):
-    """absl flags and config overrides -> (flag values, frozen Config, config file). Raises InputError with the nearest name."""
+def _parse(stage: str, arguments: list[str]):
+    """absl flags and config overrides -> (flag values, frozen Config, config file, the stage's own argument or "").
+
+    Raises InputError with the nearest name.
+    """
     from absl import flags
     from ml_collections import config_flags
 
     from dnd_jax import config as config_lib
 
     values = flags.FlagValues()
-    name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), DEFAULT_CONFIG)
-    arguments = [a for a in arguments if not a.startswith("--config=")]
+    # Released generators were trained with the paper's encoder, which is the default of default.py.
+    default = "configs/default.py" if stage == "import-generator" else DEFAULT_CONFIG
+    name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), default)
+    arguments = [a.replace("--push-to-hub", "--push_to_hub") for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
-    flags.DEFINE_string("workdir", "runs/mini", "folder of the run", flag_values=values)
-    flags.DEFINE_string("suite", "", "folder of your own tasks", flag_values=values)
-    flags.DEFINE_list("seeds", [], "quickstart: seeds", flag_values=values)
-    flags.DEFINE_string("generator", "", "generate: a trained generator's folder", flag_values=values)
-    flags.DEFINE_string("prompts", "", "generate: file of prompts", flag_values=values)
-    flags.DEFINE_string("out", "", "generate, suite: output folder", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "generate: draws the prompts", flag_values=values)
-    flags.DEFINE_integer("samples", 1, "generate: adapters, from as many draws", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("backend", "", "bench: tpu-aot for a TPU compiler's estimates without a TPU", flag_values=values)
-    flags.DEFINE_bool("layers", False, "bench: every convolution by itself", flag_values=values)
-    flags.DEFINE_bool("limits", False, "bench: what hardware allows for the paper's settings", flag_values=values)
-    flags.DEFINE_string("topology", "v5p:2x2x1", "bench: the TPU chips to compile for", flag_values=values)
+    for flag, (kind, default, _) in FLAGS.items():
+        {str: flags.DEFINE_string, bool: flags.DEFINE_bool, int: flags.DEFINE_integer, list: flags.DEFINE_list}[kind](
+            flag, default, "", flag_values=values
+        )
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error.args[0] if error.args else error).replace("\n", " ")
         raise InputError(f"{text} (configuration {name})") from None
+    argument = rest.pop(0) if rest and stage in POSITIONAL else ""
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
+    if stage in POSITIONAL and not argument:
+        raise InputError(f"{POSITIONAL[stage]} is needed: dnd {stage} {POSITIONAL[stage]}")
     if values.suite:
         base.suite = values.suite
-    return values, config_lib.freeze(base), name
+    return values, config_lib.freeze(base), name, argument
 
 
 def _seeds(values, config) -> list[int]:
@@ -118,19 +138,22 @@ def _seeds(values, config) -> list[int]:
 def _need(values, *names: str) -> None:
     for name in names:
         if not getattr(values, name):
-            raise InputError(f"--{name} is needed")
+            raise InputError(f"--{name.replace('_', '-')} is needed")
 
 
 def _run(stage: str, arguments: list[str]) -> None:
     if any(a in ("-h", "--help") for a in arguments):
         print(usage())
         return
-    values, config, config_file = _parse(arguments)
+    values, config, config_file, argument = _parse(stage, arguments)
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
+        "import-generator": lambda: _import_generator(values, config, argument),
+        "export-generator": lambda: _export_generator(values, argument),
+        "verify-adapter": lambda: _verify_adapter(values, argument),
         "bench": lambda: _bench(values, config, config_file, workdir),
     }
     runners.get(stage, lambda: _stage(stage, config, workdir))()
@@ -155,12 +178,34 @@ def _generate(values) -> None:
     from dnd_jax.suite import read_prompts
 
     _need(values, "generator", "prompts", "out")
+    if values.samples < 1:
+        raise InputError(f"--samples={values.samples}: at least 1")
     prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
     out = pathlib.Path(values.out)
     for sample in range(values.samples):
         folder = out if values.samples == 1 else out / f"sample_{sample}"
         print(f"adapter: {generator.write(prompts, folder, values.seed + sample, values.prompts).absolute()}")
+
+
+def _import_generator(values, config, path: str) -> None:
+    from dnd_jax.interop import import_generator
+
+    _need(values, "out")
+    print(f"generator: {import_generator(path, values.out, config, values.adapter).absolute()}")
+
+
+def _export_generator(values, folder: str) -> None:
+    from dnd_jax.interop import export_generator
+
+    _need(values, "out")
+    print(f"state dict: {export_generator(folder, values.out).absolute()}")
+
+
+def _verify_adapter(values, folder: str) -> None:
+    from dnd_jax.verify import verify_on_base
+
+    print(verify_on_base(folder, values.base))
 
 
 def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:

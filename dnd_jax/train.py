@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dnd_jax import config as config_lib
@@ -24,7 +23,8 @@ from dnd_jax.adapters import checkpoint_folders, load_adapter, load_adapter_conf
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, listed
-from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.files import read_json
+from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
 from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
@@ -35,8 +35,6 @@ from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
 from dnd_jax.suite import Suite
 from dnd_jax.targets import ChunkTarget, ElementTarget, Target
-
-DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 
 
 def resolve_features(
@@ -248,10 +246,14 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
         f"{describe(problems.values(), config.generator.convolution)}",
         flush=True,
     )
+    state = sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+    if c.init_from:
+        of = sharded.shapes["params"], sharded.shardings["params"]
+        state["params"] = initial_params(c.init_from, *of, dataclasses.asdict(config.generator))
     state = loop.run(
         "train",
         folder,
-        sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2)),
+        state,
         sharded.step,
         lambda i: jax.device_put(pairs.batch_at(i), sharded.over_batch),
         steps=c.steps,
@@ -260,12 +262,11 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
         blame=lambda i: f", with pairs of {pairs.names(i)}",
     )
     params = {"/".join(path): np.asarray(x) for path, x in traverse_util.flatten_dict(jax.device_get(state["params"])).items()}
-    with replacing(folder / MODEL) as temporary:
-        save_file(params, temporary)
-    with replacing(folder / STATISTICS) as temporary:
-        save_file({"importance": importance, **target.statistics()}, temporary)
-    write_json(
-        folder / DESCRIPTION,
+    write_generator(
+        folder,
+        {key: (value.shape, value.dtype) for key, value in params.items()},
+        iter(params.items()),
+        {"importance": importance, **target.statistics()},
         {
             "settings": _settings(config, suite),
             "features": features,
