@@ -1,11 +1,15 @@
-"""The one exception for bad input: a single clear line naming the file, the key and the fix.
+"""The exception for bad input: a single clear line naming the file, the key and the fix; and the one for a check that fails.
 
-`dnd` prints it as `dnd: ...` and exits with status 2; library callers catch it.
+`dnd` prints either as `dnd: ...` and exits with status 2 or 1; library callers catch them.
 """
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where and how to mend it."""
+
+
+class CheckFailed(Exception):
+    """What was to be proved is not so; the message says in numbers why."""
 
 
 def listed(title: str, faults: list[str], most: int = 20) -> InputError:

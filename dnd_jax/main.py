@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import CheckFailed, InputError
 
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
@@ -58,7 +58,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM, 2 bad input, 130 Ctrl-C."""
+    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM, 1 a check failed, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(argv[0], STAGES, n=1)
             raise InputError(f"no stage {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else "; run `dnd` for the list"))
         _run(argv[0], argv[1:])
-    except InputError as error:
+    except (InputError, CheckFailed) as error:
         print(f"dnd: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except (loop.Stopped, KeyboardInterrupt) as error:
         name = str(error) or "SIGINT"
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
@@ -174,18 +174,35 @@ def _quickstart(values, config, workdir: pathlib.Path) -> None:
 
 
 def _generate(values) -> None:
+    from dnd_jax.adapters import DTYPES
     from dnd_jax.generate import TrainedGenerator
+    from dnd_jax.hub import check_repo_id, push
+    from dnd_jax.merge import merge_adapter
     from dnd_jax.suite import read_prompts
 
     _need(values, "generator", "prompts", "out")
     if values.samples < 1:
         raise InputError(f"--samples={values.samples}: at least 1")
+    if values.dtype not in DTYPES:
+        raise InputError(f"--dtype={values.dtype}: none of {', '.join(DTYPES)}")
+    if values.push_to_hub:
+        check_repo_id(values.push_to_hub)
+        if values.samples > 1:
+            raise InputError("--push-to-hub takes one adapter; leave out --samples")
     prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
-    out = pathlib.Path(values.out)
     for sample in range(values.samples):
-        folder = out if values.samples == 1 else out / f"sample_{sample}"
-        print(f"adapter: {generator.write(prompts, folder, values.seed + sample, values.prompts).absolute()}")
+        part = "" if values.samples == 1 else f"sample_{sample}"
+        seed = values.seed + sample
+        folder = generator.write(prompts, pathlib.Path(values.out, part), seed, values.prompts, values.dtype)
+        print(f"adapter: {folder.absolute()}")
+        if values.merge:
+            base, drawn = values.base or generator.adapter.base, generator.draw(prompts, seed, values.prompts)
+            card = generator.card(drawn, seed, merged=True)
+            folder = merge_adapter(base, folder, pathlib.Path(values.merge, part), card)
+            print(f"model: {folder.absolute()}")
+    if values.push_to_hub:
+        print(f"pushed: {push(folder, values.push_to_hub)}")
 
 
 def _import_generator(values, config, path: str) -> None:
