@@ -221,3 +221,10 @@ def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict
     if faults:
         raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
     return found
+
+
+def as_folder(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`, kept if it is there."""
+    if path.suffix != ".safetensors":
+        return path
+    return folder if folder.is_dir() else save_adapter(folder, load_adapter(path), load_adapter_config(path))

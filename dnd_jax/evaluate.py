@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax import loop, scoring
-from dnd_jax.adapters import checkpoint_folders, load_adapter, save_adapter
+from dnd_jax.adapters import as_folder, checkpoint_folders, load_adapter, save_adapter
 from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
 from dnd_jax.config import Config
 from dnd_jax.files import read_json, write_json
@@ -102,7 +102,8 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         if tuned:
             found["tuned"] = [tuned[-1].parent]
         by_dataset[name] = found
-    return Candidates(by_dataset, {name: f[-1] for name, f in folders.items()}, closest)
+    last = {name: as_folder(paths[-1], workdir / "competitors" / "training" / name) for name, paths in folders.items()}
+    return Candidates(by_dataset, last, closest)
 
 
 def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, settings: dict) -> dict:

@@ -8,7 +8,7 @@ statistics.safetensors (target statistics, importance weights), beside checkpoin
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from dnd_jax import config as config_lib
 from dnd_jax import loop, sharding
-from dnd_jax.adapters import checkpoint_folders, load_adapter, load_adapter_config
+from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
 from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
-from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
@@ -34,7 +33,6 @@ from dnd_jax.ops.plan import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
 from dnd_jax.suite import Suite
-from dnd_jax.targets import ChunkTarget, ElementTarget, Target
 
 
 def resolve_features(
@@ -167,39 +165,6 @@ def shard_train_step(
     return ShardedStep(shapes, shardings, over_batch, jax.jit(init, out_shardings=shardings), step)
 
 
-class Checkpoints:
-    """The LoRA checkpoints of the training datasets: one layout, checked file by file."""
-
-    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
-        root = pathlib.Path(config.train.checkpoints or workdir / "loras")
-        self.folders = checkpoint_folders(root, [d.name for d in suite.train])
-        every = [folder for folders in self.folders.values() for folder in folders]
-        configs = {folder: load_adapter_config(folder) for folder in every}
-        self.adapter = configs[every[0]]
-        faults = [
-            f"{folder} ({c.base}, rank {c.rank}, alpha {c.alpha:g})"
-            for folder, c in configs.items()
-            if (c.base, c.rank, c.alpha) != (self.adapter.base, self.adapter.rank, self.adapter.alpha)
-        ]
-        if faults:
-            a = self.adapter
-            raise listed(f"adapters of another base or scale than {every[0]} ({a.base}, rank {a.rank}, alpha {a.alpha:g})", faults)
-        self.layout = LoraLayout.from_tensors(load_adapter(every[0]), config.generator.chunk_width or None)
-
-    def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """(folder, tensors) of one dataset's checkpoints, or of all, read one at a time."""
-        for name, folders in self.folders.items():
-            if dataset in (None, name):
-                yield from ((str(folder), load_adapter(folder)) for folder in folders)
-
-
-def make_target(config: Config, checkpoints: Checkpoints) -> Target:
-    """The target of config.generator.target, with its statistics."""
-    if config.generator.target == "chunk":
-        return ChunkTarget(checkpoints.layout, config.generator.bfloat16_checkpoints)
-    return ElementTarget.fit(checkpoints.layout, checkpoints.tensors)
-
-
 def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a finished one is kept.
 
@@ -212,9 +177,9 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
         return folder
 
     checkpoints = Checkpoints(config, suite, workdir)
-    target = make_target(config, checkpoints)
+    target = make_target(config, checkpoints, workdir / "targets")
     encoder = PromptEncoder(config.condition)
-    datasets = []
+    datasets, spreads = [], []
     for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True):
         prompts = [e.prompt for e in dataset.train]
         if config.condition.in_graph:
@@ -222,13 +187,14 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
             inputs = {"ids": ids, "valid": valid}
         else:
             inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
-        targets = np.stack([target.encode(tensors, source) for source, tensors in checkpoints.tensors(dataset.name)])
-        datasets.append(PairedDataset(dataset.name, inputs, targets))
+        tokens = token_array(checkpoints, dataset.name, target, workdir / "targets", config.generator.importance)
+        datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
+        spreads.append(tokens.importance)
     pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed)
     num_tokens = checkpoints.layout.num_tokens
     importance = np.ones(num_tokens, np.float32)
     if config.generator.importance:
-        importance = np.mean([importance_weights(d.targets) for d in datasets], axis=0).astype(np.float32)
+        importance = np.mean(spreads, axis=0).astype(np.float32)
 
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)

@@ -212,7 +212,7 @@ def test_merged_model_is_an_ordinary_folder(made, tmp_path):
     found = logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32))
     plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     expected = with_peft(base, tmp_path / "a")
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected - plain).max(), "bfloat16 rounds the sum, PEFT does not"
+    assert np.abs(found - expected).max() < 0.5 * np.abs(expected - plain).max(), "bfloat16 rounds the sum, PEFT does not"
     assert AutoTokenizer.from_pretrained(merged)("who is six")["input_ids"]
     assert yaml.safe_load((merged / "README.md").read_text().split("---\n")[1])["library_name"] == "transformers"
 
