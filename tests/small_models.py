@@ -8,6 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from dnd_jax.lm_data import build_tokenizer
+
 WORDS = (
     "one",
     "two",
@@ -30,6 +32,7 @@ WORDS = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
@@ -55,8 +58,9 @@ def write_encoder(folder: pathlib.Path, width: int = 8) -> pathlib.Path:
 def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> pathlib.Path:
     """A Qwen2 of two layers, hidden 16, key-value 8, intermediate 24: chunks of 8. shard: largest file of weights."""
     torch.manual_seed(5)
+    words = build_tokenizer([" ".join(WORDS)], 300)
     settings = {
-        "vocab_size": len(tokenizer()),
+        "vocab_size": len(words),
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -70,5 +74,5 @@ def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: 
         for name, value in model.named_parameters():
             value.copy_(torch.randn_like(value) * 0.2 + (1.0 if "norm" in name else 0.0))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    tokenizer().save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
