@@ -3,6 +3,7 @@
 import glob
 import os
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def _parse(stage: str, arguments: list[str]):
     # Released generators were trained with the paper's encoder, which is the default of default.py.
     default = "configs/default.py" if stage == "import-generator" else DEFAULT_CONFIG
     name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), default)
-    arguments = [a.replace("--push-to-hub", "--push_to_hub") for a in arguments if not a.startswith("--config=")]
+    arguments = [re.sub("^--push-to-hub", "--push_to_hub", a) for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
     for flag, (kind, default, _) in FLAGS.items():
         {str: flags.DEFINE_string, bool: flags.DEFINE_bool, int: flags.DEFINE_integer, list: flags.DEFINE_list}[kind](

@@ -165,6 +165,19 @@ def shard_train_step(
     return ShardedStep(shapes, shardings, over_batch, jax.jit(init, out_shardings=shardings), step)
 
 
+def first_state(config: Config, sharded: ShardedStep) -> dict:
+    """The state that training starts from: new parameters, or those of config.train.init_from with a new optimiser.
+
+    Raises InputError as `initial_params`.
+    """
+    if not config.train.init_from:
+        return sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+    of = sharded.shapes["params"], sharded.shardings["params"]
+    params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
+    opt = jax.jit(make_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(params)
+    return {"params": params, "opt": opt, "step": jax.device_put(np.int32(0), sharded.shardings["step"])}
+
+
 def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a finished one is kept.
 
@@ -212,10 +225,7 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
         f"{describe(problems.values(), config.generator.convolution)}",
         flush=True,
     )
-    state = sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
-    if c.init_from:
-        of = sharded.shapes["params"], sharded.shardings["params"]
-        state["params"] = initial_params(c.init_from, *of, dataclasses.asdict(config.generator))
+    state = first_state(config, sharded)
     state = loop.run(
         "train",
         folder,
