@@ -32,6 +32,7 @@ from dnd_jax.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator
 from dnd_jax.models.hf import load_base_config, read_safetensors
 from dnd_jax.models.hyperconv import Features
+from dnd_jax.tensor_file import open_tensors
 
 CRITERION_WEIGHT = "criterion_weight"
 
@@ -286,7 +287,9 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
         raise InputError(f"{folder}: generator.target = {settings['target']!r}; the original's format knows only chunk tokens")
     features = tuple(tuple(f) for f in description["features"])
     module = Generator(features, settings["kernel_size"], settings["length_projection"] or None)
-    params = traverse_util.unflatten_dict(read_safetensors(folder / MODEL), sep="/")
+    if not (folder / MODEL).is_file():
+        raise InputError(f"{folder / MODEL}: no such file")
+    params = traverse_util.unflatten_dict(open_tensors(folder / MODEL), sep="/")
     return save_reference_generator(module, params, path, read_safetensors(folder / STATISTICS)["importance"])
 
 

@@ -73,7 +73,7 @@ def merge_adapter(base: str | os.PathLike, adapter: str | os.PathLike, out: str 
                 shutil.copyfile(path, temporary / path.name)
         for shard in shards:
             shutil.copyfile(shard, temporary / shard.name)
-            weights = open_tensors(temporary / shard.name)
+            weights = open_tensors(temporary / shard.name, "r+")
             for module in modules:
                 if stored[f"{module}.weight"][0] == shard:
                     a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")

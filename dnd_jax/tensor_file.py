@@ -48,8 +48,9 @@ def write_tensors(
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
 
 
-def open_tensors(path: str | os.PathLike) -> dict[str, np.memmap]:
-    """The floating-point tensors of a safetensors file as arrays that write through to it, none of them read yet.
+def open_tensors(path: str | os.PathLike, mode: str = "r") -> dict[str, np.memmap]:
+    """The floating-point tensors of a safetensors file, mapped into memory and none of them read yet; with mode "r+" what is
+    assigned to them is written through to the file.
 
     Raises InputError on a file that is no safetensors file.
     """
@@ -67,7 +68,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, np.memmap]:
     if max((entry["data_offsets"][1] for entry in header.values()), default=0) > size - first:
         raise InputError(f"{path}: ends before its last tensor; it is truncated, copy it again")
     return {
-        name: np.memmap(path, DTYPES[entry["dtype"]], "r+", first + entry["data_offsets"][0], tuple(entry["shape"]))
+        name: np.memmap(path, DTYPES[entry["dtype"]], mode, first + entry["data_offsets"][0], tuple(entry["shape"]))
         for name, entry in header.items()
         if entry["dtype"] in DTYPES and 0 not in entry["shape"]
     }

@@ -304,9 +304,15 @@ def test_streamed_safetensors_are_what_the_library_writes(tmp_path):
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert (ours[key].dtype, ours[key].shape, ours[key].tobytes()) == (value.dtype, value.shape, value.tobytes()), key
-    opened = open_tensors(tmp_path / "x")
+    opened = open_tensors(tmp_path / "x", "r+")
     opened["a"][1] = 7
     opened["a"].flush()
     assert (load_file(tmp_path / "x")["a"][1] == 7).all() and np.array_equal(load_file(tmp_path / "x")["f"], tensors["f"])
+    with pytest.raises(ValueError, match="read-only"):
+        open_tensors(tmp_path / "x")["a"][1] = 8
+    for damaged in (b"", b"\xff" * 30, (tmp_path / "x").read_bytes()[:-3]):
+        (tmp_path / "w").write_bytes(damaged)
+        with pytest.raises(InputError, match="copy it again"):
+            open_tensors(tmp_path / "w")
     with pytest.raises(ValueError, match="announced a"):
         write_tensors(tmp_path / "z", {"a": ((2,), np.dtype(np.float32))}, [("a", np.ones(3, np.float32))])
