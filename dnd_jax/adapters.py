@@ -198,26 +198,39 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
         raise InputError(f"{file}: not a LoRA configuration ({error!r})") from None
 
 
+def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a dataset's folder, in the order of the numbers in their names: adapter folders (ours, PEFT's,
+    LLaMA-Factory's checkpoint-N) or the original's flat N.safetensors; none if there are none.
+
+    Raises InputError when it holds both kinds.
+    """
+    folders = [path.parent for path in folder.glob(f"*/{WEIGHTS}")]
+    # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
+    flat = [path for path in folder.glob("*.safetensors") if path.name != WEIGHTS and not path.name.startswith(".")]
+    if folders and flat:
+        raise InputError(
+            f"{folder.name} holds both {len(folders)} adapter folders and {len(flat)} flat files ({min(flat).name}, ...)"
+        )
+    return sorted(folders or flat, key=lambda path: ([int(d) for d in re.findall(r"\d+", path.name)], path.name))
+
+
 def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-    """The checkpoints of each dataset, in the order of the numbers in their names: adapter folders ROOT/DATASET/*/ (ours, PEFT's,
-    LLaMA-Factory's checkpoint-N), or the original's flat files ROOT/DATASET/N.safetensors.
+    """The checkpoints of each dataset: those of ROOT/DATASET, as `dataset_checkpoints`.
 
     Raises InputError naming the datasets without any, and those that hold both kinds.
     """
     found, faults = {}, []
     for name in datasets:
         folder = pathlib.Path(root, name)
-        folders = [path.parent for path in folder.glob(f"*/{WEIGHTS}")]
-        # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
-        flat = [path for path in folder.glob("*.safetensors") if path.name != WEIGHTS and not path.name.startswith(".")]
-        if folders and flat:
-            faults.append(f"{name} holds both {len(folders)} adapter folders and {len(flat)} flat files ({min(flat).name}, ...)")
-        elif not folders and not flat:
+        try:
+            found[name] = dataset_checkpoints(folder)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if not found[name]:
             pickled = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in (".bin", ".pt", ".pth")]
             convert = f" (pickled {pickled[0].name}: save it as safetensors first)" if pickled else ""
             faults.append(f"no checkpoints for {name}{convert}")
-        natural = lambda path: ([int(d) for d in re.findall(r"\d+", path.name)], path.name)
-        found[name] = sorted(folders or flat, key=natural)
     if faults:
         raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
     return found

@@ -32,7 +32,7 @@ from dnd_jax.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator
 from dnd_jax.models.hf import load_base_config, read_safetensors
 from dnd_jax.models.hyperconv import Features
-from dnd_jax.tensor_file import open_tensors
+from dnd_jax.tensor_file import DTYPES, open_tensors
 
 CRITERION_WEIGHT = "criterion_weight"
 
@@ -130,8 +130,10 @@ def architecture(state: Mapping[str, np.ndarray], source: str) -> Architecture:
     kernels = [state[key] for key in table if ".conv" in key or key.endswith("linear2.weight")]
     if any(len(f) != 3 for f in features) or any(kernel.ndim != 4 for kernel in kernels):
         raise InputError(f"{source}: its tensors have another number of dimensions than a decoder's")
-    text_length = state["down_proj.weight"].shape[-1] if projected else None
-    return Architecture(tuple(features), kernels[0].shape[-1], text_length)
+    kernel_size = kernels[0].shape[-1]
+    if kernel_size % 2 == 0:
+        raise InputError(f"{source}: kernels of {kernel_size} x {kernel_size}; only odd ones are known")
+    return Architecture(tuple(features), kernel_size, state["down_proj.weight"].shape[-1] if projected else None)
 
 
 def _shapes(module: Generator, text_length: int | None) -> dict[str, tuple[int, ...]]:
@@ -155,6 +157,8 @@ def _mapped(state: Mapping[str, np.ndarray], module: Generator, text_length: int
         if value.shape != expected[ours]:
             shape, kernel = state[key].shape, module.kernel_size
             faults.append(f"{key} has shape {shape}, which does not fit features {module.features} and kernel {kernel}")
+        if value.dtype not in DTYPES.values():
+            faults.append(f"{key} holds {value.dtype}, expected floating point")
         mapped[ours] = value
     if faults:
         raise listed(f"{source}: not the state dict of this generator", sorted(faults))

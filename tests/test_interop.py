@@ -224,6 +224,18 @@ IMPORT_FAULTS = {
         "conv2w.weight has shape (7, 9, 3, 3), which does not fit",
     ),
     "no kernel": ("no_projection", lambda s: s | {STAGE.format(1) + "linear2.weight": torch.ones(9)}, "", "number of dimensions"),
+    "whole numbers": (
+        "no_projection",
+        lambda s: s | {STAGE.format(1) + "linear2.bias": torch.ones(9, dtype=torch.int32)},
+        "",
+        "linear2.bias holds int32, expected floating point",
+    ),
+    "even kernels": (
+        "no_projection",
+        lambda s: s | {STAGE.format(0) + "linear1.conv1w.weight": torch.ones(8, 8, 4, 4)},
+        "",
+        "kernels of 4 x 4; only odd ones are known",
+    ),
     "weights of other tokens": (
         "no_projection",
         lambda s: s | {"criterion_weight": torch.ones(1, 8, 1, 1)},
