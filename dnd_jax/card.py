@@ -39,10 +39,10 @@ def card(adapter: AdapterConfig, generator: str, config_hash: str, prompts: Sequ
     base = json.dumps(adapter.base, ensure_ascii=False)
     rank = next((r for r in VLLM_RANKS if r >= adapter.rank), None)
     if merged:
-        title, load = "A base with a LoRA generated from prompts", "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
+        title, load = "A base with a LoRA generated from prompts", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
     else:
         title = "LoRA adapter generated from prompts"
-        load = f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), FOLDER)\n"
+        load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "FOLDER")\n'
     peft = "" if merged else "from peft import PeftModel\n"
     vllm = "vllm serve FOLDER" if merged else f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules task=FOLDER"
     served = f"```\n{vllm}\n```\n" if merged or rank else f"vLLM serves LoRAs up to rank {VLLM_RANKS[-1]}: merge this one.\n"

@@ -100,6 +100,8 @@ def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -
     total = sum(len(paths) for paths in checkpoints.folders.values())
     read = tqdm(checkpoints.tensors(), desc="statistics", unit="checkpoint", total=total, dynamic_ncols=True)
     target = ElementTarget.fit(checkpoints.layout, lambda: read)
+    for stale in cache.glob("statistics-*.safetensors"):
+        stale.unlink()
     save_statistics(path, target)
     return target
 

@@ -179,6 +179,7 @@ def _generate(values) -> None:
     from dnd_jax.generate import TrainedGenerator
     from dnd_jax.hub import check_repo_id, push
     from dnd_jax.merge import merge_adapter
+    from dnd_jax.models.hf import resolve
     from dnd_jax.suite import read_prompts
 
     _need(values, "generator", "prompts", "out")
@@ -192,14 +193,14 @@ def _generate(values) -> None:
             raise InputError("--push-to-hub takes one adapter; leave out --samples")
     prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
+    base = resolve(values.base or generator.adapter.base) if values.merge else None
     for sample in range(values.samples):
         part = "" if values.samples == 1 else f"sample_{sample}"
         seed = values.seed + sample
         folder = generator.write(prompts, pathlib.Path(values.out, part), seed, values.prompts, values.dtype)
         print(f"adapter: {folder.absolute()}")
         if values.merge:
-            base, drawn = values.base or generator.adapter.base, generator.draw(prompts, seed, values.prompts)
-            card = generator.card(drawn, seed, merged=True)
+            card = generator.card(generator.draw(prompts, seed, values.prompts), seed, merged=True)
             folder = merge_adapter(base, folder, pathlib.Path(values.merge, part), card)
             print(f"model: {folder.absolute()}")
     if values.push_to_hub:

@@ -53,8 +53,8 @@ def _attach(model, folder: pathlib.Path) -> PeftModel:
     lost = sorted(key for key in stored if key not in slots)
     if lost:
         example = lost[0].removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
-        near = sorted((m for m in modules if m.split(".")[-1] == example.split(".")[-1]), key=len)
-        hint = f"; a module of the base is {PEFT_PREFIX}{near[0]}" if near else ""
+        near = sorted((len(m), m) for m in modules if m.split(".")[-1] == example.split(".")[-1])
+        hint = f"; a module of the base is {PEFT_PREFIX}{near[0][1]}" if near else ""
         raise CheckFailed(f"{folder}: {len(lost)} of {len(stored)} tensors belong to no module of the base: {_some(lost)}{hint}")
     other = sorted(
         key for key, value in stored.items() if not np.array_equal(slots[key].float().numpy(), np.asarray(value, np.float32))

@@ -127,6 +127,7 @@ def test_front_matter_is_yaml_for_any_base(base, merged):
     assert data.get("base_model") == (base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None)
     assert data["library_name"] == ("transformers" if merged else "peft")
     assert "vllm serve" in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
 def test_files_are_what_vllm_and_llama_cpp_expect(made, tmp_path):
@@ -183,7 +184,7 @@ def test_options_of_generate(made, options, expected, tmp_path, capsys):
     assert main(generate(made, f"--out={tmp_path / 'a'}", *options)) == 2
     error = capsys.readouterr().err.strip()
     assert expected in error and "\n" not in error
-    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "a").exists()
 
 
 # --- Merged models ----------------------------------------------------------------------------------------------------------
