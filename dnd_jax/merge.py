@@ -78,8 +78,14 @@ def merge_adapter(base: str | os.PathLike, adapter: str | os.PathLike, out: str 
                 if stored[f"{module}.weight"][0] == shard:
                     a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")
                     weight = weights[f"{module}.weight"]
-                    weight[:] = (np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)).astype(weight.dtype)
+                    merged = (np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)).astype(weight.dtype)
+                    weight[:] = merged
                     weight.flush()
+                    with safe_open(temporary / shard.name, framework="numpy") as file:
+                        if not np.array_equal(file.get_tensor(f"{module}.weight"), merged):
+                            raise InputError(
+                                f"{out}: what was read back differs from what was written; the disk is not to be trusted"
+                            )
         if card:
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return pathlib.Path(out)
