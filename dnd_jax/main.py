@@ -3,7 +3,6 @@
 import glob
 import os
 import pathlib
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -37,7 +36,7 @@ FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "samples": (int, 1, "generate: adapters, from as many draws"),
     "dtype": (str, "float32", "generate: of the adapter's tensors, float32 or bfloat16"),
     "merge": (str, "", "generate: a folder for the whole model, base + adapter, in the base's dtype"),
-    "push_to_hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
+    "push-to-hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
     "base": (str, "", "generate --merge, verify-adapter: the base's folder or hub id (default: the one the adapter names)"),
     "adapter": (str, "", "import-generator: a PEFT adapter of the base (default: config.base.path and config.lora)"),
     "backend": (str, "", "bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
@@ -51,7 +50,7 @@ def usage() -> str:
     """The stages and the flags that they share."""
     width = max(map(len, STAGES))
     stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in STAGES.items())
-    flags = "\n".join(f"--{name.replace('_', '-'):<12} {meaning}" for name, (_, _, meaning) in FLAGS.items())
+    flags = "\n".join(f"--{name:<12} {meaning}" for name, (_, _, meaning) in FLAGS.items())
     return (
         f"usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n{stages}\n\n"
         f"--config       a file of configs/ (default {DEFAULT_CONFIG}); any key can be set: --config.train.steps=500\n{flags}"
@@ -106,7 +105,7 @@ def _parse(stage: str, arguments: list[str]):
     # Released generators were trained with the paper's encoder, which is the default of default.py.
     default = "configs/default.py" if stage == "import-generator" else DEFAULT_CONFIG
     name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), default)
-    arguments = [re.sub("^--push-to-hub", "--push_to_hub", a) for a in arguments if not a.startswith("--config=")]
+    arguments = [a for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
     for flag, (kind, default, _) in FLAGS.items():
         {str: flags.DEFINE_string, bool: flags.DEFINE_bool, int: flags.DEFINE_integer, list: flags.DEFINE_list}[kind](
@@ -139,7 +138,7 @@ def _seeds(values, config) -> list[int]:
 def _need(values, *names: str) -> None:
     for name in names:
         if not getattr(values, name):
-            raise InputError(f"--{name.replace('_', '-')} is needed")
+            raise InputError(f"--{name} is needed")
 
 
 def _run(stage: str, arguments: list[str]) -> None:
@@ -187,8 +186,9 @@ def _generate(values) -> None:
         raise InputError(f"--samples={values.samples}: at least 1")
     if values.dtype not in DTYPES:
         raise InputError(f"--dtype={values.dtype}: none of {', '.join(DTYPES)}")
-    if values.push_to_hub:
-        check_repo_id(values.push_to_hub)
+    repo = values["push-to-hub"].value
+    if repo:
+        check_repo_id(repo)
         if values.samples > 1:
             raise InputError("--push-to-hub takes one adapter; leave out --samples")
     prompts = read_prompts(values.prompts)
@@ -203,8 +203,8 @@ def _generate(values) -> None:
             card = generator.card(generator.draw(prompts, seed, values.prompts), seed, merged=True)
             folder = merge_adapter(base, folder, pathlib.Path(values.merge, part), card)
             print(f"model: {folder.absolute()}")
-    if values.push_to_hub:
-        print(f"pushed: {push(folder, values.push_to_hub)}")
+    if repo:
+        print(f"pushed: {push(folder, repo)}")
 
 
 def _import_generator(values, config, path: str) -> None:
