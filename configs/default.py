@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "checkpoints": "",
+                "init_from": "",
                 "steps": 4000,
                 "batch_size": 64,
                 "micro_batches": 1,

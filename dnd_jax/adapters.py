@@ -7,29 +7,43 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.layout import PEFT_PREFIX, canonical
 from dnd_jax.models.hf import read_safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What a LoRA needs beside its tensors; the scale of B A is alpha / rank."""
+    """What a LoRA needs beside its tensors; the scale of B A is alpha / rank for every module.
+
+    Other scales are folded when an adapter is read, so that what we write is understood by readers that know nothing else (vLLM
+    ignores alpha patterns, llama.cpp rsLoRA too): rsLoRA's alpha / sqrt(rank) becomes alpha * sqrt(rank) / rank, and a module
+    with an alpha of its own has its B multiplied by that alpha over the common one.
+    """
 
     base: str  # name or path of the base model
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # the last parts of the modules' names, or whole paths
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @classmethod
+    def from_record(cls, record: Mapping) -> "AdapterConfig":
+        """The inverse of dataclasses.asdict, from JSON."""
+        return cls(**{**record, "targets": tuple(record["targets"])})
 
     def to_peft(self) -> dict:
         """The fields of PEFT's adapter_config.json."""
@@ -39,7 +53,7 @@ class AdapterConfig:
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
-            "lora_alpha": self.alpha,
+            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
             "lora_dropout": 0.0,
             "modules_to_save": None,
             "peft_type": "LORA",
@@ -52,11 +66,18 @@ class AdapterConfig:
 
 
 def save_adapter(
-    folder: str | os.PathLike, tensors: Mapping[str, np.ndarray], config: AdapterConfig, card: str = ""
+    folder: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    config: AdapterConfig,
+    card: str = "",
+    dtype: str = "float32",
 ) -> pathlib.Path:
-    """Writes an adapter folder, whole or not at all; `card` becomes its README.md. Raises InputError when the disk refuses."""
+    """Writes an adapter folder, whole or not at all; `card` becomes its README.md. dtype: one of DTYPES, of the stored tensors.
+
+    Raises InputError when the disk refuses.
+    """
     folder = pathlib.Path(folder)
-    stored = {PEFT_PREFIX + key: np.ascontiguousarray(value) for key, value in sorted(canonical(tensors).items())}
+    stored = {PEFT_PREFIX + key: value for key, value in sorted(_stored(tensors, dtype).items())}
     with replacing(folder, directory=True) as temporary:
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
@@ -65,50 +86,158 @@ def save_adapter(
     return folder
 
 
-def verify_adapter(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def verify_adapter(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
     """Reads a written adapter back and compares every tensor bit for bit. Raises InputError if anything differs."""
-    stored = load_adapter(folder)
-    expected = canonical(tensors)
-    if stored.keys() != expected.keys() or not all(np.array_equal(stored[key], expected[key]) for key in expected):
+    stored, expected = load_adapter(folder), _stored(tensors, dtype)
+    if stored.keys() != expected.keys() or not all(
+        stored[key].dtype == value.dtype and np.array_equal(stored[key], value) for key, value in expected.items()
+    ):
         raise InputError(f"{folder}: what was read back differs from what was written; the disk is not to be trusted")
 
 
-def load_adapter(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of an adapter folder (or a .safetensors file) under canonical keys. Raises InputError if missing or damaged."""
-    path = pathlib.Path(folder)
-    return canonical(read_safetensors(path / WEIGHTS if path.suffix != ".safetensors" else path))
+def _stored(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The tensors as they are stored: canonical keys, one dtype, C order."""
+    return {key: np.ascontiguousarray(value, DTYPES[dtype]) for key, value in canonical(tensors).items()}
 
 
-def load_adapter_config(folder: str | os.PathLike) -> AdapterConfig:
-    """The settings of an adapter folder. Raises InputError on what is no plain LoRA."""
-    path = pathlib.Path(folder, CONFIG)
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type {raw.get('peft_type')!r}, only LORA is supported")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if raw.get(key):
-            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported")
+def weights_file(path: str | os.PathLike) -> pathlib.Path:
+    """The tensors of a checkpoint, which is an adapter folder or a flat N.safetensors file."""
+    path = pathlib.Path(path)
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
+def config_file(path: str | os.PathLike) -> pathlib.Path:
+    """The adapter_config.json of a checkpoint: in its folder; for a flat file beside it, or one folder up.
+
+    Raises InputError when a flat file has none.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        return path / CONFIG
+    for folder in (path.parent, path.parent.parent):
+        if (folder / CONFIG).is_file():
+            return folder / CONFIG
+    raise InputError(
+        f"{path}: no {CONFIG} in {path.parent} or {path.parent.parent}; flat checkpoints need the one that they were trained with "
+        "(base_model_name_or_path, r, lora_alpha, target_modules)"
+    )
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if missing or damaged."""
+    file = weights_file(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
     try:
+        with safe_open(file, framework="numpy") as opened:
+            return canonical({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error}); it may be truncated, copy it again") from None
+
+
+def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint (an adapter folder or a flat .safetensors file) under canonical keys, per-module alphas folded
+    into B. Raises InputError if missing or damaged."""
+    tensors = canonical(read_safetensors(weights_file(path)))
+    config = pathlib.Path(path) / CONFIG if pathlib.Path(path).suffix != ".safetensors" else config_file(path)
+    raw = read_json(config) if config.is_file() else {}
+    if raw.get("alpha_pattern"):
+        for key in [key for key in tensors if key.endswith(_B)]:
+            factor = _of_module(raw, "alpha_pattern", "lora_alpha", key.removesuffix(_B)) / raw["lora_alpha"]
+            if factor != 1:
+                tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
+    return tensors
+
+
+def _of_module(raw: Mapping, pattern: str, default: str, module: str):
+    """A module's own rank or alpha, by PEFT's rule: the first pattern that ends its path, else the common value."""
+    found = (value for key, value in (raw.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, raw[default])
+
+
+def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
+    """The settings of a checkpoint, with rsLoRA folded into alpha and the one rank that its tensors have.
+
+    Raises InputError on what is no plain LoRA, and listing the modules when their ranks differ or are not those of the settings.
+    """
+    file = config_file(path)
+    raw = read_json(file)
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else raw
+        raise InputError(f"{file}: peft_type {kind!r}, only LORA is supported")
+    for key in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters"):
+        if raw.get(key):
+            raise InputError(f"{file}: {key} = {raw[key]!r} is not supported")
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{file}: bias = {raw['bias']!r} is not supported")
+    ranks = {key.removesuffix(_A): shape[0] for key, shape in read_shapes(path).items() if key.endswith(_A)}
+    try:
+        faults = [
+            f"{module} has rank {rank}, the settings say {wanted}"
+            for module, rank in ranks.items()
+            if rank != (wanted := int(_of_module(raw, "rank_pattern", "r", module)))
+        ]
+        if faults:
+            raise listed(f"{file}: not the settings of {weights_file(path).name}", faults)
+        if len(set(ranks.values())) > 1:
+            common = max(set(ranks.values()), key=list(ranks.values()).count)
+            mixed = [f"{module} has {rank}" for module, rank in ranks.items() if rank != common]
+            raise listed(f"{path}: tokens need one rank for all modules; most have {common}", mixed)
+        rank, alpha, targets = next(iter(ranks.values()), int(raw["r"])), float(raw["lora_alpha"]), raw["target_modules"]
+        # A pattern or a choice of layers is written out as whole paths: what we write then names exactly these modules.
+        whole = isinstance(targets, str) or any(raw.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
         return AdapterConfig(
             base=str(raw.get("base_model_name_or_path") or ""),
-            rank=int(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
-            targets=tuple(sorted(raw["target_modules"])),
+            rank=rank,
+            alpha=alpha * rank**0.5 if raw.get("use_rslora") else alpha,
+            targets=tuple(sorted(ranks if whole else targets)),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a LoRA configuration ({error!r})") from None
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"{file}: not a LoRA configuration ({error!r})") from None
+
+
+def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a dataset's folder, in the order of the numbers in their names: adapter folders (ours, PEFT's,
+    LLaMA-Factory's checkpoint-N) or the original's flat N.safetensors; none if there are none.
+
+    Raises InputError when it holds both kinds.
+    """
+    folders = [path.parent for path in folder.glob(f"*/{WEIGHTS}")]
+    # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
+    flat = [path for path in folder.glob("*.safetensors") if path.name != WEIGHTS and not path.name.startswith(".")]
+    if folders and flat:
+        raise InputError(
+            f"{folder.name} holds both {len(folders)} adapter folders and {len(flat)} flat files ({min(flat).name}, ...)"
+        )
+    return sorted(folders or flat, key=lambda path: ([int(d) for d in re.findall(r"\d+", path.name)], path.name))
 
 
 def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-    """Adapter folders of each dataset under ROOT/DATASET/*/, in the order of the numbers in their names.
+    """The checkpoints of each dataset: those of ROOT/DATASET, as `dataset_checkpoints`.
 
-    Raises InputError naming the datasets without any.
+    Raises InputError naming the datasets without any, and those that hold both kinds.
     """
-    found = {}
+    found, faults = {}, []
     for name in datasets:
-        folders = [path.parent for path in pathlib.Path(root, name).glob(f"*/{WEIGHTS}")]
-        found[name] = sorted(folders, key=lambda folder: ([int(d) for d in re.findall(r"\d+", folder.name)], folder.name))
-    absent = [name for name, folders in found.items() if not folders]
-    if absent:
-        raise InputError(f"{root}: no checkpoints (DATASET/*/{WEIGHTS}) for {', '.join(absent)}")
+        folder = pathlib.Path(root, name)
+        try:
+            found[name] = dataset_checkpoints(folder)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if not found[name]:
+            pickled = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in (".bin", ".pt", ".pth")]
+            convert = f" (pickled {pickled[0].name}: save it as safetensors first)" if pickled else ""
+            faults.append(f"no checkpoints for {name}{convert}")
+    if faults:
+        raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
     return found
+
+
+def as_folder(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`, kept if it is there."""
+    if path.suffix != ".safetensors":
+        return path
+    return folder if folder.is_dir() else save_adapter(folder, load_adapter(path), load_adapter_config(path))

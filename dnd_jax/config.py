@@ -95,7 +95,8 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    checkpoints: str  # folder of DATASET/*/adapter_model.safetensors; empty: the workdir's own
+    checkpoints: str  # folder of DATASET/*/adapter_model.safetensors or DATASET/N.safetensors; empty: the workdir's own
+    init_from: str  # a generator folder whose parameters training starts from; empty: new ones
     steps: int
     batch_size: int
     micro_batches: int  # parts of a batch computed one after the other; their gradients are added up

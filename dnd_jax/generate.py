@@ -1,10 +1,11 @@
 """Stage `generate`: prompts of an unseen task -> a PEFT adapter (METHOD.md section 7). No template adapter, no training.
 
-dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1]
+dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1] [--dtype=bfloat16] [--merge=MODEL]
 """
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,14 +17,16 @@ from flax import traverse_util
 from dnd_jax import config as config_lib
 from dnd_jax import targets
 from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
+from dnd_jax.card import card
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
+from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.ops import compiler_options
 from dnd_jax.suite import read_prompts
-from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS, make_generator
+from dnd_jax.train import make_generator
 
 
 def draw_prompts(prompts: Sequence[str], count: int, seed: int, source: str = "prompts") -> list[str]:
@@ -42,16 +45,11 @@ class TrainedGenerator:
 
     def __init__(self, run_dir: str | os.PathLike):
         """run_dir: a generator folder, or the workdir that has one. Raises InputError naming the missing or damaged file."""
-        folder = pathlib.Path(run_dir)
-        if not (folder / DESCRIPTION).is_file() and (folder / "generator" / DESCRIPTION).is_file():
-            folder = folder / "generator"
-        if not (folder / DESCRIPTION).is_file():
-            raise InputError(f"{folder}: no {DESCRIPTION}, so no trained generator; give the folder that `dnd train` wrote")
-        self.folder = folder
+        self.folder = folder = find_generator(run_dir)
         description = read_json(folder / DESCRIPTION)
         settings, adapter = description["settings"], description["adapter"]
         self.condition = config_lib.Condition(**settings["condition"])
-        self.adapter = AdapterConfig(**{**adapter, "targets": tuple(adapter["targets"])})
+        self.adapter = AdapterConfig.from_record(adapter)
         self.layout = LoraLayout.from_json(description["layout"])
         kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
         self.target = targets.from_statistics(kind, self.layout, stored)
@@ -59,7 +57,11 @@ class TrainedGenerator:
         self.module = make_generator(features, config_lib.Generator(**settings["generator"]), settings["train"]["dtype"])
         flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
-        self.fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes() + (folder / MODEL).read_bytes()).hexdigest()
+        fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes())
+        with open(folder / MODEL, "rb") as file:
+            fingerprint.update(hashlib.file_digest(file, "sha256").digest())
+        self.fingerprint = fingerprint.hexdigest()
+        self.config_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self._encoder_fingerprint = description["encoder_fingerprint"]
         self._apply = jax.jit(
             lambda params, condition: self.module.apply({"params": params}, condition),
@@ -82,24 +84,29 @@ class TrainedGenerator:
         """Exactly N prompts -> LoRA tensors under PEFT's keys without its prefix."""
         return self.target.decode(self.tokens(self.encoder.encode(prompts)))
 
-    def card(self, prompts: Sequence[str], seed: int) -> str:
-        """The adapter's README.md: what made it."""
-        digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
-        return (
-            f"---\nbase_model: {self.adapter.base}\nlibrary_name: peft\ntags: [lora, drag-and-drop-llms, dnd_jax]\n---\n\n"
-            "# LoRA adapter generated from prompts\n\n"
-            "Made by dnd_jax (Drag-and-Drop LLMs, arXiv 2506.16406) from unlabeled prompts, without training on the task.\n\n"
-            f"- generator: {self.folder.absolute()} (sha256 {self.fingerprint[:16]})\n"
-            f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digest[:16]})\n"
-            f"- rank {self.adapter.rank}, alpha {self.adapter.alpha:g}\n"
-        )
+    def draw(self, prompts: Sequence[str], seed: int, source: str = "prompts") -> list[str]:
+        """The N prompts that a seed takes for an adapter."""
+        return draw_prompts(prompts, self.condition.num_prompts, seed, source)
 
-    def write(self, prompts: Sequence[str], out_dir: str | os.PathLike, seed: int = 0, source: str = "prompts") -> pathlib.Path:
-        """Draws N of the prompts, generates and writes the adapter, reads it back and compares."""
-        drawn = draw_prompts(prompts, self.condition.num_prompts, seed, source)
+    def card(self, drawn: Sequence[str], seed: int, merged: bool = False) -> str:
+        """The README.md of an adapter, or of the base with it merged in: what made it."""
+        # A published card says which generator it was, not where in somebody's file system it lies.
+        name = f"{'/'.join(self.folder.absolute().parts[-2:])} (sha256 {self.fingerprint[:16]})"
+        return card(self.adapter, name, self.config_hash, drawn, seed, merged)
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        out_dir: str | os.PathLike,
+        seed: int = 0,
+        source: str = "prompts",
+        dtype: str = "float32",
+    ) -> pathlib.Path:
+        """Draws N of the prompts, generates and writes the adapter, reads it back and compares. dtype: of the stored tensors."""
+        drawn = self.draw(prompts, seed, source)
         tensors = self.tensors(drawn)
-        folder = save_adapter(out_dir, tensors, self.adapter, self.card(drawn, seed))
-        verify_adapter(folder, tensors)
+        folder = save_adapter(out_dir, tensors, self.adapter, self.card(drawn, seed), dtype)
+        verify_adapter(folder, tensors, dtype)
         return folder
 
 

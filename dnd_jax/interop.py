@@ -1,23 +1,38 @@
-"""Generators of the original PyTorch release (.pth state dicts) <-> our parameters.
+"""Generators of the original PyTorch release (.pth state dicts) <-> our parameters and generator folders.
 
+    dnd import-generator X.pth --out=DIR --adapter=PEFT_FOLDER        any of the released versions -> a generator folder
+    dnd export-generator DIR --out=X.pth                              and back, bit for bit
     module, params = load_reference_generator("generator.pth", features, kernel_size=9)
     tokens = module.apply({"params": params}, condition)
 
-Every tensor is mapped exactly once in both directions, without rounding: loading and saving gives the same bits. Needs PyTorch.
+Stages, kernel size and text length are read off the tensors' shapes. Every tensor is mapped exactly once in both directions,
+without rounding: loading and saving gives the same bits. Needs PyTorch.
 """
 
+import dataclasses
+import hashlib
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
+from dnd_jax.adapters import AdapterConfig, load_adapter_config, read_shapes
+from dnd_jax.condition import PromptEncoder
+from dnd_jax.config import Config
 from dnd_jax.errors import InputError, listed
-from dnd_jax.files import replacing
+from dnd_jax.files import read_json, replacing
+from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, write_generator
+from dnd_jax.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator
+from dnd_jax.models.hf import load_base_config, read_safetensors
 from dnd_jax.models.hyperconv import Features
+from dnd_jax.tensor_file import DTYPES, open_tensors
 
 CRITERION_WEIGHT = "criterion_weight"
 
@@ -46,10 +61,18 @@ _PROJECTION = {
 }
 
 
+_STAGE_NAME = r"model\.decoder\.module_list\.(\d+)\."
+
+
+def _name(stage: int, tensor: str) -> str:
+    """A stage's tensor in the original's state dict."""
+    return f"model.decoder.module_list.{stage}.{tensor}"
+
+
 def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
     """Name in the original's state dict -> (our path, (to ours, from ours))."""
     table = {
-        f"model.decoder.module_list.{i}.{theirs}": (f"decoder/stage_{i}/{ours}", transforms)
+        _name(i, theirs): (f"decoder/stage_{i}/{ours}", transforms)
         for i in range(num_stages)
         for theirs, (ours, transforms) in _STAGE.items()
     }
@@ -57,10 +80,14 @@ def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
 
 
 def _read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a .pth file; where its format allows, they are mapped into memory rather than read."""
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -68,7 +95,74 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a state dict that can be read safely ({reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: expected a flat dictionary of tensors")
-    return {key: value.numpy() for key, value in state.items()}
+    bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # NumPy has no bfloat16 of its own
+
+    def array(value) -> np.ndarray:
+        raw, dtype = bits.get(value.dtype, (None, None))
+        return value.numpy() if raw is None else value.view(raw).numpy().view(dtype)
+
+    return {key: array(value) for key, value in state.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the shapes in a state dict say. text_length: L before the length projection; None without one."""
+
+    features: tuple[Features, ...]
+    kernel_size: int
+    text_length: int | None
+
+
+def architecture(state: Mapping[str, np.ndarray], source: str) -> Architecture:
+    """Stages, kernel size and text length of an original state dict. Raises InputError listing the tensors that it lacks."""
+    stages = sorted({int(m[1]) for key in state if (m := re.fullmatch(_STAGE_NAME + r"linear1\.norm\.weight", key))})
+    if not stages:
+        raise InputError(f"{source}: holds no decoder stage ({_name(0, 'linear1.norm.weight')}), so it is no released generator")
+    projected = "down_proj.weight" in state
+    table = _table(stages[-1] + 1, projected)
+    faults = [f"{key} is missing" for key in sorted(table.keys() - state.keys())]
+    faults += [f"{key} is unknown" for key in sorted(state.keys() - table.keys() - {CRITERION_WEIGHT})]
+    if faults:
+        raise listed(f"{source}: not a whole generator", faults)
+    features = [(*state[_name(i, "linear2.weight")].shape[1:2], *state[_name(i, "linear1.norm.weight")].shape) for i in stages]
+    last = stages[-1]
+    features.append((*state[_name(last, "linear2.weight")].shape[:1], *state[_name(last, "linear1.bias")].shape))
+    kernels = [state[key] for key in table if ".conv" in key or key.endswith("linear2.weight")]
+    if any(len(f) != 3 for f in features) or any(kernel.ndim != 4 for kernel in kernels):
+        raise InputError(f"{source}: its tensors have another number of dimensions than a decoder's")
+    kernel_size = kernels[0].shape[-1]
+    if kernel_size % 2 == 0:
+        raise InputError(f"{source}: kernels of {kernel_size} x {kernel_size}; only odd ones are known")
+    return Architecture(tuple(features), kernel_size, state["down_proj.weight"].shape[-1] if projected else None)
+
+
+def _shapes(module: Generator, text_length: int | None) -> dict[str, tuple[int, ...]]:
+    """{our path: shape} of a generator's parameters."""
+    n, length, c = module.features[0]
+    condition = jax.ShapeDtypeStruct((1, n, text_length or length, c), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
+    return {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(shapes)}
+
+
+def _mapped(state: Mapping[str, np.ndarray], module: Generator, text_length: int | None, source: str) -> dict[str, np.ndarray]:
+    """{our path: a view of the stored tensor in our axes}. Raises InputError listing all that is missing, unknown or misshapen."""
+    expected = _shapes(module, text_length)
+    table = _table(len(module.features) - 1, bool(module.length_projection))
+    faults = [f"{key} is missing" for key in table.keys() - state.keys()]
+    faults += [f"{key} is unknown" for key in state.keys() - table.keys() - {CRITERION_WEIGHT}]
+    mapped = {}
+    for key in table.keys() & state.keys():
+        ours, (to_ours, _) = table[key]
+        value = to_ours(state[key]) if state[key].ndim == len(expected[ours]) else state[key]
+        if value.shape != expected[ours]:
+            shape, kernel = state[key].shape, module.kernel_size
+            faults.append(f"{key} has shape {shape}, which does not fit features {module.features} and kernel {kernel}")
+        if value.dtype not in DTYPES.values():
+            faults.append(f"{key} holds {value.dtype}, expected floating point")
+        mapped[ours] = value
+    if faults:
+        raise listed(f"{source}: not the state dict of this generator", sorted(faults))
+    return {path: mapped[path] for path in expected}
 
 
 def load_reference_generator(
@@ -85,34 +179,122 @@ def load_reference_generator(
     """
     if length_projection is not None and length_projection not in LENGTH_PROJECTIONS:
         raise InputError(f"length_projection {length_projection!r} is none of {LENGTH_PROJECTIONS}")
-    features = tuple(tuple(int(x) for x in f) for f in features)
-    n, length, c = features[0]
     if length_projection and max_text_length is None:
         raise InputError("max_text_length is needed with a length projection")
-    module = Generator(features, kernel_size, length_projection)
-    condition = jax.ShapeDtypeStruct((1, n, max_text_length if length_projection else length, c), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
-    expected = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(shapes)}
+    module = Generator(tuple(tuple(int(x) for x in f) for f in features), kernel_size, length_projection)
+    mapped = _mapped(_read_state_dict(path), module, max_text_length if length_projection else None, os.fspath(path))
+    return module, traverse_util.unflatten_dict({key: np.ascontiguousarray(value) for key, value in mapped.items()}, sep="/")
 
+
+def _adapter_layout(config: Config, features: Features, adapter: str | os.PathLike) -> tuple[LoraLayout, AdapterConfig]:
+    """The token layout and the adapter settings of a base: from one of its PEFT adapters, or (adapter empty) from the base's
+    config.json with config.lora's rank, alpha and targets.
+
+    features: (T, r + 2, w + 2) of the generator's tokens. Raises InputError when the layout does not give exactly these.
+    """
+    width = features[2] - SCALE_CELLS
+    if adapter:
+        source, shapes, settings = os.fspath(adapter), read_shapes(adapter), load_adapter_config(adapter)
+    else:
+        c, source = config.lora, f"{config.base.path} with rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+        shapes = load_base_config(config.base.path).lora_shapes(c.rank, c.targets)
+        settings = AdapterConfig(config.base.path, c.rank, c.alpha, tuple(sorted(c.targets)))
+    layout = LoraLayout.from_shapes(shapes, width if width > 0 else None)
+    if (layout.num_tokens, *layout.token_shape) != features:
+        made = f"{features[0]} of {features[1:]} (rank {features[1] - SCALE_CELLS}, chunks of {width})"
+        raise InputError(
+            f"{source}: a LoRA like this has {layout.num_tokens} tokens of {layout.token_shape}, the generator makes {made}; "
+            "give an adapter of the base, the rank and the modules that it was trained for"
+        )
+    return layout, settings
+
+
+def import_generator(
+    path: str | os.PathLike, out: str | os.PathLike, config: Config, adapter: str | os.PathLike = ""
+) -> pathlib.Path:
+    """A released .pth file -> a generator folder like those of `dnd train`; returns it. One tensor is held at a time.
+
+    adapter: a PEFT adapter of the base that the generator was trained for, which gives names and order of the tokens; empty: they
+    come from config.base.path's config.json and config.lora. config.condition.encoder is the text encoder;
+    config.generator.length_projection says which version a length projection is, because both have the same shapes.
+    Raises InputError for what is no generator, or does not fit the adapter or the encoder.
+    """
+    out, source = pathlib.Path(out), os.fspath(path)
+    if (out / DESCRIPTION).exists():
+        raise InputError(f"{out}: already holds a generator; choose another --out")
     state = _read_state_dict(path)
-    table = _table(len(features) - 1, length_projection is not None)
-    faults = [f"{key} is missing" for key in table.keys() - state.keys()]
-    faults += [f"{key} is unknown" for key in state.keys() - table.keys() - {CRITERION_WEIGHT}]
-    params: dict = {}
-    for key in table.keys() & state.keys():
-        ours, (to_ours, _) = table[key]
-        value = to_ours(state[key]) if state[key].ndim == len(expected[ours]) else state[key]
-        if value.shape != expected[ours]:
-            faults.append(f"{key} has shape {state[key].shape}, which does not fit features {features} and kernel {kernel_size}")
-            continue
-        *parents, leaf = ours.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = np.ascontiguousarray(value)
-    if faults:
-        raise listed(f"{path}: not the state dict of this generator", sorted(faults))
-    return module, params
+    found = architecture(state, source)
+    projection = config.generator.length_projection
+    if found.text_length and not projection:
+        raise InputError(
+            f"{source}: holds a length projection {found.text_length} -> {found.features[0][1]}, released in two versions of the "
+            "same shapes; say which: --config.generator.length_projection=camera_ready or first_release"
+        )
+    if projection and not found.text_length:
+        raise InputError(f"{source}: holds no length projection; leave out --config.generator.length_projection={projection}")
+    module = Generator(found.features, found.kernel_size, projection or None)
+    mapped = _mapped(state, module, found.text_length, source)
+    num_prompts, length, width = found.features[0]
+    layout, settings = _adapter_layout(config, found.features[-1], adapter)
+    importance = np.asarray(state.get(CRITERION_WEIGHT, np.ones(layout.num_tokens)), np.float32).reshape(-1)
+    if importance.size != layout.num_tokens:
+        raise InputError(f"{source}: {CRITERION_WEIGHT} has {importance.size} values for {layout.num_tokens} tokens")
+
+    condition = dataclasses.replace(
+        config.condition, num_prompts=num_prompts, max_text_length=found.text_length or length, in_graph=False
+    )
+    encoder = PromptEncoder(condition)
+    if encoder.width != width:
+        raise InputError(
+            f"{condition.encoder}: embeddings are {encoder.width} wide, the generator takes {width}; "
+            "set --config.condition.encoder to the encoder that it was trained with"
+        )
+    generator = dataclasses.replace(
+        config.generator,
+        features=found.features,
+        kernel_size=found.kernel_size,
+        target="chunk",
+        chunk_width=layout.chunk_width,
+        importance=True,
+    )
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_generator(
+        out,
+        {key: (value.shape, value.dtype) for key, value in mapped.items()},
+        ((key, np.ascontiguousarray(value)) for key, value in mapped.items()),
+        {"importance": importance},
+        {
+            "settings": {
+                "seed": config.seed,
+                "condition": dataclasses.asdict(condition),
+                "generator": dataclasses.asdict(generator),
+                "train": dataclasses.asdict(config.train),
+                "suite": f"imported from {pathlib.Path(path).name} (sha256 {digest})",
+            },
+            "features": found.features,
+            "layout": layout.to_json(),
+            "adapter": dataclasses.asdict(settings),
+            "encoder_fingerprint": encoder.fingerprint,
+        },
+    )
+    return out
+
+
+def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pathlib.Path:
+    """A generator folder -> the original's .pth file; returns it. Raises InputError for an element target, which the original
+    has no place for."""
+    folder = find_generator(run_dir)
+    description = read_json(folder / DESCRIPTION)
+    settings = description["settings"]["generator"]
+    if settings["target"] != "chunk":
+        raise InputError(f"{folder}: generator.target = {settings['target']!r}; the original's format knows only chunk tokens")
+    features = tuple(tuple(f) for f in description["features"])
+    module = Generator(features, settings["kernel_size"], settings["length_projection"] or None)
+    if not (folder / MODEL).is_file():
+        raise InputError(f"{folder / MODEL}: no such file")
+    params = traverse_util.unflatten_dict(open_tensors(folder / MODEL), sep="/")
+    return save_reference_generator(module, params, path, read_safetensors(folder / STATISTICS)["importance"])
 
 
 def load_criterion_weight(path: str | os.PathLike) -> np.ndarray:
@@ -138,7 +320,9 @@ def save_reference_generator(
     leaves = {"/".join(k.key for k in keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(params)}
     state = {CRITERION_WEIGHT: torch.from_numpy(weight.reshape(1, -1, 1, 1).copy())}
     for key, (ours, (_, from_ours)) in _table(len(module.features) - 1, bool(module.length_projection)).items():
-        state[key] = torch.from_numpy(np.array(from_ours(leaves.pop(ours)), order="C"))
+        value = np.array(from_ours(leaves.pop(ours)), order="C")
+        bfloat16 = value.dtype == ml_dtypes.bfloat16
+        state[key] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(value)
     if leaves:
         raise listed("parameters that the original has no name for", sorted(leaves))
     with replacing(path) as temporary:

@@ -259,25 +259,47 @@ class LoraLayout:
         return layout
 
 
-def importance_weights(targets: Iterable[np.ndarray]) -> np.ndarray:
-    """Importance of each token, float32 [T] with mean 1: the spread of its cells over a dataset's checkpoints (METHOD.md 3).
+class Importance:
+    """Importance of each token: the spread of its cells over a dataset's checkpoints (METHOD.md section 3), in one pass over them.
 
-    targets: token arrays [T, h, w] of a dataset's checkpoints, read one at a time; NaN cells do not count.
-    Raises InputError when there are fewer than two checkpoints or they do not differ.
+    Welford's running mean and squares in float64, a block of tokens at a time, so that only these two arrays are held.
     """
-    count, mean, square = 0, None, None
+
+    BLOCK = 1 << 18  # cells: what a processor's cache holds in float64
+
+    def __init__(self):
+        self.count = 0
+        self._mean: np.ndarray | None = None  # [T, h, w]
+        self._square: np.ndarray | None = None  # [T, h, w], sum of squared deviations
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The tokens [T, h, w] of the next checkpoint; NaN cells do not count."""
+        if self._mean is None:
+            self._mean, self._square = np.zeros(tokens.shape), np.zeros(tokens.shape)
+        self.count += 1
+        size = max(1, self.BLOCK // tokens[0].size)
+        for first in range(0, len(tokens), size):
+            at = slice(first, first + size)
+            step = tokens[at] - self._mean[at]
+            self._mean[at] += step / self.count
+            self._square[at] += step * (tokens[at] - self._mean[at])
+
+    def weights(self, source: str = "") -> np.ndarray:
+        """float32 [T], mean 1 over all cells. Raises InputError for fewer than two checkpoints, or some that do not differ."""
+        of = f" ({source})" if source else ""
+        if self.count < 2:
+            raise InputError(f"importance weights need at least two checkpoints a dataset, got {self.count}{of}")
+        std = np.sqrt(self._square / self.count)  # population standard deviation a cell
+        total = np.nansum(std)
+        if not total > 0:
+            raise InputError(f"importance weights need checkpoints that differ; all of this dataset's are equal{of}")
+        return (np.nanmean(std, axis=(1, 2)) / total * np.count_nonzero(~np.isnan(std))).astype(np.float32)
+
+
+def importance_weights(targets: Iterable[np.ndarray]) -> np.ndarray:
+    """Importance of each token, float32 [T] with mean 1, from the token arrays [T, h, w] of a dataset's checkpoints, read one at a
+    time. Raises InputError as `Importance.weights`."""
+    importance = Importance()
     for target in targets:
-        x = np.asarray(target, np.float64)
-        if mean is None:
-            mean, square = np.zeros_like(x), np.zeros_like(x)
-        count += 1
-        step = x - mean
-        mean += step / count
-        square += step * (x - mean)
-    if count < 2:
-        raise InputError(f"importance weights need at least two checkpoints a dataset, got {count}")
-    std = np.sqrt(square / count)  # population standard deviation a cell
-    total = np.nansum(std)
-    if not total > 0:
-        raise InputError("importance weights need checkpoints that differ; all of this dataset's are equal")
-    return (np.nanmean(std / total, axis=(1, 2)) * np.count_nonzero(~np.isnan(std))).astype(np.float32)
+        importance.add(np.asarray(target))
+    return importance.weights()

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from dnd_jax.errors import InputError, NothingFits
+from dnd_jax.errors import CheckFailed, InputError
 
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
@@ -15,38 +15,63 @@ STAGES: dict[str, str] = {
     "pretrain": "a base LLM from scratch on the suite's corpus -> WORKDIR/base",
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
-    "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples",
+    "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples, --dtype, --merge, --push-to-hub",
+    "import-generator": "a released generator (.pth) -> --out, a generator folder: --adapter, --config.generator.length_projection",
+    "export-generator": "a generator folder -> --out, the original's .pth",
+    "verify-adapter": "an adapter folder on --base in PyTorch: does it change the logits as its matrices say?",
     "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
+# Stages that take one file or folder by itself, and what it is.
+POSITIONAL = {"import-generator": "X.pth", "export-generator": "GENERATOR", "verify-adapter": "ADAPTER"}
+FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
+    "workdir": (str, "runs/mini", "folder of the run; the same command goes on where it was stopped"),
+    "suite": (str, "", "folder of your own tasks (default: the embedded suite)"),
+    "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
+    "generator": (str, "", "generate: a trained or imported generator's folder"),
+    "prompts": (str, "", "generate: file of prompts"),
+    "out": (str, "", "generate, suite, import-generator, export-generator: what to write"),
+    "seed": (int, 0, "generate: draws the prompts"),
+    "samples": (int, 1, "generate: adapters, from as many draws"),
+    "dtype": (str, "float32", "generate: of the adapter's tensors, float32 or bfloat16"),
+    "merge": (str, "", "generate: a folder for the whole model, base + adapter, in the base's dtype"),
+    "push-to-hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
+    "base": (str, "", "generate --merge, verify-adapter: the base's folder or hub id (default: the one the adapter names)"),
+    "adapter": (str, "", "import-generator: a PEFT adapter of the base (default: config.base.path and config.lora)"),
+    "backend": (str, "", "bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
+    "topology": (str, "", "plan, bench: TPU chips to compile for, such as v5p:2x2x4 (plan without: this machine's devices)"),
+    "devices": (int, 0, "plan: virtual CPU devices to compile for"),
+    "sweep": (bool, False, "plan: every combination of config.sweep in one table and plot (configs/ablate_sharding.py)"),
+    "measure": (bool, False, "plan: run the steps on this machine's devices as well"),
+    "allow": (list, [], "train: settings that may differ from the run that is resumed, such as train.steps,train.clip"),
+    "profile": (list, [], "train: trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile"),
+    "multihost": (bool, False, "train: one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)"),
+    "coordinator": (str, "", "train: elsewhere, HOST:PORT of process 0"),
+    "processes": (int, 1, "train: with --coordinator, how many processes there are"),
+    "process": (int, 0, "train: with --coordinator, which one this is"),
+    "start-timeout": (int, 300, "train: seconds until all processes must have joined"),
+    "layers": (bool, False, "bench: every convolution of the configuration by itself"),
+    "limits": (bool, False, "bench: what the hardware allows for the paper's settings, by counting"),
+}
 
 
 def usage() -> str:
     """The stages and the flags that they share."""
-    lines = [f"  {name:<11} {text}" for name, text in STAGES.items()]
+    width = max(map(len, STAGES))
+    stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in STAGES.items())
+    flags = "\n".join(f"--{name:<12} {meaning}" for name, (_, _, meaning) in FLAGS.items())
     return (
-        "usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n" + "\n".join(lines) + "\n\n"
-        f"--config     a file of configs/ (default {DEFAULT_CONFIG}); any of its keys can be set: --config.train.steps=500\n"
-        "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
-        "--suite      folder of your own tasks (default: the embedded suite)\n"
-        "--topology   plan: TPU chips, such as v5p:2x2x4; --devices=8 virtual CPU devices; neither: this machine's devices\n"
-        "--sweep      plan: every combination of config.sweep in one table and plot (configs/ablate_sharding.py)\n"
-        "--measure    plan: run the steps on this machine's devices as well\n"
-        "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
-        "--layers     bench: every convolution of the configuration by itself\n"
-        "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
-        "--allow      train: settings that may differ from the run that is resumed: --allow=train.steps,train.learning_rate\n"
-        "--profile    train: trace the steps between two numbers into WORKDIR/generator/profile: --profile=100,110\n"
-        "--multihost  train: one of several processes of a cluster that JAX detects (Cloud TPU, GKE, SLURM); elsewhere\n"
-        "             --coordinator=HOST:PORT --processes=N --process=I; --start-timeout=300 seconds\n"
-        "--seeds      quickstart: comma-separated seeds (default: the config's)"
+        f"usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n{stages}\n\n"
+        f"--config       a file of configs/ (default {DEFAULT_CONFIG}); any key can be set: --config.train.steps=500\n{flags}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM (75 with DND_REQUEUE=1), 2 bad input, 130 Ctrl-C."""
+    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM (75 with DND_REQUEUE=1), 1 a check failed or nothing
+    fits, 2 bad input, 130 Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -65,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(argv[0], STAGES, n=1)
             raise InputError(f"no stage {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else "; run `dnd` for the list"))
         _run(argv[0], argv[1:])
-    except InputError as error:
+    except (InputError, CheckFailed) as error:
         print(f"dnd: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NothingFits) else 2
+        return 2 if isinstance(error, InputError) else 1
     except (loop.Stopped, KeyboardInterrupt) as error:
         name = str(error) or "SIGINT"
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
@@ -84,50 +109,39 @@ def _stopped_status() -> int:
     return os.EX_TEMPFAIL if os.environ.get("DND_REQUEUE") == "1" else 0
 
 
-def _parse(arguments: list[str]):
-    """absl flags and config overrides -> (flag values, frozen Config, config file). Raises InputError with the nearest name."""
+def _parse(stage: str, arguments: list[str]):
+    """absl flags and config overrides -> (flag values, frozen Config, config file, the stage's own argument or "").
+
+    Raises InputError with the nearest name.
+    """
     from absl import flags
     from ml_collections import config_flags
 
     from dnd_jax import config as config_lib
 
     values = flags.FlagValues()
-    name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), DEFAULT_CONFIG)
+    # Released generators were trained with the paper's encoder, which is the default of default.py.
+    default = "configs/default.py" if stage == "import-generator" else DEFAULT_CONFIG
+    name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), default)
     arguments = [a for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
-    flags.DEFINE_string("workdir", "runs/mini", "folder of the run", flag_values=values)
-    flags.DEFINE_string("suite", "", "folder of your own tasks", flag_values=values)
-    flags.DEFINE_list("seeds", [], "quickstart: seeds", flag_values=values)
-    flags.DEFINE_string("generator", "", "generate: a trained generator's folder", flag_values=values)
-    flags.DEFINE_string("prompts", "", "generate: file of prompts", flag_values=values)
-    flags.DEFINE_string("out", "", "generate, suite: output folder", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "generate: draws the prompts", flag_values=values)
-    flags.DEFINE_integer("samples", 1, "generate: adapters, from as many draws", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("backend", "", "bench: tpu-aot for a TPU compiler's estimates without a TPU", flag_values=values)
-    flags.DEFINE_bool("layers", False, "bench: every convolution by itself", flag_values=values)
-    flags.DEFINE_bool("limits", False, "bench: what hardware allows for the paper's settings", flag_values=values)
-    flags.DEFINE_list("allow", [], "train: settings that may have changed", flag_values=values)
-    flags.DEFINE_list("profile", [], "train: trace the steps between two numbers", flag_values=values)
-    flags.DEFINE_bool("multihost", False, "train: one process of a cluster that JAX detects", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "train: HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", 1, "train: how many there are", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", 0, "train: which this is", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("start-timeout", 300.0, "train: seconds until all processes have joined", flag_values=values)
-    flags.DEFINE_string("topology", "", "plan, bench: the TPU chips to compile for", flag_values=values)
-    flags.DEFINE_integer("devices", 0, "plan: virtual CPU devices", lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("sweep", False, "plan: every combination of config.sweep", flag_values=values)
-    flags.DEFINE_bool("measure", False, "plan: run the steps here as well", flag_values=values)
+    kinds = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, int: flags.DEFINE_integer, list: flags.DEFINE_list}
+    for flag, (kind, default, _) in FLAGS.items():
+        kinds[kind](flag, default, "", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error.args[0] if error.args else error).replace("\n", " ")
         raise InputError(f"{text} (configuration {name})") from None
+    argument = rest.pop(0) if rest and stage in POSITIONAL else ""
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
+    if stage in POSITIONAL and not argument:
+        raise InputError(f"{POSITIONAL[stage]} is needed: dnd {stage} {POSITIONAL[stage]}")
     if values.suite:
         base.suite = values.suite
-    return values, config_lib.freeze(base), name
+    return values, config_lib.freeze(base), name, argument
 
 
 def _seeds(values, config) -> list[int]:
@@ -148,12 +162,15 @@ def _run(stage: str, arguments: list[str]) -> None:
     if any(a in ("-h", "--help") for a in arguments):
         print(usage())
         return
-    values, config, config_file = _parse(arguments)
+    values, config, config_file, argument = _parse(stage, arguments)
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
+        "import-generator": lambda: _import_generator(values, config, argument),
+        "export-generator": lambda: _export_generator(values, argument),
+        "verify-adapter": lambda: _verify_adapter(values, argument),
         "bench": lambda: _bench(values, config, config_file, workdir),
         "plan": lambda: _plan(values, config, workdir),
         "train": lambda: _train(values, config, workdir, arguments),
@@ -176,16 +193,57 @@ def _quickstart(values, config, workdir: pathlib.Path) -> None:
 
 
 def _generate(values) -> None:
+    from dnd_jax.adapters import DTYPES
     from dnd_jax.generate import TrainedGenerator
+    from dnd_jax.hub import check_repo_id, push
+    from dnd_jax.merge import merge_adapter
+    from dnd_jax.models.hf import resolve
     from dnd_jax.suite import read_prompts
 
     _need(values, "generator", "prompts", "out")
+    if values.samples < 1:
+        raise InputError(f"--samples={values.samples}: at least 1")
+    if values.dtype not in DTYPES:
+        raise InputError(f"--dtype={values.dtype}: none of {', '.join(DTYPES)}")
+    repo = values["push-to-hub"].value
+    if repo:
+        check_repo_id(repo)
+        if values.samples > 1:
+            raise InputError("--push-to-hub takes one adapter; leave out --samples")
     prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
-    out = pathlib.Path(values.out)
+    base = resolve(values.base or generator.adapter.base) if values.merge else None
     for sample in range(values.samples):
-        folder = out if values.samples == 1 else out / f"sample_{sample}"
-        print(f"adapter: {generator.write(prompts, folder, values.seed + sample, values.prompts).absolute()}")
+        part = "" if values.samples == 1 else f"sample_{sample}"
+        seed = values.seed + sample
+        folder = generator.write(prompts, pathlib.Path(values.out, part), seed, values.prompts, values.dtype)
+        print(f"adapter: {folder.absolute()}")
+        if values.merge:
+            card = generator.card(generator.draw(prompts, seed, values.prompts), seed, merged=True)
+            folder = merge_adapter(base, folder, pathlib.Path(values.merge, part), card)
+            print(f"model: {folder.absolute()}")
+    if repo:
+        print(f"pushed: {push(folder, repo)}")
+
+
+def _import_generator(values, config, path: str) -> None:
+    from dnd_jax.interop import import_generator
+
+    _need(values, "out")
+    print(f"generator: {import_generator(path, values.out, config, values.adapter).absolute()}")
+
+
+def _export_generator(values, folder: str) -> None:
+    from dnd_jax.interop import export_generator
+
+    _need(values, "out")
+    print(f"state dict: {export_generator(folder, values.out).absolute()}")
+
+
+def _verify_adapter(values, folder: str) -> None:
+    from dnd_jax.verify import verify_on_base
+
+    print(verify_on_base(folder, values.base))
 
 
 def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
@@ -231,7 +289,7 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
         plans = [plan.make_plan(config, devices, step, values.measure) for step in plan.STEPS]
         print("\n\n".join(map(plan.describe_plan, plans)), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
-        raise NothingFits(sweep.nearest_miss(plans))
+        raise CheckFailed(sweep.nearest_miss(plans))
 
 
 def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:

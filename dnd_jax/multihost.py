@@ -268,6 +268,16 @@ def _is_stop(error: BaseException) -> bool:
     return isinstance(error, Stopped)
 
 
+@contextlib.contextmanager
+def lead_first() -> Iterator[None]:
+    """The block is done by process 0, then by all others."""
+    if several() and not lead():
+        multihost_utils.sync_global_devices("process 0 is done")
+    yield
+    if several() and lead():
+        multihost_utils.sync_global_devices("process 0 is done")
+
+
 def agreed(flag: bool) -> bool:
     """What process 0 says, in all of them."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if several() else flag

@@ -6,13 +6,17 @@ generator. A token is then the chunk alone (r, w), and the decoder spends itself
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from dnd_jax.files import replacing
 from dnd_jax.layout import LoraLayout
 
 Tensors = Mapping[str, np.ndarray]
+BLOCK = 1 << 18  # cells that statistics are updated for at a time: what a processor's cache holds in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +49,20 @@ class ElementTarget:
 
     @classmethod
     def fit(cls, layout: LoraLayout, checkpoints: Callable[[], Iterable[tuple[str, Tensors]]]) -> "ElementTarget":
-        """Statistics over all training checkpoints, read twice, one at a time. A token that never differs gets scale 1."""
-        count, total = 0, 0.0
+        """Statistics over all training checkpoints, read once, one at a time. A token that never differs gets scale 1.
+
+        Welford's running mean a cell; of the squared deviations only their mean over a token's cells is needed.
+        """
+        count, mean, square = 0, np.zeros((layout.num_tokens, *layout.chunk_shape)), np.zeros(layout.num_tokens)
+        block = max(1, BLOCK // mean[0].size)
         for source, tensors in checkpoints():
-            total = total + layout.cut(tensors, source).astype(np.float64)
+            chunks = layout.cut(tensors, source)
             count += 1
-        mean = total / count
-        square = 0.0
-        for source, tensors in checkpoints():
-            square = square + np.nanmean((layout.cut(tensors, source) - mean) ** 2, axis=(1, 2))
+            for first in range(0, len(chunks), block):
+                at = slice(first, first + block)
+                step = chunks[at] - mean[at]
+                mean[at] += step / count
+                square[at] += np.nanmean(step * (chunks[at] - mean[at]), axis=(1, 2))
         scale = np.sqrt(square / count)
         return cls(layout, mean.astype(np.float32), np.where(scale > 0, scale, 1).astype(np.float32))
 
@@ -75,6 +84,12 @@ class ElementTarget:
 
 
 Target = ChunkTarget | ElementTarget
+
+
+def save_statistics(path: str | os.PathLike, target: Target) -> None:
+    """Writes a target's statistics as safetensors, whole or not at all."""
+    with replacing(path) as temporary:
+        save_file(target.statistics(), temporary)
 
 
 def from_statistics(kind: str, layout: LoraLayout, statistics: Mapping[str, np.ndarray], bfloat16: bool = False) -> Target:

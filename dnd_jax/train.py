@@ -6,9 +6,10 @@ WORKDIR/generator holds all that generation needs: generator.json (settings, lay
 statistics.safetensors (target statistics, importance weights), beside checkpoints/ for an exact resume.
 """
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,18 +19,16 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dnd_jax import config as config_lib
 from dnd_jax import loop, multihost, sharding
-from dnd_jax.adapters import checkpoint_folders, load_adapter, load_adapter_config
 from dnd_jax.chips import chip_of
+from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
-from dnd_jax.errors import listed
-from dnd_jax.files import read_json, replacing, write_json
-from dnd_jax.layout import LoraLayout, importance_weights
+from dnd_jax.files import read_json
+from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
 from dnd_jax.models.placement import ANYWHERE, Placement
@@ -40,9 +39,6 @@ from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
 from dnd_jax.shapes import resolve_features
 from dnd_jax.suite import Suite
-from dnd_jax.targets import ChunkTarget, ElementTarget, Target
-
-DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 
 
 def make_generator(
@@ -201,37 +197,17 @@ def shard_train_step(
     return ShardedStep(shapes, shardings, over_batch, encoder_shardings, jax.jit(init, out_shardings=shardings), step)
 
 
-class Checkpoints:
-    """The LoRA checkpoints of the training datasets: one layout, checked file by file."""
+def first_state(config: Config, sharded: ShardedStep) -> dict:
+    """The state that training starts from: new parameters, or those of config.train.init_from with a new optimiser.
 
-    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
-        root = pathlib.Path(config.train.checkpoints or workdir / "loras")
-        self.folders = checkpoint_folders(root, [d.name for d in suite.train])
-        every = [folder for folders in self.folders.values() for folder in folders]
-        configs = {folder: load_adapter_config(folder) for folder in every}
-        self.adapter = configs[every[0]]
-        faults = [
-            f"{folder} ({c.base}, rank {c.rank}, alpha {c.alpha:g})"
-            for folder, c in configs.items()
-            if (c.base, c.rank, c.alpha) != (self.adapter.base, self.adapter.rank, self.adapter.alpha)
-        ]
-        if faults:
-            a = self.adapter
-            raise listed(f"adapters of another base or scale than {every[0]} ({a.base}, rank {a.rank}, alpha {a.alpha:g})", faults)
-        self.layout = LoraLayout.from_tensors(load_adapter(every[0]), config.generator.chunk_width or None)
-
-    def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """(folder, tensors) of one dataset's checkpoints, or of all, read one at a time."""
-        for name, folders in self.folders.items():
-            if dataset in (None, name):
-                yield from ((str(folder), load_adapter(folder)) for folder in folders)
-
-
-def make_target(config: Config, checkpoints: Checkpoints) -> Target:
-    """The target of config.generator.target, with its statistics."""
-    if config.generator.target == "chunk":
-        return ChunkTarget(checkpoints.layout, config.generator.bfloat16_checkpoints)
-    return ElementTarget.fit(checkpoints.layout, checkpoints.tensors)
+    Raises InputError as `initial_params`.
+    """
+    if not config.train.init_from:
+        return sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+    of = sharded.shapes["params"], sharded.shardings["params"]
+    params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
+    opt = jax.jit(make_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(params)
+    return {"params": params, "opt": opt, "step": jax.device_put(np.int32(0), sharded.shardings["step"])}
 
 
 def train(
@@ -255,24 +231,25 @@ def train(
     if multihost.agreed(finished):
         return folder
 
-    checkpoints = Checkpoints(config, suite, workdir)
-    target = make_target(config, checkpoints)
-    encoder = PromptEncoder(config.condition)
-    datasets = []
-    for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not multihost.lead()):
-        prompts = [e.prompt for e in dataset.train]
-        if config.condition.in_graph:
-            ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
-            inputs = {"ids": ids, "valid": valid}
-        else:
-            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
-        targets = np.stack([target.encode(tensors, source) for source, tensors in checkpoints.tensors(dataset.name)])
-        datasets.append(PairedDataset(dataset.name, inputs, targets))
+    with multihost.lead_first():  # who finds its files made by process 0 where the workdir is shared
+        checkpoints = Checkpoints(config, suite, workdir)
+        target = make_target(config, checkpoints, workdir / "targets")
+        encoder = PromptEncoder(config.condition)
+        datasets, spreads = [], []
+        for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not multihost.lead()):
+            prompts = [e.prompt for e in dataset.train]
+            if config.condition.in_graph:
+                ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
+                inputs = {"ids": ids, "valid": valid}
+            else:
+                inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
+            tokens = token_array(checkpoints, dataset.name, target, workdir / "targets", config.generator.importance)
+            datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
+            spreads.append(tokens.importance)
     pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed)
-    num_tokens = checkpoints.layout.num_tokens
-    importance = np.ones(num_tokens, np.float32)
+    importance = np.ones(checkpoints.layout.num_tokens, np.float32)
     if config.generator.importance:
-        importance = np.mean([importance_weights(d.targets) for d in datasets], axis=0).astype(np.float32)
+        importance = np.mean(spreads, axis=0).astype(np.float32)
 
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
@@ -299,7 +276,7 @@ def train(
     state = loop.run(
         "train",
         folder,
-        sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2)),
+        first_state(config, sharded),
         lambda state, batch: sharded.step(state, batch, encoder_params),
         lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
@@ -317,14 +294,14 @@ def train(
             notes={"config": config.to_json(), "mesh": sharding.mesh_record(mesh)},
         ),
     )
-    params = {"/".join(path): multihost.to_host(x) for path, x in traverse_util.flatten_dict(state["params"]).items()}
+    flat = {"/".join(path): x for path, x in traverse_util.flatten_dict(state["params"]).items()}
+    on_host = ((path, multihost.to_host(x)) for path, x in flat.items())  # all processes take part in gathering each
     if multihost.lead():
-        with replacing(folder / MODEL) as temporary:
-            save_file(params, temporary)
-        with replacing(folder / STATISTICS) as temporary:
-            save_file({"importance": importance, **target.statistics()}, temporary)
-        write_json(
-            folder / DESCRIPTION,
+        write_generator(
+            folder,
+            {path: (x.shape, x.dtype) for path, x in flat.items()},
+            on_host,
+            {"importance": importance, **target.statistics()},
             {
                 "settings": _settings(config, suite),
                 "features": features,
@@ -333,6 +310,8 @@ def train(
                 "encoder_fingerprint": encoder.fingerprint,
             },
         )
+    else:
+        collections.deque(on_host, maxlen=0)
     multihost_utils.sync_global_devices("generator written")
     return folder
 

@@ -207,7 +207,7 @@ def test_adapters_of_another_base_are_listed(suite, tmp_path, capsys):
             base = "other" if (i, step) == (1, 2) else "ours"
             save_adapter(tmp_path / "w/loras" / dataset.name / f"step_{step}", tensors, AdapterConfig(base, 2, 4.0, ("q_proj",)))
     message = refused(capsys, "train", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
-    assert "adapters of another base" in message and "step_2 (other" in message
+    assert "of another layout, base or scale" in message and "step_2 has base 'other' instead of 'ours'" in message
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
 
 

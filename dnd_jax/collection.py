@@ -1,0 +1,164 @@
+"""A collection of LoRA checkpoints as the generator's targets: one layout for all, one array of tokens a dataset, made once.
+
+The folders may be ours or PEFT's, LLaMA-Factory's checkpoint-N, or the original's flat N.safetensors (adapters.checkpoint_folders).
+Checkpoints are read one at a time and their tokens written to WORKDIR/targets/DATASET/KEY/ as they come:
+
+    tokens.npy        float32 (M, T, h, w), to be mapped into memory
+    importance.npy    float32 (T,), the importance weights of this dataset (METHOD.md section 3), if they were asked for
+
+KEY is a hash of the checkpoint files' names, sizes and times of change, of their settings, and of the target with its statistics.
+Contents are not hashed: a set of 7B checkpoints has 8 GB, which a resumed run should not read again to learn that nothing changed.
+Arrays of another KEY are deleted: a dataset has one.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from dnd_jax import loop
+from dnd_jax.adapters import checkpoint_folders, config_file, load_adapter, load_adapter_config, read_shapes, weights_file
+from dnd_jax.config import Config
+from dnd_jax.errors import InputError, listed
+from dnd_jax.files import read_json, replacing
+from dnd_jax.layout import Importance, LoraLayout
+from dnd_jax.models.hf import read_safetensors
+from dnd_jax.suite import Suite
+from dnd_jax.targets import ChunkTarget, ElementTarget, Target, save_statistics
+
+TOKENS, IMPORTANCE = "tokens.npy", "importance.npy"
+VERSION = 1  # of what the files hold
+
+
+class Checkpoints:
+    """The LoRA checkpoints of the training datasets: one layout and one scale, checked by the files' headers alone."""
+
+    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
+        """Raises InputError listing every checkpoint that differs from the first in base, rank, scale, modules or shapes."""
+        root = pathlib.Path(config.train.checkpoints or workdir / "loras")
+        self.folders = checkpoint_folders(root, [d.name for d in suite.train])
+        every = [path for paths in self.folders.values() for path in paths]
+        first = every[0]
+        self.adapter, shapes = load_adapter_config(first), read_shapes(first)
+        self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
+        faults = []
+        for path in every[1:]:
+            other = load_adapter_config(path)
+            differ = [
+                f"{key} {getattr(other, key)!r} instead of {getattr(self.adapter, key)!r}"
+                for key in ("base", "rank", "alpha")
+                if getattr(other, key) != getattr(self.adapter, key)
+            ]
+            found = read_shapes(path)
+            differ += [f"{len(keys)} tensors missing ({min(keys)})" for keys in [shapes.keys() - found.keys()] if keys]
+            differ += [f"{len(keys)} tensors more ({min(keys)})" for keys in [found.keys() - shapes.keys()] if keys]
+            other_shapes = sorted(key for key in shapes.keys() & found.keys() if shapes[key] != found[key])
+            if other_shapes and other.rank == self.adapter.rank:
+                key = other_shapes[0]
+                differ.append(f"{len(other_shapes)} tensors of another shape ({key} {found[key]} instead of {shapes[key]})")
+            if differ:
+                faults.append(f"{path} has {', '.join(differ)}")
+        if faults:
+            raise listed(f"checkpoints of another layout, base or scale than {first}", faults)
+
+    def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""
+        for name, paths in self.folders.items():
+            if dataset in (None, name):
+                yield from ((str(path), load_adapter(path)) for path in paths)
+
+    def identity(self, dataset: str | None = None) -> list:
+        """What tells one dataset's checkpoint files, or all, from others without reading them: names, sizes, times of change in
+        nanoseconds, and their settings."""
+        seen = []
+        for name, paths in self.folders.items():
+            if dataset in (None, name):
+                for path in paths:
+                    stat = weights_file(path).stat()
+                    seen.append([name, path.name, stat.st_size, stat.st_mtime_ns, read_json(config_file(path))])
+        return seen
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -> Target:
+    """The target of config.generator.target. An element target's statistics are kept under `cache`."""
+    if config.generator.target == "chunk":
+        return ChunkTarget(checkpoints.layout, config.generator.bfloat16_checkpoints)
+    path = cache / f"statistics-{_hash(checkpoints.identity(), checkpoints.layout.to_json())}.safetensors"
+    if path.is_file():
+        stored = read_safetensors(path)
+        return ElementTarget(checkpoints.layout, stored["mean"], stored["scale"])
+    total = sum(len(paths) for paths in checkpoints.folders.values())
+    read = tqdm(checkpoints.tensors(), desc="statistics", unit="checkpoint", total=total, dynamic_ncols=True)
+    target = ElementTarget.fit(checkpoints.layout, lambda: read)
+    for stale in cache.glob("statistics-*.safetensors"):
+        stale.unlink()
+    save_statistics(path, target)
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenArray:
+    """A dataset's targets (M, T, h, w), mapped into memory, and its importance weights (T,), None unless asked for."""
+
+    targets: np.ndarray
+    importance: np.ndarray | None
+
+
+def token_array(checkpoints: Checkpoints, dataset: str, target: Target, cache: pathlib.Path, importance: bool = True) -> TokenArray:
+    """The targets of a dataset's checkpoints, made once and then mapped from `cache`.
+
+    Memory: two checkpoints, the tokens of one, and twice as many in float64 for the importance weights; never the whole array.
+    Raises InputError for a checkpoint that is damaged or holds NaN, fewer than two of them or none that differ (importance weights
+    need a spread), and a full disk.
+    """
+    statistics = {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in target.statistics().items()}
+    kind = [type(target).__name__, getattr(target, "bfloat16", False), statistics]
+    key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
+    folder = cache / dataset / key
+    if not folder.is_dir():
+        _write_tokens(checkpoints, dataset, target, folder, importance)
+    return TokenArray(
+        np.load(folder / TOKENS, mmap_mode="r"), np.load(folder / IMPORTANCE) if (folder / IMPORTANCE).is_file() else None
+    )
+
+
+def _write_tokens(checkpoints: Checkpoints, dataset: str, target: Target, folder: pathlib.Path, importance: bool) -> None:
+    shape = len(checkpoints.folders[dataset]), *target.shape
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob("[0-9a-f]*"):  # of other checkpoints or another target
+        shutil.rmtree(stale, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise InputError(
+            f"{folder}: the tokens of {dataset} need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; use another --workdir"
+        )
+    spread = Importance()
+    with replacing(folder, directory=True) as temporary:
+        with open(temporary / TOKENS, "wb") as file, concurrent.futures.ThreadPoolExecutor(1) as reader:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            paths = [str(path) for path in checkpoints.folders[dataset]]
+            ahead = reader.submit(load_adapter, paths[0])  # the next one is read while this one is encoded
+            for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
+                loop.stop.check()
+                tensors = ahead.result()
+                if i + 1 < len(paths):
+                    ahead = reader.submit(load_adapter, paths[i + 1])
+                tokens = np.ascontiguousarray(target.encode(tensors, path), "<f4")
+                del tensors
+                file.write(tokens.data)
+                if importance:
+                    spread.add(tokens)
+        if importance:
+            np.save(temporary / IMPORTANCE, spread.weights(dataset))

@@ -1,0 +1,78 @@
+"""Small real models in the hub's format, with random weights: what the tests of whole formats share."""
+
+import pathlib
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from dnd_jax.lm_data import build_tokenizer
+
+WORDS = (
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "where",
+    "what",
+    "who",
+    "is",
+    "the",
+    "bird",
+    "?",
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
+
+
+def write_encoder(folder: pathlib.Path, width: int = 8) -> pathlib.Path:
+    """A BERT of one layer."""
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> pathlib.Path:
+    """A Qwen2 of two layers, hidden 16, key-value 8, intermediate 24: chunks of 8. shard: largest file of weights."""
+    torch.manual_seed(5)
+    words = build_tokenizer([" ".join(WORDS)], 300)
+    settings = {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    } | changes
+    model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(torch.randn_like(value) * 0.2 + (1.0 if "norm" in name else 0.0))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    words.save_pretrained(folder)
+    return folder
