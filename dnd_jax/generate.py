@@ -22,7 +22,7 @@ from dnd_jax.files import read_json
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.ops import compiler_options
-from dnd_jax.suite import read_prompts
+from dnd_jax.sources import read_prompts
 from dnd_jax.train import DESCRIPTION, MODEL, STATISTICS, make_generator
 
 

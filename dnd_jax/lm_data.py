@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dnd_jax.errors import InputError
-from dnd_jax.suite import Example
+from dnd_jax.sources import Example
 
 # The template of a base pretrained here; a given base brings its own.
 CHAT_TEMPLATE = (

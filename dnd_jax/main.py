@@ -12,6 +12,7 @@ from dnd_jax.errors import InputError
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
     "suite": "write the embedded suite to --out",
+    "data-report": "what is in a suite's data, and what is wrong with it: duplicates, test questions in train, labels, ...",
     "pretrain": "a base LLM from scratch on the suite's corpus -> WORKDIR/base",
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
@@ -29,7 +30,8 @@ def usage() -> str:
         "usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n" + "\n".join(lines) + "\n\n"
         f"--config     a file of configs/ (default {DEFAULT_CONFIG}); any of its keys can be set: --config.train.steps=500\n"
         "--workdir    folder of the run (default runs/mini); the same command goes on where it was stopped\n"
-        "--suite      folder of your own tasks (default: the embedded suite)\n"
+        "--suite      folder or JSON file of your own tasks (default: the embedded suite)\n"
+        "--strict     refuse a suite with faults in its data instead of warning\n"
         "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
         "--layers     bench: every convolution of the configuration by itself\n"
         "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
@@ -83,7 +85,8 @@ def _parse(arguments: list[str]):
     arguments = [a for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
     flags.DEFINE_string("workdir", "runs/mini", "folder of the run", flag_values=values)
-    flags.DEFINE_string("suite", "", "folder of your own tasks", flag_values=values)
+    flags.DEFINE_string("suite", "", "folder or JSON file of your own tasks", flag_values=values)
+    flags.DEFINE_bool("strict", False, "refuse a suite with faults in its data", flag_values=values)
     flags.DEFINE_list("seeds", [], "quickstart: seeds", flag_values=values)
     flags.DEFINE_string("generator", "", "generate: a trained generator's folder", flag_values=values)
     flags.DEFINE_string("prompts", "", "generate: file of prompts", flag_values=values)
@@ -129,11 +132,12 @@ def _run(stage: str, arguments: list[str]) -> None:
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
+        "data-report": lambda: _data_report(values, config, workdir),
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
         "bench": lambda: _bench(values, config, config_file, workdir),
     }
-    runners.get(stage, lambda: _stage(stage, config, workdir))()
+    runners.get(stage, lambda: _stage(stage, values, config, workdir))()
 
 
 def _suite(values, config) -> None:
@@ -144,15 +148,25 @@ def _suite(values, config) -> None:
     print(f"suite: {pathlib.Path(values.out).absolute()}")
 
 
+def _data_report(values, config, workdir: pathlib.Path) -> None:
+    from dnd_jax import hygiene
+    from dnd_jax.suite import load_suite
+
+    suite = load_suite(config.suite or workdir / "suite", 1)
+    print(hygiene.report(suite), flush=True)
+    if values.strict:
+        hygiene.check(suite, strict=True)
+
+
 def _quickstart(values, config, workdir: pathlib.Path) -> None:
     from dnd_jax.quickstart import quickstart
 
-    quickstart(config, workdir, _seeds(values, config))
+    quickstart(config, workdir, _seeds(values, config), values.strict)
 
 
 def _generate(values) -> None:
     from dnd_jax.generate import TrainedGenerator
-    from dnd_jax.suite import read_prompts
+    from dnd_jax.sources import read_prompts
 
     _need(values, "generator", "prompts", "out")
     prompts = read_prompts(values.prompts)
@@ -186,11 +200,11 @@ def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
     bench(config, config_file, workdir)
 
 
-def _stage(stage: str, config, workdir: pathlib.Path) -> None:
+def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
     workdir.mkdir(parents=True, exist_ok=True)
-    suite = q.open_suite(config, workdir)
+    suite = q.open_suite(config, workdir, values.strict)
     if stage == "pretrain":
         print(f"base: {q.make_base(config, suite, workdir)}")
         return

@@ -11,7 +11,7 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
-from dnd_jax import loop, report
+from dnd_jax import hygiene, loop, report
 from dnd_jax.adapters import checkpoint_folders
 from dnd_jax.collect import collect, score_table
 from dnd_jax.config import Config
@@ -40,11 +40,16 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
         write_json(path, seconds)
 
 
-def open_suite(config: Config, workdir: pathlib.Path) -> Suite:
-    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite."""
+def open_suite(config: Config, workdir: pathlib.Path, strict: bool = False) -> Suite:
+    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its faults are warned of.
+
+    Raises InputError for a suite that cannot be read, and with strict for faults in its data.
+    """
     if not config.suite and not (workdir / "suite" / "suite.json").is_file():
         write_world(workdir / "suite", config.seed)
-    return load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
+    suite = load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
+    hygiene.check(suite, strict)
+    return suite
 
 
 def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
@@ -52,11 +57,11 @@ def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
     return config.base.path or str(pretrain(config, suite, workdir))
 
 
-def run_seed(config: Config, workdir: pathlib.Path) -> dict:
+def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dict:
     """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
     workdir.mkdir(parents=True, exist_ok=True)
     with timed(workdir, "suite"):
-        suite = open_suite(config, workdir)
+        suite = open_suite(config, workdir, strict)
     if not suite.unseen:
         raise InputError(f"{suite.root}/suite.json: unseen names no dataset, so there is nothing to generate for")
     with timed(workdir, "pretrain"):
@@ -86,13 +91,13 @@ def finish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict
     return results
 
 
-def quickstart(config: Config, workdir: pathlib.Path, seeds: Sequence[int]) -> dict:
+def quickstart(config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns results.json's content."""
     runs = {}
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
-        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder)
+        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder, strict)
         loop.stop.check()
     return finish(runs, config, workdir)

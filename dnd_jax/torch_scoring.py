@@ -13,7 +13,7 @@ from dnd_jax.errors import InputError
 from dnd_jax.lm_data import render
 from dnd_jax.models.hf import load_tokenizer
 from dnd_jax.scoring import pad_left
-from dnd_jax.suite import Example
+from dnd_jax.sources import Example
 
 _SLOT = "scored"
 
