@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
                 "encoder": "sentence-transformers/all-MiniLM-L12-v2",
                 "num_prompts": 128,
                 "max_text_length": 384,
+                "form": "prompt",
                 "in_graph": False,
             },
             "generator": {

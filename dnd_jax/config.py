@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dnd_jax.errors import InputError, listed
+from dnd_jax.forms import FORMS
 from dnd_jax.models.base_lm import LmConfig
 from dnd_jax.models.generator import LENGTH_PROJECTIONS
 from dnd_jax.models.hyperconv import Features
@@ -75,6 +76,7 @@ class Condition:
     encoder: str  # folder, "package:NAME/FOLDER" or hub id
     num_prompts: int  # N
     max_text_length: int  # L
+    form: str  # the text of an example: "prompt", "response", "both" or "mix", dnd_jax/forms.py
     in_graph: bool  # encode inside the train step instead of once ahead of it
 
 
@@ -214,6 +216,7 @@ def _impossible(c: Config) -> list[str]:
         need(f"{key}.learning_rate", getattr(c, key).learning_rate > 0, "must be above 0")
     need("seed", c.seed >= 0, "must not be negative")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")
+    need("condition.form", c.condition.form in FORMS, f"is none of {FORMS}")
     g = c.generator
     need("generator.kernel_size", g.kernel_size % 2 == 1 and g.kernel_size > 0, "must be odd")
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")

@@ -20,6 +20,7 @@ from dnd_jax.adapters import checkpoint_folders, load_adapter, save_adapter
 from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
 from dnd_jax.config import Config
 from dnd_jax.files import read_json, write_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator, draw_prompts
 from dnd_jax.models import hf
 from dnd_jax.overhead import measure_overhead
@@ -56,10 +57,13 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     encoder, adapter = generator.encoder, generator.adapter
     n, samples = config.condition.num_prompts, config.evaluate.samples
 
+    def texts(dataset: Dataset) -> list[str]:
+        return condition_texts(dataset.train, config.condition.form, config.seed)
+
     def pooled(prompts: list[str]) -> np.ndarray:
         return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
 
-    training = {d.name: pooled([e.prompt for e in d.train]) for d in suite.train}
+    training = {d.name: pooled(texts(d)) for d in suite.train}
     mean_folder = workdir / "competitors" / "mean_adapter"
     if not mean_folder.is_dir():
         every = (load_adapter(f) for per_dataset in folders.values() for f in per_dataset)
@@ -81,8 +85,8 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         loop.stop.check()
-        name, prompts = dataset.name, [e.prompt for e in dataset.train]
-        wrong = [e.prompt for e in wrong_task(suite, name).train]
+        name, prompts = dataset.name, texts(dataset)
+        wrong = texts(wrong_task(suite, name))
         drawn = pooled(draw_prompts(prompts, n, 0))
         closest[name] = nearest(drawn, training)
         found: dict[str, list[pathlib.Path]] = {"mean_adapter": [mean_folder], "generated": [], "wrong_prompts": []}

@@ -166,11 +166,10 @@ def _quickstart(values, config, workdir: pathlib.Path) -> None:
 
 def _generate(values) -> None:
     from dnd_jax.generate import TrainedGenerator
-    from dnd_jax.sources import read_prompts
 
     _need(values, "generator", "prompts", "out")
-    prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
+    prompts = generator.read(values.prompts)
     out = pathlib.Path(values.out)
     for sample in range(values.samples):
         folder = out if values.samples == 1 else out / f"sample_{sample}"

@@ -25,6 +25,7 @@ from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.layout import LoraLayout, importance_weights
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_loss
@@ -218,7 +219,7 @@ def train(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     encoder = PromptEncoder(config.condition)
     datasets = []
     for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True):
-        prompts = [e.prompt for e in dataset.train]
+        prompts = condition_texts(dataset.train, config.condition.form, config.seed)
         if config.condition.in_graph:
             ids, valid = encoder.tokenize(prompts)
             inputs = {"ids": ids, "valid": valid}

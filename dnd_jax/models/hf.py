@@ -240,6 +240,9 @@ def load_tokenizer(path: str | os.PathLike):
 
     folder = resolve(path)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    if tokenizer.pad_token is None:  # Llama's; every use of padding here is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
