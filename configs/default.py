@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
                 "save_every": 500,
             },
-            "evaluate": {"samples": 5, "batch_size": 128, "max_new_tokens": 32},
+            "evaluate": {"answers": "greedy", "samples": 5, "batch_size": 128, "max_new_tokens": 32},
             "bench": {
                 "cases": (),
                 "methods": ("direct", "auto"),

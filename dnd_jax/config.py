@@ -109,6 +109,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
+    answers: str  # "greedy" decoding, or "likelihood": the label of the dataset that is most likely
     samples: int  # S adapters a task, each from its own batch of N prompts
     batch_size: int
     max_new_tokens: int
@@ -217,6 +218,7 @@ def _impossible(c: Config) -> list[str]:
     need("seed", c.seed >= 0, "must not be negative")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")
     need("condition.form", c.condition.form in FORMS, f"is none of {FORMS}")
+    need("evaluate.answers", c.evaluate.answers in ("greedy", "likelihood"), "is neither greedy nor likelihood")
     g = c.generator
     need("generator.kernel_size", g.kernel_size % 2 == 1 and g.kernel_size > 0, "must be odd")
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")

@@ -85,7 +85,7 @@ def finish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict
     page = report.write_report(workdir, results, training)
     for measure in ("content", "format"):
         print(f"\nright {measure}\n{report.table({**results, 'unseen': {}}, measure)}")
-    print(f"\nexact match\n{report.table(results)}\n\n{results['rule']}\n{results['overhead']['note']}")
+    print(f"\nexact match\n{report.table(results)}\n\n{results['rule']}\n{results['intervals']}\n{results['overhead']['note']}")
     print(f"seconds: {', '.join(f'{stage} {value:.0f}' for stage, value in results['seconds'].items())}")
     print(f"report: {page.absolute()}", flush=True)
     return results
