@@ -18,6 +18,7 @@ STAGES: dict[str, str] = {
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
     "generate": "prompts -> PEFT adapter: --generator, --prompts, --out, --seed, --samples",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
+    "lm-eval": "score the same adapters by EleutherAI's harness: --tasks=NAME,NAME:TASK,... --limit, --unsafe-code",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
@@ -35,6 +36,7 @@ def usage() -> str:
         "--backend    bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU\n"
         "--layers     bench: every convolution of the configuration by itself\n"
         "--limits     bench: what the hardware allows for the paper's settings, by counting\n"
+        "--tasks      lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py\n"
         "--seeds      quickstart: comma-separated seeds (default: the config's)"
     )
 
@@ -87,6 +89,9 @@ def _parse(arguments: list[str]):
     flags.DEFINE_string("workdir", "runs/mini", "folder of the run", flag_values=values)
     flags.DEFINE_string("suite", "", "folder or JSON file of your own tasks", flag_values=values)
     flags.DEFINE_bool("strict", False, "refuse a suite with faults in its data", flag_values=values)
+    flags.DEFINE_list("tasks", [], "lm-eval: NAME, NAME:TASK or NAME:TASK@DATA", flag_values=values)
+    flags.DEFINE_integer("limit", 0, "lm-eval: questions a task; 0: all", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("unsafe-code", False, "lm-eval: allow tasks that run what a model wrote", flag_values=values)
     flags.DEFINE_list("seeds", [], "quickstart: seeds", flag_values=values)
     flags.DEFINE_string("generator", "", "generate: a trained generator's folder", flag_values=values)
     flags.DEFINE_string("prompts", "", "generate: file of prompts", flag_values=values)
@@ -216,6 +221,10 @@ def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     if stage == "collect":
         folder = q.collect(config, suite, base, workdir)
         print(f"{q.score_table(folder)}\nLoRA checkpoints: {folder}")
+    elif stage == "lm-eval":
+        from dnd_jax.harness import lm_eval_stage
+
+        lm_eval_stage(config, suite, base, workdir, values.tasks, values.limit, values["unsafe-code"].value)
     else:
         with q.timed(workdir, "evaluate"):
             evaluation = q.evaluate(config, suite, base, workdir)
