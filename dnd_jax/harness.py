@@ -113,12 +113,14 @@ def write_task(folder: pathlib.Path, dataset: Dataset, tokenizer, config: Config
 
 
 def load_tasks(wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool) -> dict[str, object]:
-    """{title: lm_eval Task}. folder: where `write_task` wrote. Raises InputError for an unknown task, one that runs code without
-    unsafe_code, and data that cannot be had."""
+    """{title: lm_eval Task}. folder: where `write_task` wrote; a task with @DATA becomes a file there too.
+
+    Raises InputError for an unknown task, one that runs code without unsafe_code, and data that cannot be had.
+    """
     from lm_eval.tasks import TaskManager
 
     named = [w for w in wanted if w.task]
-    manager = TaskManager(include_path=str(folder), include_defaults=bool(named))  # thousands of files
+    manager = TaskManager(include_defaults=bool(named))  # thousands of files
     unknown = [w.task for w in named if w.task not in manager.all_subtasks]
     if unknown:
         raise InputError(f"--tasks: {', '.join(unknown)}: no single task of lm_eval; `lm_eval ls tasks` lists them")
@@ -127,9 +129,11 @@ def load_tasks(wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool
         raise InputError(f"--tasks: {', '.join(runs_code)} runs code that a model wrote; allow it here by --unsafe-code")
     tasks = {}
     for w in wanted:
-        spec: object = w.task or f"dnd_{w.dataset}"
+        spec = w.task or str(folder.absolute() / f"{w.dataset}.yaml")
         if w.data:
-            spec = {"task": w.task, "dataset_path": w.data, "dataset_name": None}
+            spec = str(folder.absolute() / f"{w.dataset}_{w.task}.yaml")
+            of_harness = {"include": str(manager.task_index[w.task].yaml_path), "task": f"dnd_{w.dataset}_{w.task}"}
+            write_json(spec, of_harness | {"dataset_path": str(pathlib.Path(w.data).absolute()), "dataset_name": None})
         try:
             task = next(iter(manager.load([spec])["tasks"].values()))
         except Exception as error:  # datasets, its readers, the hub client and the tasks' own code all raise their own

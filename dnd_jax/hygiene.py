@@ -19,6 +19,7 @@ from dnd_jax.suite import Dataset, Suite
 SAME_SHARE = 0.5  # of the smaller dataset's questions: above it two datasets share too much to count as two
 LABEL_LENGTH = 16  # characters of a response that can be a label
 MAJORITY = 0.9  # share of one answer in a test set that is worth a note
+CHANCE = 10  # fewer answers may be alike by chance
 SHOWN = 3
 _CHOICE = re.compile(r"^[ \t]*\(?([A-Za-z]|\d{1,2})[:.)][ \t]+\S", re.MULTILINE)
 _INNER = re.compile(r"\w+")
@@ -113,11 +114,11 @@ def _labels(dataset: Dataset, suite: Suite) -> Iterator[Finding]:
     """One-label tests, and labels that no trained adapter can ever give."""
     counts = Counter(e.response for e in dataset.test)
     (most, count), total = counts.most_common(1)[0], len(dataset.test)
-    if len(counts) == 1 and total > 1:
+    if len(counts) == 1 and total >= CHANCE:
         yield Finding(dataset.name, f"every one of {total} test answers is {most!r}: to answer always the same scores 1.00")
-    elif count >= MAJORITY * total and total > 1:
+    elif count >= MAJORITY * total and total >= CHANCE:
         yield Finding(dataset.name, f"{count} of {total} test answers are {most!r}", fault=False)
-    if dataset.labeled and len(dataset.train) > 1 and len(answers := {e.response for e in dataset.train}) == 1:
+    if dataset.labeled and len(dataset.train) >= CHANCE and len(answers := {e.response for e in dataset.train}) == 1:
         yield Finding(dataset.name, f"every one of {len(dataset.train)} train answers is {answers.pop()!r}")
     for split, examples in (("train", dataset.train), ("test", dataset.test)):
         asked = [e for e in examples if is_label(e.response) and choices(e.prompt)]
