@@ -18,8 +18,10 @@ from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.evaluate import evaluate
 from dnd_jax.files import read_json, write_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.pretrain import pretrain
 from dnd_jax.results import combine
+from dnd_jax.scoring import labels_of
 from dnd_jax.suite import Suite, load_suite
 from dnd_jax.train import train
 from dnd_jax.world import write_world
@@ -43,12 +45,18 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
 def open_suite(config: Config, workdir: pathlib.Path, strict: bool = False) -> Suite:
     """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its faults are warned of.
 
-    Raises InputError for a suite that cannot be read, and with strict for faults in its data.
+    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the configuration wants, and with
+    strict for faults in its data.
     """
     if not config.suite and not (workdir / "suite" / "suite.json").is_file():
         write_world(workdir / "suite", config.seed)
     suite = load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
     hygiene.check(suite, strict)
+    for dataset in suite.train + suite.unseen:  # now, not after hours of training
+        condition_texts(dataset.train, config.condition.form)
+    if config.evaluate.answers == "likelihood":
+        for dataset in suite.unseen:
+            labels_of(dataset)
     return suite
 
 

@@ -142,6 +142,16 @@ def test_command_warns_reports_and_refuses(files, capsys, tmp_path):
     assert "faults: 1" in out and err.startswith("dnd: mine: faults in the data (--strict): three: every one of 20")
     assert main(["quickstart", "--strict", suite, f"--workdir={tmp_path / 'w'}"]) == 2
     assert "three: every one of 20" in capsys.readouterr().err
+    likely = ["--config.evaluate.answers=likelihood", "--config.condition.form=both"]
+    rows["three_test"] = [{**r, "response": f"{i} {r['response']}"} for i, r in enumerate(rows["three_test"] * 2)]
+    rows["three_train"] = [{"prompt": r["prompt"]} for r in rows["three_train"]]
+    write()
+    assert main(["quickstart", suite, f"--workdir={tmp_path / 'w'}", likely[0]]) == 2
+    assert "three: 40 different answers, so no labels to choose from" in capsys.readouterr().err
+    assert main(["quickstart", suite, f"--workdir={tmp_path / 'w'}", likely[1]]) == 2
+    assert "three_train.jsonl:1: no response, which config.condition.form = 'both' reads" in capsys.readouterr().err
+    rows["three_test"] = [{"prompt": r["prompt"], "response": "[A]"} for r in clean_rows("three", 20, 20)]
+    write()
     assert main(["pretrain", suite, f"--workdir={tmp_path / 'w'}", "--config.base.path="]) == 2  # no corpus: it goes on to that
     err = capsys.readouterr().err.splitlines()
     assert err[0].startswith("warning: three: every one") and "no corpus to pretrain a base on" in err[1]

@@ -1,6 +1,7 @@
 """Examples from every kind of source, with real files, parquet and `datasets` folders; suites that list them; faults by name."""
 
 import json
+import pathlib
 
 import datasets
 import pyarrow
@@ -102,6 +103,34 @@ def test_conversations(tmp_path):
         ":4: response must be",
     ):
         assert f"{tmp_path}/y.jsonl{part}" in str(error.value)
+
+
+def test_the_suite_of_the_documentation(tmp_path):
+    """docs/DATA.md's example as it is, its files beside it; the hub's dataset in a folder of its name, with its configuration."""
+    text = pathlib.Path("docs/DATA.md").read_text()
+    (tmp_path / "science.json").write_text(text.split("```json\n")[1].split("```")[0])
+    (tmp_path / "ARC-e_train.json").write_text(json.dumps(ROWS))
+    (tmp_path / "ARC-e_test.json").write_text(json.dumps(ROWS[:3]))
+    chats = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(203)]
+    lines(tmp_path / "chats.jsonl", chats)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": f"p{i}", "response": "r"} for i in range(55)]), tmp_path / "prompts.parquet"
+    )
+    hub = tmp_path / "allenai" / "openbookqa"
+    (hub / "main").mkdir(parents=True)
+    stems = [{"question_stem": f"s{i}", "choices": RAW[0]["choices"], "answerKey": "A"} for i in range(6)]
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(stems), hub / "main" / f"{split}.parquet")
+    files = "".join(f"  - split: {split}\n    path: main/{split}.parquet\n" for split in ("train", "test"))
+    (hub / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}- config_name: other\n  data_files: x.csv\n---\n"
+    )
+    suite = load_suite(tmp_path / "science.json")
+    assert suite.name == "science" and [d.name for d in suite.train + suite.unseen] == ["arc_e", "piqa", "obqa", "mine"]
+    assert suite.unseen[0].train[1].prompt == "s1\nA: iron\nB: wood" and suite.unseen[0].train[1].system.startswith("Answer by")
+    assert [len(d.test) for d in suite.train + suite.unseen] == [3, 200, 6, 50]
+    with pytest.raises(InputError, match="openbookqa: no dataset to be had here or on the hub .*nope"):
+        read_source(Source(str(hub), config="nope"))
 
 
 def test_sources_that_cannot_be_read(tmp_path):
