@@ -140,7 +140,7 @@ class Mesh:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
-    suite: str  # suite folder; empty: the embedded one, written into the workdir
+    suite: str  # suite folder or JSON file; empty: the embedded one, written into the workdir
     base: Base
     pretrain: Pretrain
     lora: Lora

@@ -17,6 +17,7 @@ from dnd_jax.sources import Example
 from dnd_jax.suite import Dataset, Suite
 
 SAME_SHARE = 0.5  # of the smaller dataset's questions: above it two datasets share too much to count as two
+FEW = 12  # different answers that can be a set of labels
 LABEL_LENGTH = 16  # characters of a response that can be a label
 MAJORITY = 0.9  # share of one answer in a test set that is worth a note
 CHANCE = 10  # fewer answers may be alike by chance
@@ -126,8 +127,8 @@ def _labels(dataset: Dataset, suite: Suite) -> Iterator[Finding]:
         if len(asked) > len(examples) / 2 and stray:
             kind = f"such as {stray[0].response!r} of {', '.join(choices(stray[0].prompt))}"
             yield Finding(dataset.name, f"{len(stray)} {split} answers name none of their choices, {kind}{_where(stray)}")
-    if not all(map(is_label, counts)):
-        return
+    if not all(map(is_label, counts)) or max(len(counts), len({e.response for e in dataset.train})) > FEW:
+        return  # numbers and names take forms that no train answer happened to have
     forms = {shape(e.response) for e in dataset.train if is_label(e.response)}
     never = [e for e in dataset.test if shape(e.response) not in forms]
     if forms and never:

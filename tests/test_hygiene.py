@@ -116,6 +116,15 @@ def test_labels_that_never_match(files):
     assert faults(write)[0].startswith("two: 20 of 20 test answers look like 'A', but no train answer does")
 
 
+def test_numbers_and_names_are_no_labels(files):
+    """Free answers may look as none before them did."""
+    rows, write = files
+    for key in ("one_train", "one_test"):
+        rows[key] = [{"prompt": r["prompt"].split("\n")[0], "response": f"{i}"} for i, r in enumerate(rows[key])]
+    rows["one_test"][3]["response"] = "-7"
+    assert faults(write) == []
+
+
 def test_an_unseen_form_of_label(files):
     rows, write = files
     for key in ("three_train", "three_test"):
