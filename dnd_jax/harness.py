@@ -29,7 +29,7 @@ from dnd_jax.lm_data import render
 from dnd_jax.results import add_intervals, pack, rule, summarise, unpack
 from dnd_jax.suite import Dataset, Suite
 
-RESULTS, SCORES = "lm_eval.json", "lm_eval/scores.json"
+SCORES = "lm_eval/scores.json"
 NAMES = {
     "ARC-c": "arc_challenge",
     "ARC-e": "arc_easy",
@@ -260,14 +260,14 @@ def finish(config: Config, suite: Suite, wanted: Sequence[Wanted], candidates, s
     for w in wanted:
         values, each, training = by_method(candidates, w.dataset, lambda label, w=w: unpack(scores[label][w.title]["values"]))
         metric = scores["base"][w.title]["metric"]
-        title = f"{w.title} ({metric})"
-        entries[title] = {"kind": suite.kinds[w.dataset], "metric": metric, **values, "training": training}
-        questions[title] = {"exact": each}
+        entries[w.title] = {"kind": suite.kinds[w.dataset], "metric": metric, **values, "training": training}
+        questions[w.title] = {"exact": each}
     mean = summarise(entries)
     add_intervals(entries, mean, {config.seed: {"unseen": entries, "questions": questions}})
     results = {"suite": suite.name, "seed": config.seed, "rule": rule(config), "intervals": intervals.NOTE}
     results |= {"unseen": entries, "mean": mean}
-    write_json(workdir / RESULTS, results)
-    print(f"\nlm-eval\n{report.table(results)}\n\n{results['rule']}\n{results['intervals']}")
-    print(f"results: {(workdir / RESULTS).absolute()}", flush=True)
+    write_json(workdir / report.HARNESS, results)
+    metrics = ", ".join(f"{title} {entry['metric']}" for title, entry in entries.items())
+    print(f"\nlm-eval ({metrics})\n{report.table(results)}\n\n{results['rule']}\n{results['intervals']}")
+    print(f"results: {(workdir / report.HARNESS).absolute()}", flush=True)
     return results

@@ -10,10 +10,11 @@ import numpy as np
 
 from dnd_jax import loop
 from dnd_jax.adapters import load_adapter
-from dnd_jax.files import replacing
+from dnd_jax.files import read_json, replacing
 from dnd_jax.intervals import LEVEL
 from dnd_jax.results import METHODS
 
+HARNESS = "lm_eval.json"  # what `dnd lm-eval` leaves in a workdir
 TITLES = {
     "base": "base",
     "train_mean": "train mean",
@@ -199,6 +200,12 @@ def _training_table(results: Mapping) -> str:
     return f"<details><summary>Every training adapter on every unseen dataset</summary>{table}</details>"
 
 
+def _harness(workdir: pathlib.Path) -> str:
+    """The table of `dnd lm-eval`, where it was run."""
+    path = workdir / HARNESS
+    return f"<h2>lm-evaluation-harness</h2>{_html_table(read_json(path), 'exact')}" if path.is_file() else ""
+
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0}td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
 th:first-child{text-align:left;font-weight:normal}tr.mean{background:#f3f3f3;font-weight:600}tr.mean th{font-weight:600}
@@ -225,7 +232,7 @@ exported adapter folders, greedy decoding, on test questions whose prompts the g
 <dl>{meaning}</dl>
 <h2>Right content</h2><p>Share of the answer's content words that are there, whatever the form.</p>{_html_table(results, "content")}
 <h2>Right format</h2><p>Share of answers in the asked form, whatever the content.</p>{_html_table(results, "format")}
-<h2>Training</h2>{curves(workdir)}
+{_harness(workdir)}<h2>Training</h2>{curves(workdir)}
 <h2>Where the adapters lie</h2>{projection(workdir, results, training)}
 <h2>Cost</h2><p>{html.escape(overhead["note"])}</p>
 <h2>Agreement of JAX and PyTorch</h2>
