@@ -221,13 +221,13 @@ def test_harness_stage_on_a_finished_run(suite, finished):
 @pytest.mark.slow
 def test_another_condition_form_and_an_unlabeled_pool(suite, finished, tmp_path):
     """Answers in the condition; an unseen task that has prompts alone has no tuned reference, and no such condition."""
-    mixed = ("quickstart", TINY, "--config.condition.form=mix")
-    done = dnd(*mixed, f"--suite={suite}", f"--workdir={tmp_path / 'mix'}")
+    by_answer = ("quickstart", TINY, "--config.condition.form=response")
+    done = dnd(*by_answer, f"--suite={suite}", f"--workdir={tmp_path / 'answers'}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "The condition is of the form 'mix'" in done.stdout
+    assert "The condition is of the form 'response'" in done.stdout
     prompts = suite / "datasets" / load_suite(suite).unseen[0].name / "train.jsonl"
     adapters = []
-    for run in (tmp_path / "mix", finished[0]):
+    for run in (tmp_path / "answers", finished[0]):
         adapters.append(load_adapter(generate_adapter(run, prompts, tmp_path / f"adapter_{run.name}")))
     assert any(np.abs(adapters[0][key] - value).max() > 1e-5 for key, value in adapters[1].items())
 
@@ -239,8 +239,8 @@ def test_another_condition_form_and_an_unlabeled_pool(suite, finished, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "bare_run" / "results.json").read_text())
     assert ["tuned" in entry for entry in results["unseen"].values()] == [False, True, True]
-    done = dnd(*mixed, f"--suite={bare}", f"--workdir={tmp_path / 'bare_mix'}")
-    assert done.returncode == 2 and f"{path}:1: no response, which config.condition.form = 'mix' reads" in done.stderr
+    done = dnd(*by_answer, f"--suite={bare}", f"--workdir={tmp_path / 'bare_answers'}")
+    assert done.returncode == 2 and f"{path}:1: no response, which config.condition.form = 'response' reads" in done.stderr
 
 
 @pytest.mark.slow
