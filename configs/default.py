@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
                 "layer": -1,
                 "num_prompts": 128,
                 "max_text_length": 384,
+                "form": "prompt",
                 "in_graph": False,
             },
             "generator": {
@@ -80,7 +81,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_dir": "",
                 "trackers": (),
             },
-            "evaluate": {"samples": 5, "batch_size": 128, "max_new_tokens": 32},
+            "evaluate": {"answers": "greedy", "samples": 5, "batch_size": 128, "max_new_tokens": 32},
             "bench": {
                 "cases": (),
                 "methods": ("direct", "auto"),

@@ -28,10 +28,10 @@ class Chip:
 # Pattern of jax.Device.device_kind -> the chip. Memory is what a program may use, in GiB as the compilers count it.
 _GIB = 2**30
 CHIPS = {
-    r"TPU v4$": Chip("TPU v4", "tpu", 275e12, 32 * _GIB, 1228e9, 45e9, 6),
-    r"TPU v5 lite|TPU v5e": Chip("TPU v5e", "tpu", 197e12, 16 * _GIB, 819e9, 45e9, 4),
-    r"TPU v5p|TPU v5$": Chip("TPU v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 90e9, 6),
-    r"TPU v6 lite|TPU v6e": Chip("TPU v6e", "tpu", 918e12, 32 * _GIB, 1640e9, 90e9, 4),
+    r"TPU v4$": Chip("TPU v4", "tpu", 275e12, 31.75 * _GIB, 1228e9, 45e9, 6),
+    r"TPU v5 lite|TPU v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * _GIB, 819e9, 45e9, 4),
+    r"TPU v5p|TPU v5$": Chip("TPU v5p", "tpu", 459e12, 95.74 * _GIB, 2765e9, 90e9, 6),
+    r"TPU v6 lite|TPU v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * _GIB, 1640e9, 90e9, 4),
     r"TPU7x|TPU v7": Chip("TPU7x", "tpu", 1154e12, 96 * _GIB, 3690e9, 100e9, 6),  # one of a chip's two devices
     r"A100": Chip("A100", "gpu", 312e12, 80 * _GIB, 2039e9, 300e9, 1),
     r"H100": Chip("H100", "gpu", 989e12, 80 * _GIB, 3350e9, 450e9, 1),

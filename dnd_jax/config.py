@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dnd_jax.errors import InputError, listed
+from dnd_jax.forms import FORMS
 from dnd_jax.models.base_lm import LmConfig
 from dnd_jax.models.generator import LENGTH_PROJECTIONS
 from dnd_jax.models.hyperconv import REMAT, Features
@@ -78,6 +79,7 @@ class Condition:
     layer: int  # of a decoder-only encoder: 0 its embeddings, n the output of block n, -1 the last (after the final norm)
     num_prompts: int  # N
     max_text_length: int  # L
+    form: str  # the text of an example: "prompt", "response", "both" or "mix", dnd_jax/forms.py
     in_graph: bool  # encode inside the train step instead of once ahead of it
 
 
@@ -118,6 +120,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
+    answers: str  # "greedy" decoding, or "likelihood": the label of the dataset that is most likely
     samples: int  # S adapters a task, each from its own batch of N prompts
     batch_size: int
     max_new_tokens: int
@@ -163,7 +166,7 @@ class Sweep:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
-    suite: str  # suite folder; empty: the embedded one, written into the workdir
+    suite: str  # suite folder or JSON file; empty: the embedded one, written into the workdir
     base: Base
     pretrain: Pretrain
     lora: Lora
@@ -243,6 +246,8 @@ def _impossible(c: Config) -> list[str]:
     need("seed", c.seed >= 0, "must not be negative")
     need("condition.layer", c.condition.layer >= -1, "must be -1 (the last) or a layer from 0")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")
+    need("condition.form", c.condition.form in FORMS, f"is none of {FORMS}")
+    need("evaluate.answers", c.evaluate.answers in ("greedy", "likelihood"), "is neither greedy nor likelihood")
     g = c.generator
     need("generator.kernel_size", g.kernel_size % 2 == 1 and g.kernel_size > 0, "must be odd")
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")

@@ -4,12 +4,13 @@
 
 The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train file (no response is read);
 mean and spread over the S are reported, nothing is selected. WORKDIR/adapters/NAME is the first of them. The wrong-prompts control
-does the same with another unseen dataset's prompts.
+does the same with another unseen dataset's prompts. Every score is kept question by question, for the intervals of the report.
 """
 
 import dataclasses
 import pathlib
 import statistics
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,10 +21,11 @@ from dnd_jax.adapters import as_folder, checkpoint_folders, dataset_checkpoints,
 from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
 from dnd_jax.config import Config
 from dnd_jax.files import read_json, write_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator, draw_prompts
 from dnd_jax.models import hf
 from dnd_jax.overhead import measure_overhead
-from dnd_jax.results import METHODS
+from dnd_jax.results import METHODS, pack, unpack
 from dnd_jax.suite import Dataset, Suite
 from dnd_jax.targets import ElementTarget
 
@@ -56,10 +58,13 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     encoder, adapter = generator.encoder, generator.adapter
     n, samples = config.condition.num_prompts, config.evaluate.samples
 
+    def texts(dataset: Dataset) -> list[str]:
+        return condition_texts(dataset.train, config.condition.form, config.seed)
+
     def pooled(prompts: list[str]) -> np.ndarray:
         return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
 
-    training = {d.name: pooled([e.prompt for e in d.train]) for d in suite.train}
+    training = {d.name: pooled(texts(d)) for d in suite.train}
     mean_folder = workdir / "competitors" / "mean_adapter"
     if not mean_folder.is_dir():
         every = (load_adapter(f) for per_dataset in folders.values() for f in per_dataset)
@@ -81,8 +86,8 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         loop.stop.check()
-        name, prompts = dataset.name, [e.prompt for e in dataset.train]
-        wrong = [e.prompt for e in wrong_task(suite, name).train]
+        name, prompts = dataset.name, texts(dataset)
+        wrong = texts(wrong_task(suite, name))
         drawn = pooled(draw_prompts(prompts, n, 0))
         closest[name] = nearest(drawn, training)
         found: dict[str, list[pathlib.Path]] = {"mean_adapter": [mean_folder], "generated": [], "wrong_prompts": []}
@@ -106,10 +111,22 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     return Candidates(by_dataset, last, closest)
 
 
+def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, list[str]]:
+    """{dataset: answers to its test questions} of the adapter in use; how: config.evaluate.answers."""
+    if how == "likelihood":
+        return {d.name: base.choose(d.test, scoring.labels_of(d)) for d in datasets}
+    answers = base.decode(base.answer_ids([e for d in datasets for e in d.test]))
+    found = {}
+    for d in datasets:
+        found[d.name], answers = answers[: len(d.test)], answers[len(d.test) :]
+    return found
+
+
 def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, settings: dict) -> dict:
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
 
-    Returns {label: {unseen dataset: {"exact", "content", "format"}}}, label an adapter's folder or "base".
+    Returns {label: {unseen dataset: {"exact", "content", "format"}}}, label an adapter's folder or "base"; each value is the list
+    of scores question by question, packed.
     """
     scores: dict[str, dict] = {}
     if path.is_file():
@@ -127,13 +144,37 @@ def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, se
     for label, (folder, datasets) in tqdm(todo.items(), desc="score in PyTorch", unit="adapter", dynamic_ncols=True):
         loop.stop.check()
         base.use(folder)
-        examples = [e for d in datasets for e in d.test]
-        answers = base.decode(base.answer_ids(examples))
-        scores[label] = {}
-        for d in datasets:
-            scores[label][d.name], answers = scorers[d.name](answers[: len(d.test)]), answers[len(d.test) :]
+        answers = answers_to(base, datasets, settings["evaluate"]["answers"])
+        each = {name: scorers[name].each(texts) for name, texts in answers.items()}
+        scores[label] = {name: {measure: pack(values) for measure, values in of.items()} for name, of in each.items()}
         write_json(path, {"settings": settings, "scores": scores})
     return scores
+
+
+def by_method(candidates: Candidates, name: str, questions: Callable[[str], list[float]]) -> tuple[dict, dict, dict]:
+    """Scores of an unseen dataset from those of each label (an adapter's folder, "base") question by question.
+
+    Returns ({method: score}, "generated" with its spread; {method: its score question by question, packed}; {training dataset:
+    score of its adapter}).
+    """
+    training = {n: str(folder) for n, folder in candidates.training.items()}
+    of_training = {n: statistics.fmean(questions(label)) for n, label in training.items()}
+    labels = {
+        "base": ["base"],
+        "train_mean": list(training.values()),
+        "train_best": [training[max(of_training, key=of_training.get)]],
+        "nearest": [training[candidates.nearest[name]]],
+        **{method: list(map(str, folders)) for method, folders in candidates.by_dataset[name].items()},
+    }
+    scores, each_question = {}, {}
+    for method in METHODS:
+        if method in labels:
+            of_each = [statistics.fmean(questions(label)) for label in labels[method]]
+            scores[method] = statistics.fmean(of_each)
+            if method == "generated":
+                scores[method] = {"mean": scores[method], "std": statistics.pstdev(of_each), "scores": of_each}
+            each_question[method] = pack(np.mean([questions(label) for label in labels[method]], axis=0).tolist())
+    return scores, each_question, of_training
 
 
 def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_path) -> dict:
@@ -167,7 +208,8 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
 
 
 def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
-    """Runs the whole stage and returns {"unseen": {NAME: scores}, "agreement", "overhead"}, kept in WORKDIR/evaluation.json too."""
+    """Runs the whole stage and returns {"unseen": {NAME: scores}, "questions", "agreement", "overhead"}, kept in
+    WORKDIR/evaluation.json too. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
     from dnd_jax.torch_scoring import TorchBase
 
     path = workdir / EVALUATION
@@ -179,36 +221,27 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
     scores = score_all(suite, candidates, base, path, settings)
 
-    unseen = {}
+    unseen, questions = {}, {}
     for dataset in suite.unseen:
         name = dataset.name
-        found = candidates.by_dataset[name]
         entry: dict = {
             "kind": suite.kinds[name],
             "nearest_dataset": candidates.nearest[name],
             "wrong_dataset": wrong_task(suite, name).name,
         }
+        questions[name] = {}
         for measure in scoring.SCORES:
-            training = {n: scores[str(folder)][name][measure] for n, folder in candidates.training.items()}
-            values: dict = {
-                "base": scores["base"][name][measure],
-                "train_mean": statistics.fmean(training.values()),
-                "train_best": max(training.values()),
-                "nearest": training[candidates.nearest[name]],
-            }
-            for method, folders in found.items():
-                of_each = [scores[str(folder)][name][measure] for folder in folders]
-                values[method] = statistics.fmean(of_each)
-                if method == "generated":
-                    values[method] = {"mean": values[method], "std": statistics.pstdev(of_each), "scores": of_each}
-            values = {method: values[method] for method in METHODS if method in values}
+            values, questions[name][measure], training = by_method(
+                candidates, name, lambda label, name=name, measure=measure: unpack(scores[label][name][measure])
+            )
             if measure == "exact":
-                entry |= values
+                entry |= {**values, "training": training}
             else:
                 entry[measure] = values
         unseen[name] = entry
     result = {
         "unseen": unseen,
+        "questions": questions,
         "agreement": agreement(config, suite, candidates, base, base_path),
         "overhead": measure_overhead(config, suite, workdir, base_path),
     }

@@ -21,11 +21,12 @@ from dnd_jax.card import card
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.ops import compiler_options
-from dnd_jax.suite import read_prompts
+from dnd_jax.sources import read_jsonl, read_prompts
 from dnd_jax.train import make_generator
 
 
@@ -48,7 +49,8 @@ class TrainedGenerator:
         self.folder = folder = find_generator(run_dir)
         description = read_json(folder / DESCRIPTION)
         settings, adapter = description["settings"], description["adapter"]
-        self.condition = config_lib.Condition(**settings["condition"])
+        self.condition = config_lib.Condition(**{"form": "prompt", "layer": -1, **settings["condition"]})
+        self._seed = settings["seed"]
         self.adapter = AdapterConfig.from_record(adapter)
         self.layout = LoraLayout.from_json(description["layout"])
         kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
@@ -75,6 +77,12 @@ class TrainedGenerator:
         if encoder.fingerprint != self._encoder_fingerprint:
             raise InputError(f"{self.condition.encoder}: not the encoder that {self.folder} was trained with (its files differ)")
         return encoder
+
+    def read(self, path: str | os.PathLike) -> list[str]:
+        """The condition texts of a file: its prompts, or what condition.form of the generator wants of its examples."""
+        if self.condition.form == "prompt":
+            return read_prompts(path)
+        return condition_texts(read_jsonl(path), self.condition.form, self._seed)
 
     def tokens(self, condition: np.ndarray) -> np.ndarray:
         """Condition embeddings (N, L, C) -> predicted token grid, float32 (T, h, w)."""
@@ -117,7 +125,7 @@ def generate_adapter(
 
     The seed draws N of the prompts. Raises InputError for too few prompts, a damaged generator or an unwritable folder.
     """
-    source = "prompts"
+    generator, source = TrainedGenerator(run_dir), "prompts"
     if isinstance(prompts, str | os.PathLike):
-        source, prompts = os.fspath(prompts), read_prompts(prompts)
-    return TrainedGenerator(run_dir).write(list(prompts), out_dir, seed, source)
+        source, prompts = os.fspath(prompts), generator.read(prompts)
+    return generator.write(list(prompts), out_dir, seed, source)

@@ -4,10 +4,11 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 
+import jinja2
 import numpy as np
 
 from dnd_jax.errors import InputError
-from dnd_jax.suite import Example
+from dnd_jax.sources import Example
 
 # The template of a base pretrained here; a given base brings its own.
 CHAT_TEMPLATE = (
@@ -44,11 +45,25 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def render(tokenizer, prompt: str, system: str = "") -> str:
-    """The text that precedes the response: the base's chat template, or prompt and a line break where it has none."""
+    """The text that precedes the response, special tokens included: the base's chat template, or prompt and a line break (after
+    the begin token, where the tokenizer sets one) where it has none.
+
+    A template that knows no system role gets the system text before the prompt; one that can think aloud is told not to.
+    """
     if tokenizer.chat_template is None:
-        return f"{system}\n{prompt}\n" if system else f"{prompt}\n"
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer("")["input_ids"]
+        begin = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
+        return f"{begin}{system}\n{prompt}\n" if system else f"{begin}{prompt}\n"
+
+    def apply(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+    if not system:
+        return apply([{"role": "user", "content": prompt}])
+    try:
+        return apply([{"role": "system", "content": system}, {"role": "user", "content": prompt}])
+    except jinja2.TemplateError:  # Gemma's raises one
+        return apply([{"role": "user", "content": f"{system}\n\n{prompt}"}])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +94,10 @@ class Sequences:
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> Sequences:
-    """Tokenises examples. Raises InputError naming the file and line of one that has more than max_length tokens."""
+    """Tokenises examples. Raises InputError naming the file and line of one that has more than max_length tokens, or for a
+    tokenizer without an end token."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; set one")
     prompts = tokenizer([render(tokenizer, e.prompt, e.system) for e in examples], add_special_tokens=False)["input_ids"]
     responses = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
     rows = [p + r + [tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]

@@ -12,6 +12,7 @@ from dnd_jax.errors import CheckFailed, InputError
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
     "suite": "write the embedded suite to --out",
+    "data-report": "what is in a suite's data, and what is wrong with it: duplicates, test questions in train, labels, ...",
     "pretrain": "a base LLM from scratch on the suite's corpus -> WORKDIR/base",
     "collect": "one LoRA a dataset, all at once -> WORKDIR/loras",
     "train": "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
@@ -21,6 +22,7 @@ STAGES: dict[str, str] = {
     "verify-adapter": "an adapter folder on --base in PyTorch: does it change the logits as its matrices say?",
     "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
+    "lm-eval": "score the same adapters by EleutherAI's harness: --tasks=NAME,NAME:TASK,... --limit, --unsafe-code",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
@@ -28,7 +30,11 @@ DEFAULT_CONFIG = "configs/mini.py"
 POSITIONAL = {"import-generator": "X.pth", "export-generator": "GENERATOR", "verify-adapter": "ADAPTER"}
 FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "workdir": (str, "runs/mini", "folder of the run; the same command goes on where it was stopped"),
-    "suite": (str, "", "folder of your own tasks (default: the embedded suite)"),
+    "suite": (str, "", "folder or JSON file of your own tasks (default: the embedded suite)"),
+    "strict": (bool, False, "refuse a suite with faults in its data instead of warning"),
+    "tasks": (list, [], "lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
+    "limit": (int, 0, "lm-eval: questions a task; 0: all"),
+    "unsafe-code": (bool, False, "lm-eval: allow tasks that run what a model wrote"),
     "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
     "generator": (str, "", "generate: a trained or imported generator's folder"),
     "prompts": (str, "", "generate: file of prompts"),
@@ -166,6 +172,7 @@ def _run(stage: str, arguments: list[str]) -> None:
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
+        "data-report": lambda: _data_report(values, config, workdir),
         "quickstart": lambda: _quickstart(values, config, workdir),
         "generate": lambda: _generate(values),
         "import-generator": lambda: _import_generator(values, config, argument),
@@ -175,7 +182,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "plan": lambda: _plan(values, config, workdir),
         "train": lambda: _train(values, config, workdir, arguments),
     }
-    runners.get(stage, lambda: _stage(stage, config, workdir))()
+    runners.get(stage, lambda: _stage(stage, values, config, workdir))()
 
 
 def _suite(values, config) -> None:
@@ -186,10 +193,20 @@ def _suite(values, config) -> None:
     print(f"suite: {pathlib.Path(values.out).absolute()}")
 
 
+def _data_report(values, config, workdir: pathlib.Path) -> None:
+    from dnd_jax import hygiene
+    from dnd_jax.suite import load_suite
+
+    suite = load_suite(config.suite or workdir / "suite", 1)
+    print(hygiene.report(suite), flush=True)
+    if values.strict:
+        hygiene.check(suite, strict=True)
+
+
 def _quickstart(values, config, workdir: pathlib.Path) -> None:
     from dnd_jax.quickstart import quickstart
 
-    quickstart(config, workdir, _seeds(values, config))
+    quickstart(config, workdir, _seeds(values, config), values.strict)
 
 
 def _generate(values) -> None:
@@ -198,7 +215,6 @@ def _generate(values) -> None:
     from dnd_jax.hub import check_repo_id, push
     from dnd_jax.merge import merge_adapter
     from dnd_jax.models.hf import resolve
-    from dnd_jax.suite import read_prompts
 
     _need(values, "generator", "prompts", "out")
     if values.samples < 1:
@@ -210,8 +226,8 @@ def _generate(values) -> None:
         check_repo_id(repo)
         if values.samples > 1:
             raise InputError("--push-to-hub takes one adapter; leave out --samples")
-    prompts = read_prompts(values.prompts)
     generator = TrainedGenerator(values.generator)
+    prompts = generator.read(values.prompts)
     base = resolve(values.base or generator.adapter.base) if values.merge else None
     for sample in range(values.samples):
         part = "" if values.samples == 1 else f"sample_{sample}"
@@ -308,17 +324,18 @@ def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
     address = values.coordinator, values.processes, values.process
     with multihost.joined(*address, values.multihost, values["start-timeout"].value, same):
         workdir.mkdir(parents=True, exist_ok=True)
-        suite = q.open_suite(config, workdir)
+        with multihost.lead_first():
+            suite = q.open_suite(config, workdir, values.strict)
         folder = q.train(config, suite, workdir, values.allow, tuple(profile) or None)
         if multihost.lead():
             print(f"generator: {folder}")
 
 
-def _stage(stage: str, config, workdir: pathlib.Path) -> None:
+def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
     workdir.mkdir(parents=True, exist_ok=True)
-    suite = q.open_suite(config, workdir)
+    suite = q.open_suite(config, workdir, values.strict)
     if stage == "pretrain":
         print(f"base: {q.make_base(config, suite, workdir)}")
         return
@@ -328,6 +345,10 @@ def _stage(stage: str, config, workdir: pathlib.Path) -> None:
     if stage == "collect":
         folder = q.collect(config, suite, base, workdir)
         print(f"{q.score_table(folder)}\nLoRA checkpoints: {folder}")
+    elif stage == "lm-eval":
+        from dnd_jax.harness import lm_eval_stage
+
+        lm_eval_stage(config, suite, base, workdir, values.tasks, values.limit, values["unsafe-code"].value)
     else:
         with q.timed(workdir, "evaluate"):
             evaluation = q.evaluate(config, suite, base, workdir)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dnd_jax.collect import init_lora, make_collect_step, make_optimizer
 from dnd_jax.config import Config
+from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator, draw_prompts
 from dnd_jax.lm_data import encode
 from dnd_jax.models import hf
@@ -20,13 +21,14 @@ PAPER = "2,500 to 12,000"  # times less than full-shot tuning, METHOD.md section
 
 
 def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path, repeats: int = 5) -> dict:
-    """Seconds to tune one LoRA on an unseen dataset and to generate one from its prompts, both compiled beforehand.
+    """Seconds to tune one LoRA on an unseen dataset (a training one where none has answers) and to generate one from its
+    prompts, both compiled beforehand.
 
     Generation is split into encoding the prompts and decoding weights; medians over `repeats`.
     """
-    dataset, c = suite.unseen[0], config.lora
+    dataset, c = next((d for d in suite.unseen if d.labeled), suite.train[0]), config.lora
     generator = TrainedGenerator(workdir / "generator")
-    prompts = [e.prompt for e in dataset.train]
+    prompts = condition_texts(dataset.train, config.condition.form, config.seed)
 
     def seconds(run: Callable[[], object]) -> float:
         started = time.perf_counter()

@@ -154,13 +154,16 @@ class Plan:
         return self.batch / (self.measured_seconds or self.seconds) if self.measured_seconds or self.seconds else None
 
 
-def _too_much(error: Exception) -> int | None:
-    """Bytes that a program wanted which the compiler refused for want of memory; None when that was not the reason."""
+def _too_much(error: Exception, arguments: int) -> int | None:
+    """Bytes that a program wanted which the compiler refused for want of memory, 0 if it does not say; None for another reason."""
     text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+    if "RESOURCE_EXHAUSTED" not in text:
         return None
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
-    return int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else 0
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of|temporaries \(([\d.]+)([KMG]?)\)", text)
+    if not found:
+        return 0
+    value, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(value) * 1024 ** " KMG".index(unit or " ")) + (arguments if found[3] else 0)
 
 
 def make_plan(config: Config, devices: list, step: str = "train", measure: bool = False) -> Plan:
@@ -196,7 +199,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     try:
         compiled = function.lower(*arguments).compile(compiler_options=effort)
     except jax.errors.JaxRuntimeError as error:
-        wanted = _too_much(error)
+        wanted = _too_much(error, state)
         if wanted is None:
             raise
         return dataclasses.replace(

@@ -11,15 +11,17 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
-from dnd_jax import loop, report
+from dnd_jax import hygiene, loop, report
 from dnd_jax.adapters import checkpoint_folders
 from dnd_jax.collect import collect, score_table
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.evaluate import evaluate
 from dnd_jax.files import read_json, write_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.pretrain import pretrain
 from dnd_jax.results import combine
+from dnd_jax.scoring import labels_of
 from dnd_jax.suite import Suite, load_suite
 from dnd_jax.train import train
 from dnd_jax.world import write_world
@@ -40,11 +42,22 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
         write_json(path, seconds)
 
 
-def open_suite(config: Config, workdir: pathlib.Path) -> Suite:
-    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite."""
+def open_suite(config: Config, workdir: pathlib.Path, strict: bool = False) -> Suite:
+    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its faults are warned of.
+
+    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the configuration wants, and with
+    strict for faults in its data.
+    """
     if not config.suite and not (workdir / "suite" / "suite.json").is_file():
         write_world(workdir / "suite", config.seed)
-    return load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
+    suite = load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
+    hygiene.check(suite, strict)
+    for dataset in suite.train + suite.unseen:  # now, not after hours of training
+        condition_texts(dataset.train, config.condition.form)
+    if config.evaluate.answers == "likelihood":
+        for dataset in suite.unseen:
+            labels_of(dataset)
+    return suite
 
 
 def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
@@ -52,11 +65,11 @@ def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
     return config.base.path or str(pretrain(config, suite, workdir))
 
 
-def run_seed(config: Config, workdir: pathlib.Path) -> dict:
+def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dict:
     """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
     workdir.mkdir(parents=True, exist_ok=True)
     with timed(workdir, "suite"):
-        suite = open_suite(config, workdir)
+        suite = open_suite(config, workdir, strict)
     if not suite.unseen:
         raise InputError(f"{suite.root}/suite.json: unseen names no dataset, so there is nothing to generate for")
     with timed(workdir, "pretrain"):
@@ -80,19 +93,19 @@ def finish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict
     page = report.write_report(workdir, results, training)
     for measure in ("content", "format"):
         print(f"\nright {measure}\n{report.table({**results, 'unseen': {}}, measure)}")
-    print(f"\nexact match\n{report.table(results)}\n\n{results['rule']}\n{results['overhead']['note']}")
+    print(f"\nexact match\n{report.table(results)}\n\n{results['rule']}\n{results['intervals']}\n{results['overhead']['note']}")
     print(f"seconds: {', '.join(f'{stage} {value:.0f}' for stage, value in results['seconds'].items())}")
     print(f"report: {page.absolute()}", flush=True)
     return results
 
 
-def quickstart(config: Config, workdir: pathlib.Path, seeds: Sequence[int]) -> dict:
+def quickstart(config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns results.json's content."""
     runs = {}
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
-        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder)
+        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder, strict)
         loop.stop.check()
     return finish(runs, config, workdir)

@@ -4,15 +4,17 @@ import base64
 import html
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from dnd_jax.adapters import load_adapter
-from dnd_jax.files import replacing
+from dnd_jax.files import read_json, replacing
+from dnd_jax.intervals import LEVEL
 from dnd_jax.metrics import read_metrics
 from dnd_jax.results import METHODS
 
+HARNESS = "lm_eval.json"  # what `dnd lm-eval` leaves in a workdir
 TITLES = {
     "base": "base",
     "train_mean": "train mean",
@@ -45,8 +47,8 @@ def _cell(value: float | Mapping | None, width: int = 0) -> str:
 
 
 def table(results: Mapping, measure: str = "exact") -> str:
-    """The scores of every unseen dataset, by kind and over all, as aligned text."""
-    methods = [m for m in METHODS if m in _measure(results["mean"], measure)]
+    """The scores of every unseen dataset, by kind and over all, as aligned text; under the means their intervals."""
+    methods = _methods(results, measure)
     widths = [max(len(TITLES[m]), 9) for m in methods]
     names = list(results["unseen"]) + [f"mean of {k}" for k in results["mean"]["by_kind"]] + ["mean of all unseen"]
     first = max(map(len, names))
@@ -57,11 +59,26 @@ def table(results: Mapping, measure: str = "exact") -> str:
         values = _measure(scores, measure)
         return f"{name:<{first}}" + "".join("  " + _cell(values.get(m), w) for m, w in zip(methods, widths, strict=True))
 
+    def interval(scores: Mapping) -> list[str]:
+        found = _measure(scores, measure).get("interval", {})
+        cells = (_interval(found.get(m)).rjust(w) for m, w in zip(methods, widths, strict=True))
+        return [f"{f'  {LEVEL:.0%} interval':<{first}}  " + "  ".join(cells)] if found else []
+
     for kind, mean in results["mean"]["by_kind"].items():
         lines += [row(name, scores) for name, scores in results["unseen"].items() if scores["kind"] == kind]
-        lines += [row(f"mean of {kind}", mean), rule]
-    lines.append(row("mean of all unseen", results["mean"]))
+        lines += [row(f"mean of {kind}", mean), *interval(mean), rule]
+    lines += [row("mean of all unseen", results["mean"]), *interval(results["mean"])]
     return "\n".join(lines)
+
+
+def _interval(bounds: Sequence[float] | None, dash: str = "-") -> str:
+    return f"{bounds[0]:.2f}{dash}{bounds[1]:.2f}" if bounds else ""
+
+
+def _methods(results: Mapping, measure: str) -> list[str]:
+    """The columns: methods that any dataset or mean has."""
+    every = [_measure(scores, measure) for scores in (results["mean"], *results["unseen"].values())]
+    return [m for m in METHODS if any(m in values for values in every)]
 
 
 def _measure(scores: Mapping, measure: str) -> Mapping:
@@ -153,12 +170,13 @@ def projection(workdir: pathlib.Path, results: Mapping, training: Mapping[str, p
 
 
 def _html_table(results: Mapping, measure: str) -> str:
-    methods = [m for m in METHODS if m in _measure(results["mean"], measure)]
+    methods = _methods(results, measure)
     head = "".join(f'<th title="{html.escape(MEANING[m])}">{TITLES[m]}</th>' for m in methods)
 
     def row(name: str, scores: Mapping, css: str = "") -> str:
         values = _measure(scores, measure)
-        cells = "".join(f'<td class="{m}">{_cell(values.get(m))}</td>' for m in methods)
+        bounds = {m: _interval(of, "–") for m, of in values.get("interval", {}).items()}
+        cells = "".join(f'<td class="{m}">{_cell(values.get(m))}<small>{bounds.get(m, "")}</small></td>' for m in methods)
         return f'<tr class="{css}"><th>{html.escape(name)}</th>{cells}</tr>'
 
     body = ""
@@ -168,9 +186,30 @@ def _html_table(results: Mapping, measure: str) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}{row('mean of all unseen', results['mean'], 'mean')}</table>"
 
 
+def _training_table(results: Mapping) -> str:
+    """Exact match of every training adapter on every unseen dataset; nothing for several seeds, each of which has its own."""
+    rows = {name: scores["training"] for name, scores in results["unseen"].items() if "training" in scores}
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in next(iter(rows.values())))
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{value:.2f}</td>' for value in of.values())}</tr>"
+        for name, of in rows.items()
+    )
+    table = f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    return f"<details><summary>Every training adapter on every unseen dataset</summary>{table}</details>"
+
+
+def _harness(workdir: pathlib.Path) -> str:
+    """The table of `dnd lm-eval`, where it was run."""
+    path = workdir / HARNESS
+    return f"<h2>lm-evaluation-harness</h2>{_html_table(read_json(path), 'exact')}" if path.is_file() else ""
+
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px;margin:1em 0}td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
 th:first-child{text-align:left;font-weight:normal}tr.mean{background:#f3f3f3;font-weight:600}tr.mean th{font-weight:600}
+td small{display:block;font-size:9px;color:#777}.wide{overflow-x:auto}
 td.generated{background:#fff1e0}img{max-width:100%;margin:.5em 0}dt{font-weight:600;float:left;width:9em}dd{margin-left:9.5em}
 @media(prefers-color-scheme:dark){body{background:#fff}}"""
 
@@ -188,10 +227,12 @@ def write_report(workdir: pathlib.Path, results: Mapping, training: Mapping[str,
 <p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from PyTorch (transformers + PEFT) on the
 exported adapter folders, greedy decoding, on test questions whose prompts the generator did not see. {rule}</p>
 <h2>Exact match</h2>{_html_table(results, "exact")}{bars(results)}
+{_training_table(results)}
+<p>Small: {html.escape(results["intervals"])}</p>
 <dl>{meaning}</dl>
 <h2>Right content</h2><p>Share of the answer's content words that are there, whatever the form.</p>{_html_table(results, "content")}
 <h2>Right format</h2><p>Share of answers in the asked form, whatever the content.</p>{_html_table(results, "format")}
-<h2>Training</h2>{curves(workdir)}
+{_harness(workdir)}<h2>Training</h2>{curves(workdir)}
 <h2>Where the adapters lie</h2>{projection(workdir, results, training)}
 <h2>Cost</h2><p>{html.escape(overhead["note"])}</p>
 <h2>Agreement of JAX and PyTorch</h2>

@@ -1,16 +1,30 @@
 """results.json: the scores of every unseen dataset, their means by kind and over all, over one seed or several."""
 
+import copy
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from dnd_jax import intervals
 from dnd_jax.config import Config
 
 # The columns of every table, in order; "generated" also has a spread over the S draws of prompts.
+PARTS = ("content", "format")  # measures that stand in an entry under their names, beside its exact match
 METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
 RULE = (
-    "Selection: none. {samples} adapters a dataset from {samples} seeded draws of {n} prompts, mean and spread over them; the "
-    "generator is the one after its last step."
+    "No selection: mean of all samples. {samples} adapters a dataset from {samples} seeded draws of {n} prompts, mean and spread "
+    "over them; the generator is the one after its last step."
 )
+FORM_RULE = " The condition is of the form {form!r}: it reads the answers of the unseen pools too."
+LIKELIHOOD_RULE = " An answer is the most likely one of a dataset's labels."
+
+
+def rule(config: Config) -> str:
+    """How the reported adapters were chosen and asked, in words; fixed before any test."""
+    text = RULE.format(samples=config.evaluate.samples, n=config.condition.num_prompts)
+    text += FORM_RULE.format(form=config.condition.form) if config.condition.form != "prompt" else ""
+    return text + (LIKELIHOOD_RULE if config.evaluate.answers == "likelihood" else "")
 
 
 def mean_scores(entries: Sequence[Mapping]) -> dict:
@@ -25,7 +39,8 @@ def mean_scores(entries: Sequence[Mapping]) -> dict:
         shared = [m for m in METHODS if all(m in row for row in rows)]
         return {m: mean([row[m] for row in rows]) for m in shared}
 
-    return over(entries) | {measure: over([e[measure] for e in entries]) for measure in ("content", "format")}
+    parts = [measure for measure in PARTS if all(measure in e for e in entries)]
+    return over(entries) | {measure: over([e[measure] for e in entries]) for measure in parts}
 
 
 def summarise(entries: Mapping[str, Mapping]) -> dict:
@@ -33,6 +48,44 @@ def summarise(entries: Mapping[str, Mapping]) -> dict:
     kinds = list(dict.fromkeys(e["kind"] for e in entries.values()))
     by_kind = {kind: mean_scores([e for e in entries.values() if e["kind"] == kind]) for kind in kinds}
     return mean_scores(list(entries.values())) | {"by_kind": by_kind}
+
+
+def pack(values: Sequence[float]) -> str:
+    """Scores question by question as one text that `unpack` reads exactly: JSON files stay small."""
+    return " ".join(repr(v).removesuffix(".0") for v in values)
+
+
+def unpack(text: str) -> list[float]:
+    """The values of `pack`."""
+    return [float(v) for v in text.split()]
+
+
+def add_intervals(unseen: Mapping[str, dict], mean: dict, runs: Mapping[int, Mapping]) -> None:
+    """Adds "interval": {method: [low, high]} beside every measure's scores, from the runs' "questions".
+
+    unseen, mean: the parts of results.json; a mean's interval is that of the mean over seeds of the mean over datasets.
+    """
+
+    def of_dataset(seed: int, name: str) -> dict:
+        packed = runs[seed]["questions"][name]
+        flat = {(measure, method): np.array(unpack(text)) for measure, of in packed.items() for method, text in of.items()}
+        return intervals.replicates(flat, seed, name)
+
+    drawn = {seed: {name: of_dataset(seed, name) for name in run["unseen"]} for seed, run in runs.items()}
+
+    def add(entry: dict, wanted: Callable[[int, str], bool]) -> None:
+        per_seed = [[r for name, r in by_name.items() if wanted(seed, name)] for seed, by_name in drawn.items()]
+        found = intervals.average([intervals.average(group) for group in per_seed if group])
+        for (measure, method), values in found.items():
+            of = entry[measure] if measure in PARTS else entry
+            if method in of:
+                of.setdefault("interval", {})[method] = intervals.interval(values)
+
+    for name, entry in unseen.items():
+        add(entry, lambda _, other, name=name: other == name)
+    add(mean, lambda _, name: True)
+    for kind, entry in mean["by_kind"].items():
+        add(entry, lambda seed, name, kind=kind: runs[seed]["unseen"][name]["kind"] == kind)
 
 
 def combine(runs: dict[int, dict], config: Config) -> dict:
@@ -43,7 +96,7 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
     unseen = {}
     for name in names:
         entries = [run["unseen"][name] for run in runs.values() if name in run["unseen"]]
-        unseen[name] = entries[0] if len(entries) == 1 else {"kind": entries[0]["kind"], **mean_scores(entries)}
+        unseen[name] = copy.deepcopy(entries[0]) if len(entries) == 1 else {"kind": entries[0]["kind"], **mean_scores(entries)}
     mean = summarise(unseen)
     if len(runs) > 1:
         # A seed counts once, however many datasets of a kind it has.
@@ -55,10 +108,12 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
         for entry, entries in ((mean, by_seed.values()), *((mean["by_kind"][k], of_kind[k]) for k in kinds)):
             scores = [e["generated"]["mean"] for e in entries]
             entry["generated"] |= {"std_over_seeds": statistics.pstdev(scores), "by_seed": scores}
+    add_intervals(unseen, mean, runs)
     results = {
         "suite": first["suite"],
         "seeds": seeds,
-        "rule": RULE.format(samples=config.evaluate.samples, n=config.condition.num_prompts),
+        "rule": rule(config),
+        "intervals": intervals.NOTE,
         "unseen": unseen,
         "mean": mean,
         "overhead": first["overhead"],

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dnd_jax.errors import InputError
 from dnd_jax.models.base_lm import BaseLM, Lora
+from dnd_jax.suite import Dataset
 
 SCORES = ("exact", "content", "format")
+MOST_LABELS = 32  # different answers of a dataset whose labels' likelihoods are compared
 FORM_SHARE = 0.95  # a word that this share of a dataset's responses has belongs to the form, the others to the content
 
 
@@ -37,16 +40,31 @@ class Scorer:
     def _shape(self, answer: Iterable[str]) -> list[str]:
         return [w if w in self.form or not w[0].isalnum() else "*" for w in answer]
 
-    def __call__(self, answers: Sequence[str]) -> dict[str, float]:
-        """Mean scores, each in 0..1, of one answer a question in the order of the responses."""
-        totals = dict.fromkeys(SCORES, 0.0)
+    def each(self, answers: Sequence[str]) -> dict[str, list[float]]:
+        """Scores, each in 0..1, of one answer a question in the order of the responses."""
+        scores: dict[str, list[float]] = {key: [] for key in SCORES}
         for right, text in zip(self.right, answers, strict=True):
             answer = words(text)
             content = set(right) - self.form
-            totals["exact"] += answer == right
-            totals["content"] += len(content & set(answer)) / len(content) if content else float(answer == right)
-            totals["format"] += self._shape(answer) == self._shape(right)
-        return {key: total / len(self.right) for key, total in totals.items()}
+            scores["exact"].append(float(answer == right))
+            scores["content"].append(len(content & set(answer)) / len(content) if content else float(answer == right))
+            scores["format"].append(float(self._shape(answer) == self._shape(right)))
+        return scores
+
+    def __call__(self, answers: Sequence[str]) -> dict[str, float]:
+        """The means of `each`."""
+        return {key: sum(values) / len(values) for key, values in self.each(answers).items()}
+
+
+def labels_of(dataset: Dataset) -> list[str]:
+    """The answers that a dataset chooses from, when its responses are a few labels. Raises InputError when they are many."""
+    found = sorted({e.response for e in dataset.train + dataset.test if e.response})
+    if len(found) > MOST_LABELS:
+        raise InputError(
+            f"{dataset.name}: {len(found)} different answers, so no labels to choose from (at most {MOST_LABELS}); set "
+            "--config.evaluate.answers=greedy"
+        )
+    return found
 
 
 def make_greedy(module: BaseLM, max_new_tokens: int):

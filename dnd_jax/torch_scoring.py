@@ -1,4 +1,4 @@
-"""Greedy answers in PyTorch: the real transformers model with the real PEFT adapter, read from their exported folders."""
+"""Answers in PyTorch, greedy or the likeliest label: the real transformers model with the real PEFT adapter, as exported."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from dnd_jax.errors import InputError
 from dnd_jax.lm_data import render
 from dnd_jax.models.hf import load_tokenizer
 from dnd_jax.scoring import pad_left
-from dnd_jax.suite import Example
+from dnd_jax.sources import Example
 
 _SLOT = "scored"
 
@@ -81,6 +81,29 @@ class TorchBase:
                 )[:, ids.shape[1] :].tolist()
             answers += [row[: row.index(end)] if end in row else row for row in out]
         return answers
+
+    def choose(self, examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
+        """Of the labels, the answer to each example that the base finds most likely, its end token included."""
+        end = self.tokenizer.eos_token_id
+        answers = [[*ids, end] for ids in self.tokenizer(list(labels), add_special_tokens=False)["input_ids"]]
+        width = max(map(len, answers))
+        rows = [(prompt + answer, len(answer)) for prompt in self.prompt_ids(examples) for answer in answers]
+        scores: list[float] = []
+        for first in range(0, len(rows), self._batch_size):
+            part = rows[first : first + self._batch_size]
+            padded, valid = (torch.from_numpy(x).long() for x in pad_left([row for row, _ in part], self.tokenizer.pad_token_id))
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=padded,
+                    attention_mask=valid,
+                    position_ids=(valid.cumsum(dim=1) - 1).clamp(min=0),
+                    logits_to_keep=width + 1,
+                ).logits[:, :-1]
+            chosen = logits.float().log_softmax(dim=-1).gather(-1, padded[:, -width:, None])[..., 0]
+            inside = torch.arange(width) >= width - torch.tensor([length for _, length in part])[:, None]
+            scores += (chosen * inside).sum(dim=1).tolist()
+        best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)
+        return [labels[i] for i in best]
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)

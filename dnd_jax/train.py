@@ -28,6 +28,7 @@ from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.files import read_json
+from dnd_jax.forms import condition_texts
 from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
@@ -237,7 +238,7 @@ def train(
         encoder = PromptEncoder(config.condition)
         datasets, spreads = [], []
         for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not multihost.lead()):
-            prompts = [e.prompt for e in dataset.train]
+            prompts = condition_texts(dataset.train, config.condition.form, config.seed)
             if config.condition.in_graph:
                 ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
                 inputs = {"ids": ids, "valid": valid}

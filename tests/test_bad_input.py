@@ -17,7 +17,8 @@ from dnd_jax.errors import InputError
 from dnd_jax.generate import draw_prompts
 from dnd_jax.lm_data import build_tokenizer, encode
 from dnd_jax.main import main
-from dnd_jax.suite import load_suite, read_jsonl, read_prompts
+from dnd_jax.sources import read_jsonl, read_prompts
+from dnd_jax.suite import load_suite
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -196,6 +197,50 @@ def test_stage_by_stage_equals_quickstart(suite, finished, tmp_path):
         done = dnd(stage, TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
         assert done.returncode == 0, (stage, done.stderr[-2000:])
     assert numbers(tmp_path / "w") == numbers(finished[0])
+
+
+@pytest.mark.slow
+def test_harness_stage_on_a_finished_run(suite, finished):
+    """The harness's scores of the suite's questions are those of results.json, in the same columns; again, nothing is scored."""
+    workdir, _ = finished
+    arguments = ("lm-eval", TINY, f"--suite={suite}", f"--workdir={workdir}")
+    done = dnd(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads((workdir / "lm_eval.json").read_text())
+    ours = json.loads((workdir / "results.json").read_text())
+    assert list(theirs["unseen"]) == list(ours["unseen"])
+    for title, entry in theirs["unseen"].items():
+        expected = ours["unseen"][title]
+        for key in ("base", "train_mean", "train_best", "training", "nearest", "generated", "wrong_prompts", "tuned", "interval"):
+            assert entry[key] == expected[key], (title, key)
+    before = (workdir / "lm_eval" / "scores.json").stat().st_mtime_ns
+    again = dnd(*arguments)
+    assert again.stdout == done.stdout and (workdir / "lm_eval" / "scores.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_another_condition_form_and_an_unlabeled_pool(suite, finished, tmp_path):
+    """Answers in the condition; an unseen task that has prompts alone has no tuned reference, and no such condition."""
+    by_answer = ("quickstart", TINY, "--config.condition.form=response")
+    done = dnd(*by_answer, f"--suite={suite}", f"--workdir={tmp_path / 'answers'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The condition is of the form 'response'" in done.stdout
+    prompts = suite / "datasets" / load_suite(suite).unseen[0].name / "train.jsonl"
+    adapters = []
+    for run in (tmp_path / "answers", finished[0]):
+        adapters.append(load_adapter(generate_adapter(run, prompts, tmp_path / f"adapter_{run.name}")))
+    assert any(np.abs(adapters[0][key] - value).max() > 1e-5 for key, value in adapters[1].items())
+
+    bare = shutil.copytree(suite, tmp_path / "bare")
+    path = bare / prompts.relative_to(suite)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    done = dnd("quickstart", TINY, f"--suite={bare}", f"--workdir={tmp_path / 'bare_run'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "bare_run" / "results.json").read_text())
+    assert ["tuned" in entry for entry in results["unseen"].values()] == [False, True, True]
+    done = dnd(*by_answer, f"--suite={bare}", f"--workdir={tmp_path / 'bare_answers'}")
+    assert done.returncode == 2 and f"{path}:1: no response, which config.condition.form = 'response' reads" in done.stderr
 
 
 @pytest.mark.slow

@@ -6,10 +6,26 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from dnd_jax.errors import InputError
+from dnd_jax.lm_data import build_tokenizer, render
 from dnd_jax.models import hf
-from dnd_jax.scoring import Scorer, make_greedy, pad_left, words
+from dnd_jax.scoring import Scorer, labels_of, make_greedy, pad_left, words
+from dnd_jax.sources import Example
+from dnd_jax.suite import Dataset
+from dnd_jax.torch_scoring import TorchBase
 
 RESPONSES = ["Capital: Paris.", "Capital: Rome.", "Capital: Oslo, not Bergen."]
+
+
+def random_qwen2(vocab_size: int) -> Qwen2ForCausalLM:
+    """Two layers whose answers depend on every token."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **sizes, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    return model
 
 
 def test_words_are_words_and_single_marks():
@@ -55,16 +71,42 @@ def test_pad_left():
     assert ids.dtype == valid.dtype == np.int32
 
 
+def test_labels_of_a_dataset():
+    train, test = ([Example("q", r) for r in responses] for responses in (["[B]", "[A]"], ["[C]"]))
+    assert labels_of(Dataset("d", tuple(train), tuple(test))) == ["[A]", "[B]", "[C]"]
+    assert labels_of(Dataset("d", (Example("q", ""),), tuple(test))) == ["[C]"]  # a pool without responses
+    many = tuple(Example("q", f"{i}") for i in range(33))
+    with pytest.raises(InputError, match="d: 33 different answers, so no labels to choose from"):
+        labels_of(Dataset("d", many, many))
+
+
+def test_the_likeliest_label_equals_transformers(tmp_path):
+    """Labels of several lengths, one the beginning of another; each question scored by itself, without padding or cache."""
+    labels = ["yes", "yes or no", "[A]", "True"]
+    examples = [Example(f"question {'very ' * (i % 4)}number {i} ?", "yes", "short" if i % 3 else "") for i in range(9)]
+    tokenizer = build_tokenizer([f"{e.prompt} {label}" for e in examples for label in labels], 300)
+    model = random_qwen2(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = TorchBase(tmp_path, batch_size=5, max_new_tokens=4)
+    chosen = base.choose(examples, labels)
+    expected = []
+    for e in examples:
+        prompt = tokenizer(render(tokenizer, e.prompt, e.system), add_special_tokens=False)["input_ids"]
+        scores = []
+        for label in labels:
+            answer = [*tokenizer(label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + answer])).logits[0]
+            at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            scores.append(float(logits[at].log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()))
+        expected.append(labels[int(np.argmax(scores))])
+    assert chosen == expected and len(set(expected)) > 1
+
+
 def test_greedy_equals_transformers(tmp_path):
     """Prompts of several lengths in one batch; an end token that some rows reach and some do not."""
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False)).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * 0.3)
+    model = random_qwen2(23)
     model.save_pretrained(tmp_path)
     module, params = hf.load_base(tmp_path)
     rng = np.random.default_rng(0)

@@ -203,6 +203,6 @@ def load_tokenizer(path: str | os.PathLike):
         raise InputError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in tokenizer_config.json")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None:  # Llama's; every use of padding here is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
