@@ -174,7 +174,7 @@ def test_config_json_as_it_was_written_before(tmp_path):
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(config_lib.Mesh(data, fsdp, tensor, ()))
+    return sharding.make_mesh(config_lib.Mesh(1, data, fsdp, tensor, ()))
 
 
 def shapes_of(config: LmConfig):
@@ -208,7 +208,7 @@ def test_a_mesh_changes_no_logit(batch, tmp_path):
     assert kernel.shape == (32, 48) and {s.data.shape for s in kernel.addressable_shards} == {(16, 24)}
     assert_same(jax.jit(lambda p: module.apply({"params": p}, ids, valid_BxS=valid))(params), logits_of(model, ids, valid), valid)
     with pytest.raises(InputError, match=r"layers_0/k_proj/dense/kernel \(32, 16\): 16 is not divisible by tensor = 3"):
-        hf.load_base(tmp_path, sharding.make_mesh(config_lib.Mesh(1, 1, 3, ()), jax.devices()[:3]))
+        hf.load_base(tmp_path, sharding.make_mesh(config_lib.Mesh(1, 1, 1, 3, ()), jax.devices()[:3]))
 
 
 def test_bfloat16_stays_bfloat16_on_request(batch, tmp_path):

@@ -370,7 +370,10 @@ class LinearGenerator(nn.Module):
 
 
 def settings(encoder, **changes) -> Condition:
-    return Condition(**{"encoder": str(encoder), "layer": -1, "num_prompts": 3, "max_text_length": 9, "in_graph": False} | changes)
+    return Condition(
+        **{"encoder": str(encoder), "layer": -1, "form": "prompt", "num_prompts": 3, "max_text_length": 9, "in_graph": False}
+        | changes
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,102 @@
+"""The loop that all training shares: what it writes, traces and feeds, with a step that is one line."""
+
+import json
+import struct
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dnd_jax import loop
+from dnd_jax.errors import InputError
+
+
+def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=loop.Options(), **more):  # noqa: B008
+    step = jax.jit(lambda state, batch: ({"sum": state["sum"] + batch}, {"loss": batch, "sum": state["sum"]}))
+    state = {"sum": jnp.float32(0)}
+    return loop.run("toy", directory, state, step, batch_at, steps, 2, {"seed": 0}, options=options, **more)
+
+
+def events(folder) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of a folder of TensorBoard files, read as TensorBoard does: length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
+    run(
+        tmp_path,
+        options=loop.Options(trackers=("tensorboard",)),
+        row_of=lambda step, values, seconds: {**values, "twice": 2 * values["loss"], "rate": 1 / seconds},
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["sum"], row["twice"]) for row in rows] == [
+        (i + 1, i, i * (i - 1) / 2, 2 * i) for i in range(6)
+    ]
+    assert all(row["seconds"] > 0 and row["input_seconds"] >= 0 and row["rate"] > 0 for row in rows)
+    seen = events(tmp_path / "tensorboard")
+    assert {(step, value) for step, tag, value in seen if tag == "twice"} == {(i + 1, 2.0 * i) for i in range(6)}
+    assert {tag for _, tag, _ in seen} == {"loss", "sum", "twice", "rate", "seconds", "input_seconds"}
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match="train.trackers: wandb is not installed; pip install wandb"):
+        run(tmp_path, options=loop.Options(trackers=("wandb",)))
+
+
+def test_a_window_of_steps_is_traced(tmp_path):
+    run(tmp_path, options=loop.Options(profile=(2, 4)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_batches_are_made_ahead_in_order_and_their_faults_arrive(tmp_path):
+    made, main = [], threading.current_thread()
+
+    def batch_at(i):
+        made.append((i, threading.current_thread() is main))
+        if i == 4:
+            raise InputError("row 4 is damaged")
+        return jnp.float32(i)
+
+    with pytest.raises(InputError, match="row 4 is damaged"):
+        run(tmp_path, batch_at=batch_at)
+    assert made[:5] == [(i, False) for i in range(5)]
+    assert float(run(tmp_path)["sum"]) == 15  # goes on from the last good step
+
+
+def test_checkpoints_that_stay(tmp_path):
+    run(tmp_path, steps=12, options=loop.Options(keep_last=1, keep_every=4))
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {4, 8, 12}
+    elsewhere = tmp_path / "elsewhere"
+    run(tmp_path / "b", options=loop.Options(checkpoint_dir=str(elsewhere)))
+    assert (elsewhere / "6").is_dir() and not (tmp_path / "b/checkpoints").exists()
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "foreign"])
+def test_a_harmed_checkpoint_leaves_the_one_before(tmp_path, harm, capfd):
+    expected = float(run(tmp_path / "whole", steps=8)["sum"])
+    run(tmp_path / "run", steps=6)
+    newest = tmp_path / "run/checkpoints/6"
+    for path in [p for p in newest.rglob("*") if p.is_file()]:
+        if harm == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif harm == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(b"something else")
+    assert float(run(tmp_path / "run", steps=8)["sum"]) == expected
+    assert "6 is damaged" in capfd.readouterr().out
+    for path in [p for p in (tmp_path / "run/checkpoints").rglob("*") if p.is_file()]:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint can be read"):
+        run(tmp_path / "run", steps=10)
