@@ -14,6 +14,7 @@ from pipeline import TINY, dnd, start, tiny_suite, when
 from dnd_jax.adapters import load_adapter
 from dnd_jax.generate import generate_adapter
 from dnd_jax.layout import LoraLayout
+from dnd_jax.results import METHODS
 from dnd_jax.suite import load_suite
 
 STAGES = ("pretrain", "collect", "generator")
@@ -52,14 +53,20 @@ def test_results_table_and_report(suite, finished):
             ]
             assert all(0 <= x <= 1 for x in (*flat, measure["generated"]["mean"]))
             assert measure["train_best"] >= measure["train_mean"]
+            assert set(measure["interval"]) == set(METHODS) & set(measure)
+            assert all(0 <= low <= high <= 1 for low, high in measure["interval"].values())
             assert len(measure["generated"]["scores"]) == 2
+        assert max(scores["training"].values()) == scores["train_best"] and len(scores["training"]) == 3
     assert results["agreement"]["same_answers"] == results["agreement"]["answers"] == 15
     assert results["agreement"]["largest_logit_difference"] < 1e-4
     assert results["overhead"]["ratio"] > 0
     lines = printed.strip().splitlines()
     assert lines[-1] == f"report: {workdir / 'report.html'}"
     assert all(any(line.startswith(d.name) for line in lines) for d in names)
+    assert any(line.startswith("No selection: mean of all samples. 2 adapters") for line in lines)
+    assert sum(line.startswith("  95% interval ") for line in lines) == 6  # three tables, a kind and all of it
     page = (workdir / "report.html").read_text()
+    assert "Every training adapter on every unseen dataset" in page and re.search(r"<small>[01]\.\d\d–[01]\.\d\d</small>", page)
     assert page.count("data:image/png;base64,") == 3 and "http" not in re.sub(r"base64,[^\"]+", "", page)
 
 
