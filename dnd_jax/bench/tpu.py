@@ -22,7 +22,6 @@ from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.files import write_json
 from dnd_jax.models.hyperconv import convolutions, forward_macs
-from dnd_jax.ops import plan
 from dnd_jax.ops.plan import describe
 from dnd_jax.train import shard_train_step
 
@@ -86,7 +85,6 @@ def compile_train_step(config: Config, devices: list) -> dict:
 def estimate(config: Config, topology: str, workdir: pathlib.Path) -> dict[str, dict]:
     """Compiles every method, prints the table and writes WORKDIR/bench_tpu.json."""
     devices = topology_devices(topology)
-    plan.LOOP_BYTES = float("inf")
     rows = {}
     for method in tqdm(config.bench.methods, desc=f"compile for {topology}", unit="method", dynamic_ncols=True):
         generator = dataclasses.replace(config.generator, convolution=method)

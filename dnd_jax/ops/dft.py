@@ -67,7 +67,7 @@ class Arithmetic:
 
 # How a complex product is made of real ones: three (Gauss), or four, with the kernel or the data as the 2 x 2 matrix.
 GAUSS, WIDE_KERNEL, WIDE_DATA = "gauss", "wide kernel", "wide data"
-_PLANES = {GAUSS: ("q", "q", "q"), WIDE_KERNEL: ("q", "oq", "o"), WIDE_DATA: ("oq", "q", "o")}  # of X, of V, of P
+PLANES = {GAUSS: ("q", "q", "q"), WIDE_KERNEL: ("q", "oq", "o"), WIDE_DATA: ("oq", "q", "o")}  # of X, of V, of P
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Transforms:
         wide = WIDE_DATA if batch * h.tiles * w.tiles < channels_out else WIDE_KERNEL
         form = GAUSS if arithmetic.products == 3 else wide
         self._matrices = matrices(h, w, form)
-        self._x, self._v, self._p = _PLANES[form]
+        self._x, self._v, self._p = PLANES[form]
 
     def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
         """An einsum of a transform matrix with data, in the data's type but accumulated in at least float32."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
+from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic, Axis
 
 METHODS = ("auto", "direct", "dft", "tuned")
@@ -20,7 +21,7 @@ Tiling = tuple[int, int]  # tiles along each grid axis
 
 MARGIN = 1.15  # predicted gain below which the direct method stays
 LARGEST_TRANSFORM = 64  # points
-LOOP_BYTES = 4 << 30  # planes beyond this are made one row frequency at a time
+LOOP_BYTES = 4 << 30  # of planes, beyond which a GPU makes them one row frequency at a time
 MOST_CHUNKS = 64
 CHUNK_BYTES = 128 << 20  # of half-transformed kernel held at once on a CPU
 
@@ -83,7 +84,7 @@ class Rates:
 RATES = {
     "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, full_channels=40, turn=1e-4),
     "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, full_channels=64),
-    "tpu": Rates(360e12, 360e12, 300e12, 100e12, 1.6e12, full_channels=100, lanes=128),
+    "tpu": Rates(394e12, 394e12, 394e12, 100e12, 2.35e12, full_channels=1, lanes=128),
 }
 
 
@@ -107,6 +108,11 @@ def arithmetic(dtype, platform: str) -> Arithmetic:
     if platform == "tpu":
         return Arithmetic(f32, jnp.dtype(jnp.bfloat16), f32, products=4, precision="high")
     return Arithmetic(f32, f32, f32)
+
+
+def on_tpu(dtype, platform: str) -> bool:
+    """Whether the algorithm is that of dnd_jax/ops/dft_tpu.py."""
+    return platform == "tpu" and jnp.dtype(dtype).itemsize == 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +170,30 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     )
 
 
+def dft_work(problem: Problem, tiling: Tiling, gradient: bool) -> list[tuple[float, float]]:
+    """(multiply-accumulates, bytes) of what runs one after the other under a tiling: a single entry but on a TPU."""
+    if on_tpu(problem.dtype, problem.platform):
+        return dft_tpu.steps(*problem.axes(tiling), problem.batch, problem.channels_in, problem.channels_out, gradient)
+    cost = dft_cost(problem, tiling, gradient)
+    return [(cost.products + cost.transforms, cost.bytes)]
+
+
+def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool) -> float:
+    """The time of a tiling. A TPU's compiler counts a step as its operations or its bytes, whichever take longer."""
+    rates = RATES[problem.platform]
+    if on_tpu(problem.dtype, problem.platform):
+        return sum(max(2 * macs / rates.product, moved / rates.memory) for macs, moved in dft_work(problem, tiling, gradient))
+    return dft_cost(problem, tiling, gradient).seconds(rates)
+
+
 def direct_seconds(problem: Problem, gradient: bool) -> float:
     """The time of the direct method."""
     rates = RATES[problem.platform]
     share = min(1.0, min(problem.channels_in, problem.channels_out) / rates.full_channels)
     flop = 2 * problem.macs / share
+    if on_tpu(problem.dtype, problem.platform):
+        moved = dft_tpu.direct_bytes(problem.batch * problem.height * problem.width, problem.channels_in, problem.channels_out)
+        return (2 if gradient else 1) * max(flop / rates.direct, moved / rates.memory)
     return flop / rates.direct + flop / rates.direct_kernel_gradient if gradient else flop / rates.direct
 
 
@@ -186,9 +211,7 @@ def tilings(problem: Problem) -> list[Tiling]:
 
 def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
     """The cheapest tiling by the model and its seconds."""
-    rates = RATES[problem.platform]
-    timed = [(dft_cost(problem, tiling, gradient).seconds(rates), tiling) for tiling in tilings(problem)]
-    seconds, tiling = min(timed)
+    seconds, tiling = min((dft_seconds(problem, tiling, gradient), tiling) for tiling in tilings(problem))
     return tiling, seconds
 
 
@@ -222,7 +245,7 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
     """Adds to tilings how their arrays are kept small enough."""
     costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
     cpu = problem.platform == "cpu"
-    looped = cpu or any(cost.planes > LOOP_BYTES for cost in costs)
+    looped = cpu or (problem.platform == "gpu" and any(cost.planes > LOOP_BYTES for cost in costs))
     chunks = 1
     if cpu:
         held = max((cost.kernel_rows for cost in costs), default=0)
