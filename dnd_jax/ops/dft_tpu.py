@@ -2,15 +2,16 @@
 
 What differs from dft.py, and why:
 
-- Planes, their products and the gradients of both are written in bfloat16 by the very matrix product that makes them. Nothing else
-  is rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32. Rounding those too would cost more
-  than 1.3 times the direct method's error (tests/test_convolution.py).
+- Planes, their products and the gradients of both are bfloat16, rounded by the matrix product that makes them. Nothing else is
+  rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32. Rounding those as well would cost
+  more than 1.3 times the direct method's error (tests/test_convolution.py).
 - The kernel goes to planes in one step, k x k taps -> all planes of all frequencies. That is more operations than rows and columns
   apart, but the half-transformed kernel, the largest array of the late stages, is never written.
 - The rows of all tiles are one banded matrix over the shorter grid axis, so that only the longer one is cut.
-- A complex product is four real ones, with the smaller of X and V as the 2 x 2 real matrix: fewer bytes than Gauss's three, and half
-  the rounding error.
-- Grid axes come first, batch and channels last: what a TPU tiles are the last two, so cutting a grid axis moves nothing inside a tile.
+- A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer bytes than Gauss's three, and
+  half the rounding error.
+- Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a grid axis moves nothing inside a tile.
+- Where the compiler's own choice of memory order makes it turn large arrays, the order is given (`ordered`, `like_kernel`).
 
 Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the columns' axis, i j taps of the
 kernel; f p g q o b c d as in dft.py.
@@ -24,10 +25,16 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from dnd_jax.ops.dft import PLANES, WIDE_DATA, WIDE_KERNEL, Axis, matrices
+from dnd_jax.ops.dft import WIDE_DATA, WIDE_KERNEL, Axis, matrices
 
 SPECTRUM = jnp.bfloat16  # type of everything that has planes
-BETWEEN = jnp.float32  # and of half-transformed arrays
+BETWEEN = jnp.float32  # type of half-transformed arrays
+PLANES = {WIDE_KERNEL: ("q", "oq", "o"), WIDE_DATA: ("oq", "q", "o")}  # of X, of V, of P
+
+
+def form_of(h: Axis, w: Axis, batch: int, channels_out: int) -> str:
+    """The smaller of X and V is the one that holds four numbers a frequency."""
+    return WIDE_DATA if batch * h.tiles * w.tiles < channels_out else WIDE_KERNEL
 
 
 def banded(a: Axis, tile: np.ndarray, first: int) -> np.ndarray:
@@ -55,26 +62,73 @@ def maps(h: Axis, w: Axis, form: str) -> dict[str, tuple[str, np.ndarray]]:
     }
 
 
+def padded(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A matrix product a plane. It is accumulated in float32 and rounded once, as a TPU's matrix unit does it."""
+    return jnp.einsum(pattern, a, b, preferred_element_type=SPECTRUM)
+
+
+def written(planes: jax.Array) -> jax.Array:
+    """The same, written in their own type: a compiler would put off the rounding to where they are read, and write float32."""
+    return lax.optimization_barrier(planes)
+
+
+def ordered(value: jax.Array, letters: str, memory: str) -> jax.Array:
+    """The array, whose dimensions are `letters`, written in the order `memory`, the innermost last."""
+    return with_layout_constraint(value, Layout(major_to_minor=tuple(map(letters.index, memory))))
+
+
+def cut(x_HxWxBxC: jax.Array, w: Axis) -> jax.Array:
+    """-> (H, tiles, width, B, C), overlapping by k - 1 and padded with zeros outside the grid."""
+    if w.tiles == 1:
+        return x_HxWxBxC[:, None]
+    pieces = -(-w.t // w.step)  # of a tile: itself and what it borrows from those that follow
+    before, blocks = w.kernel // 2, w.tiles + pieces - 1
+    x = jnp.pad(x_HxWxBxC, ((0, 0), (before, blocks * w.step - before - w.size), (0, 0), (0, 0)))
+    x = x.reshape(x.shape[0], blocks, w.step, *x.shape[2:])
+    return jnp.concatenate([x[:, p : p + w.tiles, : w.t - p * w.step] for p in range(pieces)], axis=2)
+
+
 class Transforms:
     """The maps of one convolution, each one matrix product."""
 
     def __init__(self, h: Axis, w: Axis, batch: int, channels: tuple[int, int]):
-        form = WIDE_DATA if batch * h.tiles * w.tiles < channels[1] else WIDE_KERNEL
+        form = form_of(h, w, batch, channels[1])
         self._w, self._channels = w, channels
         self._maps = maps(h, w, form)
         self._x, self._v, self._p = PLANES[form]
 
-    def apply(self, name: str, value: jax.Array, out: jnp.dtype, transposed: bool = False) -> jax.Array:
-        """One map, or its transpose."""
+    def apply(self, name: str, value: jax.Array, out: jnp.dtype, transposed: bool = False, part: slice = slice(None)) -> jax.Array:
+        """One map or its transpose. part: of the positions j of a tile, where the matrix has them last."""
         pattern, matrix = self._maps[name]
         indices, given, made = pattern.replace("->", ",").split(",")
         pattern = f"{indices},{made}->{given}" if transposed else pattern
-        matrix = jnp.asarray(matrix, BETWEEN)
+        matrix = jnp.asarray(matrix[..., part], BETWEEN)
         return jnp.einsum(pattern, matrix, value.astype(BETWEEN), precision="high", preferred_element_type=out)
 
     def planes_of_x(self, x_HxWxBxC: jax.Array) -> jax.Array:
         rows = self.apply("x_rows", cut(x_HxWxBxC, self._w), BETWEEN)
-        return written(self.apply("x_columns", rows, SPECTRUM))
+        return written(self.apply("x_columns", ordered(rows, "fpjstbc", "tjbspfc"), SPECTRUM))
+
+    def planes_of_x_transposed(self, planes: jax.Array, out: jnp.dtype) -> jax.Array:
+        """-> (H, W, B, C). The positions that a tile owns and those that it lends to the next ones come out of matrix products of
+        their own: arrays that are added as they lie."""
+        w = self._w
+        pieces = -(-w.width // w.step)
+        total = 0
+        for p in range(pieces):
+            part = slice(p * w.step, (p + 1) * w.step)
+            rows = self.apply("x_columns", planes, BETWEEN, transposed=True, part=part)
+            x = ordered(self.apply("x_rows", rows, BETWEEN, transposed=True), "htjbc", "tjbhc")
+            around = ((0, 0, 0), (p, pieces - 1 - p, 0), (0, w.step - x.shape[2], 0), (0, 0, 0), (0, 0, 0))
+            total = total + lax.pad(x, jnp.zeros((), x.dtype), around)
+        x = total.astype(out).reshape(total.shape[0], -1, *total.shape[3:])
+        before = 0 if w.tiles == 1 else w.kernel // 2
+        return x[:, before : before + w.size]
 
     def planes_of_kernel(self, kernel: jax.Array) -> jax.Array:
         return self.like_kernel(self.apply("kernel", kernel, SPECTRUM))
@@ -95,34 +149,6 @@ class Transforms:
 
     def product_to_kernel(self, x_planes: jax.Array, dp: jax.Array) -> jax.Array:
         return self.like_kernel(multiply(f"f{self._x}gstbc,f{self._p}gstbd->f{self._v}gcd", x_planes, dp))
-
-
-def padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product a plane. It is accumulated in float32 and rounded once, as a TPU's matrix unit does it."""
-    return jnp.einsum(pattern, a, b, preferred_element_type=SPECTRUM)
-
-
-def written(planes: jax.Array) -> jax.Array:
-    """Written as they are: a compiler would put off the rounding to where they are read, and write twice the bytes."""
-    return lax.optimization_barrier(planes)
-
-
-def cut(x_HxWxBxC: jax.Array, w: Axis) -> jax.Array:
-    """-> (H, tiles, width, B, C), overlapping by k - 1 and padded with zeros outside the grid."""
-    if w.tiles == 1:
-        return x_HxWxBxC[:, None]
-    pieces = -(-w.t // w.step)  # of a tile: itself and what it borrows from those that follow
-    before = w.kernel // 2
-    x = jnp.pad(x_HxWxBxC, ((0, 0), (before, (w.tiles + pieces - 1) * w.step - before - w.size), (0, 0), (0, 0)))
-    parts = []
-    for piece in range(pieces):
-        part = x[:, piece * w.step : (piece + w.tiles) * w.step].reshape(x.shape[0], w.tiles, w.step, *x.shape[2:])
-        parts.append(part[:, :, : w.t - piece * w.step])
-    return jnp.concatenate(parts, axis=2)
 
 
 def _grid_first(x_BxHxWxC: jax.Array, turned: bool) -> jax.Array:
@@ -154,45 +180,41 @@ def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis) -
     x, dy = _grid_first(x, turned), _grid_first(dy, turned)
     dy = jnp.pad(dy, ((0, 0), (0, w.tiles * w.step - w.size), (0, 0), (0, 0)))
     dy = dy.reshape(h.size, w.tiles, w.step, *dy.shape[2:])
-    dp = written(maps.apply("y_columns", maps.apply("y_rows", dy, BETWEEN, transposed=True), SPECTRUM, transposed=True))
+    dz = ordered(maps.apply("y_rows", dy, BETWEEN, transposed=True), "fpjstbd", "tjbspfd")
+    dp = written(maps.apply("y_columns", dz, SPECTRUM, transposed=True))
     dx_planes = maps.product_to_x(dp, maps.planes_of_kernel(kernel))
     dk_planes = maps.product_to_kernel(maps.planes_of_x(x), dp)
     dkernel = maps.apply("kernel", dk_planes, kernel.dtype, transposed=True)
-    dx = maps.apply("x_rows", maps.apply("x_columns", dx_planes, BETWEEN, transposed=True), BETWEEN, transposed=True)
-    (dx,) = jax.linear_transpose(functools.partial(cut, w=w), jax.ShapeDtypeStruct(x.shape, BETWEEN))(dx)
-    return _batch_first(dx.astype(x.dtype), turned), dkernel.swapaxes(0, 1) if turned else dkernel
+    dx = maps.planes_of_x_transposed(dx_planes, x.dtype)
+    return _batch_first(dx, turned), dkernel.swapaxes(0, 1) if turned else dkernel
 
 
 def steps(h: Axis, w: Axis, batch: int, c: int, d: int, gradient: bool) -> list[tuple[float, float]]:
     """(multiply-accumulates, bytes) of every matrix product of `forward` or `backward`, and of the copies between them."""
-    if h.size > w.size:
-        h, w = w, h
+    h, w = (w, h) if h.size > w.size else (h, w)
     f, k, tiles = h.t // 2 + 1, h.kernel, batch * h.tiles * w.tiles
     frequencies = f * w.t
-    wide_x, wide_k = (4, 2) if tiles < d else (2, 4)
+    wide_x, wide_k = (4, 2) if form_of(h, w, batch, d) == WIDE_DATA else (2, 4)
     lanes_c, lanes_d = padded(c, 128), padded(d, 128)
-    x, y = batch * h.size * w.size, batch * h.size * w.tiles * w.step  # positions
+    kernel = min(padded(c, 8) * lanes_d, padded(d, 8) * lanes_c)
+    # Positions of the data, of its tiles, and of half-transformed tiles; planes times tiles.
+    x, y = batch * h.size * w.size, batch * h.size * w.tiles * w.step
     cuts = 0 if w.tiles == 1 else batch * h.size * w.tiles * w.width
     zx, zy = (2 * f * h.tiles * batch * w.tiles * width for width in (w.width, w.step))
-    px, pv, pp = wide_x * frequencies * tiles, wide_k * frequencies, 2 * frequencies * tiles  # planes times positions
-    kernel = min(padded(c, 8) * lanes_d, padded(d, 8) * lanes_c)
-    sides = {
-        "x rows": (zx * h.size * c, (2 * (cuts or x) + 4 * zx) * lanes_c),
-        "x columns": (px * 2 * w.width * c, (4 * zx + 2 * px) * lanes_c),
-        "kernel": (pv * k * k * c * d, (4 * k * k + 2 * pv) * kernel),
-        "y columns": (zy * 2 * w.t * d, (2 * pp + 4 * zy) * lanes_d),
-        "y rows": (zy * h.size * d, (4 * zy + 2 * y) * lanes_d),
-    }
-    products = 4 * frequencies * tiles * c * d
-    bytes_of_product = 2 * (px * lanes_c + pv * kernel + pp * lanes_d)
-    trim = (0, 4 * y * lanes_d if w.tiles * w.step > w.size else 0)
-    cut_x = (0, 2 * (3 * x + 2 * cuts) * lanes_c if cuts else 0)
+    px, pk, py = wide_x * frequencies * tiles, wide_k * frequencies, 2 * frequencies * tiles
+    of_x = [(zx * h.size * c, (2 * (cuts or x) + 4 * zx) * lanes_c), (px * 2 * w.width * c, (4 * zx + 2 * px) * lanes_c)]
+    of_y = [(zy * 2 * w.t * d, (2 * py + 4 * zy) * lanes_d), (zy * h.size * d, (4 * zy + 2 * y) * lanes_d)]
+    of_kernel = [(pk * k * k * c * d, (4 * k * k + 2 * pk) * kernel)]
+    product = [(4 * frequencies * tiles * c * d, 2 * (px * lanes_c + pk * kernel + py * lanes_d))]
+    copies = [(0, 2 * (3 * x + 2 * cuts) * lanes_c)] if cuts else []
+    if w.tiles * w.step > w.size:
+        copies += [(0, 4 * y * lanes_d)]
     if not gradient:
-        return [*sides.values(), (products, bytes_of_product), cut_x, trim]
-    added = (0, 4 * (4 * cuts + x) * lanes_c if cuts else 0)
-    return [*sides.values(), *list(sides.values())[:3]] + [(products, bytes_of_product)] * 2 + [cut_x, added, trim]
+        return of_x + of_kernel + of_y + product + copies
+    overlap = [(0, 6 * (x + cuts) * lanes_c)] if cuts else []
+    return 2 * (of_x + of_kernel + product) + of_y + copies + overlap
 
 
 def direct_bytes(positions: int, c: int, d: int) -> float:
-    """Bytes of data that the direct method reads and writes; the kernel adds nothing worth counting."""
-    return 2 * positions * (padded(c, 8) + padded(d, 8)) * 1.0
+    """Bytes of data that the direct method moves; there the kernel adds nothing worth counting."""
+    return 2.0 * positions * (padded(c, 8) + padded(d, 8))

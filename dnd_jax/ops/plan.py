@@ -98,15 +98,13 @@ def arithmetic(dtype, platform: str) -> Arithmetic:
     """The types inside a transform.
 
     float64 and float32 stay what they are. 16-bit data: a CPU computes in float32; a GPU in float16, scaled, whose 11 bits lose
-    nothing that bfloat16's 8 would show; a TPU multiplies bfloat16 planes, so there the four-product form keeps the error down.
+    nothing that bfloat16's 8 would show; a TPU does as dnd_jax/ops/dft_tpu.py says.
     """
     dtype, f32 = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     if dtype.itemsize >= 4:
         return Arithmetic(dtype, dtype, dtype)
     if platform == "gpu":
         return Arithmetic(jnp.dtype(jnp.float16), jnp.dtype(jnp.float16), f32, scaled=True)
-    if platform == "tpu":
-        return Arithmetic(f32, jnp.dtype(jnp.bfloat16), f32, products=4, precision="high")
     return Arithmetic(f32, f32, f32)
 
 
@@ -144,12 +142,10 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     tiles = problem.batch * h.tiles * w.tiles
     f = h.t // 2 + 1
     frequencies = f * w.t
-    wide_x, wide_k = (3, 3) if a.products == 3 else (4, 2) if tiles < d else (2, 4)
     # Elements of every array, and the multiply-accumulates of every map.
     x_tiles, y_tiles = h.width * w.width * tiles * c, h.step * w.step * tiles * d
     zx, zk, zy = 2 * f * w.width * tiles * c, 2 * f * k * c * d, 2 * f * w.step * tiles * d
-    planes_y = 3 if a.products == 3 else 2
-    px, pk, py = (frequencies * n for n in (wide_x * tiles * c, wide_k * c * d, planes_y * tiles * d))
+    px, pk, py = (3 * frequencies * n for n in (tiles * c, c * d, tiles * d))
     of_x = zx * h.width + 2 * px * w.width
     of_k = zk * k + 2 * pk * k
     of_y = zy * h.step + 2 * py * w.step
@@ -161,7 +157,7 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     bytes_y = 2 * (y_tiles + zy + py) * product * padded_d
     every = 2 if gradient else 1
     return Cost(
-        products=every * a.products * frequencies * tiles * c * d,
+        products=every * 3 * frequencies * tiles * c * d,
         transforms=every * (of_x + of_k) + of_y,
         bytes=every * (bytes_x + bytes_k) + bytes_y,
         planes=(px + pk) * spectrum + py * product,
