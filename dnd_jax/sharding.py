@@ -71,6 +71,11 @@ def batch_ways(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def kernel_ways(mesh: jax.sharding.Mesh) -> int:
+    """How many parts a convolution's kernel is split into."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
 def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
     """The first axis (batch, tasks) over data x fsdp. Raises InputError when it does not divide."""
     ways = batch_ways(mesh)

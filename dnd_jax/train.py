@@ -61,11 +61,18 @@ def resolve_features(
 
 
 def make_generator(
-    features: Sequence[Features], config: config_lib.Generator, dtype: str, platform: str | None = None, batch_ways: int = 1
+    features: Sequence[Features],
+    config: config_lib.Generator,
+    dtype: str,
+    platform: str | None = None,
+    batch_ways: int = 1,
+    kernel_ways: int = 1,
 ) -> Generator:
-    """The module of a configuration with its resolved features; platform and batch_ways as in dnd_jax.ops.convolve."""
+    """The module of a configuration with its resolved features; platform and the ways as in dnd_jax.ops.convolve."""
     projection = config.length_projection or None
-    return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform, batch_ways)
+    return Generator(
+        features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, platform, batch_ways, kernel_ways
+    )
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
@@ -149,7 +156,8 @@ def shard_train_step(
     c = config.train
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
-    module = make_generator(features, config.generator, c.dtype, platform, sharding.batch_ways(mesh))
+    ways = sharding.batch_ways(mesh), sharding.kernel_ways(mesh)
+    module = make_generator(features, config.generator, c.dtype, platform, *ways)
     optimizer = make_optimizer(c)
 
     def init(key):

@@ -113,26 +113,30 @@ def test_bfloat16_of_a_tpu(tiles):
         # Without this option a CPU skips the very roundings that a TPU makes.
         return value_and_gradients(lambda x, w: convolve(x, w, axis, method), *values, xla_allow_excess_precision=False)
 
-    ours, plain = run(Plan(tiles, tiles, "tpu", looped=False)), run("direct")
+    ours, plain = run(Plan(tiles, tiles, "tpu", ordered=tiles == (2, 3))), run("direct")
     assert ours[2].dtype == jnp.float32
     for one, other, right in zip(ours, plain, expected, strict=True):
         assert relative(one, right) <= 1.3 * relative(other, right)
 
 
-@settings(max_examples=8)
-@given(problems())
-@example(((1, 1, 1, 1), 3, 11, 1, (1, 1)))
-@example(((2, 24, 9, 5), 3, 9, 40, (5, 2)))  # rows along the second axis, more output channels than tiles
-@example(((2, 9, 24, 5), 3, 9, 3, (2, 12)))  # a step of 2: a tile borrows from five others
-def test_the_layout_of_a_tpu_on_random_shapes(problem):
+@pytest.mark.parametrize(
+    ("shape", "axis", "k", "out", "tiles"),
+    [
+        ((1, 1, 1, 1), 3, 11, 1, (1, 1)),
+        ((2, 24, 9, 5), 3, 9, 40, (5, 2)),  # rows along the second grid axis; more output channels than tiles
+        ((2, 9, 5, 24), 2, 9, 3, (2, 12)),  # a step of 2: a tile lends to five others
+        ((2, 8, 20, 24), 1, 9, 8, (20, 24)),
+        ((2, 3, 4, 8), 3, 11, 8, (3, 4)),  # a kernel larger than the grid
+    ],
+)
+def test_the_layout_of_a_tpu(shape, axis, k, out, tiles):
     """The same sums in bfloat16 planes: a misplaced tile would be an error of the order of one."""
-    shape, axis, k, out, tiles = problem
     x, kernel, dy = (jnp.asarray(v, jnp.float32) for v in arrays(shape, axis, k, out))
     values = x.astype(jnp.bfloat16), kernel, dy.astype(jnp.bfloat16)
-    found = value_and_gradients(lambda x, w: convolve(x, w, axis, Plan(tiles, tiles, "tpu")), *values)
+    found = value_and_gradients(lambda x, w: convolve(x, w, axis, Plan(tiles, tiles, "tpu", ordered=True)), *values)
     expected = exact([np.asarray(v).astype(np.float64) for v in values], axis)
     assert [v.dtype for v in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
-    assert all(a.shape == b.shape and relative(a, b) < 0.02 for a, b in zip(found, expected, strict=True))
+    assert all(a.shape == b.shape and relative(a, b) < 0.01 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e4])
@@ -229,6 +233,14 @@ def test_the_model_chooses_what_measurements_showed():
     small = choose(Problem(16, 24, 96, 8, 16, 3, "float32", "cpu"))
     assert small.forward is None and small.backward is None
     assert choose(Problem(1, 128, 384, 384, 300, 9, "float32", "cpu"), "direct").forward is None
+
+
+def test_memory_order_is_given_where_kernels_are_whole():
+    """A layout constraint makes every device hold what it is given, so a kernel split over devices must do without."""
+    x, kernel = jax.ShapeDtypeStruct((64, 128, 384, 384), jnp.bfloat16), jax.ShapeDtypeStruct((9, 9, 384, 300), jnp.float32)
+    plans = [choose(Problem.of(x, kernel, 3, "tpu", batch_ways=8, kernel_ways=ways)) for ways in (1, 2)]
+    assert [plan.ordered for plan in plans] == [True, False] and all(plan.forward and not plan.looped for plan in plans)
+    assert not choose(Problem.of(x, kernel, 3, "cpu")).ordered
 
 
 def test_every_tiling_covers_the_grid():

@@ -51,11 +51,12 @@ class Generator(nn.Module):
     convolution: str = "auto"
     platform: str | None = None
     batch_ways: int = 1
+    kernel_ways: int = 1
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         if self.length_projection:
             x = LengthProjection(self.length_projection, self.features[0][1], self.dtype, name="length_projection")(x)
-        how = (self.dtype, self.convolution, self.platform, self.batch_ways)
+        how = (self.dtype, self.convolution, self.platform, self.batch_ways, self.kernel_ways)
         return HyperConvDecoder(self.features, self.kernel_size, *how, name="decoder")(x)

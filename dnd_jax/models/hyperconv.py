@@ -37,12 +37,13 @@ class HyperConvStage(nn.Module):
     convolution: str = "auto"
     platform: str | None = None
     batch_ways: int = 1
+    kernel_ways: int = 1
 
     def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
         k, size_in = self.kernel_size, x_BxNxLxC.shape[axis]
         kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
-        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform, self.batch_ways)
+        return convolve(x_BxNxLxC, kernel, axis, self.convolution, self.platform, self.batch_ways, self.kernel_ways)
 
     @nn.compact
     def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
@@ -71,7 +72,8 @@ class HyperConvStage(nn.Module):
 class HyperConvDecoder(nn.Module):
     """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h, w). No final activation.
 
-    convolution, platform, batch_ways: method of dnd_jax.ops.convolve, what it is compiled for, devices that share a batch.
+    convolution, platform, batch_ways, kernel_ways: method of dnd_jax.ops.convolve, what it is compiled for, devices that share a
+    batch, and a kernel.
     """
 
     features: Sequence[Features]
@@ -80,12 +82,13 @@ class HyperConvDecoder(nn.Module):
     convolution: str = "auto"
     platform: str | None = None
     batch_ways: int = 1
+    kernel_ways: int = 1
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
         x = condition_BxNxLxC.astype(self.dtype)
         for i, (features_in, features_out) in enumerate(zip(self.features[:-1], self.features[1:], strict=True)):
-            common = (self.kernel_size, self.dtype, self.convolution, self.platform, self.batch_ways)
+            common = (self.kernel_size, self.dtype, self.convolution, self.platform, self.batch_ways, self.kernel_ways)
             x = HyperConvStage(tuple(features_in), tuple(features_out), *common, name=f"stage_{i}")(x)
         return x
 

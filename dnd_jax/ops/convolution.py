@@ -19,6 +19,7 @@ def convolve(
     method: str | Plan = "auto",
     platform: str | None = None,
     batch_ways: int = 1,
+    kernel_ways: int = 1,
 ) -> jax.Array:
     """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
 
@@ -26,7 +27,7 @@ def convolve(
     type with `axis` of size `out`. method: "direct" (the compiler's convolution), "dft" (tile by tile in the Fourier domain,
     dnd_jax/ops/dft.py), "auto" (the cheaper one by the cost model of dnd_jax/ops/plan.py), "tuned" (the fastest one measured
     here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one).
-    batch_ways: devices that the batch is split over, for the cost model.
+    batch_ways, kernel_ways: devices that the batch, and the kernel, are split over, for the plan.
     A kernel of higher precision than x is kept by "dft" and rounded to x's type by "direct".
     Raises ValueError for an even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
     """
@@ -43,7 +44,7 @@ def convolve(
             f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel takes {kernel.shape[2]}"
         )
     if not isinstance(method, Plan):
-        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways), method)
+        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways, kernel_ways), method)
     if method.forward is None and method.backward is None:
         return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)
@@ -69,7 +70,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: Plan) -> jax.Arr
     x = jnp.moveaxis(x, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True))
     if on_tpu(x.dtype, plan.platform):
-        y = dft_tpu.forward(x, kernel, h, w)
+        y = dft_tpu.forward(x, kernel, h, w, plan.ordered)
     else:
         y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(y, 3, axis)
@@ -86,7 +87,7 @@ def _backward(axis, plan, residuals, dy):
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True))
     if on_tpu(x.dtype, plan.platform):
-        dx, dkernel = dft_tpu.backward(x, kernel, dy, h, w)
+        dx, dkernel = dft_tpu.backward(x, kernel, dy, h, w, plan.ordered)
     else:
         dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(dx, 3, axis), dkernel

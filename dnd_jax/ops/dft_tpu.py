@@ -11,7 +11,8 @@ What differs from dft.py, and why:
 - A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer bytes than Gauss's three, and
   half the rounding error.
 - Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a grid axis moves nothing inside a tile.
-- Where the compiler's own choice of memory order makes it turn large arrays, the order is given (`ordered`, `like_kernel`).
+- Where the compiler's own choice of memory order makes it turn large arrays, the order is given. Not with a kernel split over
+  devices: sharding does not get through a layout constraint, each device would make all planes (seen in compiled programs).
 
 Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the columns' axis, i j taps of the
 kernel; f p g q o b c d as in dft.py.
@@ -77,11 +78,6 @@ def written(planes: jax.Array) -> jax.Array:
     return lax.optimization_barrier(planes)
 
 
-def ordered(value: jax.Array, letters: str, memory: str) -> jax.Array:
-    """The array, whose dimensions are `letters`, written in the order `memory`, the innermost last."""
-    return with_layout_constraint(value, Layout(major_to_minor=tuple(map(letters.index, memory))))
-
-
 def cut(x_HxWxBxC: jax.Array, w: Axis) -> jax.Array:
     """-> (H, tiles, width, B, C), overlapping by k - 1 and padded with zeros outside the grid."""
     if w.tiles == 1:
@@ -96,9 +92,9 @@ def cut(x_HxWxBxC: jax.Array, w: Axis) -> jax.Array:
 class Transforms:
     """The maps of one convolution, each one matrix product."""
 
-    def __init__(self, h: Axis, w: Axis, batch: int, channels: tuple[int, int]):
+    def __init__(self, h: Axis, w: Axis, batch: int, channels: tuple[int, int], ordered: bool):
         form = form_of(h, w, batch, channels[1])
-        self._w, self._channels = w, channels
+        self._w, self._channels, self._ordered = w, channels, ordered
         self._maps = maps(h, w, form)
         self._x, self._v, self._p = PLANES[form]
 
@@ -112,7 +108,7 @@ class Transforms:
 
     def planes_of_x(self, x_HxWxBxC: jax.Array) -> jax.Array:
         rows = self.apply("x_rows", cut(x_HxWxBxC, self._w), BETWEEN)
-        return written(self.apply("x_columns", ordered(rows, "fpjstbc", "tjbspfc"), SPECTRUM))
+        return written(self.apply("x_columns", self.order(rows, "fpjstbc", "tjbspfc"), SPECTRUM))
 
     def planes_of_x_transposed(self, planes: jax.Array, out: jnp.dtype) -> jax.Array:
         """-> (H, W, B, C). The positions that a tile owns and those that it lends to the next ones come out of matrix products of
@@ -123,7 +119,7 @@ class Transforms:
         for p in range(pieces):
             part = slice(p * w.step, (p + 1) * w.step)
             rows = self.apply("x_columns", planes, BETWEEN, transposed=True, part=part)
-            x = ordered(self.apply("x_rows", rows, BETWEEN, transposed=True), "htjbc", "tjbhc")
+            x = self.order(self.apply("x_rows", rows, BETWEEN, transposed=True), "htjbc", "tjbhc")
             around = ((0, 0, 0), (p, pieces - 1 - p, 0), (0, w.step - x.shape[2], 0), (0, 0, 0), (0, 0, 0))
             total = total + lax.pad(x, jnp.zeros((), x.dtype), around)
         x = total.astype(out).reshape(total.shape[0], -1, *total.shape[3:])
@@ -134,12 +130,17 @@ class Transforms:
         return self.like_kernel(self.apply("kernel", kernel, SPECTRUM))
 
     def like_kernel(self, planes: jax.Array) -> jax.Array:
-        """Planes (..., C, D) in the memory order of the kernel itself, so that no one turns them on the way."""
+        """Planes (..., C, D) in the memory order of the kernel itself, the one that pads least."""
         c, d = self._channels
-        order = list(range(planes.ndim))
-        if padded(d, 8) * padded(c, 128) < padded(c, 8) * padded(d, 128):
-            order[-2:] = order[-1], order[-2]
-        return with_layout_constraint(planes, Layout(major_to_minor=tuple(order)))
+        turned = padded(d, 8) * padded(c, 128) < padded(c, 8) * padded(d, 128)
+        letters = f"f{self._v}gcd"
+        return self.order(planes, letters, letters[:-2] + ("dc" if turned else "cd"))
+
+    def order(self, value: jax.Array, letters: str, memory: str) -> jax.Array:
+        """The array, whose dimensions are `letters`, written in the order `memory`, the innermost last."""
+        if not self._ordered:
+            return written(value)
+        return with_layout_constraint(value, Layout(major_to_minor=tuple(map(letters.index, memory))))
 
     def product(self, x_planes: jax.Array, k_planes: jax.Array) -> jax.Array:
         return written(multiply(f"f{self._x}gstbc,f{self._v}gcd->f{self._p}gstbd", x_planes, k_planes))
@@ -164,23 +165,26 @@ def _turned(kernel: jax.Array, h: Axis, w: Axis) -> tuple[bool, jax.Array, Axis,
     return (True, kernel.swapaxes(0, 1), w, h) if h.size > w.size else (False, kernel, h, w)
 
 
-def forward(x: jax.Array, kernel: jax.Array, h: Axis, w: Axis) -> jax.Array:
-    """x (B, H, W, C), kernel (k, k, C, D) -> y (B, H, W, D), of x's type."""
+def forward(x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, ordered: bool) -> jax.Array:
+    """x (B, H, W, C), kernel (k, k, C, D) -> y (B, H, W, D), of x's type.
+
+    ordered: give the compiler the memory order of large arrays.
+    """
     turned, kernel, h, w = _turned(kernel, h, w)
-    maps = Transforms(h, w, x.shape[0], kernel.shape[2:])
+    maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
     products = maps.product(maps.planes_of_x(_grid_first(x, turned)), maps.planes_of_kernel(kernel))
     y = maps.apply("y_rows", maps.apply("y_columns", products, BETWEEN), x.dtype)  # (H, tiles, step, B, D)
     return _batch_first(y.reshape(h.size, -1, *y.shape[3:])[:, : w.size], turned)
 
 
-def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis) -> tuple[jax.Array, jax.Array]:
+def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, ordered: bool) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
     turned, kernel, h, w = _turned(kernel, h, w)
-    maps = Transforms(h, w, x.shape[0], kernel.shape[2:])
+    maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
     x, dy = _grid_first(x, turned), _grid_first(dy, turned)
     dy = jnp.pad(dy, ((0, 0), (0, w.tiles * w.step - w.size), (0, 0), (0, 0)))
     dy = dy.reshape(h.size, w.tiles, w.step, *dy.shape[2:])
-    dz = ordered(maps.apply("y_rows", dy, BETWEEN, transposed=True), "fpjstbd", "tjbspfd")
+    dz = maps.order(maps.apply("y_rows", dy, BETWEEN, transposed=True), "fpjstbd", "tjbspfd")
     dp = written(maps.apply("y_columns", dz, SPECTRUM, transposed=True))
     dx_planes = maps.product_to_x(dp, maps.planes_of_kernel(kernel))
     dk_planes = maps.product_to_kernel(maps.planes_of_x(x), dp)

@@ -35,6 +35,7 @@ class Plan:
     platform: str
     looped: bool = True
     chunks: int = 1
+    ordered: bool = False  # give a TPU's compiler the memory order of large arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Problem:
     kernel: int
     dtype: str
     platform: str
+    kernel_ways: int = 1  # devices that the kernel is split over
 
     @classmethod
-    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1) -> "Problem":
+    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1, kernel_ways: int = 1) -> "Problem":
         """From arrays or shapes as `convolve` takes them: what one of the devices that share the batch has to do."""
         height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
         k, _, channels_in, channels_out = kernel.shape
-        return cls(-(-x.shape[0] // batch_ways), height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
+        batch, dtype = -(-x.shape[0] // batch_ways), jnp.dtype(x.dtype).name
+        return cls(batch, height, width, channels_in, channels_out, k, dtype, platform, kernel_ways)
 
     @property
     def macs(self) -> int:
@@ -242,12 +245,13 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
     costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
     cpu = problem.platform == "cpu"
     looped = cpu or (problem.platform == "gpu" and any(cost.planes > LOOP_BYTES for cost in costs))
+    ordered = problem.platform == "tpu" and problem.kernel_ways == 1
     chunks = 1
     if cpu:
         held = max((cost.kernel_rows for cost in costs), default=0)
         divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
         chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
-    return Plan(forward, backward, problem.platform, looped, chunks)
+    return Plan(forward, backward, problem.platform, looped, chunks, ordered)
 
 
 def describe(problems: Iterable[Problem], method: str) -> str:
