@@ -10,7 +10,7 @@ import dataclasses
 
 from dnd_jax.config import freeze, load_file
 from dnd_jax.models.hyperconv import convolutions, forward_macs
-from dnd_jax.ops.plan import choose, dft_cost
+from dnd_jax.ops.plan import choose, dft_work
 
 DEVICES = 8
 SETTINGS = (
@@ -42,9 +42,9 @@ def limits(setting: str, chip: Chip) -> dict[str, float]:
             if tiling is None:
                 operations += 2 * problem.macs * (2 if gradient else 1)
                 continue
-            cost = dft_cost(problem, tiling, gradient)
-            operations += 2 * (cost.products + cost.transforms)
-            moved += cost.bytes
+            work = dft_work(problem, tiling, gradient)
+            operations += 2 * sum(macs for macs, _ in work)
+            moved += sum(step for _, step in work)
     direct = 6 * forward_macs(g.features, g.kernel_size)
     return {
         "direct_tflop": direct / 1e12,

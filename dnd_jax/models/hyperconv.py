@@ -150,6 +150,6 @@ def convolutions(
             "conv_n": ((l2, c2), n, n2),
         }
         for name, (grid, size_in, size_out) in shapes.items():
-            size_out = size_out // tensor if size_out % tensor == 0 else size_out
-            problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out, kernel_size, dtype, platform)
+            ways = tensor if size_out % tensor == 0 else 1
+            problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out // ways, kernel_size, dtype, platform, ways)
     return problems

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dnd_jax.ops import dft
-from dnd_jax.ops.plan import METHODS, Plan, Problem, arithmetic, choose
+from dnd_jax.ops import dft, dft_tpu
+from dnd_jax.ops.plan import METHODS, Plan, Problem, arithmetic, choose, on_tpu
 
 __all__ = ["METHODS", "convolve", "direct"]
 
@@ -70,7 +70,10 @@ def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: Plan) -> jax.Arr
         return direct(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True))
-    y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
+    if on_tpu(x.dtype, plan.platform):
+        y = dft_tpu.forward(x, kernel, h, w, plan.ordered)
+    else:
+        y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(y, 3, axis)
 
 
@@ -84,7 +87,10 @@ def _backward(axis, plan, residuals, dy):
         return jax.vjp(functools.partial(direct, axis=axis), x, kernel)[1](dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
     h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True))
-    dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
+    if on_tpu(x.dtype, plan.platform):
+        dx, dkernel = dft_tpu.backward(x, kernel, dy, h, w, plan.ordered)
+    else:
+        dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
     return jnp.moveaxis(dx, 3, axis), dkernel
 
 

@@ -8,13 +8,12 @@ For a grid (H, W), kernel k and t-point transforms (t = step + k - 1):
     P -> inverse DFTs, the valid (step_h, step_w) of each tile    -> y           "synthesis"
 
 A complex product over channels is three real ones (Gauss): the planes of a frequency are (re, im, re + im) of X and of V, and the
-synthesis matrices turn the three products back. With `products=4` one factor has the planes (re, im) and the other is the real
-2 x 2 matrix of a complex number, the smaller array of the two: a third more work, fewer bytes, half the rounding error. Either
-way everything is a real bilinear algorithm, y = S [(A x) * (K w)], so the gradients are its transposes: dP = S' dy,
-dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather than kept.
+synthesis matrices turn the three products back. So everything is a real bilinear algorithm, y = S [(A x) * (K w)], and the
+gradients are its transposes: dP = S' dy, dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather
+than kept. dnd_jax/ops/dft_tpu.py lays the same algorithm out for bfloat16 on a TPU.
 
 A grid axis of one tile needs no padding: zeros wrap around, t = size + k // 2 is enough, and matrices have the grid's own columns.
-Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X or V, o plane of P,
+Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X, V and P (o plane of P where it has others),
 i j positions, d output channel.
 """
 
@@ -55,19 +54,17 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Types inside (of half-transformed arrays, of the planes, of their products) and how a complex product is computed."""
+    """Types inside: of half-transformed arrays, of the planes, of their products."""
 
     between: jnp.dtype
     spectrum: jnp.dtype
     product: jnp.dtype
-    products: int = 3  # real ones for a complex one
-    precision: str = "highest"  # of the matrix products with float32 data
     scaled: bool = False  # bring every operand's largest value to about 1 first (float16 has little range)
 
 
-# How a complex product is made of real ones: three (Gauss), or four, with the kernel or the data as the 2 x 2 matrix.
+# How a complex product is made of real ones: three (Gauss), or four, with one factor's planes (re, im) and the other, the kernel or
+# the data, as the real 2 x 2 matrix of a complex number: a third more work, fewer bytes, half the rounding error.
 GAUSS, WIDE_KERNEL, WIDE_DATA = "gauss", "wide kernel", "wide data"
-_PLANES = {GAUSS: ("q", "q", "q"), WIDE_KERNEL: ("q", "oq", "o"), WIDE_DATA: ("oq", "q", "o")}  # of X, of V, of P
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,25 +140,19 @@ def cut(x: jax.Array, axis: int, a: Axis) -> jax.Array:
 class Transforms:
     """The linear maps of one convolution; every one is written once, forwards, and transposed by JAX or by swapping indices."""
 
-    def __init__(self, h: Axis, w: Axis, arithmetic: Arithmetic, batch: int, channels_out: int):
+    def __init__(self, h: Axis, w: Axis, arithmetic: Arithmetic):
         self.h, self.w, self.arithmetic = h, w, arithmetic
-        wide = WIDE_DATA if batch * h.tiles * w.tiles < channels_out else WIDE_KERNEL
-        form = GAUSS if arithmetic.products == 3 else wide
-        self._matrices = matrices(h, w, form)
-        self._x, self._v, self._p = _PLANES[form]
+        self._matrices = matrices(h, w, GAUSS)
 
     def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
         """An einsum of a transform matrix with data, in the data's type but accumulated in at least float32."""
         matrix = jnp.asarray(getattr(self._matrices, name), value.dtype)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        precision = self.arithmetic.precision
-        return jnp.einsum(pattern, matrix, value, precision=precision, preferred_element_type=wide).astype(out)
+        return jnp.einsum(pattern, matrix, value, precision="highest", preferred_element_type=wide).astype(out)
 
     def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
-        # bfloat16 data stays so where planes are (TPU): half the bytes, for a matrix of 8 bits in this one step.
-        keep = x_BxHxWxC.dtype == self.arithmetic.spectrum
-        x = x_BxHxWxC if keep else x_BxHxWxC.astype(self.arithmetic.between)
+        x = x_BxHxWxC.astype(self.arithmetic.between)
         x = cut(cut(x, 1, self.h), 3, self.w).transpose(2, 4, 0, 1, 3, 5)
         return self._dot("fpi,ijbhwc->fpjbhwc", "x_rows", x, self.arithmetic.between)
 
@@ -178,39 +169,39 @@ class Transforms:
 
     # Of one row frequency (no f), so that a loop over f keeps only its own planes.
     def x_planes(self, z: jax.Array) -> jax.Array:
-        """(p, width_w, B, tiles_h, tiles_w, C) -> ([o,] q, g, B, tiles_h, tiles_w, C)."""
-        return self._dot(f"{self._x}gpj,pjbhwc->{self._x}gbhwc", "x_columns", z, self.arithmetic.spectrum)
+        """(p, width_w, B, tiles_h, tiles_w, C) -> (q, g, B, tiles_h, tiles_w, C)."""
+        return self._dot("qgpj,pjbhwc->qgbhwc", "x_columns", z, self.arithmetic.spectrum)
 
     def x_planes_transposed(self, planes: jax.Array) -> jax.Array:
-        return self._dot(f"{self._x}gpj,{self._x}gbhwc->pjbhwc", "x_columns", planes, self.arithmetic.between)
+        return self._dot("qgpj,qgbhwc->pjbhwc", "x_columns", planes, self.arithmetic.between)
 
     def k_planes(self, z: jax.Array) -> jax.Array:
-        """(p, k, C, D) -> ([o,] q, g, C, D)."""
-        return self._dot(f"{self._v}gpj,pjcd->{self._v}gcd", "k_columns", z, self.arithmetic.spectrum)
+        """(p, k, C, D) -> (q, g, C, D)."""
+        return self._dot("qgpj,pjcd->qgcd", "k_columns", z, self.arithmetic.spectrum)
 
     def k_planes_transposed(self, planes: jax.Array) -> jax.Array:
-        return self._dot(f"{self._v}gpj,{self._v}gcd->pjcd", "k_columns", planes, self.arithmetic.between)
+        return self._dot("qgpj,qgcd->pjcd", "k_columns", planes, self.arithmetic.between)
 
     def y_columns(self, products: jax.Array) -> jax.Array:
-        """(o, g, B, tiles_h, tiles_w, D) -> (p, step_w, B, tiles_h, tiles_w, D)."""
-        return self._dot("pjog,ogbhwd->pjbhwd", "y_columns", products, self.arithmetic.product)
+        """(q, g, B, tiles_h, tiles_w, D) -> (p, step_w, B, tiles_h, tiles_w, D)."""
+        return self._dot("pjqg,qgbhwd->pjbhwd", "y_columns", products, self.arithmetic.product)
 
     def y_columns_transposed(self, z: jax.Array) -> jax.Array:
-        return self._dot("pjog,pjbhwd->ogbhwd", "y_columns", z, self.arithmetic.spectrum)
+        return self._dot("pjqg,pjbhwd->qgbhwd", "y_columns", z, self.arithmetic.spectrum)
 
     def _multiply(self, pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        precision = self.arithmetic.precision if a.dtype == jnp.float32 else None
+        precision = "highest" if a.dtype == jnp.float32 else None
         return jnp.einsum(pattern, a, b, precision=precision, preferred_element_type=self.arithmetic.product)
 
     # The products over channels (or over tiles, for the kernel's gradient), frequency by frequency.
     def product(self, x_planes: jax.Array, k_planes: jax.Array) -> jax.Array:
-        return self._multiply(f"{self._x}gbhwc,{self._v}gcd->{self._p}gbhwd", x_planes, k_planes)
+        return self._multiply("qgbhwc,qgcd->qgbhwd", x_planes, k_planes)
 
     def product_to_x(self, dp: jax.Array, k_planes: jax.Array) -> jax.Array:
-        return self._multiply(f"{self._p}gbhwd,{self._v}gcd->{self._x}gbhwc", dp, k_planes)
+        return self._multiply("qgbhwd,qgcd->qgbhwc", dp, k_planes)
 
     def product_to_k(self, x_planes: jax.Array, dp: jax.Array) -> jax.Array:
-        return self._multiply(f"{self._x}gbhwc,{self._p}gbhwd->{self._v}gcd", x_planes, dp)
+        return self._multiply("qgbhwc,qgbhwd->qgcd", x_planes, dp)
 
 
 def _scale(x: jax.Array, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
@@ -247,7 +238,7 @@ def forward(
 
     looped: one row frequency after the other. chunks (a divisor of D): one part of the output channels after the other.
     """
-    maps = Transforms(h, w, arithmetic, x.shape[0], kernel.shape[3])
+    maps = Transforms(h, w, arithmetic)
     x_scaled, x_power = _scale(x, arithmetic.scaled)
     k_scaled, k_power = _scale(kernel, arithmetic.scaled)
     zx = maps.x_rows(x_scaled)
@@ -271,7 +262,7 @@ def backward(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, arithmetic: Arithmetic, looped: bool = False, chunks: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
-    maps = Transforms(h, w, arithmetic, x.shape[0], kernel.shape[3])
+    maps = Transforms(h, w, arithmetic)
     x_scaled, x_power = _scale(x, arithmetic.scaled)
     k_scaled, k_power = _scale(kernel, arithmetic.scaled)
     dy, dy_power = _scale(dy.astype(arithmetic.product), arithmetic.scaled)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
+from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic, Axis
 
 METHODS = ("auto", "direct", "dft", "tuned")
@@ -20,7 +21,7 @@ Tiling = tuple[int, int]  # tiles along each grid axis
 
 MARGIN = 1.15  # predicted gain below which the direct method stays
 LARGEST_TRANSFORM = 64  # points
-LOOP_BYTES = 4 << 30  # planes beyond this are made one row frequency at a time
+LOOP_BYTES = 4 << 30  # of planes, beyond which a GPU makes them one row frequency at a time
 MOST_CHUNKS = 64
 CHUNK_BYTES = 128 << 20  # of half-transformed kernel held at once on a CPU
 
@@ -34,6 +35,7 @@ class Plan:
     platform: str
     looped: bool = True
     chunks: int = 1
+    ordered: bool = False  # give a TPU's compiler the memory order of large arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Problem:
     kernel: int
     dtype: str
     platform: str
+    channel_ways: int = 1  # devices that the output channels were split over
 
     @classmethod
     def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1, channel_ways: int = 1) -> "Problem":
@@ -55,7 +58,8 @@ class Problem:
         height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
         k, _, channels_in, channels_out = kernel.shape
         batch, channels_out = -(-x.shape[0] // batch_ways), -(-channels_out // channel_ways)
-        return cls(batch, height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
+        dtype = jnp.dtype(x.dtype).name
+        return cls(batch, height, width, channels_in, channels_out, k, dtype, platform, channel_ways)
 
     @property
     def macs(self) -> int:
@@ -84,7 +88,7 @@ class Rates:
 RATES = {
     "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, full_channels=40, turn=1e-4),
     "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, full_channels=64),
-    "tpu": Rates(360e12, 360e12, 300e12, 100e12, 1.6e12, full_channels=100, lanes=128),
+    "tpu": Rates(394e12, 394e12, 394e12, 100e12, 2.35e12, full_channels=1, lanes=128),
 }
 
 
@@ -98,16 +102,19 @@ def arithmetic(dtype, platform: str) -> Arithmetic:
     """The types inside a transform.
 
     float64 and float32 stay what they are. 16-bit data: a CPU computes in float32; a GPU in float16, scaled, whose 11 bits lose
-    nothing that bfloat16's 8 would show; a TPU multiplies bfloat16 planes, so there the four-product form keeps the error down.
+    nothing that bfloat16's 8 would show; a TPU does as dnd_jax/ops/dft_tpu.py says.
     """
     dtype, f32 = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     if dtype.itemsize >= 4:
         return Arithmetic(dtype, dtype, dtype)
     if platform == "gpu":
         return Arithmetic(jnp.dtype(jnp.float16), jnp.dtype(jnp.float16), f32, scaled=True)
-    if platform == "tpu":
-        return Arithmetic(f32, jnp.dtype(jnp.bfloat16), f32, products=4, precision="high")
     return Arithmetic(f32, f32, f32)
+
+
+def on_tpu(dtype, platform: str) -> bool:
+    """Whether the algorithm is that of dnd_jax/ops/dft_tpu.py."""
+    return platform == "tpu" and jnp.dtype(dtype).itemsize == 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +146,10 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     tiles = problem.batch * h.tiles * w.tiles
     f = h.t // 2 + 1
     frequencies = f * w.t
-    wide_x, wide_k = (3, 3) if a.products == 3 else (4, 2) if tiles < d else (2, 4)
     # Elements of every array, and the multiply-accumulates of every map.
     x_tiles, y_tiles = h.width * w.width * tiles * c, h.step * w.step * tiles * d
     zx, zk, zy = 2 * f * w.width * tiles * c, 2 * f * k * c * d, 2 * f * w.step * tiles * d
-    planes_y = 3 if a.products == 3 else 2
-    px, pk, py = (frequencies * n for n in (wide_x * tiles * c, wide_k * c * d, planes_y * tiles * d))
+    px, pk, py = (3 * frequencies * n for n in (tiles * c, c * d, tiles * d))
     of_x = zx * h.width + 2 * px * w.width
     of_k = zk * k + 2 * pk * k
     of_y = zy * h.step + 2 * py * w.step
@@ -156,7 +161,7 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     bytes_y = 2 * (y_tiles + zy + py) * product * padded_d
     every = 2 if gradient else 1
     return Cost(
-        products=every * a.products * frequencies * tiles * c * d,
+        products=every * 3 * frequencies * tiles * c * d,
         transforms=every * (of_x + of_k) + of_y,
         bytes=every * (bytes_x + bytes_k) + bytes_y,
         planes=(px + pk) * spectrum + py * product,
@@ -165,11 +170,30 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     )
 
 
+def dft_work(problem: Problem, tiling: Tiling, gradient: bool) -> list[tuple[float, float]]:
+    """(multiply-accumulates, bytes) of what runs one after the other under a tiling: a single entry but on a TPU."""
+    if on_tpu(problem.dtype, problem.platform):
+        return dft_tpu.steps(*problem.axes(tiling), problem.batch, problem.channels_in, problem.channels_out, gradient)
+    cost = dft_cost(problem, tiling, gradient)
+    return [(cost.products + cost.transforms, cost.bytes)]
+
+
+def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool) -> float:
+    """The time of a tiling. A TPU's compiler counts a step as its operations or its bytes, whichever take longer."""
+    rates = RATES[problem.platform]
+    if on_tpu(problem.dtype, problem.platform):
+        return sum(max(2 * macs / rates.product, moved / rates.memory) for macs, moved in dft_work(problem, tiling, gradient))
+    return dft_cost(problem, tiling, gradient).seconds(rates)
+
+
 def direct_seconds(problem: Problem, gradient: bool) -> float:
     """The time of the direct method."""
     rates = RATES[problem.platform]
     share = min(1.0, min(problem.channels_in, problem.channels_out) / rates.full_channels)
     flop = 2 * problem.macs / share
+    if on_tpu(problem.dtype, problem.platform):
+        moved = dft_tpu.direct_bytes(problem.batch * problem.height * problem.width, problem.channels_in, problem.channels_out)
+        return (2 if gradient else 1) * max(flop / rates.direct, moved / rates.memory)
     return flop / rates.direct + flop / rates.direct_kernel_gradient if gradient else flop / rates.direct
 
 
@@ -187,9 +211,7 @@ def tilings(problem: Problem) -> list[Tiling]:
 
 def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
     """The cheapest tiling by the model and its seconds."""
-    rates = RATES[problem.platform]
-    timed = [(dft_cost(problem, tiling, gradient).seconds(rates), tiling) for tiling in tilings(problem)]
-    seconds, tiling = min(timed)
+    seconds, tiling = min((dft_seconds(problem, tiling, gradient), tiling) for tiling in tilings(problem))
     return tiling, seconds
 
 
@@ -223,13 +245,14 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
     """Adds to tilings how their arrays are kept small enough."""
     costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
     cpu = problem.platform == "cpu"
-    looped = cpu or any(cost.planes > LOOP_BYTES for cost in costs)
+    looped = cpu or (problem.platform == "gpu" and any(cost.planes > LOOP_BYTES for cost in costs))
+    ordered = problem.platform == "tpu" and problem.channel_ways == 1
     chunks = 1
     if cpu:
         held = max((cost.kernel_rows for cost in costs), default=0)
         divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
         chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
-    return Plan(forward, backward, problem.platform, looped, chunks)
+    return Plan(forward, backward, problem.platform, looped, chunks, ordered)
 
 
 def describe(problems: Iterable[Problem], method: str) -> str:

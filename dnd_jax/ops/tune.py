@@ -61,8 +61,7 @@ def seconds_of(problem: Problem, method: Plan, gradient: bool) -> float:
 
 def measure(problem: Problem, gradient: bool) -> dict[Tiling | None, float]:
     """Seconds of the direct method (None) and of the CANDIDATES cheapest tilings, for the output or for both gradients."""
-    rates = plan.RATES[problem.platform]
-    cheapest = sorted(plan.tilings(problem), key=lambda tiling: plan.dft_cost(problem, tiling, gradient).seconds(rates))
+    cheapest = sorted(plan.tilings(problem), key=lambda tiling: plan.dft_seconds(problem, tiling, gradient))
     tried = (None, *cheapest[:CANDIDATES])
     both = {tiling: (None, tiling) if gradient else (tiling, None) for tiling in tried}
     return {tiling: seconds_of(problem, plan.with_memory(problem, *pair), gradient) for tiling, pair in both.items()}
