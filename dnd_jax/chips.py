@@ -6,10 +6,7 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one device: bfloat16 operations a second, memory in bytes, its bytes a second, and bytes a second of one link one way.
-
-    links: how many connect it to its neighbours (a GPU's count as one).
-    """
+    """Of one device: bfloat16 operations a second, memory in bytes, its bytes a second, and bytes a second of one link one way."""
 
     name: str
     platform: str
@@ -17,7 +14,6 @@ class Chip:
     memory: float
     bandwidth: float
     link: float
-    links: int
     network: float = 6.25e9  # bytes a second to other slices or hosts, over the data centre's network
 
     def seconds(self, flops: float, moved: float) -> float:
@@ -28,14 +24,15 @@ class Chip:
 # Pattern of jax.Device.device_kind -> the chip. Memory is what a program may use, in GiB as the compilers count it.
 _GIB = 2**30
 CHIPS = {
-    r"TPU v4$": Chip("TPU v4", "tpu", 275e12, 31.75 * _GIB, 1228e9, 45e9, 6),
-    r"TPU v5 lite|TPU v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * _GIB, 819e9, 45e9, 4),
-    r"TPU v5p|TPU v5$": Chip("TPU v5p", "tpu", 459e12, 95.74 * _GIB, 2765e9, 90e9, 6),
-    r"TPU v6 lite|TPU v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * _GIB, 1640e9, 90e9, 4),
-    r"TPU7x|TPU v7": Chip("TPU7x", "tpu", 1154e12, 96 * _GIB, 3690e9, 100e9, 6),  # one of a chip's two devices
-    r"A100": Chip("A100", "gpu", 312e12, 80 * _GIB, 2039e9, 300e9, 1),
-    r"H100": Chip("H100", "gpu", 989e12, 80 * _GIB, 3350e9, 450e9, 1),
-    r"H200": Chip("H200", "gpu", 989e12, 141 * _GIB, 4800e9, 450e9, 1),
+    r"TPU v4$": Chip("TPU v4", "tpu", 275e12, 31.75 * _GIB, 1228e9, 45e9),
+    r"TPU v5 lite|TPU v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * _GIB, 819e9, 45e9),
+    r"TPU v5p|TPU v5$": Chip("TPU v5p", "tpu", 459e12, 95.74 * _GIB, 2765e9, 90e9),
+    r"TPU v6 lite|TPU v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * _GIB, 1640e9, 90e9),
+    r"TPU7x|TPU v7": Chip("TPU7x", "tpu", 1154e12, 96 * _GIB, 3690e9, 100e9),  # one of a chip's two devices
+    r"A100.*40GB": Chip("A100 40GB", "gpu", 312e12, 40 * _GIB, 1555e9, 300e9),
+    r"A100": Chip("A100 80GB", "gpu", 312e12, 80 * _GIB, 2039e9, 300e9),
+    r"H100": Chip("H100", "gpu", 989e12, 80 * _GIB, 3350e9, 450e9),
+    r"H200": Chip("H200", "gpu", 989e12, 141 * _GIB, 4800e9, 450e9),
 }
 
 

@@ -22,13 +22,13 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from dnd_jax import loop
 from dnd_jax.adapters import checkpoint_folders, config_file, load_adapter, load_adapter_config, read_shapes, weights_file
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.layout import Importance, LoraLayout
 from dnd_jax.models.hf import read_safetensors
+from dnd_jax.stopping import stop
 from dnd_jax.suite import Suite
 from dnd_jax.targets import ChunkTarget, ElementTarget, Target, save_statistics
 
@@ -72,6 +72,11 @@ class Checkpoints:
         for name, paths in self.folders.items():
             if dataset in (None, name):
                 yield from ((str(path), load_adapter(path)) for path in paths)
+
+    def digest(self) -> str:
+        """Names which checkpoints there are, for a record: dataset, file, size and settings, but no times (copies change them)."""
+        seen = [[name, file, size, settings] for name, file, size, _, settings in self.identity()]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self, dataset: str | None = None) -> list:
         """What tells one dataset's checkpoint files, or all, from others without reading them: names, sizes, times of change in
@@ -151,7 +156,7 @@ def _write_tokens(checkpoints: Checkpoints, dataset: str, target: Target, folder
             paths = [str(path) for path in checkpoints.folders[dataset]]
             ahead = reader.submit(load_adapter, paths[0])  # the next one is read while this one is encoded
             for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
-                loop.stop.check()
+                stop.check()
                 tensors = ahead.result()
                 if i + 1 < len(paths):
                     ahead = reader.submit(load_adapter, paths[i + 1])

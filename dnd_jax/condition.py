@@ -13,8 +13,8 @@ import numpy as np
 
 from dnd_jax import config as config_lib
 from dnd_jax.files import replacing
-from dnd_jax.loop import stop
 from dnd_jax.models.text_encoder import LAST, encode_windows, load_encoder
+from dnd_jax.stopping import stop
 
 TOKENS_PER_BATCH = 8192
 CHUNK = 1 << 24  # bytes of a file hashed at a time

@@ -26,6 +26,7 @@ from dnd_jax.generate import TrainedGenerator, draw_prompts
 from dnd_jax.models import hf
 from dnd_jax.overhead import measure_overhead
 from dnd_jax.results import METHODS, pack, unpack
+from dnd_jax.stopping import stop
 from dnd_jax.suite import Dataset, Suite
 from dnd_jax.targets import ElementTarget
 
@@ -85,7 +86,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
 
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
-        loop.stop.check()
+        stop.check()
         name, prompts = dataset.name, texts(dataset)
         wrong = texts(wrong_task(suite, name))
         drawn = pooled(draw_prompts(prompts, n, 0))
@@ -142,7 +143,7 @@ def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, se
             jobs.setdefault(str(folder), (folder, []))[1].append(dataset)
     todo = {label: job for label, job in jobs.items() if label not in scores}
     for label, (folder, datasets) in tqdm(todo.items(), desc="score in PyTorch", unit="adapter", dynamic_ncols=True):
-        loop.stop.check()
+        stop.check()
         base.use(folder)
         answers = answers_to(base, datasets, settings["evaluate"]["answers"])
         each = {name: scorers[name].each(texts) for name, texts in answers.items()}
@@ -191,7 +192,7 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
     worst = 0.0
     scale = config.lora.alpha / config.lora.rank
     for dataset in tqdm(suite.unseen, desc="compare with JAX", unit="dataset", dynamic_ncols=True):
-        loop.stop.check()
+        stop.check()
         folder = candidates.by_dataset[dataset.name]["generated"][0]
         base.use(folder)
         theirs, lora = base.answer_ids(dataset.test), load_adapter(folder)

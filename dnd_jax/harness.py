@@ -27,6 +27,7 @@ from dnd_jax.evaluate import by_method, make_candidates
 from dnd_jax.files import read_json, replacing, write_json
 from dnd_jax.lm_data import render
 from dnd_jax.results import add_intervals, pack, rule, summarise, unpack
+from dnd_jax.stopping import stop
 from dnd_jax.suite import Dataset, Suite
 
 SCORES = "lm_eval/scores.json"
@@ -245,7 +246,7 @@ def lm_eval_stage(
     for label, titles in tqdm(jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True):
         todo = {title: loaded[title] for title in titles if title not in scores.get(label, {})}
         if todo:
-            loop.stop.check()
+            stop.check()
             base.use(None if label == "base" else label)
             found = score(base, todo, own, config.evaluate.batch_size, limit, unsafe_code)
             new = {title: {"metric": metric, "values": pack(values)} for title, (metric, values) in found.items()}

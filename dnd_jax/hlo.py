@@ -14,6 +14,7 @@ _OPERATION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (?P<type>.*?) (?P<op>[a-z][a-
 _SHAPE = re.compile(r"\b(?P<type>pred|[a-z]+\d+\w*)\[(?P<dims>[\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(?:\{(?P<many>[^}]*)\}|%?(?P<one>[\w.\-]+))")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _LIMIT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\s*\{[\\"]*n[\\"]*:[\\"]*(\d+)')
 
@@ -59,8 +60,8 @@ def replica_groups(text: str) -> np.ndarray | None:
     return None
 
 
-def _wire(kind: str, sizes: list[int], members: int) -> float:
-    """Bytes that a device sends in a ring of so many."""
+def _wire(kind: str, sizes: list[float], members: int) -> float:
+    """Bytes that a device sends in a ring of so many. sizes: of the results."""
     share, total = (members - 1) / members, sum(sizes)
     return {"all-reduce": 2 * share, "reduce-scatter": members * share, "collective-permute": 1.0}.get(kind, share) * total
 
@@ -93,12 +94,20 @@ def collectives(program: str, devices: int, slices: int = 1) -> dict[str, Traffi
                 continue
             op, rest = match["op"], match["rest"]
             kind = op.removesuffix("-start")
-            if kind in KINDS:
+            if op == "send" and "xla_megascale" in rest:  # a TPU's network between slices: each device sends its share
+                transfer, size = _TRANSFER.search(rest), _bytes(match["type"])[0]
+                kind = transfer[1].lower().replace("_", "-") if transfer else "send"
+                found[kind].count += times
+                found[kind].bytes += times * size
+                found[kind].network_bytes += times * _wire(kind, [size], slices)
+            elif kind in KINDS:
                 sizes = _bytes(match["type"])
                 if op.endswith("-start") and kind != "all-reduce" and len(sizes) > 1:
                     sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[:1]  # (operands, results)
                 groups = replica_groups(rest)
                 members = devices if groups is None else groups.shape[1]
+                if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # how a TPU's compiler writes it
+                    kind, sizes = "reduce-scatter", [size / members for size in sizes]
                 per_slice = max(1, devices // slices)
                 crosses = slices > 1 and (groups is None or bool(np.any(groups // per_slice != groups[:, :1] // per_slice)))
                 traffic, wire = found[kind], _wire(kind, sizes, members)

@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,46 +27,11 @@ from tqdm import tqdm
 from dnd_jax import multihost
 from dnd_jax.errors import InputError, listed
 from dnd_jax.metrics import Metrics, Profiler
+from dnd_jax.stopping import Stopped, stop
 
 CHECKPOINTS = "checkpoints"
 AHEAD = 2  # batches made before they are needed
 SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
-
-
-class Stopped(Exception):
-    """A stop was asked for (SIGTERM, Ctrl-C) and everything up to now is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request that long work honours at its next safe point."""
-
-    def __init__(self):
-        self.signum: int | None = None
-
-    def install(self) -> None:
-        """Takes over both signals (main thread only). A second Ctrl-C interrupts at once."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
-            signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, signum: int, frame) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum
-        if multihost.several() and signum == signal.SIGINT:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX's preemption service tells to all processes
-
-    def check(self) -> None:
-        """Raises Stopped if a stop was asked for: call it where nothing is half done."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
-
-
-stop = StopRequest()
 
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
@@ -105,41 +69,60 @@ def open_checkpoints(directory: os.PathLike, keep_last: int = 2, keep_every: int
     return ocp.CheckpointManager(epath.Path(directory), options=options)
 
 
-def restore(manager: ocp.CheckpointManager, state: Any, record: Mapping, allowed: Collection[str] = ()) -> tuple[int, Any]:
-    """(step, state) of the newest readable checkpoint, on the shardings of `state`; (0, state) when there is none.
+def _address(folder: str | os.PathLike) -> str:
+    """A gs:// address as it is, a folder as an absolute path."""
+    return str(folder) if "://" in str(folder) else str(pathlib.Path(folder).absolute())
 
-    Raises InputError when its record (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none
-    can be read.
+
+def restore(manager: ocp.CheckpointManager, shapes: Any, record: Mapping, allowed: Collection[str] = ()) -> tuple[int, Any]:
+    """(step, state) of the newest readable checkpoint, on the shardings of `shapes` (arrays or shapes that have one); (0, None)
+    when there is none.
+
+    A newer one that cannot be read is moved aside to "STEP.damaged". Several processes agree on the step. Raises InputError when
+    its record (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none can be read.
     """
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes)
     faults = []
     for step in sorted(manager.all_steps(), reverse=True):
+        stored = state = error = None
         try:
             stored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        except Exception as error:  # whatever a damaged file makes of itself
-            faults.append((step, error))
+        except Exception as fault:  # whatever a damaged file makes of itself
+            error = fault
+        if multihost.all_of(error is None):
+            check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
+            try:
+                state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+            except Exception as fault:
+                error = fault
+                if "RESOURCE_EXHAUSTED" in str(fault):
+                    raise
+        if not multihost.all_of(error is None):
+            faults.append((step, error or "another process cannot read it"))
             continue
-        check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
-        try:
-            state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        except Exception as error:
-            faults.append((step, error))
-            continue
-        for broken, error in faults:
-            if multihost.lead():
-                tqdm.write(f"{manager.directory}/{broken} is damaged ({type(error).__name__}); going on from step {step}")
-                (manager.directory / str(broken)).rmtree(missing_ok=True)
         if faults:
-            multihost_utils.sync_global_devices("damaged checkpoints removed")
+            with multihost.lead_first():
+                if multihost.lead():
+                    for broken, fault in faults:
+                        aside = manager.directory / f"{broken}.damaged"
+                        aside.rmtree(missing_ok=True)
+                        (manager.directory / str(broken)).rename(aside)
+                        found = f"{manager.directory}/{broken} is damaged ({_reason(fault)}), moved to {aside.name}"
+                        tqdm.write(f"{found}; going on from step {step}")
             manager.reload()
         return step, state
     if faults:
         steps = ", ".join(str(step) for step, _ in faults)
-        reason = str(faults[0][1]).strip().splitlines()[0][:200]
         raise InputError(
-            f"{manager.directory}: no checkpoint can be read (steps {steps}: {reason}); delete the folder to start over"
+            f"{manager.directory}: no checkpoint can be read (steps {steps}: {_reason(faults[0][1])}); mend its storage, or "
+            "delete the folder to start over"
         )
-    return 0, state
+    return 0, None
+
+
+def _reason(error: object) -> str:
+    """The first line of an error, not too long."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else type(error).__name__
 
 
 def ahead(batch_at: Callable[[int], Any], first: int, steps: int) -> Iterator[tuple[int, Any, float]]:
@@ -187,8 +170,11 @@ def run(
     blame: Callable[[int], str] = lambda step: "",
     row_of: Callable[[int, Mapping, float], Mapping] = lambda step, values, seconds: values,
     options: Options = Options(),
+    init: Callable[[], Any] | None = None,
 ) -> Any:
-    """Trains `state` from its newest checkpoint in `directory` to `steps` and returns it.
+    """Trains from the newest checkpoint in `directory`, or from `state`, to `steps` and returns the state.
+
+    state may be shapes with shardings; then init makes the first one, if there is no checkpoint: never two are held.
 
     batch_at(i) is the batch of the i-th step, counted from 0; a thread calls it AHEAD of its use. metrics must hold "loss"; they
     are read one step late. after_step(i + 1, state) runs after each step. record (JSON) is kept with every checkpoint and must not
@@ -197,9 +183,11 @@ def run(
     saving when a stop was asked for, InputError when checkpoints do not fit, the loss is not finite or the disk refuses.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manager = open_checkpoints(options.checkpoint_dir or directory.absolute() / CHECKPOINTS, options.keep_last, options.keep_every)
+    manager = open_checkpoints(_address(options.checkpoint_dir or directory / CHECKPOINTS), options.keep_last, options.keep_every)
     record, lead = json.loads(json.dumps(record)), multihost.lead()
-    first, state = restore(manager, state, record, options.allowed)
+    first, restored = restore(manager, state, record, options.allowed)
+    state = restored if first else init() if init else state
+    del restored
     metrics = Metrics(directory, first, options.trackers, title) if lead else None
     profiler = Profiler(directory, options.profile)
     bar = tqdm(
@@ -227,9 +215,14 @@ def run(
         step, values, waited = pending
         pending = None
         row = {key: np.asarray(value).tolist() for key, value in values.items()}
-        if not math.isfinite(row["loss"]):
+        bad = [
+            f"the {name.replace('_', ' ')} is {row[name]}"
+            for name in ("loss", "gradient_norm")
+            if not math.isfinite(row.get(name, 0))
+        ]
+        if bad:
             raise InputError(
-                f"{title}: the loss is {row['loss']} at step {step}{blame(step - 1)}; last good checkpoint: "
+                f"{title}: {bad[0]} at step {step}{blame(step - 1)}; last good checkpoint: "
                 f"{f'{manager.directory}/{last_saved}' if last_saved else 'none'}; lower the learning rate or mend the data"
             )
         now = time.perf_counter()
@@ -255,19 +248,33 @@ def run(
                 read_pending()  # never save a state whose loss has not been seen to be finite
                 save(i + 1)
             if stopping:
-                raise Stopped(stop.signum or signal.SIGTERM)
+                raise Stopped(stop.signum or signal.SIGTERM, agreed=True)
         read_pending()
-    except OSError as error:
-        raise InputError(
-            f"{directory}: cannot write ({error.strerror or error}); free some space and run the same command"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _disk_error(error, directory) from error
     finally:
         profiler.close()
         bar.close()
         if metrics is not None:
             metrics.close()
-        try:
-            manager.wait_until_finished()
-        finally:
-            manager.close()
+        _finish(manager, directory)
     return state
+
+
+def _finish(manager: ocp.CheckpointManager, directory: pathlib.Path) -> None:
+    """Waits for the checkpoint that is being written."""
+    try:
+        manager.wait_until_finished()
+    except (OSError, ValueError) as error:
+        raise _disk_error(error, directory) from error
+    finally:
+        manager.close()
+
+
+def _disk_error(error: Exception, directory: pathlib.Path) -> Exception:
+    """The user's line for a disk that refuses; any other error as it is. Orbax reports a full disk as ValueError."""
+    full = isinstance(error, ValueError) and "No space left" in str(error)
+    if isinstance(error, OSError) or full:
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+        return InputError(f"{directory}: cannot write ({reason}); free some space and run the same command")
+    return error

@@ -1,6 +1,8 @@
 """The console command: dnd STAGE --config=FILE --workdir=DIR [--config.key=value ...]. `dnd` alone lists the stages."""
 
+import dataclasses
 import glob
+import json
 import os
 import pathlib
 import shlex
@@ -86,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):  # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from dnd_jax import loop
+    from dnd_jax.stopping import Stopped, stop
 
-    loop.stop.install()
+    stop.install()
     try:
         if argv[0] not in STAGES:
             import difflib
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, CheckFailed) as error:
         print(f"dnd: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except (loop.Stopped, KeyboardInterrupt) as error:
+    except (Stopped, KeyboardInterrupt) as error:
         name = str(error) or "SIGINT"
         print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
         return _stopped_status() if name == "SIGTERM" else 130
@@ -169,6 +171,8 @@ def _run(stage: str, arguments: list[str]) -> None:
         print(usage())
         return
     values, config, config_file, argument = _parse(stage, arguments)
+    if stage != "train" and (values.coordinator or values.multihost):
+        raise InputError(f"--coordinator and --multihost are for `dnd train`; `dnd {stage}` runs as one process")
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
@@ -288,15 +292,17 @@ def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
 def _plan(values, config, workdir: pathlib.Path) -> None:
     if values.devices and values.topology:
         raise InputError("--devices (virtual CPU devices) and --topology (TPU chips) exclude each other")
-    if values.measure and (values.topology or config.sweep.topologies):
+    if values.measure and (values.topology or (values.sweep and config.sweep.topologies and not values.devices)):
         raise InputError("--measure runs on this machine's devices; leave --topology and config.sweep.topologies empty")
     if values.devices:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count={values.devices}")
-    elif values.topology or config.sweep.topologies:
+    elif values.topology or (values.sweep and config.sweep.topologies):
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs
     from dnd_jax import plan, sweep
 
+    if values.topology or values.devices:
+        config = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, topologies=(values.topology,)))
     if values.sweep:
         plans = sweep.sweep(config, workdir, values.measure)
         print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}", flush=True)
@@ -320,9 +326,10 @@ def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
     profile = [int(step) for step in values.profile if step.isdigit()]
     if values.profile and (len(values.profile) != 2 or len(profile) != 2 or profile[0] >= profile[1]):
         raise InputError(f"--profile={','.join(values.profile)}: expected two steps, the first below the second, such as 100,110")
-    same = [a for a in arguments if not a.startswith(("--process=", "--workdir="))]
+    same = [json.dumps(config.to_json(), sort_keys=True), *values.allow, *values.profile]
     address = values.coordinator, values.processes, values.process
     with multihost.joined(*address, values.multihost, values["start-timeout"].value, same):
+        multihost.check_shared(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         with multihost.lead_first():
             suite = q.open_suite(config, workdir, values.strict)

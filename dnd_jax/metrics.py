@@ -1,5 +1,6 @@
 """What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked for, and profiler traces."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from dnd_jax.errors import InputError
+from dnd_jax.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,7 +27,8 @@ class Metrics:
         path = directory / METRICS_FILE
         lines = path.read_text().splitlines() if path.exists() and step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping) -> None:
@@ -58,7 +61,9 @@ def _wandb(directory: pathlib.Path, step: int, title: str) -> tuple[Callable[[in
         import wandb
     except ImportError:
         raise InputError("train.trackers: wandb is not installed; pip install wandb") from None
-    run = wandb.init(project="dnd_jax", name=f"{directory.absolute().parent.name} {title}", dir=str(directory))
+    folder = directory.absolute()
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run when it goes on
+    run = wandb.init(project="dnd_jax", name=f"{folder.parent.name} {title}", dir=str(folder), id=name, resume="allow")
     return lambda step, row: run.log(dict(row), step=step), run.finish
 
 
@@ -74,7 +79,7 @@ class Profiler:
     def at(self, done: int, wait_for: Any) -> None:
         """Starts or stops after `done` steps; wait_for: what the last traced step computes."""
         first, last = self._window
-        if done == first and not self._running:
+        if first <= done < last and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
         elif done == last and self._running:

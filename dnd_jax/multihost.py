@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
+import secrets
 import socket
 import sys
 import threading
@@ -19,10 +21,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dnd_jax.errors import InputError
+from dnd_jax.stopping import Stopped, stop
 
 BEAT, SILENCE = 5.0, 40.0  # seconds between signs of life, and without one until a peer counts as gone
 LOST = 3  # exit status
 _RESUME = "start every process again with the same command to resume"
+_peers: "Peers | None" = None  # of this process, while it is one of several
 
 
 def lead() -> bool:
@@ -39,28 +43,38 @@ class _Line:
     """JSON objects over a socket, one a line; from several threads."""
 
     def __init__(self, connection: socket.socket):
-        self._socket, self._file, self._lock = connection, connection.makefile("r", encoding="utf-8"), threading.Lock()
+        self._socket, self._rest, self._lock = connection, b"", threading.Lock()
 
     def send(self, **message) -> None:
         with self._lock, contextlib.suppress(OSError):  # a closed connection is noticed by who reads it
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> dict | None:
-        """The next message; None when the connection is closed. Raises TimeoutError."""
-        self._socket.settimeout(seconds)
+        """The next message; None when the connection is closed or speaks no JSON objects. Raises TimeoutError."""
+        deadline = time.monotonic() + seconds
         try:
-            line = self._file.readline()
-        except ConnectionError:
-            line = ""
-        return json.loads(line) if line.endswith("\n") else None
+            while b"\n" not in self._rest:
+                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+                part = self._socket.recv(4096)
+                if not part:
+                    return None
+                self._rest += part
+            line, _, self._rest = self._rest.partition(b"\n")
+            message = json.loads(line)
+        except TimeoutError:
+            raise
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
 
 
 class Peers:
     """The connections of this process: to all others in process 0, else to process 0."""
 
-    def __init__(self, process: int, lines: dict[int, _Line], names: dict[int, str]):
-        self._process, self._lines, self._names = process, lines, names
-        self._over = threading.Event()
+    def __init__(self, process: int, lines: dict[int, _Line], names: dict[int, str], token: str):
+        self.process, self.token = process, token  # the token is the same in all processes, and new in every start
+        self._lines, self._names = lines, names
+        self._over, self._turn = threading.Event(), threading.Semaphore(0)
 
     def watch(self) -> None:
         """Starts to give and to expect signs of life."""
@@ -86,6 +100,8 @@ class Peers:
                 return self._lost(peer, "is gone: its connection closed")
             if "done" in message:
                 return None
+            if "turn" in message:
+                self._turn.release()
             if "why" in message:
                 return self._lost(message.get("peer", peer), message["why"])
 
@@ -96,14 +112,22 @@ class Peers:
         self._over.set()
         self._tell(peer=peer, why=why)
         name = self._names.get(peer, f"process {peer}")
-        print(f"\ndnd: {name} {why}; process {self._process} stops; {_RESUME}", file=sys.stderr, flush=True)
+        print(f"\ndnd: {name} {why}; process {self.process} stops; {_RESUME}", file=sys.stderr, flush=True)
         os._exit(LOST)
+
+    def pass_turn(self) -> None:
+        """Process 0 lets all others go on that wait for it."""
+        self._tell(turn=True)
+
+    def wait_turn(self) -> None:
+        """Waits for process 0, however long it takes."""
+        self._turn.acquire()
 
     def leave(self, why: str = "") -> None:
         """The end of this process' part: done, or why it stops early, which ends all others."""
         self._over.set()
         if why:
-            self._tell(peer=self._process, why=f"stopped: {why}")
+            self._tell(peer=self.process, why=f"stopped: {why}")
         else:
             self._tell(done=True)
 
@@ -114,6 +138,11 @@ def _name(hello: dict) -> str:
 
 def _hello(process: int, run: str) -> dict:
     return {"process": process, "host": socket.gethostname(), "pid": os.getpid(), "run": run}
+
+
+def _is_hello(message: dict | None) -> bool:
+    kinds = {"process": int, "host": str, "pid": int, "run": str}
+    return message is not None and all(isinstance(message.get(key), kind) for key, kind in kinds.items())
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -141,10 +170,13 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
         raise InputError(f"--coordinator={coordinator}: port {port} (the one after it) cannot be used: {error.strerror}") from None
     with server:
         while len(joined) < processes:
+            stop.check()
             try:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
+                server.settimeout(min(0.5, max(0.01, deadline - time.monotonic())))
                 connection, _ = server.accept()
             except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
                 here = ", ".join(_name(joined[i]) for i in sorted(joined))
                 missing = ", ".join(str(i) for i in range(processes) if i not in joined)
                 raise refuse(
@@ -154,9 +186,9 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
             line = _Line(connection)
             try:
                 other = line.receive(5.0)
-            except (TimeoutError, ValueError):
+            except TimeoutError:
                 other = None
-            if other is None or "process" not in other:
+            if not _is_hello(other):
                 continue  # a stranger on this port
             if not 0 < other["process"] < processes or other["process"] in joined:
                 line.send(refused=f"{_name(other)} joined, but --process is one of 0 to {processes - 1}, each once")
@@ -166,9 +198,10 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
                 raise refuse(f"{_name(other)} was started with other arguments, configuration or versions than {_name(hello)}")
             joined[other["process"]], lines[other["process"]] = other, line
     names = {i: _name(h) for i, h in joined.items()}
+    token = secrets.token_hex(8)
     for line in lines.values():
-        line.send(names=names)
-    return Peers(0, lines, names)
+        line.send(names=names, token=token)
+    return Peers(0, lines, names, token)
 
 
 def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
@@ -184,16 +217,21 @@ def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
                     f"process {process}: process 0 was not found at {coordinator} (port {_address(coordinator)[1]}) within "
                     f"{seconds:.0f} s ({error.strerror or error}); start it, or mend --coordinator"
                 ) from None
+            stop.check()
             time.sleep(0.2)
     line = _Line(connection)
     line.send(**_hello(process, run))
-    try:
-        answer = line.receive(max(5.0, deadline - time.monotonic()) + 5.0)
-    except TimeoutError:
-        answer = None
+    answer, until = None, max(5.0, deadline - time.monotonic()) + 5.0 + time.monotonic()
+    while time.monotonic() < until:
+        stop.check()
+        try:
+            answer = line.receive(0.5)
+            break
+        except TimeoutError:
+            continue
     if answer is None or "refused" in answer:
         raise InputError((answer or {}).get("refused", f"process 0 at {coordinator} left while the others were awaited"))
-    return Peers(process, {0: line}, {int(i): name for i, name in answer["names"].items()})
+    return Peers(process, {0: line}, {int(i): name for i, name in answer["names"].items()}, answer["token"])
 
 
 def _address_of_lead() -> str:
@@ -224,18 +262,31 @@ def joined(
     if not coordinator and not detect:
         yield
         return
+    global _peers
     print(f"{'detecting the cluster' if detect else f'process {process} of {processes}'}: waiting for the others", flush=True)
-    if detect:
-        jax.distributed.initialize(initialization_timeout=int(start_timeout))
-        coordinator, processes, process = _address_of_lead(), jax.process_count(), jax.process_index()
-    digest = hashlib.sha256("\0".join([*run, jax.__version__]).encode()).hexdigest()
-    if process == 0:
-        peers = _gather(coordinator, processes, start_timeout, digest)
-    else:
-        peers = _join(coordinator, process, start_timeout, digest)
-    if not detect:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(start_timeout))
-    peers.watch()
+    try:
+        if detect:
+            jax.distributed.initialize(initialization_timeout=int(start_timeout))
+            coordinator, processes, process = _address_of_lead(), jax.process_count(), jax.process_index()
+        digest = hashlib.sha256("\0".join([*run, jax.__version__]).encode()).hexdigest()
+        if process == 0:
+            _peers = _gather(coordinator, processes, start_timeout, digest)
+        else:
+            _peers = _join(coordinator, process, start_timeout, digest)
+        _peers.watch()
+        stop.shared = True
+        if not detect:
+            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(start_timeout))
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, InputError) and _peers is None:
+            raise
+        why = "no cluster was detected; give --coordinator, --processes and --process" if detect else "JAX could not start"
+        fault = error if isinstance(error, InputError) else InputError(f"process {process}: {why} ({reason})")
+        if _peers is not None:
+            _peers.leave(str(fault))
+        raise fault from None
+    peers = _peers
     local = jax.local_devices()
     print(
         f"process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()}): {len(local)} of {jax.device_count()} "
@@ -256,26 +307,44 @@ def joined(
         peers.leave(reason)
         os._exit(LOST)
     except BaseException as error:
-        peers.leave(str(error) if not _is_stop(error) else "")
+        agreed_upon = isinstance(error, Stopped) and error.agreed
+        peers.leave("" if agreed_upon else str(error) or type(error).__name__)
+        if not agreed_upon:
+            print(f"\ndnd: process {process} stops: {str(error) or type(error).__name__}; {_RESUME}", file=sys.stderr, flush=True)
+            os._exit(LOST)
         raise
     peers.leave()
 
 
-def _is_stop(error: BaseException) -> bool:
-    """A stop that all processes agreed upon."""
-    from dnd_jax.loop import Stopped
-
-    return isinstance(error, Stopped)
-
-
 @contextlib.contextmanager
 def lead_first() -> Iterator[None]:
-    """The block is done by process 0, then by all others."""
-    if several() and not lead():
-        multihost_utils.sync_global_devices("process 0 is done")
+    """The block is done by process 0, then by all others, who wait outside of any collective."""
+    if _peers is not None and _peers.process:
+        _peers.wait_turn()
     yield
-    if several() and lead():
-        multihost_utils.sync_global_devices("process 0 is done")
+    if _peers is not None and not _peers.process:
+        _peers.pass_turn()
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Raises InputError in the processes that do not see the folder of process 0."""
+    if _peers is None:
+        return
+    mark = folder / ".processes"
+    with lead_first():
+        if not _peers.process:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(_peers.token)
+        elif not mark.is_file() or mark.read_text() != _peers.token:
+            raise InputError(
+                f"--workdir={folder}: process {_peers.process} ({socket.gethostname()}) does not see what process 0 wrote there; "
+                "give a folder that all hosts share"
+            )
+
+
+def all_of(flag: bool) -> bool:
+    """Whether it is so in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag)))) if several() else flag
 
 
 def agreed(flag: bool) -> bool:

@@ -8,6 +8,7 @@ of one device: memory against the chip's, operations, bytes, collectives, and th
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -19,17 +20,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dnd_jax import hlo, sharding
 from dnd_jax.chips import Chip, chip_of
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
+from dnd_jax.loop import AHEAD
 from dnd_jax.models.hyperconv import convolutions, forward_macs
 from dnd_jax.models.placement import Placement
 from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.shapes import condition_shape, encoder_module, features_of
-from dnd_jax.train import make_generator, shard_train_step
+from dnd_jax.train import make_generator, make_optimizer, shard_train_step
 
 STEPS = ("train", "generate")
 FAST = -1.0  # the compiler's least effort: several times faster, and neither its estimate nor its memory differs much
@@ -67,11 +70,6 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _shaped(shapes: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie."""
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
-
-
 def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, text encoder)."""
     features, condition = features_of(config), condition_shape(config)
@@ -89,8 +87,8 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
         inputs = {"condition": ((b, *condition), jnp.float32)}
     inputs["target"] = (b, *features[-1]), jnp.float32
     batch = {key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch) for key, (shape, kind) in inputs.items()}
-    encoder_params = encoder and _shaped(encoder[1], sharded.encoder)
-    return sharded.step, (_shaped(sharded.shapes, sharded.shardings), batch, encoder_params)
+    encoder_params = encoder and sharding.shaped(encoder[1], sharded.encoder)
+    return sharded.step, (sharding.shaped(sharded.shapes, sharded.shardings), batch, encoder_params)
 
 
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
@@ -108,7 +106,7 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
 
     step = jax.jit(generate, out_shardings=over_batch, compiler_options=compiler_options(place.platform))
     condition = jax.ShapeDtypeStruct((batch, *condition_shape(config)), jnp.float32, sharding=over_batch)
-    return step, (_shaped(shapes["params"], shardings), condition)
+    return step, (sharding.shaped(shapes["params"], shardings), condition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +120,14 @@ class Plan:
     micro_batches: int
     remat: str
     method: str
+    rules: str  # a short hash of the sharding rules
     convolutions: str  # how many go which way, output / gradients
     state_bytes: int
     argument_bytes: int | None = None
     temporary_bytes: int | None = None
     output_bytes: int | None = None  # beyond what the arguments give away
-    peak_bytes: int | None = None
+    ahead_bytes: int | None = None  # batches that wait on the device for their step
+    peak_bytes: int | None = None  # all of these
     limit_bytes: int | None = None
     flops: float | None = None
     direct_flops: float | None = None  # of the same step by the direct method
@@ -169,8 +169,7 @@ def _too_much(error: Exception, arguments: int) -> int | None:
 def make_plan(config: Config, devices: list, step: str = "train", measure: bool = False) -> Plan:
     """Compiles a step of a configuration for devices. measure: also run it on them, which must be this machine's.
 
-    The batch of "generate" is one adapter for each part of the mesh. A loop over micro-batches is counted as often as it runs: the
-    compiler counts its body once. Raises InputError when the configuration does not fit the mesh.
+    The batch of "generate" is one adapter for each part of the mesh. Raises InputError when the configuration does not fit it.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     function, arguments = (train_arguments if step == "train" else generate_arguments)(config, mesh)
@@ -189,6 +188,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
         micro_batches=parts,
         remat=config.train.remat if step == "train" else "none",
         method=g.convolution,
+        rules=hashlib.sha256(repr(config.mesh.rules).encode()).hexdigest()[:6],
         convolutions=describe(problems, g.convolution),
         state_bytes=state,
         limit_bytes=int(chip.memory) if chip else None,
@@ -209,22 +209,42 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
     traffic = hlo.collectives(text, len(devices), mesh.shape["slice"])
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    estimate = cost.get("optimal_seconds", 0.0)
+    ahead = AHEAD * sharding.bytes_per_device(arguments[1], jax.tree.map(lambda x: x.sharding, arguments[1]))[1]
+    ahead = ahead if step == "train" else 0
+    once = _update_cost(config, arguments[0], effort) if parts > 1 else {}
+
+    def whole(name: str) -> float:
+        """The compiler counts a loop's body once; the optimiser stands outside the loop over micro-batches."""
+        return parts * cost.get(name, 0.0) - (parts - 1) * once.get(name, 0.0)
+
+    estimate = whole("optimal_seconds")
     return dataclasses.replace(
         plan,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=output,
-        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes,
-        flops=parts * cost["flops"],
-        bytes=parts * cost["bytes accessed"],
-        estimate_seconds=parts * estimate if estimate > 0 else None,
+        ahead_bytes=ahead,
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes + ahead,
+        flops=whole("flops"),
+        bytes=whole("bytes accessed"),
+        estimate_seconds=estimate if estimate > 0 else None,
         collectives={kind: dataclasses.asdict(t) for kind, t in traffic.items()},
         link_seconds=_link_seconds(traffic, chip) if chip else None,
         compile_seconds=seconds,
         hash=hlo.fingerprint(text),
         measured_seconds=_measured(compiled, arguments) if measure else None,
     )
+
+
+def _update_cost(config: Config, state: Any, effort: dict | None) -> dict:
+    """The compiler's cost of the optimiser alone."""
+    optimizer = make_optimizer(config.train)
+
+    def update(state, gradient):
+        updates, opt = optimizer.update(gradient, state["opt"], state["params"])
+        return optax.apply_updates(state["params"], updates), opt
+
+    return jax.jit(update).lower(state, state["params"]).compile(compiler_options=effort).cost_analysis()
 
 
 def _link_seconds(traffic: dict[str, hlo.Traffic], chip: Chip) -> float:
@@ -301,6 +321,7 @@ def describe_plan(plan: Plan) -> str:
         f"  arguments                       {_gib(plan.argument_bytes):>10} GiB",
         f"  temporaries                     {_gib(plan.temporary_bytes):>10} GiB",
         f"  output beyond the arguments     {_gib(plan.output_bytes):>10} GiB",
+        f"  batches that wait               {_gib(plan.ahead_bytes):>10} GiB",
         f"  peak                            {_gib(plan.peak_bytes):>10} GiB{limit}{verdict}",
         f"  operations                      {plan.flops / 1e12:>10.4g} TFLOP ({plan.direct_flops / 1e12:.4g} by the direct method)",
         f"  bytes moved                     {plan.bytes / 1e9:>10.4g} GB",
@@ -319,7 +340,8 @@ def describe_plan(plan: Plan) -> str:
     if plan.samples_per_second:
         what = "samples" if plan.step == "train" else "adapters"
         lines.append(f"all devices: {plan.samples_per_second:.4g} {what} a second")
-    lines.append(f"compiled in {plan.compile_seconds:.0f} s, program {plan.hash}")
+    least = " with the compiler's least effort" if "TPU" in plan.devices else ""
+    lines.append(f"compiled in {plan.compile_seconds:.0f} s{least}, program {plan.hash}")
     if not plan.fits:
         lines.append(f"does not fit: {what_would_help(plan)}")
     return "\n".join(lines)

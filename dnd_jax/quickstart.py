@@ -11,7 +11,7 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
-from dnd_jax import hygiene, loop, report
+from dnd_jax import hygiene, report
 from dnd_jax.adapters import checkpoint_folders
 from dnd_jax.collect import collect, score_table
 from dnd_jax.config import Config
@@ -22,6 +22,7 @@ from dnd_jax.forms import condition_texts
 from dnd_jax.pretrain import pretrain
 from dnd_jax.results import combine
 from dnd_jax.scoring import labels_of
+from dnd_jax.stopping import stop
 from dnd_jax.suite import Suite, load_suite
 from dnd_jax.train import train
 from dnd_jax.world import write_world
@@ -107,5 +108,5 @@ def quickstart(config: Config, workdir: pathlib.Path, seeds: Sequence[int], stri
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
         runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder, strict)
-        loop.stop.check()
+        stop.check()
     return finish(runs, config, workdir)

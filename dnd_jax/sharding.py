@@ -138,6 +138,11 @@ def _divides(mesh: jax.sharding.Mesh, axes: tuple, shape: tuple[int, ...]) -> bo
     return all(size % ways(entry) == 0 for size, entry in zip(shape, axes, strict=True))
 
 
+def shaped(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
 def bytes_per_device(shapes: Any, shardings: Any) -> tuple[int, int]:
     """(bytes of a whole tree of arrays or shapes, bytes of it that one device holds)."""
     total = held = 0

@@ -7,7 +7,9 @@ WORKDIR gets plans.json, plans.csv, plans.md and plans.png. A combination that w
 
 import csv
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -20,8 +22,8 @@ from tqdm import tqdm
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json, replacing, write_json
-from dnd_jax.loop import stop
 from dnd_jax.plan import Plan, devices_of, make_plan, what_would_help
+from dnd_jax.stopping import stop
 
 
 def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
@@ -51,12 +53,29 @@ def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
         )
 
 
+@functools.cache
+def _sources() -> str:
+    """A hash of this program's own code and of its compilers' versions."""
+    digest = hashlib.sha256(json.dumps([jax.__version__, *map(_version, ("jaxlib", "libtpu"))]).encode())
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _key(topology: str, step: str, config: Config, measure: bool) -> str:
     """Names what a plan depends on."""
     settings = {
         key: value for key, value in config.to_json().items() if key in ("condition", "generator", "train", "mesh", "base", "lora")
     }
-    text = json.dumps([topology, step, settings, measure, jax.__version__], sort_keys=True)
+    devices = topology or [jax.device_count(), jax.devices()[0].device_kind]
+    text = json.dumps([devices, step, settings, measure, _sources()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -87,8 +106,10 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
 
 
 def best(plans: Sequence[Plan], step: str) -> Plan | None:
-    """The fitting plan of a step with the most samples a second and device; the leanest one where no time is known."""
+    """The fitting plan of a step with the most samples a second and device, by measurement where some were measured; the leanest
+    one where no time is known."""
     fitting = [p for p in plans if p.step == step and p.fits]
+    fitting = [p for p in fitting if p.measured_seconds] or fitting
     return max(fitting, key=lambda p: ((p.samples_per_second or 0) / _size(p), -(p.peak_bytes or 0)), default=None)
 
 
@@ -135,9 +156,9 @@ def as_markdown(plans: Sequence[Plan]) -> str:
     """The table that is printed: the fastest first, the best of each step in bold, what does not fit last."""
     stars = [best(plans, step) for step in ("train", "generate")]
     lines = [
-        "| step | devices | mesh | batch | remat | method | peak GiB | of | TFLOP | GB moved | GB links | ms compute | ms links | "
-        "ms measured | per s | fits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| step | devices | mesh | rules | batch | remat | method | peak GiB | of | TFLOP | GB moved | GB links | ms compute | "
+        "ms links | ms measured | per s | fits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def shown(value, scale=1.0, digits=4):
@@ -147,7 +168,8 @@ def as_markdown(plans: Sequence[Plan]) -> str:
         links = sum(t["link_bytes"] + t["network_bytes"] for t in p.collectives.values()) if p.flops else None
         batch = f"{p.batch} / {p.micro_batches}" if p.micro_batches > 1 else str(p.batch)
         cells = [
-            p.step, p.devices, mesh_name(p), batch, p.remat, p.method, shown(p.peak_bytes, 2**30), shown(p.limit_bytes, 2**30),
+            p.step, p.devices, mesh_name(p), p.rules, batch, p.remat, p.method,
+            shown(p.peak_bytes, 2**30), shown(p.limit_bytes, 2**30),
             shown(p.flops, 1e12), shown(p.bytes, 1e9), shown(links, 1e9, 3), shown(p.estimate_seconds, 1e-3),
             shown(p.link_seconds, 1e-3, 3), shown(p.measured_seconds, 1e-3), shown(p.samples_per_second),
             "yes" if p.fits else "NO",
@@ -168,8 +190,8 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
 
     shown = [p for p in plans if p.step == "train"] or list(plans)
     shown = sorted(shown, key=lambda p: (not p.fits, -(p.samples_per_second or 0) / _size(p)))
-    same = {name: len({getattr(p, name) for p in shown}) == 1 for name in ("devices", "batch", "micro_batches", "remat", "method")}
-    names = {"devices": "", "batch": "batch ", "micro_batches": "parts ", "remat": "remat ", "method": ""}
+    names = {"devices": "", "batch": "batch ", "micro_batches": "parts ", "remat": "remat ", "method": "", "rules": "rules "}
+    same = {name: len({getattr(p, name) for p in shown}) == 1 for name in names}
     labels = [" ".join([mesh_name(p), *(f"{names[n]}{getattr(p, n)}" for n in names if not same[n])]) for p in shown]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.32 * len(shown)), sharey=True, layout="constrained")
     at = range(len(shown))

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dnd_jax import config as config_lib
@@ -27,6 +26,7 @@ from dnd_jax.chips import chip_of
 from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
+from dnd_jax.errors import InputError
 from dnd_jax.files import read_json
 from dnd_jax.forms import condition_texts
 from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
@@ -114,7 +114,8 @@ def make_train_step(
             params = jax.tree.map(lambda p: p if p.ndim == 4 else place.whole(p), params)
             output = module.apply({"params": params}, place.activation(condition))
             errors_b, cells_b = weighted_errors(output, target, importance)
-            squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
+            inside = ~jnp.isnan(target)
+            squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
             return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
 
         def gradient_of(condition, target):
@@ -260,9 +261,13 @@ def train(
     a_part = -(-c.batch_size // c.micro_batches // place.batch_ways(c.batch_size))
     problems = convolutions(features, config.generator.kernel_size, a_part, c.dtype, place.platform, mesh.shape["tensor"])
     if config.generator.convolution == "tuned":
+        if multihost.several():
+            raise InputError("config.generator.convolution = 'tuned' measures in one process; with several use auto, dft or direct")
         tune(problems.values())
     sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
     encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
+    encoder_fingerprint = encoder.fingerprint
+    del encoder, in_graph  # its parameters need not stay on the first device
     flop = 2 * forward_macs(features, config.generator.kernel_size)
     if multihost.lead():
         count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
@@ -277,13 +282,14 @@ def train(
     state = loop.run(
         "train",
         folder,
-        first_state(config, sharded),
+        sharding.shaped(sharded.shapes, sharded.shardings),
         lambda state, batch: sharded.step(state, batch, encoder_params),
         lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
-        record=_settings(config, suite),
+        record={**_settings(config, suite), "checkpoints": checkpoints.digest()},
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
+        init=lambda: first_state(config, sharded),
         row_of=lambda step, values, seconds: _row(values, pairs.names(step - 1), seconds, 3 * flop * c.batch_size, mesh),
         options=loop.Options(
             keep_last=c.keep_last,
@@ -308,13 +314,13 @@ def train(
                 "features": features,
                 "layout": checkpoints.layout.to_json(),
                 "adapter": dataclasses.asdict(checkpoints.adapter),
-                "encoder_fingerprint": encoder.fingerprint,
+                "encoder_fingerprint": encoder_fingerprint,
             },
         )
     else:
         collections.deque(on_host, maxlen=0)
-    multihost_utils.sync_global_devices("generator written")
-    return folder
+    with multihost.lead_first():
+        return folder
 
 
 def _row(values: Mapping, names: Sequence[str], seconds: float, flop: int, mesh: jax.sharding.Mesh) -> dict:

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from pipeline import ROOT, TINY, tiny_suite, when
+from pipeline import ROOT, TINY, dnd, tiny_suite, when
 
 from dnd_jax.adapters import AdapterConfig, save_adapter
 from dnd_jax.config import freeze, load_file
@@ -185,16 +185,52 @@ def test_processes_of_different_runs_do_not_start(inputs, tmp_path):
         assert status == 2 and "was started with other arguments, configuration or versions than process 0" in out, out
 
 
-def test_a_fault_of_one_process_ends_all(inputs, tmp_path):
-    """Process 1 cannot write its cache of embeddings."""
-    port = free_port()
-    address = (f"--coordinator=127.0.0.1:{port}", "--processes=2", "--start-timeout=60", *TWO)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one/embeddings").write_text("not a folder")
+def test_a_folder_that_is_not_shared_is_named_and_ends_all(inputs, tmp_path):
+    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=60", *TWO)
     pair = [start(inputs, tmp_path / name, *address, f"--process={i}") for i, name in enumerate(("zero", "one"))]
-    pair_output = finish(*pair, timeout=120)
-    assert pair_output[1][0] == 2 and "embeddings" in pair_output[1][1], pair_output
-    assert pair_output[0][0] == 3 and "process 1" in pair_output[0][1] and "stopped: " in pair_output[0][1], pair_output
+    (status, out), (other_status, other_out) = finish(*pair, timeout=120)
+    fault = "does not see what process 0 wrote there; give a folder that all hosts share"
+    assert other_status == 2 and f"dnd: --workdir={tmp_path / 'one'}: process 1 (" in other_out and fault in other_out, other_out
+    assert status == 3 and "dnd: process 1 (" in out and f"stopped: --workdir={tmp_path / 'one'}" in out, out
+
+
+def test_other_stages_run_as_one_process(tmp_path):
+    done = dnd("collect", TINY, "--coordinator=127.0.0.1:1234", "--processes=2", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "--multihost are for `dnd train`; `dnd collect` runs as one process" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_training_and_leaves_the_last_good_step(inputs, uninterrupted, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        [(status, out)] = finish(start(inputs, disk, *TWO, devices=2))
+        assert status == 2 and "Traceback" not in out, out
+        assert f"dnd: {disk}" in out and "free some space" in out, out
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        done = len(rows(disk))
+        assert done >= 5
+        [(status, out)] = finish(start(inputs, disk, *TWO, devices=2))
+        assert status == 0 and "damaged" not in out, out
+        assert "0/60" not in out  # it goes on
+        assert model(disk) == model(uninterrupted)
+        assert [row["step"] for row in rows(disk)] == list(range(1, STEPS + 1))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_one(inputs, uninterrupted, tmp_path):
+    pair = start_two(inputs, tmp_path, *TWO)
+    assert when(pair[0], lambda: len(rows(tmp_path)) > 20), finish(*pair)
+    pair[0].send_signal(signal.SIGTERM)
+    assert [status for status, _ in finish(*pair)] == [0, 0]
+    [(status, out)] = finish(start(inputs, tmp_path))
+    assert status == 0, out
+    losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -53,6 +53,49 @@ def test_collectives_are_counted_with_their_bytes_and_through_loops():
     assert found.keys() == {"all-reduce", "all-gather"}
 
 
+def test_what_a_tpu_compiler_makes_of_collectives():
+    """Two slices: it gathers kernels inside a slice, reduces and scatters gradients there, and sends shares between slices."""
+    from dnd_jax.plan import topology_devices
+
+    places = jax.sharding.Mesh(np.array(topology_devices("v5e:2x2", 2)).reshape(2, 4), ("slice", "fsdp"))
+
+    def at(*axes):
+        return NamedSharding(places, PartitionSpec(*axes))
+
+    def step(w, x):
+        gathered = lambda w: jnp.sum(jnp.tanh(x @ jax.lax.with_sharding_constraint(w, at())) ** 2)
+        return w - jax.lax.with_sharding_constraint(jax.grad(gathered)(w), at("fsdp"))
+
+    w = jax.ShapeDtypeStruct((2048, 2048), jnp.float32, sharding=at("fsdp"))
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=at(("slice", "fsdp")))
+    options = {"exec_time_optimization_effort": -1.0}
+    text = jax.jit(step, out_shardings=at("fsdp")).lower(w, x).compile(compiler_options=options).as_text()
+    found, size = hlo.collectives(text, 8, slices=2), 4 * 2048 * 2048
+    assert found["reduce-scatter"].link_bytes == pytest.approx(size * 3 / 4, rel=0.02)
+    assert found["all-gather"].link_bytes % (size * 3 // 4) == 0 and found["all-gather"].network_bytes == 0
+    assert found["all-reduce"].network_bytes == pytest.approx(size / 4, rel=0.02) and found["all-reduce"].link_bytes == 0
+
+
+def test_rematerialisation_saves_memory_and_costs_operations():
+    raw = load_file("tests/tiny.py")
+    raw.generator.features, raw.generator.kernel_size = ((16, 32, 32),) * 7, 3
+    raw.train.batch_size = 8
+    plans = {}
+    for remat in ("none", "convolutions", "stages"):
+        raw.train.remat = remat
+        plans[remat] = make_plan(freeze(raw), topology_of_one())
+    none, some, most = plans.values()
+    assert most.temporary_bytes < some.temporary_bytes < none.temporary_bytes
+    assert none.flops <= some.flops < 0.9 * most.flops
+
+
+def topology_of_one() -> list:
+    """One TPU chip, whose compiler keeps what it is told to keep."""
+    from dnd_jax.plan import topology_devices
+
+    return topology_devices("v5e:2x2")[:1]
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [
@@ -113,7 +156,7 @@ def plan_of(**changes) -> Plan:
     gib = 2**30
     usual = dict(
         step="train", devices="8 TPU v5e", mesh={"slice": 1, "data": 8, "fsdp": 1, "tensor": 1}, batch=64, micro_batches=1,
-        remat="none", method="auto", convolutions="", state_bytes=2 * gib, peak_bytes=40 * gib, limit_bytes=16 * gib,
+        remat="none", method="auto", rules="", convolutions="", state_bytes=2 * gib, peak_bytes=40 * gib, limit_bytes=16 * gib,
         flops=1e12, estimate_seconds=0.1,
     )  # fmt: skip
     return Plan(**usual | changes)

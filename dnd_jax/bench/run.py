@@ -19,7 +19,7 @@ from dnd_jax.bench.case import WHAT, Case
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import write_json
-from dnd_jax.loop import stop
+from dnd_jax.stopping import stop
 
 RESULTS = "bench.json"
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from dnd_jax.models.placement import ANYWHERE, Placement
-from dnd_jax.ops import Problem, convolve
+from dnd_jax.ops import Problem, choose, convolve
 
 Features = tuple[int, int, int]  # (N, L, C)
 
@@ -46,9 +46,12 @@ class HyperConvStage(nn.Module):
     def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
         k, size_in, place = self.kernel_size, x_BxNxLxC.shape[axis], self.placement
-        kernel = place.kernel(self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out)))
+        kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
         ways = place.batch_ways(len(x_BxNxLxC)), place.channel_ways(size_out)
-        y = convolve(x_BxNxLxC, kernel, axis, self.convolution, place.platform, *ways)
+        plan = choose(Problem.of(x_BxNxLxC, kernel, axis, place.platform, *ways), self.convolution)
+        if plan.direct:
+            kernel = kernel.astype(x_BxNxLxC.dtype)  # before it is gathered: half the bytes
+        y = convolve(x_BxNxLxC, place.kernel(kernel), axis, plan)
         # Split, then gathered: each part of `tensor` computes its channels, and backwards takes its part of the gradient.
         y = place.activation(place.activation(y, axis))
         return checkpoint_name(y, CONVOLUTION)
@@ -103,7 +106,7 @@ def _stage_class(remat: str) -> type[HyperConvStage]:
     if remat == "none":
         return HyperConvStage
     policy = jax.checkpoint_policies.save_only_these_names(CONVOLUTION) if remat == "convolutions" else None
-    return nn.remat(HyperConvStage, policy=policy, prevent_cse=False)
+    return nn.remat(HyperConvStage, policy=policy)  # the stages are not in a scan, so nothing else keeps XLA from merging
 
 
 def weighted_errors(output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -46,7 +46,7 @@ def convolve(
     if not isinstance(method, Plan):
         problem = Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways, channel_ways)
         method = choose(problem, method)
-    if method.forward is None and method.backward is None:
+    if method.direct:
         return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)
 

@@ -37,6 +37,11 @@ class Plan:
     chunks: int = 1
     ordered: bool = False  # give a TPU's compiler the memory order of large arrays
 
+    @property
+    def direct(self) -> bool:
+        """Whether nothing is transformed."""
+        return self.forward is None and self.backward is None
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
