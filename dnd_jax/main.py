@@ -24,6 +24,7 @@ STAGES: dict[str, str] = {
     "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "lm-eval": "score the same adapters by EleutherAI's harness: --tasks=NAME,NAME:TASK,... --limit, --unsafe-code",
+    "overhead": "time and memory of generating an adapter against tuning one: --generator, --prompts, --base, --limit",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
@@ -34,11 +35,11 @@ FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "suite": (str, "", "folder or JSON file of your own tasks (default: the embedded suite)"),
     "strict": (bool, False, "refuse a suite with faults in its data instead of warning"),
     "tasks": (list, [], "lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
-    "limit": (int, 0, "lm-eval: questions a task; 0: all"),
+    "limit": (int, 0, "lm-eval: questions a task; overhead: steps of tuning that are timed; 0: all"),
     "unsafe-code": (bool, False, "lm-eval: allow tasks that run what a model wrote"),
     "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
-    "generator": (str, "", "generate: a trained or imported generator's folder"),
-    "prompts": (str, "", "generate: file of prompts"),
+    "generator": (str, "", "generate, overhead: a trained or imported generator's folder"),
+    "prompts": (str, "", "generate: file of prompts; overhead: with their responses"),
     "out": (str, "", "generate, suite, init-config, import-generator, export-generator: what to write"),
     "seed": (int, 0, "generate: draws the prompts"),
     "samples": (int, 1, "generate: adapters, from as many draws"),
@@ -48,7 +49,7 @@ FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "base": (
         str,
         "",
-        "init-config, generate --merge, verify-adapter: the base's folder or hub id (default: the one the adapter names)",
+        "init-config, generate --merge, overhead, verify-adapter: the base's folder or hub id (default: the one the adapter names)",
     ),
     "adapter": (str, "", "import-generator, init-config: a PEFT adapter of the base (default: by the base and config.lora)"),
     "budget": (float, 0.0, "init-config: parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)"),
@@ -194,6 +195,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "export-generator": lambda: _export_generator(values, argument),
         "verify-adapter": lambda: _verify_adapter(values, argument),
         "bench": lambda: _bench(values, config, config_file, workdir),
+        "overhead": lambda: _overhead(values, config, workdir),
         "plan": lambda: _plan(values, config, workdir),
         "init-config": lambda: _init_config(values, config),
         "train": lambda: _train(values, config, workdir, arguments),
@@ -316,6 +318,14 @@ def _init_config(values, config) -> None:
     if min(condition.num_prompts, condition.max_text_length) < 1:
         raise InputError("--num-prompts and --max-text-length must be at least 1")
     print(init_config(dataclasses.replace(config, condition=condition), values.out, values.base, values.adapter, values.budget))
+
+
+def _overhead(values, config, workdir: pathlib.Path) -> None:
+    from dnd_jax import overhead
+
+    _need(values, "generator", "prompts")
+    result = overhead.overhead(config, values.generator, values.prompts, workdir, values.base, values.limit)
+    print(f"{overhead.describe(result)}\nmeasurements: {(workdir / overhead.RESULT).absolute()}")
 
 
 def _plan(values, config, workdir: pathlib.Path) -> None:
