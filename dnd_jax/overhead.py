@@ -51,8 +51,9 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _size(params) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
+def _weights(params) -> int:
+    """Parameters that every token is multiplied with: all but the tables of embeddings (a tied head sees the answer alone)."""
+    return sum(x.size for path, x in jax.tree.leaves_with_path(params) if "embedding" not in jax.tree_util.keystr(path))
 
 
 def measure_generation(run_dir: str | os.PathLike, examples: Sequence[Example], scratch: str | os.PathLike, seed: int = 0) -> dict:
@@ -84,7 +85,7 @@ def measure_generation(run_dir: str | os.PathLike, examples: Sequence[Example], 
         "decode_seconds": decoding,
         "write_seconds": writing,
         "generate_cold_seconds": cold,
-        "encode_flop": 2 * _size(generator.encoder.params) * c.num_prompts * c.max_text_length,
+        "encode_flop": 2 * _weights(generator.encoder.params) * c.num_prompts * c.max_text_length,
         "decode_flop": 2 * forward_macs(module.features, module.kernel_size),
     }
 
@@ -129,9 +130,9 @@ def measure_tuning(
         "timed_steps": timed,
         "batch_size": lora.batch_size,
         "sequence_length": data.ids.shape[1],
-        "base_parameters": _size(params),
-        # Forward, and backwards through the frozen weights to the activations: 2 operations a parameter and token each.
-        "step_flop": 4 * _size(params) * lora.batch_size * data.ids.shape[1],
+        "base_weights": _weights(params),
+        # Forward, and backwards through the frozen weights to the activations: 2 operations a weight and token each.
+        "step_flop": 4 * _weights(params) * lora.batch_size * data.ids.shape[1],
     }
 
 
@@ -147,7 +148,7 @@ def compare(generation: Mapping, tuning: Mapping) -> dict:
         f"Tuning one LoRA takes {t['tune_seconds']:.2f} s ({steps} steps of {t['batch_size']} at {a_step * 1e3:.1f} ms{timed}), "
         f"generating one {g['generate_seconds']:.3f} s (prompts {g['encode_seconds']:.3f}, weights {g['decode_seconds']:.3f}, file "
         f"{g['write_seconds']:.3f}): a ratio of {ratio:.0f}, from a cold start {cold:.1f}. The paper reports {PAPER}. What decides "
-        f"it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP (4 x {t['base_parameters'] / 1e6:.1f}M base parameters x "
+        f"it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP (4 x {t['base_weights'] / 1e6:.3g}M weights of the base x "
         f"{t['batch_size']} x {t['sequence_length']} tokens) against one pass of {g['encode_flop'] / 1e12:.3g} TFLOP in the text "
         f"encoder and {g['decode_flop'] / 1e12:.3g} in the decoder, where most of the time goes to {max(parts, key=parts.get)}. A "
         "larger base or more steps raise the ratio in proportion; the pass grows with the tokens of the adapter alone."
@@ -196,11 +197,11 @@ def overhead(
 ) -> dict:
     """Measures both sides, each in a fresh process, and writes WORKDIR/overhead.json. base: empty for the one the generator names.
 
-    Raises InputError for prompts without responses, a damaged generator, and a base that is not at hand or not supported.
+    Raises InputError for prompts without responses or longer than config.base.max_length, a damaged generator, and a base that is
+    not at hand or not supported.
     """
     if pathlib.Path(prompts).suffix not in FILES:
         raise InputError(f"{prompts}: tuning needs the task's answers; give a JSONL file with prompt and response in each line")
-    read_jsonl(prompts)
     _, adapter = _lora_of(run_dir)
     spec = {
         "generator": os.fspath(run_dir),
@@ -212,7 +213,7 @@ def overhead(
         "limit": limit,
         "scratch": os.fspath(workdir),
     }
-    hf.resolve(spec["base"])
+    encode(hf.load_tokenizer(spec["base"]), read_jsonl(prompts), config.base.max_length)  # refused now, not after minutes
     workdir.mkdir(parents=True, exist_ok=True)
     generation, tuning = (_alone(side, spec) for side in ("generate", "tune"))
     result = {"prompts": os.fspath(prompts), "base": spec["base"], **compare(generation, tuning)}

@@ -64,8 +64,8 @@ def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
         assert 1e8 < result[f"{side}_peak_bytes"] < 4e9 and f"{result[f'{side}_peak_bytes'] / 2**30:.2f}" in printed
     assert result["memory_of"] == "process" and result["device"] == "cpu"
     model = AutoModelForCausalLM.from_pretrained(made / "base")
-    assert result["base_parameters"] == sum(p.numel() for p in model.parameters())
-    assert result["step_flop"] == 4 * result["base_parameters"] * 4 * result["sequence_length"]
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    assert result["step_flop"] == 4 * weights * 4 * result["sequence_length"]
     macs = 0
     for (n, length, c), (n2, l2, c2) in zip(FEATURES[:-1], FEATURES[1:], strict=True):  # CONFIGS.md's last line
         macs += 9 * (c * c2 * length * n + length * l2 * n * c2 + length * l2 * n * c + c * c2 * l2 * n + n * n2 * l2 * c2)
@@ -81,12 +81,12 @@ def test_all_steps_are_timed_without_a_limit(made):
 
 def test_the_note_names_what_dominates():
     tuning = {"tune_seconds": 100.0, "tune_cold_seconds": 110.0, "steps": 50, "timed_steps": 50, "batch_size": 8}
-    tuning |= {"sequence_length": 100, "base_parameters": 2_000_000, "step_flop": 4 * 2_000_000 * 800}
+    tuning |= {"sequence_length": 100, "base_weights": 2_000_000, "step_flop": 4 * 2_000_000 * 800}
     generation = {"generate_seconds": 0.05, "encode_seconds": 0.01, "decode_seconds": 0.036, "write_seconds": 0.004}
     generation |= {"generate_cold_seconds": 5.5, "encode_flop": 1e9, "decode_flop": 2e12}
     result = compare(tuning=tuning, generation=generation)
     assert result["ratio"] == pytest.approx(2000) and result["cold_ratio"] == pytest.approx(20)
-    assert "50 steps of about 0.0064 TFLOP (4 x 2.0M base parameters x 8 x 100 tokens)" in result["note"]
+    assert "50 steps of about 0.0064 TFLOP (4 x 2M weights of the base x 8 x 100 tokens)" in result["note"]
     assert "one pass of 0.001 TFLOP in the text encoder and 2 in the decoder" in result["note"]
     assert "most of the time goes to the decoder" in result["note"] and "timed" not in result["note"]
 
@@ -119,6 +119,7 @@ def test_what_is_refused(made, tmp_path, capsys, monkeypatch):
     assert f"{tmp_path / 'p.txt'}: tuning needs the task's answers" in refused(f"--prompts={tmp_path / 'p.txt'}")
     (tmp_path / "p.jsonl").write_text('{"prompt": "where is the bird ?"}\n')
     assert f"{tmp_path / 'p.jsonl'}:1: response must be given" in refused(f"--prompts={tmp_path / 'p.jsonl'}")
+    assert f"{made / 'task.jsonl'}:1: 13 tokens" in (line := refused("--config.base.max_length=5")) and "base.max_length=5" in line
     assert "no generator.json" in refused(f"--generator={tmp_path}")
     assert "/nowhere/base: no such model folder" in refused("--base=/nowhere/base")
     (tmp_path / "p.jsonl").write_text('{"prompt": "where is the bird ?", "response": "two"}\n')
