@@ -97,11 +97,13 @@ def _chunk_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Whose LoRA it is: its layout, the settings that hold it, and a sentence on where such LoRAs come from."""
+    """Whose LoRA it is: its layout, the settings that hold it, a sentence on where such LoRAs come from, and why the sizes are the
+    adapter's alone, if they are."""
 
     layout: LoraLayout
     config: Config
     origin: str
+    problem: str = ""
 
 
 def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
@@ -134,7 +136,7 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
     else:
         shapes = lm.lora_shapes(lora.rank, lora.targets)
     if problem:
-        origin = f"made elsewhere: sizes are those of the adapter alone ({problem})"
+        origin = "made elsewhere: sizes are those of the adapter alone."
     else:
         origin = "`dnd collect` makes them." if collected else "made elsewhere: `dnd collect` adapts whole layers."
     width = config.generator.chunk_width or _chunk_width(shapes)
@@ -144,7 +146,7 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
         lora=lora,
         generator=dataclasses.replace(config.generator, chunk_width=width),
     )
-    return Tokens(LoraLayout.from_shapes(shapes, width or None), config, origin)
+    return Tokens(LoraLayout.from_shapes(shapes, width or None), config, origin, problem)
 
 
 def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple], title: str) -> None:
@@ -264,7 +266,8 @@ def init_config(config: Config, out: str | os.PathLike, base: str = "", adapter:
             raise CheckFailed(f"{path}: read back, it is another configuration; nothing was written")
     count, height, width = g.features[-1]
     of = f" of a budget of {budget / 1e6:.1f}M" if budget else ""
+    alone = f" (sizes of the adapter alone: {tokens.problem})" if tokens.problem else ""
     return (
-        f"{path}: {count} tokens of {height} x {width}, {len(g.features) - 1} stages, kernel {g.kernel_size}, a decoder of "
+        f"{path}{alone}: {count} tokens of {height} x {width}, {len(g.features) - 1} stages, kernel {g.kernel_size}, a decoder of "
         f"{parameters / 1e6:.1f}M parameters{of}; next: dnd plan --config={shlex.quote(os.fspath(out))} --topology={TOPOLOGY}"
     )

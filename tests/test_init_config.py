@@ -135,6 +135,7 @@ def test_an_adapter_of_a_base_that_is_not_supported(tmp_path, capsys):
     adapter = lora_of(gemma(tmp_path / "base"), tmp_path / "lora", r=4, lora_alpha=12, target_modules=["v_proj", "q_proj"])
     assert "'gemma' is not supported as a base" in refused(capsys, f"--base={tmp_path / 'base'}", f"--out={tmp_path / 'a.py'}")
     assert made(f"--adapter={adapter}", f"--encoder={MINILM}", "--budget=4e6", f"--out={tmp_path / 'a.py'}") == 0
+    assert "(sizes of the adapter alone: " in (said := capsys.readouterr().out) and "'gemma' is not supported as a base" in said
     config, layout = freeze(load_file(str(tmp_path / "a.py"))), LoraLayout.from_tensors(load_adapter(adapter))
     assert config.base.path == str(tmp_path / "base")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (4, 12.0, ("q_proj", "v_proj"))
