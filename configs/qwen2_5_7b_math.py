@@ -6,25 +6,12 @@ LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 80 of e
 4928 tokens of 18 x 514; a generator of 1936.5M parameters; 52.77 TFLOP a sample forward by the direct method; 5000 steps of 48.
 """
 
-from configs import default
+from configs import qwen2_5_7b_code
 
 
 def get_config():
-    """default.py with this setting's sizes."""
-    config = default.get_config()
+    """The code setting on the other base, with shorter texts."""
+    config = qwen2_5_7b_code.get_config()
     config.base.path = "Qwen/Qwen2.5-7B-Instruct"
-    config.lora.update(rank=16, alpha=32.0)
-    config.condition.update(num_prompts=16, max_text_length=4608)
-    config.generator.features = (
-        (16, 1000, 384),
-        (64, 500, 384),
-        (256, 125, 400),
-        (512, 64, 400),
-        (1024, 64, 400),
-        (2048, 32, 400),
-        (4928, 18, 514),
-    )
-    config.generator.kernel_size = 11
-    config.generator.length_projection = "camera_ready"
-    config.train.update(steps=5000, batch_size=48, dtype="bfloat16")
+    config.condition.max_text_length = 4608
     return config

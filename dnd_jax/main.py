@@ -22,9 +22,11 @@ STAGES: dict[str, str] = {
     "import-generator": "a released generator (.pth) -> --out, a generator folder: --adapter, --config.generator.length_projection",
     "export-generator": "a generator folder -> --out, the original's .pth",
     "verify-adapter": "an adapter folder on --base in PyTorch: does it change the logits as its matrices say?",
+    "init-config": "a configuration for another base -> --out=configs/NAME.py: --base, --adapter, --budget, --encoder, ...",
     "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "lm-eval": "score the same adapters by EleutherAI's harness: --tasks=NAME,NAME:TASK,... --limit, --unsafe-code",
+    "overhead": "time and memory of generating an adapter against tuning one: --generator, --prompts, --base, --limit",
     "evaluate": "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
 }
 DEFAULT_CONFIG = "configs/mini.py"
@@ -35,19 +37,27 @@ FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "suite": (str, "", "folder or JSON file of your own tasks (default: the embedded suite)"),
     "strict": (bool, False, "refuse a suite with faults in its data instead of warning"),
     "tasks": (list, [], "lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
-    "limit": (int, 0, "lm-eval: questions a task; 0: all"),
+    "limit": (int, 0, "lm-eval: questions a task; overhead: steps of tuning that are timed; 0: all"),
     "unsafe-code": (bool, False, "lm-eval: allow tasks that run what a model wrote"),
     "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
-    "generator": (str, "", "generate: a trained or imported generator's folder"),
-    "prompts": (str, "", "generate: file of prompts"),
-    "out": (str, "", "generate, suite, import-generator, export-generator: what to write"),
+    "generator": (str, "", "generate, overhead: a trained or imported generator's folder"),
+    "prompts": (str, "", "generate: file of prompts; overhead: with their responses"),
+    "out": (str, "", "generate, suite, init-config, import-generator, export-generator: what to write"),
     "seed": (int, 0, "generate: draws the prompts"),
     "samples": (int, 1, "generate: adapters, from as many draws"),
     "dtype": (str, "float32", "generate: of the adapter's tensors, float32 or bfloat16"),
     "merge": (str, "", "generate: a folder for the whole model, base + adapter, in the base's dtype"),
     "push-to-hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
-    "base": (str, "", "generate --merge, verify-adapter: the base's folder or hub id (default: the one the adapter names)"),
-    "adapter": (str, "", "import-generator: a PEFT adapter of the base (default: config.base.path and config.lora)"),
+    "base": (
+        str,
+        "",
+        "init-config, generate --merge, overhead, verify-adapter: the base's folder or hub id (default: the one the adapter names)",
+    ),
+    "adapter": (str, "", "import-generator, init-config: a PEFT adapter of the base (default: by the base and config.lora)"),
+    "budget": (float, 0.0, "init-config: parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)"),
+    "encoder": (str, "", "init-config: the text encoder (default: config.condition.encoder)"),
+    "num-prompts": (int, 0, "init-config: prompts an adapter (default: config.condition.num_prompts)"),
+    "max-text-length": (int, 0, "init-config: tokens a prompt (default: config.condition.max_text_length)"),
     "backend": (str, "", "bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
     "topology": (str, "", "plan, bench: TPU chips to compile for, such as v5p:2x2x4 (plan without: this machine's devices)"),
     "devices": (int, 0, "plan: virtual CPU devices to compile for"),
@@ -128,12 +138,18 @@ def _parse(stage: str, arguments: list[str]):
     from dnd_jax import config as config_lib
 
     values = flags.FlagValues()
-    # Released generators were trained with the paper's encoder, which is the default of default.py.
-    default = "configs/default.py" if stage == "import-generator" else DEFAULT_CONFIG
+    # Released generators were trained with the paper's encoder, the default of default.py, over which a new file is a diff.
+    default = "configs/default.py" if stage in ("import-generator", "init-config") else DEFAULT_CONFIG
     name = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), default)
     arguments = [a for a in arguments if not a.startswith("--config=")]
     base = config_lib.load_file(name)
-    kinds = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, int: flags.DEFINE_integer, list: flags.DEFINE_list}
+    kinds = {
+        str: flags.DEFINE_string,
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        list: flags.DEFINE_list,
+    }
     for flag, (kind, default, _) in FLAGS.items():
         kinds[kind](flag, default, "", flag_values=values)
     try:
@@ -183,7 +199,9 @@ def _run(stage: str, arguments: list[str]) -> None:
         "export-generator": lambda: _export_generator(values, argument),
         "verify-adapter": lambda: _verify_adapter(values, argument),
         "bench": lambda: _bench(values, config, config_file, workdir),
+        "overhead": lambda: _overhead(values, config, workdir),
         "plan": lambda: _plan(values, config, workdir),
+        "init-config": lambda: _init_config(values, config),
         "train": lambda: _train(values, config, workdir, arguments),
     }
     runners.get(stage, lambda: _stage(stage, values, config, workdir))()
@@ -287,6 +305,31 @@ def _bench(values, config, config_file: str, workdir: pathlib.Path) -> None:
     from dnd_jax.bench.run import bench
 
     bench(config, config_file, workdir)
+
+
+def _init_config(values, config) -> None:
+    import dataclasses
+
+    from dnd_jax.init_config import init_config
+
+    _need(values, "out")
+    given = {
+        "encoder": values.encoder,
+        "num_prompts": values["num-prompts"].value,
+        "max_text_length": values["max-text-length"].value,
+    }
+    condition = dataclasses.replace(config.condition, **{key: value for key, value in given.items() if value})
+    if min(condition.num_prompts, condition.max_text_length) < 1:
+        raise InputError("--num-prompts and --max-text-length must be at least 1")
+    print(init_config(dataclasses.replace(config, condition=condition), values.out, values.base, values.adapter, values.budget))
+
+
+def _overhead(values, config, workdir: pathlib.Path) -> None:
+    from dnd_jax import overhead
+
+    _need(values, "generator", "prompts")
+    result = overhead.overhead(config, values.generator, values.prompts, workdir, values.base, values.limit)
+    print(f"{overhead.describe(result)}\nmeasurements: {(workdir / overhead.RESULT).absolute()}")
 
 
 def _plan(values, config, workdir: pathlib.Path) -> None:

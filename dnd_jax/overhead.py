@@ -1,77 +1,260 @@
-"""What generating an adapter costs against tuning one, on the same task and machine."""
+"""`dnd overhead`: what generating an adapter costs against tuning one, on the same task and device, in time and peak memory.
 
+    dnd overhead --generator=DIR --prompts=FILE [--base=FOLDER] [--config.lora.steps=675] [--limit=50] [--workdir=DIR]
+
+FILE is the task's JSONL: its prompts condition the generator, its examples tune the LoRA (that of the generator: its base, rank and
+modules; config.lora says how long). Each side has a process of its own, started cold. The report of `dnd quickstart` has the same
+measurements, made in its own process and so without memory.
+"""
+
+import dataclasses
+import json
+import os
 import pathlib
+import re
+import resource
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from dnd_jax import config as config_lib
+from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
+from dnd_jax.bench.run import finished
 from dnd_jax.collect import init_lora, make_collect_step, make_optimizer
 from dnd_jax.config import Config
+from dnd_jax.errors import InputError
+from dnd_jax.files import read_json, write_json
 from dnd_jax.forms import condition_texts
-from dnd_jax.generate import TrainedGenerator, draw_prompts
+from dnd_jax.generate import TrainedGenerator
+from dnd_jax.generator_folder import DESCRIPTION, find_generator
+from dnd_jax.layout import LoraLayout
 from dnd_jax.lm_data import encode
 from dnd_jax.models import hf
+from dnd_jax.models.hyperconv import forward_macs
 from dnd_jax.pretrain import shuffled_rows
+from dnd_jax.sources import FILES, Example, read_jsonl
 from dnd_jax.suite import Suite
 
 PAPER = "2,500 to 12,000"  # times less than full-shot tuning, METHOD.md section 8
+REPEATS = 5
+RESULT = "overhead.json"
 
 
-def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path, repeats: int = 5) -> dict:
-    """Seconds to tune one LoRA on an unseen dataset (a training one where none has answers) and to generate one from its
-    prompts, both compiled beforehand.
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - started
 
-    Generation is split into encoding the prompts and decoding weights; medians over `repeats`.
+
+def _weights(params) -> int:
+    """Parameters that every token is multiplied with: all but the tables of embeddings (a tied head sees the answer alone)."""
+    return sum(x.size for path, x in jax.tree.leaves_with_path(params) if "embedding" not in jax.tree_util.keystr(path))
+
+
+def measure_generation(run_dir: str | os.PathLike, examples: Sequence[Example], scratch: str | os.PathLike, seed: int = 0) -> dict:
+    """Prompts -> adapter on disk, written under `scratch`: seconds of the first, with loading and compiling, and of later ones,
+    the medians of REPEATS draws of prompts; operations of a pass by the direct method."""
+    started = time.perf_counter()
+    generator = TrainedGenerator(run_dir)
+    prompts = condition_texts(examples, generator.condition.form, seed)
+
+    def once(seed: int) -> tuple[float, float, float]:
+        drawn = generator.draw(prompts, seed)
+        made: dict = {}
+        encoding = _seconds(lambda: made.update(condition=generator.encoder.encode(drawn)))
+        decoding = _seconds(lambda: made.update(tensors=generator.target.decode(generator.tokens(made["condition"]))))
+
+        def write():
+            folder = save_adapter(pathlib.Path(scratch, "adapter"), made["tensors"], generator.adapter, generator.card(drawn, seed))
+            verify_adapter(folder, made["tensors"])
+
+        return encoding, decoding, _seconds(write)
+
+    once(0)
+    cold = time.perf_counter() - started
+    encoding, decoding, writing = (statistics.median(x) for x in zip(*map(once, range(1, REPEATS + 1)), strict=True))
+    c, module = generator.condition, generator.module
+    return {
+        "generate_seconds": encoding + decoding + writing,
+        "encode_seconds": encoding,
+        "decode_seconds": decoding,
+        "write_seconds": writing,
+        "generate_cold_seconds": cold,
+        "encode_flop": 2 * _weights(generator.encoder.params) * c.num_prompts * c.max_text_length,
+        "decode_flop": 2 * forward_macs(module.features, module.kernel_size),
+    }
+
+
+def measure_tuning(
+    base: str | os.PathLike,
+    examples: Sequence[Example],
+    shapes: Mapping[str, tuple[int, int]],
+    scale: float,
+    lora: config_lib.Lora,
+    max_length: int,
+    seed: int = 0,
+    limit: int = 0,
+) -> dict:
+    """One LoRA of these shapes tuned by collect's step: seconds of lora.steps steps, and of the first with loading and compiling.
+
+    limit: steps that are timed, of which the others are taken to be alike; 0: all.
     """
-    dataset, c = next((d for d in suite.unseen if d.labeled), suite.train[0]), config.lora
-    generator = TrainedGenerator(workdir / "generator")
-    prompts = condition_texts(dataset.train, config.condition.form, config.seed)
-
-    def seconds(run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - started
-
-    def generate(seed: int) -> tuple[float, float]:
-        drawn = draw_prompts(prompts, generator.condition.num_prompts, seed)
-        condition = []
-        encoding = seconds(lambda: condition.append(generator.encoder.encode(drawn)))
-        return encoding, seconds(lambda: generator.target.decode(generator.tokens(condition[0])))
-
-    cold = sum(generate(0))
-    encoding, decoding = (statistics.median(x) for x in zip(*map(generate, range(1, repeats + 1)), strict=True))
-
-    module, params = hf.load_base(base_path)
-    optimizer = make_optimizer(c)
-    step = jax.jit(make_collect_step(module, optimizer, c.alpha / c.rank), donate_argnums=1)
-    lora = init_lora(jax.random.key(config.seed), module.config.lora_shapes(c.rank, c.targets))
-    state = jax.tree.map(lambda x: jnp.asarray(x)[None], {"lora": lora, "opt": optimizer.init(lora)})
-    data = encode(hf.load_tokenizer(base_path), dataset.train, config.base.max_length)
+    started = time.perf_counter()
+    module, params = hf.load_base(base)
+    optimizer = make_optimizer(lora)
+    step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
+    tensors = init_lora(jax.random.key(seed), shapes)
+    state = jax.tree.map(lambda x: jnp.asarray(x)[None], {"lora": tensors, "opt": optimizer.init(tensors)})
+    data = encode(hf.load_tokenizer(base), examples, max_length)
 
     def tune(state, steps: int):
         for i in range(steps):
-            batch = data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), data.response_width)
+            batch = data.batch(shuffled_rows(len(data), lora.batch_size, seed, i), data.response_width)
             state, _ = step(params, state, jax.tree.map(lambda x: x[None], batch))
         return state
 
-    state = jax.block_until_ready(tune(state, 2))
-    tuning = seconds(lambda: tune(state, c.steps))
-    ratio = tuning / (encoding + decoding)
-    size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+    state = jax.block_until_ready(tune(state, 1))
+    first = time.perf_counter() - started
+    state = jax.block_until_ready(tune(state, 1))  # the state of a fresh run may lie elsewhere, which compiles once more
+    timed = min(limit or lora.steps, lora.steps)
+    a_step = _seconds(lambda: tune(state, timed)) / timed
     return {
-        "tune_seconds": tuning,
-        "generate_seconds": encoding + decoding,
-        "encode_seconds": encoding,
-        "decode_seconds": decoding,
-        "generate_cold_seconds": cold,
-        "ratio": ratio,
-        "note": (
-            f"Tuning one LoRA took {tuning:.2f} s ({c.steps} steps of {c.batch_size}), generating one {encoding + decoding:.3f} s "
-            f"(prompts {encoding:.3f}, weights {decoding:.3f}): a ratio of {ratio:.0f}. The paper reports {PAPER}. The ratio grows "
-            f"with the cost of tuning, that is with the base's size and its steps; this base has {size:.1f}M parameters, so "
-            "tuning it costs next to nothing while the text encoder and the decoder stay what they are."
-        ),
+        "tune_seconds": a_step * lora.steps,
+        "tune_cold_seconds": first + a_step * (lora.steps - 1),
+        "steps": lora.steps,
+        "timed_steps": timed,
+        "batch_size": lora.batch_size,
+        "sequence_length": data.ids.shape[1],
+        "base_weights": _weights(params),
+        # Forward, and backwards through the frozen weights to the activations: 2 operations a weight and token each.
+        "step_flop": 4 * _weights(params) * lora.batch_size * data.ids.shape[1],
     }
+
+
+def compare(generation: Mapping, tuning: Mapping) -> dict:
+    """Both measurements with their ratios and a note in words, which says what the ratio is made of."""
+    g, t = generation, tuning
+    ratio = t["tune_seconds"] / g["generate_seconds"]
+    cold = t["tune_cold_seconds"] / g["generate_cold_seconds"]
+    parts = {"the text encoder": g["encode_seconds"], "the decoder": g["decode_seconds"], "writing the file": g["write_seconds"]}
+    steps, a_step = t["steps"], t["tune_seconds"] / t["steps"]
+    timed = "" if t["timed_steps"] == steps else f", {t['timed_steps']} of them timed"
+    note = (
+        f"Tuning one LoRA takes {t['tune_seconds']:.2f} s ({steps} steps of {t['batch_size']} at {a_step * 1e3:.1f} ms{timed}), "
+        f"generating one {g['generate_seconds']:.3f} s (prompts {g['encode_seconds']:.3f}, weights {g['decode_seconds']:.3f}, file "
+        f"{g['write_seconds']:.3f}): a ratio of {ratio:.0f}, from a cold start {cold:.1f}. The paper reports {PAPER}. What decides "
+        f"it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP (4 x {t['base_weights'] / 1e6:.3g}M weights of the base x "
+        f"{t['batch_size']} x {t['sequence_length']} tokens) against one pass of {g['encode_flop'] / 1e12:.3g} TFLOP in the text "
+        f"encoder and {g['decode_flop'] / 1e12:.3g} in the decoder, where most of the time goes to {max(parts, key=parts.get)}. A "
+        "larger base or more steps raise the ratio in proportion; the pass grows with the tokens of the adapter alone."
+    )
+    return {**t, **g, "ratio": ratio, "cold_ratio": cold, "note": note}
+
+
+def _lora_of(run_dir: str | os.PathLike) -> tuple[dict[str, tuple[int, int]], AdapterConfig]:
+    """({key: shape}, settings) of the LoRA that a generator makes."""
+    description = read_json(find_generator(run_dir) / DESCRIPTION)
+    layout = LoraLayout.from_json(description["layout"])
+    return {m.key: m.shape for m in layout.matrices}, AdapterConfig.from_record(description["adapter"])
+
+
+def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path) -> dict:
+    """Generation and tuning on an unseen dataset (a training one where none has answers) of a run, in this process."""
+    dataset = next((d for d in suite.unseen if d.labeled), suite.train[0])
+    shapes, adapter = _lora_of(workdir)
+    with tempfile.TemporaryDirectory(dir=workdir, prefix=".overhead.") as scratch:
+        generation = measure_generation(workdir, dataset.train, scratch, config.seed)
+    tuning = measure_tuning(base_path, dataset.train, shapes, adapter.scale, config.lora, config.base.max_length, config.seed)
+    return compare(generation, tuning)
+
+
+def peak_memory() -> tuple[int, str]:
+    """(bytes, whose) held at most so far: on the device where it counts them, else by this process, libraries included."""
+    counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if counted:
+        return counted, "device"
+    status = pathlib.Path("/proc/self/status")  # unlike ru_maxrss, this does not begin with the parent's
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
+
+
+def _alone(side: str, spec: Mapping) -> dict:
+    """What a side measures in a process of its own. Raises InputError with its message."""
+    code, out, err = finished([sys.executable, "-m", "dnd_jax.overhead", side, json.dumps(spec)])
+    if code:
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        raise InputError(last.removeprefix("dnd: ") if code == 2 else f"overhead, {side}: ended with status {code} ({last})")
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def overhead(
+    config: Config, run_dir: str | os.PathLike, prompts: str | os.PathLike, workdir: pathlib.Path, base: str = "", limit: int = 0
+) -> dict:
+    """Measures both sides, each in a fresh process, and writes WORKDIR/overhead.json. base: empty for the one the generator names.
+
+    Raises InputError for prompts without responses or longer than config.base.max_length, a damaged generator, and a base that is
+    not at hand or not supported.
+    """
+    if pathlib.Path(prompts).suffix not in FILES:
+        raise InputError(f"{prompts}: tuning needs the task's answers; give a JSONL file with prompt and response in each line")
+    _, adapter = _lora_of(run_dir)
+    spec = {
+        "generator": os.fspath(run_dir),
+        "prompts": os.fspath(prompts),
+        "base": os.fspath(base or adapter.base),
+        "lora": dataclasses.asdict(config.lora),
+        "max_length": config.base.max_length,
+        "seed": config.seed,
+        "limit": limit,
+        "scratch": os.fspath(workdir),
+    }
+    encode(hf.load_tokenizer(spec["base"]), read_jsonl(prompts), config.base.max_length)  # refused now, not after minutes
+    workdir.mkdir(parents=True, exist_ok=True)
+    generation, tuning = (_alone(side, spec) for side in ("generate", "tune"))
+    result = {"prompts": os.fspath(prompts), "base": spec["base"], **compare(generation, tuning)}
+    write_json(workdir / RESULT, result)
+    return result
+
+
+def describe(result: Mapping) -> str:
+    """The measurements of `overhead` as a table, and the note."""
+    gib = lambda side: f"{result[f'{side}_peak_bytes'] / 2**30:.2f}"
+    rows = [
+        ("tune one LoRA", result["tune_seconds"], result["tune_cold_seconds"], gib("tune")),
+        ("generate one", result["generate_seconds"], result["generate_cold_seconds"], gib("generate")),
+    ]
+    lines = [f"on {result['device']}   seconds, warm   from a cold start   GiB at most ({result['memory_of']})"]
+    first = len(f"on {result['device']}")
+    lines += [f"{name:<{first}}{warm:>16.3f}{cold:>20.3f}{peak:>14}" for name, warm, cold, peak in rows]
+    return "\n".join([*lines, f"ratio {result['ratio']:.0f}; the paper's {PAPER}", "", result["note"]])
+
+
+def main(side: str, raw: str) -> int:
+    """One side of `overhead`, as a process: prints its result as JSON; 2 and one line on stderr for bad input."""
+    spec = json.loads(raw)
+    try:
+        examples = read_jsonl(spec["prompts"])
+        if side == "generate":
+            with tempfile.TemporaryDirectory(dir=spec["scratch"], prefix=".overhead.") as scratch:
+                result = measure_generation(spec["generator"], examples, scratch, spec["seed"])
+        else:
+            shapes, adapter = _lora_of(spec["generator"])
+            lora = config_lib.Lora(**spec["lora"])
+            result = measure_tuning(
+                spec["base"], examples, shapes, adapter.scale, lora, spec["max_length"], spec["seed"], spec["limit"]
+            )
+    except InputError as error:
+        print(f"dnd: {error}", file=sys.stderr)
+        return 2
+    peak, whose = peak_memory()
+    print(json.dumps({**result, f"{side}_peak_bytes": peak, "memory_of": whose, "device": jax.devices()[0].device_kind}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

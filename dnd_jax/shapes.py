@@ -5,12 +5,13 @@ from flax import linen as nn
 from dnd_jax import config as config_lib
 from dnd_jax.errors import InputError
 from dnd_jax.layout import LoraLayout
-from dnd_jax.models import hf
 from dnd_jax.models.bert import Bert, BertConfig
 from dnd_jax.models.hyperconv import Features
 from dnd_jax.models.text_encoder import load_module
 
-MINILM_L12 = Bert(BertConfig(30522, 384, 1536, 12, 12))  # of a hub id, which nothing here downloads
+# The paper's encoder, known without a download.
+MINILM_L12_ID = "sentence-transformers/all-MiniLM-L12-v2"
+MINILM_L12 = Bert(BertConfig(30522, 384, 1536, 12, 12))
 
 
 def resolve_features(
@@ -35,9 +36,9 @@ def resolve_features(
 
 
 def encoder_module(config: config_lib.Config) -> nn.Module:
-    """The text encoder without its weights: that of a package, else MiniLM-L12."""
+    """The text encoder without its weights. Raises InputError when neither its folder nor, by its id, the hub is within reach."""
     c = config.condition
-    return load_module(c.encoder, c.layer) if c.encoder.startswith(hf.PACKAGE) else MINILM_L12
+    return MINILM_L12 if c.encoder == MINILM_L12_ID else load_module(c.encoder, c.layer)
 
 
 def layout_of(config: config_lib.Config) -> LoraLayout | None:

@@ -277,19 +277,19 @@ def test_criterion_weight_of_another_length_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass), CONFIGS.md
-    "qwen2_5_0_5b_commonsense": (1113.2, 8.26),
-    "qwen2_5_1_5b_code": (1715.3, 27.31),
-    "qwen2_5_1_5b_math": (1775.3, 37.93),
-    "qwen2_5_7b_code": (1936.5, 52.77),
-    "qwen2_5_7b_math": (1936.5, 52.77),
-    "qwen2_5_vl_3b_math": (2409.6, 28.90),
+SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass, tokens), CONFIGS.md
+    "qwen2_5_0_5b_commonsense": (1113.2, 8.26, (4296, 10, 130)),
+    "qwen2_5_1_5b_code": (1715.3, 27.31, (4508, 18, 258)),
+    "qwen2_5_1_5b_math": (1775.3, 37.93, (4508, 18, 258)),
+    "qwen2_5_7b_code": (1936.5, 52.77, (4928, 18, 514)),
+    "qwen2_5_7b_math": (1936.5, 52.77, (4928, 18, 514)),
+    "qwen2_5_vl_3b_math": (2409.6, 28.90, (7308, 18, 258)),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sizes_and_cost_of_the_original_settings(name):
-    millions, tera = SETTINGS[name]
+    millions, tera, tokens = SETTINGS[name]
     config = freeze(load_file(f"configs/{name}.py"))
     features, kernel_size, projection = config.generator.features, config.generator.kernel_size, config.generator.length_projection
     module = make_generator(features, config.generator, config.train.dtype)
@@ -298,9 +298,10 @@ def test_sizes_and_cost_of_the_original_settings(name):
     condition = jax.ShapeDtypeStruct((1, features[0][0], length, features[0][2]), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), condition)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["decoder"])) / 1e6 == pytest.approx(millions, abs=0.05)
-    assert jax.eval_shape(module.apply, variables, condition).shape == (1, *features[-1])
+    assert jax.eval_shape(module.apply, variables, condition).shape == (1, *tokens)
     assert 2 * forward_macs(features, kernel_size) / 1e12 == pytest.approx(tera, abs=0.005)
     assert millions == pytest.approx(float(re.search(r"([0-9.]+)M parameters", config_text(name))[1]))
+    assert "{} tokens of {} x {};".format(*tokens) in config_text(name)
     assert tera == pytest.approx(float(re.search(r"([0-9.]+) TFLOP a sample", config_text(name))[1]))
 
 

@@ -40,25 +40,30 @@ def cases_of(config: Config, config_file: str) -> list[Case]:
     return cases
 
 
+def finished(command: list[str]) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command, which ends with this process."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while True:
+            stop.check()
+            try:
+                out, err = process.communicate(timeout=0.5)
+                return process.returncode, out, err
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
 def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
     """One process's result. Raises InputError with its last line when it fails."""
     spec = json.dumps({"case": dataclasses.asdict(case), "variant": variant, "repeats": repeats})
     command = [sys.executable, "-m", f"dnd_jax.bench.{side}_worker", spec]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None:
-            stop.check()
-            try:
-                process.communicate(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
-        out, err = process.communicate()
-    finally:
-        if process.poll() is None:
-            process.kill()
-    if process.returncode == -9:
+    code, out, err = finished(command)
+    if code == -9:
         return {"out_of_memory": True}  # the kernel's way of saying so
-    if process.returncode:
+    if code:
         raise InputError(f"bench {case.name}, {side} {variant}: {(err.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(out.strip().splitlines()[-1])
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,17 @@ from dnd_jax.models.base_lm import RULES, BaseLM, LmConfig, RopeScaling
 from dnd_jax.models.names import lm_name, lm_table
 from dnd_jax.models.weights import StoredWeights, load_params, opened
 
+CONFIG = "config.json"
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
 PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
 
 # model_type -> class in transformers
 BASES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
-def resolve(path: str | os.PathLike) -> pathlib.Path:
-    """The local folder of a model: a folder, "package:NAME/FOLDER" inside an installed package, or a hub id (downloaded).
+def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Path:
+    """The local folder of a model: a folder, "package:NAME/FOLDER" inside an installed package, or a hub id, of which `files` are
+    downloaded.
 
     Raises InputError when it cannot be had.
     """
@@ -45,8 +48,7 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        return pathlib.Path(snapshot_download(name, allow_patterns=files))
+        return pathlib.Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name}: neither a folder here nor reachable on the hub ({reason})") from None
@@ -69,7 +71,7 @@ def config_fields(file: pathlib.Path, raw: Mapping, cls: type):
 
 def load_base_config(path: str | os.PathLike) -> LmConfig:
     """The base LM's sizes from a folder's config.json. Raises InputError for an architecture that is none of BASES."""
-    file = resolve(path) / "config.json"
+    file = resolve(path, (CONFIG,)) / CONFIG
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind not in BASES:

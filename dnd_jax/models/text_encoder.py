@@ -59,8 +59,10 @@ def load_encoder(name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.
 
 
 def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
-    """The module of a folder's encoder without its weights, for its sizes."""
-    return _architecture(hf.resolve(name), layer)[0]
+    """The module of a folder, package, hub id or vector file without its weights, for its sizes."""
+    if pathlib.Path(name).is_file():
+        return _load_vectors(pathlib.Path(name), layer, None).module
+    return _architecture(hf.resolve(name, (hf.CONFIG,)), layer)[0]
 
 
 def encode_windows(module: nn.Module, params: Mapping, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
