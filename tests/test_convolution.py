@@ -235,14 +235,6 @@ def test_the_model_chooses_what_measurements_showed():
     assert choose(Problem(1, 128, 384, 384, 300, 9, "float32", "cpu"), "direct").forward is None
 
 
-def test_memory_order_is_given_where_kernels_are_whole():
-    """A layout constraint makes every device hold what it is given, so a kernel split over devices must do without."""
-    x, kernel = jax.ShapeDtypeStruct((64, 128, 384, 384), jnp.bfloat16), jax.ShapeDtypeStruct((9, 9, 384, 300), jnp.float32)
-    plans = [choose(Problem.of(x, kernel, 3, "tpu", batch_ways=8, channel_ways=ways)) for ways in (1, 2)]
-    assert [plan.ordered for plan in plans] == [True, False] and all(plan.forward and not plan.looped for plan in plans)
-    assert not choose(Problem.of(x, kernel, 3, "cpu")).ordered
-
-
 def test_every_tiling_covers_the_grid():
     for size in (1, 2, 7, 10, 130, 384):
         problem = Problem(1, size, 5, 3, 4, 9, "float32", "cpu")

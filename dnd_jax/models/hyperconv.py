@@ -47,13 +47,10 @@ class HyperConvStage(nn.Module):
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded to."""
         k, size_in, place = self.kernel_size, x_BxNxLxC.shape[axis], self.placement
         kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
-        ways = place.batch_ways(len(x_BxNxLxC)), place.channel_ways(size_out)
-        plan = choose(Problem.of(x_BxNxLxC, kernel, axis, place.platform, *ways), self.convolution)
+        plan = choose(Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.convolution)
         if plan.direct:
             kernel = kernel.astype(x_BxNxLxC.dtype)  # before it is gathered: half the bytes
-        y = convolve(x_BxNxLxC, place.kernel(kernel), axis, plan)
-        # Split, then gathered: each part of `tensor` computes its channels, and backwards takes its part of the gradient.
-        y = place.activation(place.activation(y, axis))
+        y = place.convolve(lambda x, kernel: convolve(x, kernel, axis, plan), x_BxNxLxC, kernel, axis)
         return checkpoint_name(y, CONVOLUTION)
 
     @nn.compact
@@ -154,5 +151,5 @@ def convolutions(
         }
         for name, (grid, size_in, size_out) in shapes.items():
             ways = tensor if size_out % tensor == 0 else 1
-            problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out // ways, kernel_size, dtype, platform, ways)
+            problems[f"stage_{i}/{name}"] = Problem(batch, *grid, size_in, size_out // ways, kernel_size, dtype, platform)
     return problems

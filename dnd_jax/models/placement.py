@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,7 +17,8 @@ class Placement:
 
     A batch is split over slice x data x fsdp. A convolution gathers its kernel from fsdp when it needs it, and each part of
     `tensor` computes its share of the output channels, which are then gathered: the next convolution slides over that axis.
-    A dimension that does not divide stays whole.
+    A dimension that does not divide stays whole. Each device convolves what it has by itself (shard_map): left to the partitioner,
+    gradients of kernels would be summed over the batch as spectra, which are several times as large.
     """
 
     mesh: jax.sharding.Mesh | None = None
@@ -37,16 +39,30 @@ class Placement:
         ways = 1 if self.mesh is None else self.mesh.shape["tensor"]
         return ways if channels % ways == 0 else 1
 
-    def kernel(self, kernel: jax.Array) -> jax.Array:
-        """A convolution's kernel (k, k, in, out) as it is used."""
-        return self._constrain(kernel, None, None, None, "tensor" if self.channel_ways(kernel.shape[3]) > 1 else None)
+    def parts(self, x_BxNxLxC: jax.Array, kernel: jax.Array) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The shapes of an input and a kernel (k, k, in, out) that one device convolves."""
+        batch, *grid = x_BxNxLxC.shape
+        *taps, size_out = kernel.shape
+        return (
+            jax.ShapeDtypeStruct((batch // self.batch_ways(batch), *grid), x_BxNxLxC.dtype),
+            jax.ShapeDtypeStruct((*taps, size_out // self.channel_ways(size_out)), kernel.dtype),
+        )
 
-    def activation(self, x_Bx: jax.Array, channel_axis: int | None = None) -> jax.Array:
-        """An activation with its batch split, and with the channels of a convolution's output on `channel_axis` split as well."""
-        axes = [BATCH_AXES if self.batch_ways(x_Bx.shape[0]) > 1 else None, *(None,) * (x_Bx.ndim - 1)]
-        if channel_axis is not None and self.channel_ways(x_Bx.shape[channel_axis]) > 1:
-            axes[channel_axis] = "tensor"
-        return self._constrain(x_Bx, *axes)
+    def convolve(self, function: Callable, x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+        """function(x, kernel) on every device's parts; the result with its output channels, on `axis`, whole again."""
+        if self.mesh is None or self.mesh.size == 1:
+            return function(x_BxNxLxC, kernel)
+        batch = BATCH_AXES if self.batch_ways(len(x_BxNxLxC)) > 1 else None
+        channels = "tensor" if self.channel_ways(kernel.shape[3]) > 1 else None
+        split = [batch, None, None, None]
+        split[axis] = channels
+        specs = PartitionSpec(batch), PartitionSpec(None, None, None, channels)
+        local = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(*split), check_vma=False)
+        return self.activation(local(x_BxNxLxC, kernel))
+
+    def activation(self, x_Bx: jax.Array) -> jax.Array:
+        """An activation with its batch split."""
+        return self._constrain(x_Bx, BATCH_AXES if self.batch_ways(x_Bx.shape[0]) > 1 else None)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """A small array, gathered."""

@@ -18,8 +18,6 @@ def convolve(
     axis: int,
     method: str | Plan = "auto",
     platform: str | None = None,
-    batch_ways: int = 1,
-    channel_ways: int = 1,
 ) -> jax.Array:
     """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
 
@@ -27,7 +25,7 @@ def convolve(
     type with `axis` of size `out`. method: "direct" (the compiler's convolution), "dft" (tile by tile in the Fourier domain,
     dnd_jax/ops/dft.py), "auto" (the cheaper one by the cost model of dnd_jax/ops/plan.py), "tuned" (the fastest one measured
     here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one).
-    batch_ways, channel_ways: devices that the batch and the output channels are split over, for the cost model.
+    On a mesh it is meant for each device's own part (shard_map, as dnd_jax/models/placement.py does); it works without, too.
     A kernel of higher precision than x is kept by "dft" and rounded to x's type by "direct".
     Raises ValueError for an even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
     """
@@ -44,8 +42,7 @@ def convolve(
             f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel takes {kernel.shape[2]}"
         )
     if not isinstance(method, Plan):
-        problem = Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend(), batch_ways, channel_ways)
-        method = choose(problem, method)
+        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend()), method)
     if method.direct:
         return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)

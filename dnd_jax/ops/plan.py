@@ -55,16 +55,13 @@ class Problem:
     kernel: int
     dtype: str
     platform: str
-    channel_ways: int = 1  # devices that the output channels were split over
 
     @classmethod
-    def of(cls, x, kernel, axis: int, platform: str, batch_ways: int = 1, channel_ways: int = 1) -> "Problem":
-        """From arrays or shapes as `convolve` takes them: what one of the devices that share batch and channels has to do."""
+    def of(cls, x, kernel, axis: int, platform: str) -> "Problem":
+        """From arrays or shapes as `convolve` takes them."""
         height, width = (x.shape[a] for a in (1, 2, 3) if a != axis)
         k, _, channels_in, channels_out = kernel.shape
-        batch, channels_out = -(-x.shape[0] // batch_ways), -(-channels_out // channel_ways)
-        dtype = jnp.dtype(x.dtype).name
-        return cls(batch, height, width, channels_in, channels_out, k, dtype, platform, channel_ways)
+        return cls(x.shape[0], height, width, channels_in, channels_out, k, jnp.dtype(x.dtype).name, platform)
 
     @property
     def macs(self) -> int:
@@ -251,7 +248,7 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
     costs = [dft_cost(problem, tiling, gradient) for gradient, tiling in enumerate((forward, backward)) if tiling]
     cpu = problem.platform == "cpu"
     looped = cpu or (problem.platform == "gpu" and any(cost.planes > LOOP_BYTES for cost in costs))
-    ordered = problem.platform == "tpu" and problem.channel_ways == 1
+    ordered = problem.platform == "tpu"
     chunks = 1
     if cpu:
         held = max((cost.kernel_rows for cost in costs), default=0)
