@@ -3,8 +3,8 @@
     dnd ablate --config=configs/ablate_pairing.py --workdir=runs/pairing [--seeds=0,1,2]
 
 WORKDIR/default/seed_N is the run of the configuration itself, WORKDIR/VARIANT/seed_N that of a variant: folders as those of
-`dnd quickstart`. What a variant's keys leave as it is (suite, base, LoRA checkpoints, cached embeddings and tokens, and where only
-evaluation differs the generator) it does not make again: there it has links to the default's. A finished run is kept.
+`dnd quickstart`. What a variant's keys leave as it is (suite, base, LoRA checkpoints with their scores, cached embeddings and
+tokens and, where only evaluation differs, the generator) is not made again: links lead to the default's. A finished run is kept.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from dnd_jax import ablate_report, loop
 from dnd_jax import quickstart as q
 from dnd_jax.config import Config, freeze
 from dnd_jax.errors import InputError, listed
+from dnd_jax.evaluate import EVALUATION, evaluation_settings
 from dnd_jax.files import read_json, write_json
 
 DEFAULT = "default"
@@ -141,6 +142,8 @@ def run(config: Config, variant: Variant, workdir: pathlib.Path, seed: int, suit
             # The adapters name the base by its path, so that must be the one they were made with.
             changes |= {"base.path": base} if "base" in shared else {}
             own = with_changes(dataclasses.replace(config, seed=seed), changes)
+            if "loras" in shared:
+                share_scores(own, folder, default, suite)
         result = q.run_seed(own, folder, strict)
     except InputError as error:
         raise InputError(f"variant {variant.name}: {error}") from None
@@ -156,6 +159,18 @@ def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(os.path.relpath(default / name, folder), target_is_directory=True)
     return shared
+
+
+def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, suite: str) -> None:
+    """Begins a variant's scoring with the default's scores of the base and the LoRAs that both have, if they are asked alike."""
+    path, settings = folder / EVALUATION, evaluation_settings(config, suite)
+    stored = read_json(default / EVALUATION)
+    alike = {**stored["settings"]["evaluate"], "samples": config.evaluate.samples, "num_prompts": config.evaluate.num_prompts}
+    if path.is_file() or alike != settings["evaluate"]:
+        return
+    theirs, ours = (config.train.checkpoints or str(of / "loras") for of in (default, folder))
+    known = {label: scores for label, scores in stored["scores"].items() if label == "base" or label.startswith(f"{theirs}/")}
+    write_json(path, {"settings": settings, "scores": {label.replace(theirs, ours, 1): of for label, of in known.items()}})
 
 
 def ablate(config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False) -> dict:

@@ -114,16 +114,20 @@ def plot(report: Mapping, path: pathlib.Path) -> None:
     figure = Figure(figsize=(12, 1.4 + 0.5 * len(rows)), layout="constrained")
     names = [entry["name"] if entry["differs"] else f"{entry['name']} *" for entry in rows]
     bars = (("generated", "generated", "tab:orange", -0.2), ("wrong_prompts", "from wrong prompts (control)", "0.7", 0.2))
-    for axis, (measure, title) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    axes[0].invert_yaxis()  # of all of them
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for method, label, color, offset in bars:
             scores = [entry["scores"][measure][method] for entry in rows]
             errors = [score.get("std", 0) for score in scores]
             at = [i + offset for i in range(len(rows))]
             axis.barh(at, [score["mean"] for score in scores], 0.38, xerr=errors, color=color, label=label)
+        for entry in rows:
+            if not entry["differs"]:
+                axis.axvline(entry["scores"][measure]["generated"]["mean"], color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1.02), title=title)
         axis.set_yticks(range(len(rows)), names)
-        axis.invert_yaxis() if measure == "exact" else None
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("means over all unseen datasets; *: the default")
+    figure.suptitle("means over all unseen datasets; * and dotted: the default")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -216,13 +216,18 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
     return {"answers": total, "same_answers": same, "largest_logit_difference": worst}
 
 
+def evaluation_settings(config: Config, suite: str) -> dict:
+    """What WORKDIR/evaluation.json must agree with, beside the adapters; suite: its fingerprint."""
+    return {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite}
+
+
 def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
     """Runs the whole stage and returns {"train": names, "unseen": {NAME: scores}, "questions", "agreement", "overhead"}, kept in
     WORKDIR/evaluation.json too. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
     from dnd_jax.torch_scoring import TorchBase
 
     path = workdir / EVALUATION
-    settings = {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite.fingerprint}
+    settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, workdir)
     if path.is_file() and "result" in (stored := read_json(path)):
         loop.check_same_run(path, stored["settings"], settings)
