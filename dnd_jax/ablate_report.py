@@ -23,37 +23,33 @@ CONTROL = (
 def row(name: str, config: Config, differs: Mapping[str, list], folder: str, runs: Mapping[int, Mapping]) -> dict:
     """A variant's entry of ablation.json: {"name", "differs", "folder", "rule", "scores", "by_kind", "seconds"}.
 
-    scores: {measure: {method: {"mean", "by_seed", "interval", and where known "std"}}}. "std" is that over the seeds, or of a
-    single one that over the draws of prompts.
+    scores: {measure: {method: {"mean", "by_seed", "interval", and where known "std"}}}, by_kind: {kind: {method: the same}} of the
+    exact match. "std" is that over the seeds, or of a single one that over the draws of prompts.
     """
     results = combine(dict(runs), config)
-    by_seed = [summarise(run["unseen"]) for run in runs.values()]
-    scores: dict[str, dict] = {}
-    for measure in MEASURES:
-        of_seeds = [s[measure] if measure in PARTS else s for s in by_seed]
-        found = results["mean"][measure] if measure in PARTS else results["mean"]
-        scores[measure] = {}
-        for method in (m for m in METHODS if all(m in s for s in of_seeds)):
-            values = [s[method]["mean"] if isinstance(s[method], Mapping) else s[method] for s in of_seeds]
-            entry = {"mean": statistics.fmean(values), "by_seed": values, "interval": found["interval"][method]}
-            if len(values) > 1:
-                entry["std"] = statistics.pstdev(values)
-            elif isinstance(of_seeds[0][method], Mapping):
-                entry["std"] = of_seeds[0][method]["std"]
-            scores[measure][method] = entry
-
-    def means(of: Mapping) -> dict:
-        return {m: of[m]["mean"] if isinstance(of[m], Mapping) else of[m] for m in METHODS if m in of}
-
+    mean, by_seed = results["mean"], [summarise(run["unseen"]) for run in runs.values()]
     return {
         "name": name,
         "differs": dict(differs),
         "folder": folder,
         "rule": results["rule"],
-        "scores": scores,
-        "by_kind": {kind: means(of) for kind, of in results["mean"]["by_kind"].items()},
+        "scores": {"exact": _scores(by_seed, mean)} | {part: _scores([s[part] for s in by_seed], mean[part]) for part in PARTS},
+        "by_kind": {kind: _scores([s["by_kind"][kind] for s in by_seed], of) for kind, of in mean["by_kind"].items()},
         "seconds": {stage: round(value, 1) for stage, value in results["seconds"].items()},
     }
+
+
+def _scores(by_seed: Sequence[Mapping], combined: Mapping) -> dict[str, dict]:
+    """{method: entry} of one measure over one group of datasets; combined: what `combine` makes of the seeds."""
+    found = {}
+    for method in (m for m in METHODS if all(m in s for s in by_seed)):
+        values = [s[method]["mean"] if isinstance(s[method], Mapping) else s[method] for s in by_seed]
+        found[method] = {"mean": statistics.fmean(values), "by_seed": values, "interval": combined["interval"][method]}
+        if len(values) > 1:
+            found[method]["std"] = statistics.pstdev(values)
+        elif isinstance(by_seed[0][method], Mapping):
+            found[method]["std"] = by_seed[0][method]["std"]
+    return found
 
 
 def write(rows: Sequence[Mapping], seeds: Sequence[int], workdir: pathlib.Path) -> dict:
@@ -76,8 +72,14 @@ def _differs(entry: Mapping) -> str:
     return "; ".join(f"{key} {old!r} → {new!r}" for key, (old, new) in entry["differs"].items()) or "(the default)"
 
 
+def _kinds(report: Mapping) -> list[str]:
+    """Those of the unseen datasets, if there are several."""
+    kinds = list(report["variants"][0]["by_kind"])
+    return kinds if len(kinds) > 1 else []
+
+
 def as_markdown(report: Mapping) -> str:
-    """The table, one variant a row in the configuration's order, and under it rule, spread and control in words."""
+    """The tables, one variant a row in the configuration's order, and under them rule, spread and control in words."""
     lines = [
         "| variant | differs | exact match | interval | wrong | train mean | train best | nearest | tuned | content | wrong | "
         "format | wrong | minutes |",
@@ -91,6 +93,12 @@ def as_markdown(report: Mapping) -> str:
         cells += [_spread(exact.get(m)) for m in ("wrong_prompts", "train_mean", "train_best", "nearest", "tuned")]
         cells += [_spread(scores[part][m]) for part in PARTS for m in ("generated", "wrong_prompts")]
         lines.append(f"| {' | '.join(cells)} | {sum(entry['seconds'].values()) / 60:.1f} |")
+    kinds = _kinds(report)
+    if kinds:
+        lines += ["", f"| exact match of | {' | wrong | '.join(kinds)} | wrong |", "|---" * (1 + 2 * len(kinds)) + "|"]
+        for entry in report["variants"]:
+            cells = [_spread(entry["by_kind"][kind][m]) for kind in kinds for m in ("generated", "wrong_prompts")]
+            lines.append(f"| {entry['name']} | {' | '.join(cells)} |")
     seeds = report["seeds"]
     over = "draws of prompts, not over seeds of training (--seeds=0,1,2 gives that)"
     if len(seeds) > 1:
@@ -105,29 +113,31 @@ def as_markdown(report: Mapping) -> str:
 
 
 def plot(report: Mapping, path: pathlib.Path) -> None:
-    """One panel a measure, two bars a variant: the generated adapters and the control. Nothing without matplotlib."""
+    """A panel a measure and kind, two bars a variant: the generated adapters and the control. Nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     rows = report["variants"]
-    figure = Figure(figsize=(12, 1.4 + 0.5 * len(rows)), layout="constrained")
+    panels = [(MEASURES["exact"], [entry["scores"]["exact"] for entry in rows])]
+    panels += [(f"{MEASURES['exact']}: {kind}", [entry["by_kind"][kind] for entry in rows]) for kind in _kinds(report)]
+    panels += [(MEASURES[part], [entry["scores"][part] for entry in rows]) for part in PARTS]
+    figure = Figure(figsize=(1.6 + 2.6 * len(panels), 1.4 + 0.5 * len(rows)), layout="constrained")
     names = [entry["name"] if entry["differs"] else f"{entry['name']} *" for entry in rows]
     bars = (("generated", "generated", "tab:orange", -0.2), ("wrong_prompts", "from wrong prompts (control)", "0.7", 0.2))
-    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    axes = figure.subplots(1, len(panels), sharey=True)
     axes[0].invert_yaxis()  # of all of them
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+    for axis, (title, scores) in zip(axes, panels, strict=True):
         for method, label, color, offset in bars:
-            scores = [entry["scores"][measure][method] for entry in rows]
-            errors = [score.get("std", 0) for score in scores]
-            at = [i + offset for i in range(len(rows))]
-            axis.barh(at, [score["mean"] for score in scores], 0.38, xerr=errors, color=color, label=label)
-        for entry in rows:
+            at, means = [i + offset for i in range(len(rows))], [of[method]["mean"] for of in scores]
+            errors = [of[method].get("std", 0) for of in scores]
+            axis.barh(at, means, 0.38, xerr=errors, color=color, label=label)
+        for entry, of in zip(rows, scores, strict=True):
             if not entry["differs"]:
-                axis.axvline(entry["scores"][measure]["generated"]["mean"], color="black", linewidth=0.8, linestyle=":")
+                axis.axvline(of["generated"]["mean"], color="black", linewidth=0.8, linestyle=":")
         axis.set(xlim=(0, 1.02), title=title)
         axis.set_yticks(range(len(rows)), names)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("means over all unseen datasets; * and dotted: the default")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("means over unseen datasets; * and dotted: the default")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -215,12 +215,18 @@ def test_report_of_several_seeds_and_of_one(tmp_path):
             assert found["by_seed"] == pytest.approx(by_seed) and found["mean"] == pytest.approx(np.mean(by_seed))
             assert found["std"] == pytest.approx(np.std(by_seed)) and found["std"] > 0
             assert found["interval"][0] < found["mean"] < found["interval"][1]
-        assert row["scores"]["content"].keys() == row["scores"]["exact"].keys() and set(row["by_kind"]) == {"near", "far"}
+        assert row["scores"]["content"].keys() == row["scores"]["exact"].keys()
+        for kind, datasets_of_kind in (("near", "xy"), ("far", "z")):
+            of_kind = [statistics.fmean(run["unseen"][n]["wrong_prompts"] for n in datasets_of_kind) for run in of_seeds.values()]
+            assert row["by_kind"][kind]["wrong_prompts"]["by_seed"] == pytest.approx(of_kind)
     text = (tmp_path / "ablation.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| pairing=fixed"))
     exact = rows[1]["scores"]["exact"]
     cells = [f"{exact[m]['mean']:.2f}±{exact[m]['std']:.2f}" for m in ("generated", "wrong_prompts")]
     assert f"| train.pairing 0 → 'fixed' | **{cells[0]}** | " in line and f" | {cells[1]} | " in line
+    far = rows[2]["by_kind"]["far"]
+    cells = [f"{far[m]['mean']:.2f}±{far[m]['std']:.2f}" for m in ("generated", "wrong_prompts")]
+    assert "| exact match of | near | wrong | far | wrong |" in text and f"| {cells[0]} | {cells[1]} |\n\n" in text
     assert "(the default)" in text and "over the seeds 0, 1" in text and "another unseen task's prompts, the control" in text
     assert "pairing=random, pairing=fixed: No selection" in text and "few: No selection" in text
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
