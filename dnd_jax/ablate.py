@@ -136,8 +136,8 @@ def run(config: Config, variant: Variant, workdir: pathlib.Path, seed: int, suit
             loop.check_same_run(folder / DONE, stored["settings"], settings)
             return stored["run"]
         if variant.changes:
-            base = config.base.path or str(default / "base")
             shared = link(folder, default, variant)
+            base = own.base.path or str((default if "base" in shared else folder) / "base")
             changes = {key: v.replace(BASE, base) if isinstance(v, str) else v for key, v in variant.changes.items()}
             # The adapters name the base by its path, so that must be the one they were made with.
             changes |= {"base.path": base} if "base" in shared else {}
@@ -168,7 +168,7 @@ def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, su
     alike = {**stored["settings"]["evaluate"], "samples": config.evaluate.samples, "num_prompts": config.evaluate.num_prompts}
     if path.is_file() or alike != settings["evaluate"]:
         return
-    theirs, ours = (config.train.checkpoints or str(of / "loras") for of in (default, folder))
+    theirs, ours = (str(pathlib.Path(config.train.checkpoints or of / "loras")) for of in (default, folder))
     known = {label: scores for label, scores in stored["scores"].items() if label == "base" or label.startswith(f"{theirs}/")}
     write_json(path, {"settings": settings, "scores": {label.replace(theirs, ours, 1): of for label, of in known.items()}})
 

@@ -249,8 +249,8 @@ def test_variants_are_ordinary_runs_and_a_killed_ablation_goes_on(tmp_path):
     suite, workdir = tiny_suite(tmp_path / "towns"), tmp_path / "w"
     axes = "--config.ablate.axes=(('train.pairing', ('random', 'fixed')),)"
     named = (
-        "--config.ablate.variants=(('one_prompt', {'evaluate.num_prompts': 1}), ('two', {'train.datasets': 2}), "
-        "('vectors', {'condition.encoder': '{base}', 'condition.layer': 0}))"
+        "--config.ablate.variants=(('one_prompt', {'evaluate.num_prompts': 1}), "
+        "('vectors', {'train.datasets': 2, 'condition.encoder': '{base}', 'condition.layer': 0}))"
     )
     command = ("ablate", TINY, f"--suite={suite}", f"--workdir={workdir}", axes, named)
     fixed, default = workdir / "pairing=fixed" / "seed_0", workdir / "default" / "seed_0"
@@ -264,11 +264,11 @@ def test_variants_are_ordinary_runs_and_a_killed_ablation_goes_on(tmp_path):
     done = dnd(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_json(workdir / "ablation.json")
-    names = ["pairing=random", "pairing=fixed", "one_prompt", "two", "vectors"]
+    names = ["pairing=random", "pairing=fixed", "one_prompt", "vectors"]
     assert [row["name"] for row in report["variants"]] == names
     assert (workdir / "ablation.md").read_text().strip() in done.stdout
     assert (default / ablate.DONE).stat().st_mtime_ns == finished and (workdir / "ablation.png").is_file()
-    assert len(read_json(workdir / "two" / "seed_0" / ablate.DONE)["run"]["train"]) == 2
+    assert len(read_json(workdir / "vectors" / "seed_0" / ablate.DONE)["run"]["train"]) == 2
     vectors = read_json(workdir / "vectors" / "seed_0" / "generator" / "generator.json")
     assert vectors["settings"]["condition"]["encoder"] == str(default / "base")
 
