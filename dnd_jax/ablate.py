@@ -142,7 +142,7 @@ def run(config: Config, variant: Variant, workdir: pathlib.Path, seed: int, suit
             # The adapters name the base by its path, so that must be the one they were made with.
             changes |= {"base.path": base} if "base" in shared else {}
             own = with_changes(dataclasses.replace(config, seed=seed), changes)
-            if "loras" in shared:
+            if not MADE_BY["loras"] & variant.sections:
                 share_scores(own, folder, default, suite)
         result = q.run_seed(own, folder, strict)
     except InputError as error:

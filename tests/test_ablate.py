@@ -193,6 +193,12 @@ def test_scores_that_both_runs_have_are_taken_over(tmp_path):
         assert read_json(folder / EVALUATION) == {"settings": evaluation_settings(config, "print"), "scores": kept}
         write_json(default / EVALUATION, {"settings": evaluation_settings(settings(), "print"), "scores": {}})  # a begun one stays
 
+    elsewhere = settings(train__checkpoints=str(tmp_path / "bought") + "/")
+    scores = {f"{tmp_path}/bought/a/step_1": {"x": 2}, f"{default}/competitors/mean_adapter": {"x": 3}}
+    write_json(default / EVALUATION, {"settings": evaluation_settings(elsewhere, "print"), "scores": scores, "result": {}})
+    ablate.share_scores(elsewhere, tmp_path / "w" / "seed_0", default, "print")
+    assert read_json(tmp_path / "w" / "seed_0" / EVALUATION)["scores"] == {f"{tmp_path}/bought/a/step_1": {"x": 2}}
+
 
 def test_report_of_several_seeds_and_of_one(tmp_path):
     config = settings((("train.pairing", ("random", "fixed")),), (("few", {"evaluate.num_prompts": 1}),))
