@@ -63,6 +63,8 @@ def get_config() -> ConfigDict:
             "train": {
                 "checkpoints": "",
                 "init_from": "",
+                "datasets": 0,
+                "pairing": "random",
                 "steps": 4000,
                 "batch_size": 64,
                 "micro_batches": 1,
@@ -81,7 +83,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_dir": "",
                 "trackers": (),
             },
-            "evaluate": {"answers": "greedy", "samples": 5, "batch_size": 128, "max_new_tokens": 32},
+            "evaluate": {"answers": "greedy", "samples": 5, "num_prompts": 0, "batch_size": 128, "max_new_tokens": 32},
             "bench": {
                 "cases": (),
                 "methods": ("direct", "auto"),
@@ -121,6 +123,7 @@ def get_config() -> ConfigDict:
                 "methods": (),
                 "steps": ("train",),
             },
+            "ablate": {"axes": (), "variants": ()},
         }
     )
     return config.lock()

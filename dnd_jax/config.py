@@ -23,6 +23,7 @@ from dnd_jax.ops import METHODS
 TARGETS = ("chunk", "element")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
+PAIRINGS = ("random", "fixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Generator:
 class Train:
     checkpoints: str  # folder of DATASET/*/adapter_model.safetensors or DATASET/N.safetensors; empty: the workdir's own
     init_from: str  # a generator folder whose parameters training starts from; empty: new ones
+    datasets: int  # of the suite's training datasets, drawn by the seed; 0: all
+    pairing: str  # "random": a checkpoint meets N new prompts each time; "fixed": always the same N
     steps: int
     batch_size: int
     micro_batches: int  # parts of a batch computed one after the other; their gradients are added up
@@ -122,6 +125,7 @@ class Train:
 class Evaluate:
     answers: str  # "greedy" decoding, or "likelihood": the label of the dataset that is most likely
     samples: int  # S adapters a task, each from its own batch of N prompts
+    num_prompts: int  # different ones among these N, each repeated to fill them; 0: all N
     batch_size: int
     max_new_tokens: int
 
@@ -164,6 +168,14 @@ class Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ablate:
+    """`dnd ablate`: the runs to compare with the configuration's own, in terms of dotted keys such as "train.pairing"."""
+
+    axes: tuple  # (key, (value, ...)) each; every combination of their values is a variant
+    variants: tuple  # (name, {key: value, ...}) each, after those of the axes
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
     suite: str  # suite folder or JSON file; empty: the embedded one, written into the workdir
@@ -177,6 +189,7 @@ class Config:
     bench: Bench
     mesh: Mesh
     sweep: Sweep
+    ablate: Ablate
 
     def to_json(self) -> dict:
         """A JSON-like copy, for records and comparisons."""
@@ -260,6 +273,10 @@ def _impossible(c: Config) -> list[str]:
         "must be at least two (N, L, C) triples",
     )
     t = c.train
+    need("train.datasets", t.datasets >= 2 or t.datasets == 0, "must be at least 2, or 0 for all")
+    need("train.pairing", t.pairing in PAIRINGS, f"is none of {PAIRINGS}")
+    few = 0 <= c.evaluate.num_prompts <= c.condition.num_prompts
+    need("evaluate.num_prompts", few, f"must be 1 to condition.num_prompts = {c.condition.num_prompts}, or 0 for all of them")
     need("train.remat", t.remat in REMAT, f"is none of {REMAT}")
     need("train.optimizer", t.optimizer in OPTIMIZERS, f"is none of {OPTIMIZERS}")
     need("train.trackers", set(t.trackers) <= set(TRACKERS), f"has more than {TRACKERS}")

@@ -42,6 +42,14 @@ def wrong_task(suite: Suite, name: str) -> Dataset:
     return pool[(at + 1) % len(pool)]
 
 
+def repeat_few(prompts: Sequence[str], different: int, count: int, seed: int) -> Sequence[str]:
+    """`different` of the prompts, drawn by the seed and repeated side by side to `count`; all prompts as they are for 0."""
+    if not different:
+        return prompts
+    few = draw_prompts(prompts, different, seed)
+    return [few[i * different // count] for i in range(count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """Adapter folders to score: of each unseen dataset by method, and those that every unseen dataset shares."""
@@ -53,11 +61,12 @@ class Candidates:
 
 def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
     """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders; finished ones are kept."""
+    suite = suite.with_training(config.train.datasets, config.seed)
     generator = TrainedGenerator(workdir / "generator")
     root = pathlib.Path(config.train.checkpoints or workdir / "loras")
     folders = checkpoint_folders(root, [d.name for d in suite.train])
     encoder, adapter = generator.encoder, generator.adapter
-    n, samples = config.condition.num_prompts, config.evaluate.samples
+    n, samples, different = config.condition.num_prompts, config.evaluate.samples, config.evaluate.num_prompts
 
     def texts(dataset: Dataset) -> list[str]:
         return condition_texts(dataset.train, config.condition.form, config.seed)
@@ -89,7 +98,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         stop.check()
         name, prompts = dataset.name, texts(dataset)
         wrong = texts(wrong_task(suite, name))
-        drawn = pooled(draw_prompts(prompts, n, 0))
+        drawn = pooled(draw_prompts(repeat_few(prompts, different, n, 0), n, 0))
         closest[name] = nearest(drawn, training)
         found: dict[str, list[pathlib.Path]] = {"mean_adapter": [mean_folder], "generated": [], "wrong_prompts": []}
         for seed in range(samples):
@@ -98,7 +107,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
             found["wrong_prompts"].append(workdir / "competitors" / "wrong_prompts" / name / f"seed_{seed}")
             for method, pool in (("generated", prompts), ("wrong_prompts", wrong)):
                 if not found[method][-1].is_dir():
-                    generator.write(pool, found[method][-1], seed, f"prompts of {name}")
+                    generator.write(repeat_few(pool, different, n, seed), found[method][-1], seed, f"prompts of {name}")
         found["ridge"] = [workdir / "competitors" / "ridge" / name]
         if ridge is not None:
             save_adapter(found["ridge"][0], ridge.tensors(drawn), adapter)
@@ -208,13 +217,18 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
     return {"answers": total, "same_answers": same, "largest_logit_difference": worst}
 
 
+def evaluation_settings(config: Config, suite: str) -> dict:
+    """What WORKDIR/evaluation.json must agree with, beside the adapters; suite: its fingerprint."""
+    return {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite}
+
+
 def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
-    """Runs the whole stage and returns {"unseen": {NAME: scores}, "questions", "agreement", "overhead"}, kept in
+    """Runs the whole stage and returns {"train": names, "unseen": {NAME: scores}, "questions", "agreement", "overhead"}, kept in
     WORKDIR/evaluation.json too. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
     from dnd_jax.torch_scoring import TorchBase
 
     path = workdir / EVALUATION
-    settings = {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite.fingerprint}
+    settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, workdir)
     if path.is_file() and "result" in (stored := read_json(path)):
         loop.check_same_run(path, stored["settings"], settings)
@@ -241,6 +255,7 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
                 entry[measure] = values
         unseen[name] = entry
     result = {
+        "train": list(candidates.training),
         "unseen": unseen,
         "questions": questions,
         "agreement": agreement(config, suite, candidates, base, base_path),

@@ -24,6 +24,7 @@ STAGES: dict[str, str] = {
     "verify-adapter": "an adapter folder on --base in PyTorch: does it change the logits as its matrices say?",
     "init-config": "a configuration for another base -> --out=configs/NAME.py: --base, --adapter, --budget, --encoder, ...",
     "plan": "compile train and generation step for a TPU --topology or --devices that need not be there: memory, time, links",
+    "ablate": "the configuration beside variants of it (configs/ablate_*.py): table and plot, with a control of wrong prompts",
     "bench": "our methods and PyTorch side by side, measured; or --backend=tpu-aot: a TPU compiler's estimates",
     "lm-eval": "score the same adapters by EleutherAI's harness: --tasks=NAME,NAME:TASK,... --limit, --unsafe-code",
     "overhead": "time and memory of generating an adapter against tuning one: --generator, --prompts, --base, --limit",
@@ -39,7 +40,7 @@ FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
     "tasks": (list, [], "lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
     "limit": (int, 0, "lm-eval: questions a task; overhead: steps of tuning that are timed; 0: all"),
     "unsafe-code": (bool, False, "lm-eval: allow tasks that run what a model wrote"),
-    "seeds": (list, [], "quickstart: comma-separated seeds (default: the config's)"),
+    "seeds": (list, [], "quickstart, ablate: comma-separated seeds (default: the config's)"),
     "generator": (str, "", "generate, overhead: a trained or imported generator's folder"),
     "prompts": (str, "", "generate: file of prompts; overhead: with their responses"),
     "out": (str, "", "generate, suite, init-config, import-generator, export-generator: what to write"),
@@ -198,6 +199,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "import-generator": lambda: _import_generator(values, config, argument),
         "export-generator": lambda: _export_generator(values, argument),
         "verify-adapter": lambda: _verify_adapter(values, argument),
+        "ablate": lambda: _ablate(values, config, workdir),
         "bench": lambda: _bench(values, config, config_file, workdir),
         "overhead": lambda: _overhead(values, config, workdir),
         "plan": lambda: _plan(values, config, workdir),
@@ -357,6 +359,12 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
         raise CheckFailed(sweep.nearest_miss(plans))
 
 
+def _ablate(values, config, workdir: pathlib.Path) -> None:
+    from dnd_jax.ablate import ablate
+
+    ablate(config, workdir, _seeds(values, config), values.strict)
+
+
 def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
     from dnd_jax import multihost
     from dnd_jax import quickstart as q
@@ -402,7 +410,7 @@ def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     else:
         with q.timed(workdir, "evaluate"):
             evaluation = q.evaluate(config, suite, base, workdir)
-        run = {"suite": suite.name, "train": [d.name for d in suite.train], **evaluation}
+        run = {"suite": suite.name, **evaluation}
         q.finish({config.seed: {**run, "seconds": q.read_json(workdir / q.SECONDS)}}, config, workdir)
 
 

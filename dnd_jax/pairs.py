@@ -1,7 +1,8 @@
 """Training pairs: N random prompts of a dataset with one of that dataset's LoRA checkpoints (METHOD.md section 1).
 
-A pair is drawn from (seed, step) alone and knows its dataset by name. Every process draws the same global batch, whatever their
-number, and reads only the part of it that its devices hold.
+A pair is drawn from (seed, step) alone and knows its dataset by name. With pairing "fixed", the paper's ablation, a checkpoint
+always comes with the same N prompts, which (seed, dataset, checkpoint) draw; which checkpoints a step takes is random still.
+Every process draws the same global batch, whatever their number, and reads only the part of it that its devices hold.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ class PairedDataset:
 class Pairs:
     """Batches of B pairs with N prompts each. Raises InputError naming every dataset with fewer than N prompts."""
 
-    def __init__(self, datasets: Sequence[PairedDataset], batch_size: int, num_prompts: int, seed: int):
+    def __init__(self, datasets: Sequence[PairedDataset], batch_size: int, num_prompts: int, seed: int, pairing: str = "random"):
         self.datasets, self.batch_size, self.num_prompts, self.seed = tuple(datasets), batch_size, num_prompts, seed
+        self.pairing = pairing
         few = [f"{d.name} has {d.num_prompts} prompts" for d in self.datasets if d.num_prompts < num_prompts]
         if few:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
@@ -45,7 +47,9 @@ class Pairs:
             d = int(rng.integers(len(self.datasets)))
             dataset = self.datasets[d]
             checkpoint = int(rng.integers(len(dataset.targets)))
-            drawn.append((d, checkpoint, rng.choice(dataset.num_prompts, self.num_prompts, replace=False)))
+            # A seed's trailing zeros do not count, hence the 1: no step has this one.
+            of_prompts = rng if self.pairing == "random" else np.random.default_rng([self.seed, d, checkpoint, 1])
+            drawn.append((d, checkpoint, of_prompts.choice(dataset.num_prompts, self.num_prompts, replace=False)))
         return drawn
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:

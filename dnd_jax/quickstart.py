@@ -75,14 +75,15 @@ def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dic
         raise InputError(f"{suite.root}/suite.json: unseen names no dataset, so there is nothing to generate for")
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir)
-    with timed(workdir, "collect"):
-        loras = collect(config, suite, base, workdir)
-    print(f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True)
+    if not config.train.checkpoints:
+        with timed(workdir, "collect"):
+            loras = collect(config, suite, base, workdir)
+        print(f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True)
     with timed(workdir, "train"):
         train(config, suite, workdir)
     with timed(workdir, "evaluate"):
         evaluation = evaluate(config, suite, base, workdir)
-    return {"suite": suite.name, "train": [d.name for d in suite.train], **evaluation, "seconds": read_json(workdir / SECONDS)}
+    return {"suite": suite.name, **evaluation, "seconds": read_json(workdir / SECONDS)}
 
 
 def finish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict:

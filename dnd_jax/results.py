@@ -13,16 +13,20 @@ from dnd_jax.config import Config
 PARTS = ("content", "format")  # measures that stand in an entry under their names, beside its exact match
 METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
 RULE = (
-    "No selection: mean of all samples. {samples} adapters a dataset from {samples} seeded draws of {n} prompts, mean and spread "
+    "No selection: mean of all samples. {samples} adapters a dataset from {samples} seeded draws of {prompts}, mean and spread "
     "over them; the generator is the one after its last step."
 )
+FEW_RULE = " They are repeated until the generator has its {n}."
 FORM_RULE = " The condition is of the form {form!r}: it reads the answers of the unseen pools too."
 LIKELIHOOD_RULE = " An answer is the most likely one of a dataset's labels."
 
 
 def rule(config: Config) -> str:
     """How the reported adapters were chosen and asked, in words; fixed before any test."""
-    text = RULE.format(samples=config.evaluate.samples, n=config.condition.num_prompts)
+    n, different = config.condition.num_prompts, config.evaluate.num_prompts
+    drawn = "1 prompt" if (different or n) == 1 else f"{different or n} prompts"
+    text = RULE.format(samples=config.evaluate.samples, prompts=drawn)
+    text += FEW_RULE.format(n=n) if different else ""
     text += FORM_RULE.format(form=config.condition.form) if config.condition.form != "prompt" else ""
     return text + (LIKELIHOOD_RULE if config.evaluate.answers == "likelihood" else "")
 

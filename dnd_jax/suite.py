@@ -32,6 +32,8 @@ import pathlib
 import typing
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json
 from dnd_jax.sources import FIELDS, FILES, Example, Reading, Source, hold_out, read_source
@@ -71,6 +73,18 @@ class Suite:
     def datasets(self) -> tuple[Dataset, ...]:
         """Those that a LoRA can be tuned on: all but the unseen ones without responses."""
         return self.train + tuple(d for d in self.unseen if d.labeled)
+
+    def with_training(self, count: int, seed: int) -> "Suite":
+        """The suite with `count` of its training datasets, in their order; 0: all. Of one seed, fewer are among more.
+
+        Raises InputError when it has fewer.
+        """
+        if not count:
+            return self
+        if count > len(self.train):
+            raise InputError(f"config.train.datasets = {count}, but {self.root} has {len(self.train)} training dataset(s)")
+        kept = np.sort(np.random.default_rng(seed).permutation(len(self.train))[:count])
+        return dataclasses.replace(self, train=tuple(self.train[i] for i in kept))
 
 
 def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:

@@ -226,6 +226,7 @@ def train(
     folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
+    suite = suite.with_training(c.datasets, config.seed)
     finished = False
     if (folder / DESCRIPTION).is_file():
         stored = read_json(folder / DESCRIPTION)["settings"]
@@ -248,7 +249,7 @@ def train(
             tokens = token_array(checkpoints, dataset.name, target, workdir / "targets", config.generator.importance)
             datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
             spreads.append(tokens.importance)
-    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed)
+    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
     importance = np.ones(checkpoints.layout.num_tokens, np.float32)
     if config.generator.importance:
         importance = np.mean(spreads, axis=0).astype(np.float32)
