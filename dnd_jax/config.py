@@ -161,7 +161,7 @@ class Sweep:
     meshes: tuple  # (data, fsdp, tensor) or (slices, data, fsdp, tensor)
     rules: tuple  # whole lists of rules
     remat: tuple[str, ...]
-    batches: tuple[int, ...]
+    batches: tuple[int, ...]  # samples of a step; below 0: of each device
     micro_batches: tuple[int, ...]
     methods: tuple[str, ...]
     steps: tuple[str, ...]  # "train", "generate"

@@ -84,12 +84,16 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
     every, found = list(variants(config)), []
     for topology, step, variant in (bar := tqdm(every, desc="plan", unit="program", dynamic_ncols=True)):
         stop.check()
+        devices = devices_of(topology, variant.mesh.slices)
+        if variant.train.batch_size < 0:
+            batch = -variant.train.batch_size * len(devices)
+            variant = dataclasses.replace(variant, train=dataclasses.replace(variant.train, batch_size=batch))
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"
         if path.is_file():
             found.append(Plan(**read_json(path)))
             continue
         try:
-            plan = make_plan(variant, devices_of(topology, variant.mesh.slices), step, measure)
+            plan = make_plan(variant, devices, step, measure)
         except InputError as error:
             bar.write(f"left out: {error}")
             continue
