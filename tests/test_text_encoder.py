@@ -37,6 +37,7 @@ from dnd_jax.config import load_file as load_file_config
 from dnd_jax.errors import InputError
 from dnd_jax.lm_data import build_tokenizer
 from dnd_jax.models import hf, t5
+from dnd_jax.models.placement import ANYWHERE, Placement
 from dnd_jax.models.text_encoder import encode_windows, load_encoder
 from dnd_jax.train import make_optimizer, make_train_step
 
@@ -363,6 +364,7 @@ class LinearGenerator(nn.Module):
     """Condition (B, N, L, C) -> (B, *grid), quick to compile."""
 
     grid: tuple[int, int, int]
+    placement: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, condition):
@@ -399,13 +401,14 @@ def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path)
     params = module.init(jax.random.key(0), condition)["params"]
     target = np.random.default_rng(0).normal(size=(2, 4, 3, 5)).astype(np.float32)
 
-    def metrics(inputs, in_graph) -> list[float]:
-        step = make_train_step(module, optimizer, train, np.ones(4, np.float32), 0, in_graph)
+    def metrics(inputs, encoder_module=None, encoder_params=None) -> list[float]:
+        step = make_train_step(module, optimizer, train, np.ones(4, np.float32), 0, encoder_module)
         state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-        return [float(x) for x in jax.tree.leaves(jax.jit(step)(state, {**inputs, "target": target})[1])]
+        found = jax.jit(step)(state, {**inputs, "target": target}, encoder_params)[1]
+        return [float(x) for leaf in jax.tree.leaves(found) for x in np.ravel(leaf)]
 
-    ahead = metrics({"condition": condition}, None)
-    inside = metrics({"ids": ids.reshape(2, 3, 9), "valid": valid.reshape(2, 3, 9)}, (encoder.module, encoder.params))
+    ahead = metrics({"condition": condition})
+    inside = metrics({"ids": ids.reshape(2, 3, 9), "valid": valid.reshape(2, 3, 9)}, encoder.module, encoder.params)
     np.testing.assert_allclose(inside, ahead, rtol=1e-4)
 
 
@@ -427,7 +430,7 @@ def test_fingerprint_of_minilm_stays(minilm):
 def test_encoder_parameters_on_a_mesh(kind, tmp_path):
     """Every parameter has one rule, and the mesh changes no number."""
     path = KINDS[kind](tmp_path)
-    mesh = sharding.make_mesh(Mesh(4, 1, 2, ()) if kind == "vectors" else Mesh(2, 2, 2, ()))
+    mesh = sharding.make_mesh(Mesh(1, 4, 1, 2, ()) if kind == "vectors" else Mesh(1, 2, 2, 2, ()))
     plain, sharded = load_encoder(path), load_encoder(path, mesh=mesh)
     assert_one_rule_each(plain.rules, plain.params)
     ids, valid = plain.tokenize(PROMPTS, 9)
