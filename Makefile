@@ -11,7 +11,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist=loadfile
 
 lint: install
 	$(BIN)/ruff check .

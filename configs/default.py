@@ -100,8 +100,8 @@ def get_config() -> ConfigDict:
                 "rules": (
                     # Kernels (k, k, in, out) hold nearly all parameters. Their output channels are what `tensor` computes in parts.
                     (KERNEL, (None, None, "fsdp", "tensor")),
+                    (KERNEL, (None, None, None, ("tensor", "fsdp"))),
                     (KERNEL, (None, None, ("fsdp", "tensor"), None)),
-                    (KERNEL, (None, None, None, ("fsdp", "tensor"))),
                     (KERNEL, (None, None, "fsdp", None)),
                     (KERNEL, (None, None, None, "fsdp")),
                     (KERNEL, (None, None, None, "tensor")),

@@ -15,10 +15,10 @@ BATCH_AXES = ("slice", "data", "fsdp")
 class Placement:
     """The constraints on activations and kernels. Without a mesh there are none.
 
-    A batch is split over slice x data x fsdp. A convolution gathers its kernel from fsdp when it needs it, and each part of
-    `tensor` computes its share of the output channels, which are then gathered: the next convolution slides over that axis.
-    A dimension that does not divide stays whole. Each device convolves what it has by itself (shard_map): left to the partitioner,
-    gradients of kernels would be summed over the batch as spectra, which are several times as large.
+    A batch is split over slice x data x fsdp. A convolution gathers its kernel from fsdp when it needs it, and scatters the sum of
+    its gradient back there; each part of `tensor` computes its share of the output channels, which are then gathered: the next
+    convolution slides over that axis. A dimension that does not divide stays whole. Each device convolves what it has by itself
+    (shard_map): left to the partitioner, gradients of kernels would be summed over the batch as spectra, several times as large.
     """
 
     mesh: jax.sharding.Mesh | None = None
@@ -54,11 +54,27 @@ class Placement:
             return function(x_BxNxLxC, kernel)
         batch = BATCH_AXES if self.batch_ways(len(x_BxNxLxC)) > 1 else None
         channels = "tensor" if self.channel_ways(kernel.shape[3]) > 1 else None
+        kernel_axes, gathered = self._kept(kernel.shape, channels)
+
+        def local(x, kernel):
+            if gathered is not None:
+                kernel = jax.lax.all_gather(kernel, "fsdp", axis=gathered, tiled=True)
+            return function(x, kernel)
+
         split = [batch, None, None, None]
         split[axis] = channels
-        specs = PartitionSpec(batch), PartitionSpec(None, None, None, channels)
-        local = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(*split), check_vma=False)
-        return self.activation(local(x_BxNxLxC, kernel))
+        specs = PartitionSpec(batch), PartitionSpec(*kernel_axes)
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(*split), check_vma=False)
+        return self.activation(mapped(x_BxNxLxC, kernel))
+
+    def _kept(self, shape: tuple[int, ...], channels: str | None) -> tuple[tuple, int | None]:
+        """The mesh axes of a kernel's dimensions (k, k, in, out) while fsdp still splits it, and which one that is, if any."""
+        ways, (size_in, size_out) = self.mesh.shape["fsdp"], shape[2:]
+        if ways > 1 and size_in % ways == 0:
+            return (None, None, "fsdp", channels), 2
+        if ways > 1 and size_out // self.channel_ways(size_out) % ways == 0:
+            return (None, None, None, (channels, "fsdp") if channels else "fsdp"), 3
+        return (None, None, None, channels), None
 
     def activation(self, x_Bx: jax.Array) -> jax.Array:
         """An activation with its batch split."""
