@@ -215,18 +215,20 @@ SETTINGS = pathlib.Path("configs")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, topology, mesh_sizes",
+    "name, topology, mesh_sizes, changes",
     [
-        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1)),
-        ("qwen2_5_0_5b_commonsense", "v5e:4x4", (2, 8, 1)),
-        ("qwen2_5_7b_code", "v5p:4x4x4", (2, 8, 4)),
+        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1), {}),
+        ("qwen2_5_0_5b_commonsense", "v5e:4x4", (2, 8, 1), {"remat": "stages", "micro_batches": 2}),
+        ("qwen2_5_7b_code", "v5p:4x4x4", (2, 8, 4), {}),
     ],
 )
-def test_the_papers_settings_fit(name, topology, mesh_sizes):
+def test_the_papers_settings_fit(name, topology, mesh_sizes, changes):
+    """Numbers of the day in docs/SCALING.md."""
     from dnd_jax.plan import topology_devices
 
     raw = load_file(str(SETTINGS / f"{name}.py"))
     raw.mesh.update(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True))
+    raw.train.update(changes)
     plan = make_plan(freeze(raw), topology_devices(topology))
     assert plan.fits, plan
     assert plan.flops < plan.direct_flops and plan.estimate_seconds > 0 and plan.hash
