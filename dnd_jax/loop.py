@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,9 +61,17 @@ def check_same_run(where: os.PathLike, then: Any, now: Any, allowed: Collection[
     return not changed
 
 
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    """No traceback of the thread that writes checkpoints for a full disk: `run` says it in a line."""
+    if "No space left" not in str(args.exc_value):
+        threading.__excepthook__(args)
+
+
 def open_checkpoints(directory: os.PathLike, keep_last: int = 2, keep_every: int = 0) -> ocp.CheckpointManager:
     """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step whole or absent."""
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = _excepthook
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True
     )

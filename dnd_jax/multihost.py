@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -299,21 +300,25 @@ def joined(
         print(f"dnd: {error}", file=sys.stderr, flush=True)
         peers.leave(str(error))
         os._exit(2)  # JAX's own shutdown waits for the others, who wait for this one
-    except jax.errors.JaxRuntimeError as error:
+    except (Stopped, KeyboardInterrupt) as error:
+        if isinstance(error, Stopped) and error.agreed:
+            peers.leave()
+            raise
+        _end(process, str(error) or "Ctrl-C")
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         if "RESOURCE_EXHAUSTED" not in reason:
             time.sleep(2 * BEAT)  # most likely a peer's end, whose name its connection tells; else the others are told this
-        print(f"dnd: process {process}: {reason}", file=sys.stderr, flush=True)
-        peers.leave(reason)
-        os._exit(LOST)
-    except BaseException as error:
-        agreed_upon = isinstance(error, Stopped) and error.agreed
-        peers.leave("" if agreed_upon else str(error) or type(error).__name__)
-        if not agreed_upon:
-            print(f"\ndnd: process {process} stops: {str(error) or type(error).__name__}; {_RESUME}", file=sys.stderr, flush=True)
-            os._exit(LOST)
-        raise
+        traceback.print_exc()
+        _end(process, f"{type(error).__name__}: {reason}")
     peers.leave()
+
+
+def _end(process: int, why: str) -> None:
+    """Ends this process, and with it all others."""
+    _peers.leave(why)
+    print(f"\ndnd: process {process} stops: {why}; {_RESUME}", file=sys.stderr, flush=True)
+    os._exit(LOST)
 
 
 @contextlib.contextmanager
