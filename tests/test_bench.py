@@ -76,7 +76,7 @@ def test_estimates_of_a_tpu_compiler(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "bench_tpu.json").read_text())["rows"]
     direct, auto = rows["direct"], rows["auto"]
-    assert direct["flops"] == pytest.approx(direct["direct_flop"], rel=0.1)
+    assert direct["flops"] == pytest.approx(direct["direct_flops"], rel=0.1)
     assert auto["flops"] < direct["flops"] / 8
     assert auto["estimate_seconds"] < 0.6 * direct["estimate_seconds"]
     assert "times fewer operations" in done.stdout
