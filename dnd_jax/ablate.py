@@ -22,6 +22,7 @@ from dnd_jax.config import Config, freeze
 from dnd_jax.errors import InputError, listed
 from dnd_jax.evaluate import EVALUATION, evaluation_settings
 from dnd_jax.files import read_json, write_json
+from dnd_jax.stopping import stop
 
 DEFAULT = "default"
 DONE = "run.json"  # of a finished run: its settings and what came out
@@ -187,7 +188,7 @@ def ablate(config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: 
     runs: dict[str, dict[int, dict]] = {}
     for i, variant in enumerate([default, *(v for v in every if v is not default)]):
         for seed in seeds:
-            loop.stop.check()
+            stop.check()
             what = ", ".join(f"{key} = {value}" for key, value in variant.changes.items()) or "the configuration as it is"
             print(f"{i + 1} of {len(every)}: {variant.name} ({what}), seed {seed}", flush=True)
             runs.setdefault(variant.name, {})[seed] = run(config, variant, workdir, seed, fingerprints[seed], strict)

@@ -38,9 +38,14 @@ class Pairs:
         few = [f"{d.name} has {d.num_prompts} prompts" for d in self.datasets if d.num_prompts < num_prompts]
         if few:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
+        # Every part of a batch asks for it, and the names of its datasets a few steps later.
+        self._drawn = functools.lru_cache(maxsize=8)(self._draw)
 
     def draw(self, step: int) -> list[tuple[int, int, np.ndarray]]:
         """(dataset, checkpoint, N prompts) of each of the step's B pairs: a function of (seed, step)."""
+        return self._drawn(step)
+
+    def _draw(self, step: int) -> list[tuple[int, int, np.ndarray]]:
         rng = np.random.default_rng([self.seed, step])
         drawn = []
         for _ in range(self.batch_size):
@@ -63,8 +68,9 @@ class Pairs:
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
         """`batch_at` as global arrays on a mesh; of the samples only those are read that this process' devices hold."""
         part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))  # replicas share their samples
-        first_pair = {**{k: v[0] for k, v in self.datasets[0].prompts.items()}, "target": self.datasets[0].targets[0]}
-        shapes = {"target": first_pair.pop("target").shape} | {k: (self.num_prompts, *v.shape) for k, v in first_pair.items()}
+        one = self.datasets[0]
+        shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
+        shapes["target"] = one.targets.shape[1:]
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(self.batch_size)

@@ -27,12 +27,12 @@ from dnd_jax.chips import Chip, chip_of
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.loop import AHEAD
-from dnd_jax.models.hyperconv import convolutions, forward_macs
-from dnd_jax.models.placement import Placement
+from dnd_jax.models.hyperconv import forward_macs
+from dnd_jax.models.placement import Placement, batch_ways
 from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.shapes import condition_shape, encoder_module, features_of
-from dnd_jax.train import make_generator, make_optimizer, shard_train_step
+from dnd_jax.train import device_problems, make_generator, make_optimizer, shard_train_step
 
 STEPS = ("train", "generate")
 FAST = -1.0  # the compiler's least effort: several times faster, and neither its estimate nor its memory differs much
@@ -95,14 +95,13 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
     """(the jitted decoder, the shapes of its arguments): one adapter for each part of the mesh that a batch is split into."""
     features, place = features_of(config), Placement(mesh)
     module = make_generator(features, config.generator, config.train.dtype, place)
-    batch = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    batch = batch_ways(mesh)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *condition_shape(config)), jnp.float32))
     shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes["params"])
     over_batch = sharding.leading(mesh, batch, "the adapters")
 
     def generate(params, condition):
-        params = jax.tree.map(lambda p: p if p.ndim == 4 else place.whole(p), params)
-        return module.apply({"params": params}, condition).astype(jnp.float32)
+        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
 
     step = jax.jit(generate, out_shardings=over_batch, compiler_options=compiler_options(place.platform))
     condition = jax.ShapeDtypeStruct((batch, *condition_shape(config)), jnp.float32, sharding=over_batch)
@@ -174,11 +173,9 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     mesh = sharding.make_mesh(config.mesh, devices)
     function, arguments = (train_arguments if step == "train" else generate_arguments)(config, mesh)
     chip = chip_of(devices[0].device_kind)
-    batch = len(jax.tree.leaves(arguments[1])[0].shape) and jax.tree.leaves(arguments[1])[0].shape[0]
+    batch = jax.tree.leaves(arguments[1])[0].shape[0]
     parts = config.train.micro_batches if step == "train" else 1
-    place, features, g = Placement(mesh), features_of(config), config.generator
-    a_part = -(-batch // parts // place.batch_ways(batch))
-    problems = convolutions(features, g.kernel_size, a_part, config.train.dtype, place.platform, mesh.shape["tensor"]).values()
+    features, g = features_of(config), config.generator
     _, state = sharding.bytes_per_device(arguments[0], jax.tree.map(lambda x: x.sharding, arguments[0]))
     plan = Plan(
         step=step,
@@ -189,13 +186,13 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
         remat=config.train.remat if step == "train" else "none",
         method=g.convolution,
         rules=hashlib.sha256(repr(config.mesh.rules).encode()).hexdigest()[:6],
-        convolutions=describe(problems, g.convolution),
+        convolutions=describe(device_problems(config, features, mesh, batch, parts).values(), g.convolution),
         state_bytes=state,
         limit_bytes=int(chip.memory) if chip else None,
         direct_flops=(6 if step == "train" else 2) * batch * forward_macs(features, g.kernel_size) / len(devices),
     )
     started = time.perf_counter()
-    effort = {"exec_time_optimization_effort": FAST} if place.platform == "tpu" else None
+    effort = {"exec_time_optimization_effort": FAST} if Placement(mesh).platform == "tpu" else None
     try:
         compiled = function.lower(*arguments).compile(compiler_options=effort)
     except jax.errors.JaxRuntimeError as error:

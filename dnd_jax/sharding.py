@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dnd_jax import config as config_lib
 from dnd_jax.errors import InputError, listed
-from dnd_jax.models.placement import AXES, BATCH_AXES
+from dnd_jax.models.placement import AXES, BATCH_AXES, batch_ways
 
 # Flags by which a user names an axis.
 KEYS = {"slice": "slices", "data": "data", "fsdp": "fsdp", "tensor": "tensor"}
@@ -163,7 +163,7 @@ def sharding_table(shapes: Any, shardings: Any) -> list[str]:
 
 def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
     """The first axis (batch, tasks) over slice x data x fsdp. Raises InputError when it does not divide."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = batch_ways(mesh)
     if size % ways:
         fits = max(ways, size // ways * ways)
         raise InputError(f"{what} = {size} is not divisible by slice x data x fsdp = {ways}; {fits} is")

@@ -34,7 +34,7 @@ from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
 from dnd_jax.models.placement import ANYWHERE, Placement
 from dnd_jax.models.text_encoder import encode_windows
-from dnd_jax.ops import compiler_options
+from dnd_jax.ops import Problem, compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.pairs import PairedDataset, Pairs
@@ -52,6 +52,15 @@ def make_generator(
     """The module of a configuration with its resolved features."""
     projection = config.length_projection or None
     return Generator(features, config.kernel_size, projection, jnp.dtype(dtype), config.convolution, placement, remat)
+
+
+def device_problems(
+    config: Config, features: Sequence[Features], mesh: jax.sharding.Mesh, batch: int, parts: int
+) -> dict[str, Problem]:
+    """The convolutions of one device, by their parameters' paths, when a batch is computed in so many parts."""
+    place = Placement(mesh)
+    a_part = -(-batch // parts // place.batch_ways(batch))
+    return convolutions(features, config.generator.kernel_size, a_part, config.train.dtype, place.platform, mesh.shape["tensor"])
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
@@ -110,9 +119,7 @@ def make_train_step(
 
         def loss_of(params, condition, target):
             """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
-            # Kernels are gathered by the convolution that needs them, all that is small here.
-            params = jax.tree.map(lambda p: p if p.ndim == 4 else place.whole(p), params)
-            output = module.apply({"params": params}, place.activation(condition))
+            output = module.apply({"params": place.gather_small(params)}, place.activation(condition))
             errors_b, cells_b = weighted_errors(output, target, importance)
             inside = ~jnp.isnan(target)
             squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
@@ -257,10 +264,8 @@ def train(
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
     mesh = sharding.make_mesh(config.mesh)
-    place = Placement(mesh)
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    a_part = -(-c.batch_size // c.micro_batches // place.batch_ways(c.batch_size))
-    problems = convolutions(features, config.generator.kernel_size, a_part, c.dtype, place.platform, mesh.shape["tensor"])
+    problems = device_problems(config, features, mesh, c.batch_size, c.micro_batches)
     if config.generator.convolution == "tuned":
         if multihost.several():
             raise InputError("config.generator.convolution = 'tuned' measures in one process; with several use auto, dft or direct")
@@ -320,7 +325,7 @@ def train(
         )
     else:
         collections.deque(on_host, maxlen=0)
-    with multihost.lead_first():
+    with multihost.lead_first():  # no process is done before the files are there
         return folder
 
 

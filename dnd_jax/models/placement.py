@@ -3,12 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
 BATCH_AXES = ("slice", "data", "fsdp")
+
+
+def batch_ways(mesh: jax.sharding.Mesh) -> int:
+    """How many parts of a mesh a batch can be split over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Placement:
 
     def batch_ways(self, batch: int) -> int:
         """How many parts a batch is split into."""
-        ways = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        ways = 1 if self.mesh is None else batch_ways(self.mesh)
         return ways if batch % ways == 0 else 1
 
     def channel_ways(self, channels: int) -> int:
@@ -80,9 +86,9 @@ class Placement:
         """An activation with its batch split."""
         return self._constrain(x_Bx, BATCH_AXES if self.batch_ways(x_Bx.shape[0]) > 1 else None)
 
-    def whole(self, x: jax.Array) -> jax.Array:
-        """A small array, gathered."""
-        return self._constrain(x)
+    def gather_small(self, params: Any) -> Any:
+        """Parameters with all that is small gathered. Kernels stay as they are: the convolution that needs one gathers it."""
+        return jax.tree.map(lambda p: p if p.ndim == 4 else self._constrain(p), params)
 
     def _constrain(self, x: jax.Array, *axes) -> jax.Array:
         if self.mesh is None or self.mesh.size == 1:
