@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.layout import PEFT_PREFIX, canonical
 from dnd_jax.models.hf import read_safetensors
+from dnd_jax.models.weights import opened
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -125,14 +125,8 @@ def config_file(path: str | os.PathLike) -> pathlib.Path:
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if missing or damaged."""
-    file = weights_file(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return canonical({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error}); it may be truncated, copy it again") from None
+    with opened(weights_file(path)) as file:
+        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118, not a dict
 
 
 def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.models.weights import opened
 from dnd_jax.tensor_file import write_tensors
 
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
@@ -62,26 +62,19 @@ def initial_params(run_dir: str | os.PathLike, shapes: Mapping, shardings: Mappi
         for key in ("target", "length_projection")
         if stored[key] != settings[key]
     ]
-    try:
-        with safe_open(folder / MODEL, framework="numpy") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
-            wanted = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(shapes)}
-            faults += [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
-            faults += [f"{key} is unknown" for key in sorted(found.keys() - wanted.keys())]
-            faults += [
-                f"{key} has shape {found[key]}, here it is {shape}"
-                for key, shape in wanted.items()
-                if found.get(key, shape) != shape
-            ]
-            if faults:
-                raise listed(f"config.train.init_from = {folder}: not a generator of this configuration", faults)
+    with opened(folder / MODEL) as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
+        wanted = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(shapes)}
+        faults += [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+        faults += [f"{key} is unknown" for key in sorted(found.keys() - wanted.keys())]
+        faults += [
+            f"{key} has shape {found[key]}, here it is {shape}" for key, shape in wanted.items() if found.get(key, shape) != shape
+        ]
+        if faults:
+            raise listed(f"config.train.init_from = {folder}: not a generator of this configuration", faults)
 
-            def read(keys, leaf, sharding):
-                part = file.get_slice("/".join(k.key for k in keys))
-                return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part[index].astype(leaf.dtype))
+        def read(keys, leaf, sharding):
+            part = file.get_slice("/".join(k.key for k in keys))
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part[index].astype(leaf.dtype))
 
-            return jax.tree_util.tree_map_with_path(read, shapes, shardings)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{folder / MODEL}: not a readable safetensors file ({error}); it may be truncated, copy it again"
-        ) from None
+        return jax.tree_util.tree_map_with_path(read, shapes, shardings)

@@ -11,13 +11,14 @@ import pathlib
 import shutil
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from dnd_jax.adapters import load_adapter, load_adapter_config
 from dnd_jax.errors import InputError, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models import hf
+from dnd_jax.models.weights import opened
 from dnd_jax.tensor_file import DTYPES, open_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -38,13 +39,10 @@ def _find(shards: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int
     """{tensor: (shard, shape, dtype as safetensors names it)} from the headers."""
     found = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118, not a dict
-                    part = file.get_slice(key)
-                    found[key] = shard, tuple(part.get_shape()), part.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{shard}: not a readable safetensors file ({error}); copy it again") from None
+        with opened(shard) as file:
+            for key in file.keys():  # noqa: SIM118, not a dict
+                part = file.get_slice(key)
+                found[key] = shard, tuple(part.get_shape()), part.get_dtype()
     return found
 
 
