@@ -1,6 +1,8 @@
 """What one measurement is: the shapes of a case, from a configuration alone."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 
 from dnd_jax import config as config_lib
 from dnd_jax.models.hyperconv import Features, forward_macs
@@ -42,3 +44,14 @@ class Case:
         """Operations by the direct method."""
         macs = forward_macs(self.features(config), config.generator.kernel_size)
         return 2 * macs * max(self.batch, 1) * PASSES[self.what]
+
+
+def timed(run: Callable[[], object], repeats: int) -> dict:
+    """{"seconds" of so many runs, "compile_seconds"} of what `run` does and waits for; the first run, which warms up, is not among
+    them."""
+    seconds = []
+    while len(seconds) <= repeats and (len(seconds) < 2 or sum(seconds) < LONG_ENOUGH):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[1:], "compile_seconds": max(0.0, seconds[0] - min(seconds[1:]))}

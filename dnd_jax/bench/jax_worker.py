@@ -6,14 +6,13 @@ import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.bench.case import LONG_ENOUGH, Case
+from dnd_jax.bench.case import Case, timed
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
@@ -110,19 +109,14 @@ def main() -> None:
     config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, convolution=spec["variant"]))
     try:
         run = operation(case, config)
-        seconds = []  # the first is warming up
-        while len(seconds) <= spec["repeats"] and (len(seconds) < 2 or sum(seconds) < LONG_ENOUGH):
-            started = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds.append(time.perf_counter() - started)
+        times = timed(lambda: jax.block_until_ready(run()), spec["repeats"])
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(json.dumps({"out_of_memory": True}))
         return
     result = {
-        "seconds": seconds[1:],
-        "compile_seconds": max(0.0, seconds[0] - min(seconds[1:])),
+        **times,
         "peak_bytes": peak_bytes(),
         "plans": describe(
             convolutions(case.features(config), config.generator.kernel_size, max(case.batch, 1), config.train.dtype).values(),

@@ -4,14 +4,13 @@ import contextlib
 import json
 import resource
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from dnd_jax.bench import torch_generator
-from dnd_jax.bench.case import LONG_ENOUGH, Case
+from dnd_jax.bench.case import Case, timed
 from dnd_jax.config import Config
 from dnd_jax.shapes import encoder_module
 
@@ -97,19 +96,13 @@ def main() -> None:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     try:
         run = operation(case, case.load(), spec["variant"], device)
-        seconds = []  # the first is warming up
-        while len(seconds) <= spec["repeats"] and (len(seconds) < 2 or sum(seconds) < LONG_ENOUGH):
-            started = time.perf_counter()
-            run()
-            wait()
-            seconds.append(time.perf_counter() - started)
+        times = timed(lambda: (run(), wait()), spec["repeats"])
     except torch.OutOfMemoryError:
         print(json.dumps({"out_of_memory": True}))
         return
     cuda = device.type == "cuda"
     result = {
-        "seconds": seconds[1:],
-        "compile_seconds": max(0.0, seconds[0] - min(seconds[1:])),
+        **times,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {"torch": torch.__version__},
