@@ -2,6 +2,7 @@
 
 import pathlib
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -76,3 +77,17 @@ def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: 
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     words.save_pretrained(folder)
     return folder
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values in every tensor: transformers starts norms at one and biases at zero, which would hide a mix-up."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(torch.randn_like(value) * 0.3 + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def logits_of(model: torch.nn.Module, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """A causal LM's logits (B, L, vocabulary)."""
+    with torch.inference_mode():
+        return model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long()).logits.float().numpy()

@@ -14,6 +14,7 @@ from flax import traverse_util
 from peft import LoraConfig, get_peft_model
 from rules import assert_one_rule_each
 from safetensors.torch import load_file, save_file
+from small_models import fill, logits_of
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -63,19 +64,10 @@ FAMILIES = {  # name: (configuration class, model class, changes)
 
 
 def make(name: str, **more):
-    """A model whose every tensor is random: transformers starts norms at one and biases at zero, which would hide a mix-up."""
+    """A model whose every tensor is random."""
     config, model, changes = FAMILIES[name]
     torch.manual_seed(0)
-    model = model._from_config(config(**{**SIZES, **changes, **more}), attn_implementation="eager").eval()
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            value.copy_(torch.randn_like(value) * 0.3 + (1.0 if "norm" in key else 0.0))
-    return model
-
-
-def logits_of(model, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long()).logits.float().numpy()
+    return fill(model._from_config(config(**{**SIZES, **changes, **more}), attn_implementation="eager").eval())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
+from small_models import fill, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
@@ -58,16 +59,7 @@ def qwen(seed: int = 0, **changes) -> Qwen2ForCausalLM:
     } | changes
     theta = settings.pop("rope_theta", 10000.0)
     config = Qwen2Config(**settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(torch.randn_like(value) * 0.3 + (1.0 if "norm" in name else 0.0))
-    return model
-
-
-def logits_of(model, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long()).logits.float().numpy()
+    return fill(Qwen2ForCausalLM(config).eval())
 
 
 def assert_same_logits(ours, theirs, valid):
