@@ -12,6 +12,11 @@ class CheckFailed(Exception):
     """What was to be proved is not so; the message says in numbers why."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def listed(title: str, faults: list[str], most: int = 20) -> InputError:
     """One `InputError` that names every fault (the first `most` in full)."""
     more = f"; and {len(faults) - most} more" if len(faults) > most else ""

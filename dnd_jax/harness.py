@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dnd_jax import intervals, loop, report, scoring
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.evaluate import by_method, make_candidates
 from dnd_jax.files import read_json, replacing, write_json
 from dnd_jax.lm_data import render
@@ -138,7 +138,7 @@ def load_tasks(wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool
         try:
             task = next(iter(manager.load([spec])["tasks"].values()))
         except Exception as error:  # datasets, its readers, the hub client and the tasks' own code all raise their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise InputError(f"{w.title}: its data cannot be had ({reason}); give a folder: {w.title}@FOLDER") from None
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, first_line
 
 
 def check_repo_id(repo: str) -> None:
@@ -27,7 +27,7 @@ def push(folder: str | os.PathLike, repo: str) -> str:
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by dnd_jax")
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{repo}: the hub did not take it ({reason}); the files are in {folder}; log in with `hf auth login`, then "
             f"`hf upload {repo} {folder}`"

@@ -25,7 +25,7 @@ from flax import traverse_util
 from dnd_jax.adapters import AdapterConfig, load_adapter_config, read_shapes
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, write_generator
 from dnd_jax.layout import SCALE_CELLS, LoraLayout
@@ -91,7 +91,7 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"{path}: not a state dict that can be read safely ({reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: expected a flat dictionary of tensors")

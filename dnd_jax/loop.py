@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dnd_jax import multihost
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.metrics import Metrics, Profiler
 from dnd_jax.stopping import Stopped, stop
 
@@ -107,7 +107,7 @@ def restore(manager: ocp.CheckpointManager, shapes: Any, record: Mapping, allowe
                 if "RESOURCE_EXHAUSTED" in str(fault):
                     raise
         if not multihost.all_of(error is None):
-            faults.append((step, error or "another process cannot read it"))
+            faults.append((step, error or OSError("another process cannot read it")))
             continue
         if faults:
             with multihost.lead_first():
@@ -129,9 +129,9 @@ def restore(manager: ocp.CheckpointManager, shapes: Any, record: Mapping, allowe
     return 0, None
 
 
-def _reason(error: object) -> str:
-    """The first line of an error, not too long."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """An error's kind and first line, not too long."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def ahead(batch_at: Callable[[int], Any], first: int, steps: int) -> Iterator[tuple[int, Any, float]]:

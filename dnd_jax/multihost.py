@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, first_line
 from dnd_jax.stopping import Stopped, stop
 
 BEAT, SILENCE = 5.0, 40.0  # seconds between signs of life, and without one until a peer counts as gone
@@ -279,7 +279,7 @@ def joined(
         if not detect:
             jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(start_timeout))
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if isinstance(error, InputError) and _peers is None:
             raise
         why = "no cluster was detected; give --coordinator, --processes and --process" if detect else "JAX could not start"
@@ -306,7 +306,7 @@ def joined(
             raise
         _end(process, str(error) or "Ctrl-C")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         if "RESOURCE_EXHAUSTED" not in reason:
             time.sleep(2 * BEAT)  # most likely a peer's end, whose name its connection tells; else the others are told this
         traceback.print_exc()

@@ -25,7 +25,7 @@ import optax
 from dnd_jax import hlo, sharding
 from dnd_jax.chips import Chip, chip_of
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, first_line
 from dnd_jax.loop import AHEAD
 from dnd_jax.models.hyperconv import forward_macs
 from dnd_jax.models.placement import Placement, batch_ways
@@ -52,7 +52,7 @@ def topology_devices(topology: str, slices: int = 1) -> list:
         with _quiet():
             return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
     except Exception as error:  # whatever a missing or refusing plugin raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         raise InputError(f'--topology={topology}: cannot compile for it ({reason}); pip install "dnd-jax[tpu]"') from None
 
 

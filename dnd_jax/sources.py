@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError, first_line, listed
 
 FIELDS = ("prompt", "response", "system")
 FILES = (".jsonl", ".json", ".parquet")
@@ -93,7 +93,7 @@ def parquet_rows(path: str | os.PathLike) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     return [(f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist(), start=1)]
 
 
@@ -111,7 +111,7 @@ def hub_rows(source: Source, default_split: str) -> Iterable[Row]:
         else:
             found = datasets.load_dataset(source.source, source.config or None, revision=source.revision or None)
     except Exception as error:  # datasets, its readers, fsspec and the hub client all raise their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{source.source}: no dataset to be had here or on the hub ({reason})") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dnd_jax.errors import InputError
+from dnd_jax.errors import InputError, first_line
 from dnd_jax.lm_data import render
 from dnd_jax.models.hf import load_tokenizer
 from dnd_jax.scoring import pad_left
@@ -47,7 +47,7 @@ class TorchBase:
             old, self._loaded = f"{_SLOT}{self._loaded}", self._loaded + 1
             result = self.model.load_adapter(adapter, adapter_name=f"{_SLOT}{self._loaded}")
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{adapter}: not an adapter of {self.base} ({str(error).strip().splitlines()[0]})") from None
+            raise InputError(f"{adapter}: not an adapter of {self.base} ({first_line(error)})") from None
         name = f"{_SLOT}{self._loaded}"
         missing = [key for key in result.missing_keys if name in key]
         if missing or result.unexpected_keys:

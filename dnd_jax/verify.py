@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dnd_jax.adapters import load_adapter, load_adapter_config, weights_file
-from dnd_jax.errors import CheckFailed, InputError
+from dnd_jax.errors import CheckFailed, InputError, first_line
 from dnd_jax.layout import PEFT_PREFIX
 from dnd_jax.models.hf import read_safetensors, resolve
 
@@ -44,7 +44,7 @@ def _attach(model, folder: pathlib.Path) -> PeftModel:
             warnings.simplefilter("ignore")  # what PEFT warns of is checked below
             peft = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckFailed(f"{folder}: PEFT does not load it ({str(error).strip().splitlines()[0]})") from None
+        raise CheckFailed(f"{folder}: PEFT does not load it ({first_line(error)})") from None
     slots = {
         name.replace(".default.weight", ".weight"): value.detach()
         for name, value in peft.state_dict().items()
@@ -81,7 +81,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{path}: transformers cannot load it ({first_line(error)})") from None
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
     plain = _logits(model, ids)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from dnd_jax.errors import InputError, listed
+from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.models.base_lm import RULES, BaseLM, LmConfig, RopeScaling
 from dnd_jax.models.names import lm_name, lm_table
@@ -50,7 +50,7 @@ def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Pa
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{name}: neither a folder here nor reachable on the hub ({reason})") from None
 
 
@@ -202,7 +202,7 @@ def load_tokenizer(path: str | os.PathLike):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in tokenizer_config.json")
     if tokenizer.pad_token is None:  # Llama's; every use of padding here is masked
