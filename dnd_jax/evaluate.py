@@ -132,17 +132,22 @@ def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, list[st
     return found
 
 
+def kept_scores(path: pathlib.Path, settings: dict) -> dict[str, dict]:
+    """The scores of a stopped stage; none yet without a file. Raises InputError when its settings were others."""
+    if not path.is_file():
+        return {}
+    stored = read_json(path)
+    loop.check_same_run(path, stored["settings"], settings)
+    return stored["scores"]
+
+
 def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, settings: dict) -> dict:
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
 
     Returns {label: {unseen dataset: {"exact", "content", "format"}}}, label an adapter's folder or "base"; each value is the list
     of scores question by question, packed.
     """
-    scores: dict[str, dict] = {}
-    if path.is_file():
-        stored = read_json(path)
-        loop.check_same_run(path, stored["settings"], settings)
-        scores = stored["scores"]
+    scores = kept_scores(path, settings)
     scorers = {d.name: scoring.Scorer([e.response for e in d.test]) for d in suite.unseen}
 
     jobs: dict[str, tuple[pathlib.Path | None, list[Dataset]]] = {"base": (None, list(suite.unseen))}

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from dnd_jax import intervals, loop, report, scoring
+from dnd_jax import intervals, report, scoring
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, first_line, listed
-from dnd_jax.evaluate import by_method, make_candidates
-from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.evaluate import by_method, evaluation_settings, kept_scores, make_candidates
+from dnd_jax.files import replacing, write_json
 from dnd_jax.lm_data import render
 from dnd_jax.results import add_intervals, pack, rule, summarise, unpack
 from dnd_jax.stopping import stop
@@ -225,18 +225,8 @@ def lm_eval_stage(
     candidates = make_candidates(config, suite, workdir)
 
     path = workdir / SCORES
-    settings = {
-        "seed": config.seed,
-        "evaluate": dataclasses.asdict(config.evaluate),
-        "suite": suite.fingerprint,
-        "limit": limit,
-        "lm_eval": lm_eval.__version__,
-    }
-    scores: dict[str, dict] = {}
-    if path.is_file():
-        stored = read_json(path)
-        loop.check_same_run(path, stored["settings"], settings)
-        scores = stored["scores"]
+    settings = evaluation_settings(config, suite.fingerprint) | {"limit": limit, "lm_eval": lm_eval.__version__}
+    scores = kept_scores(path, settings)
     jobs: dict[str, list[str]] = {}
     for w in wanted:
         of_dataset = sum(candidates.by_dataset[w.dataset].values(), [])
