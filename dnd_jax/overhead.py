@@ -11,8 +11,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 
 from dnd_jax import config as config_lib
 from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
+from dnd_jax.bench.case import peak_of_process
 from dnd_jax.bench.run import finished
 from dnd_jax.collect import init_lora, make_collect_step, make_optimizer
 from dnd_jax.config import Config
@@ -178,9 +177,7 @@ def peak_memory() -> tuple[int, str]:
     counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if counted:
         return counted, "device"
-    status = pathlib.Path("/proc/self/status")  # unlike ru_maxrss, this does not begin with the parent's
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
+    return peak_of_process(), "process"
 
 
 def _alone(side: str, spec: Mapping) -> dict:

@@ -1,6 +1,9 @@
 """What one measurement is: the shapes of a case, from a configuration alone."""
 
 import dataclasses
+import pathlib
+import re
+import resource
 import time
 from collections.abc import Callable
 
@@ -44,6 +47,13 @@ class Case:
         """Operations by the direct method."""
         macs = forward_macs(self.features(config), config.generator.kernel_size)
         return 2 * macs * max(self.batch, 1) * PASSES[self.what]
+
+
+def peak_of_process() -> int:
+    """The most bytes that this process has held, libraries included."""
+    status = pathlib.Path("/proc/self/status")  # unlike ru_maxrss, this does not begin with the parent's
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def timed(run: Callable[[], object], repeats: int) -> dict:

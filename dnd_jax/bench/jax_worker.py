@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import resource
 import sys
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.bench.case import Case, timed
+from dnd_jax.bench.case import Case, peak_of_process, timed
 from dnd_jax.config import Config
 from dnd_jax.models.hyperconv import Features, convolutions, weighted_loss
 from dnd_jax.models.text_encoder import encode_windows
@@ -98,7 +97,7 @@ def _generate(case: Case, config: Config, features: tuple[Features, ...], module
 def peak_bytes() -> int:
     """The most memory held so far: on the device, or by this process on a CPU."""
     statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return statistics.get("peak_bytes_in_use") or peak_of_process()
 
 
 def main() -> None:

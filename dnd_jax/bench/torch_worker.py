@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import sys
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from dnd_jax.bench import torch_generator
-from dnd_jax.bench.case import Case, timed
+from dnd_jax.bench.case import Case, peak_of_process, timed
 from dnd_jax.config import Config
 from dnd_jax.shapes import encoder_module
 
@@ -103,7 +102,7 @@ def main() -> None:
     cuda = device.type == "cuda"
     result = {
         **times,
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else peak_of_process(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {"torch": torch.__version__},
     }
