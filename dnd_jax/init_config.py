@@ -25,13 +25,13 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 
 from dnd_jax.adapters import load_adapter_config, read_shapes
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import CheckFailed, InputError, listed
 from dnd_jax.files import replacing
 from dnd_jax.layout import MODULE_ORDER, LoraLayout
+from dnd_jax.models.generator import param_shapes
 from dnd_jax.models.hf import load_base_config
 from dnd_jax.models.hyperconv import Features, forward_macs
 from dnd_jax.shapes import condition_shape, encoder_module
@@ -175,9 +175,7 @@ def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:
 def decoder_parameters(config: Config) -> int:
     """Parameters of the configured decoder, counted by shape evaluation of the real module."""
     module = make_generator(config.generator.features, config.generator, config.train.dtype)
-    condition = jax.ShapeDtypeStruct((1, *condition_shape(config)), jnp.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), condition)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]["decoder"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(module, condition_shape(config))["decoder"]))
 
 
 def _literal(value: object) -> str:

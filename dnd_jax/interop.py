@@ -29,7 +29,7 @@ from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.files import read_json, replacing
 from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, write_generator
 from dnd_jax.layout import SCALE_CELLS, LoraLayout
-from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator
+from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator, param_shapes
 from dnd_jax.models.hf import load_base_config, read_safetensors
 from dnd_jax.models.hyperconv import Features
 from dnd_jax.tensor_file import DTYPES, open_tensors
@@ -139,8 +139,7 @@ def architecture(state: Mapping[str, np.ndarray], source: str) -> Architecture:
 def _shapes(module: Generator, text_length: int | None) -> dict[str, tuple[int, ...]]:
     """{our path: shape} of a generator's parameters."""
     n, length, c = module.features[0]
-    condition = jax.ShapeDtypeStruct((1, n, text_length or length, c), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
+    shapes = param_shapes(module, (n, text_length or length, c))
     return {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(shapes)}
 
 

@@ -27,6 +27,7 @@ from dnd_jax.chips import Chip, chip_of
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, first_line
 from dnd_jax.loop import AHEAD
+from dnd_jax.models.generator import param_shapes
 from dnd_jax.models.hyperconv import forward_macs
 from dnd_jax.models.placement import Placement, batch_ways
 from dnd_jax.ops import compiler_options
@@ -96,8 +97,8 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
     features, place = features_of(config), Placement(mesh)
     module = make_generator(features, config.generator, config.train.dtype, place)
     batch = batch_ways(mesh)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *condition_shape(config)), jnp.float32))
-    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes["params"])
+    shapes = param_shapes(module, condition_shape(config))
+    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
     over_batch = sharding.leading(mesh, batch, "the adapters")
 
     def generate(params, condition):
@@ -105,7 +106,7 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
 
     step = jax.jit(generate, out_shardings=over_batch, compiler_options=compiler_options(place.platform))
     condition = jax.ShapeDtypeStruct((batch, *condition_shape(config)), jnp.float32, sharding=over_batch)
-    return step, (sharding.shaped(shapes["params"], shardings), condition)
+    return step, (sharding.shaped(shapes, shardings), condition)
 
 
 @dataclasses.dataclass(frozen=True)

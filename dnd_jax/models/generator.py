@@ -42,6 +42,12 @@ class LengthProjection(nn.Module):
         raise ValueError(f"length projection {self.kind!r} is none of {LENGTH_PROJECTIONS}")
 
 
+def param_shapes(module: nn.Module, condition_shape: tuple[int, int, int]) -> dict:
+    """The shapes of a generator's parameters, nested as they are, for a condition (N, L, C); nothing is computed."""
+    condition = jax.ShapeDtypeStruct((1, *condition_shape), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
+
+
 class Generator(nn.Module):
     """features: (N, L, C) of every stage, the condition's first and the token grid's last. The rest as `HyperConvDecoder`."""
 
