@@ -11,8 +11,8 @@ What differs from dft.py, and why:
 - A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer bytes than Gauss's three, and
   half the rounding error.
 - Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a grid axis moves nothing inside a tile.
-- Where the compiler's own choice of memory order makes it turn large arrays, the order is given. Not with a kernel split over
-  devices: sharding does not get through a layout constraint, each device would make all planes (seen in compiled programs).
+- Where the compiler's own choice of memory order makes it turn large arrays, the order is given. That is for each device's own part
+  (shard_map): sharding does not get through a layout constraint, each device would make all planes (seen in compiled programs).
 
 Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the columns' axis, i j taps of the
 kernel; f p g q o b c d as in dft.py.
