@@ -227,7 +227,7 @@ def test_the_papers_settings_fit(name, topology, mesh_sizes, changes):
     from dnd_jax.plan import topology_devices
 
     raw = load_file(str(SETTINGS / f"{name}.py"))
-    raw.mesh.update(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True))
+    raw.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True)))
     raw.train.update(changes)
     plan = make_plan(freeze(raw), topology_devices(topology))
     assert plan.fits, plan
