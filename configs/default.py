@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
                 "tie_word_embeddings": True,
             },
             "pretrain": {
+                "loss": "response",
                 "steps": 400,
                 "batch_size": 128,
                 "learning_rate": 4e-3,

@@ -100,15 +100,14 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
     train = [encode(tokenizer, d.train, config.base.max_length) for d in suite.datasets]
     test = [encode(tokenizer, d.test, config.base.max_length) for d in suite.datasets]
-    length, width = max(t.ids.shape[1] for t in train), max(t.response_width for t in train)
+    width = max(t.response_width for t in train)
     pad = tokenizer.pad_token_id
 
     def batch_at(i: int):
-        rows = []
-        for data in train:
-            batch = data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width)
+        rows = [data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width) for data in train]
+        length = max(batch["ids"].shape[1] for batch in rows)
+        for batch in rows:
             batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, length - batch["ids"].shape[1])), constant_values=pad)
-            rows.append(batch)
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows), over_tasks)
 
     tasks = len(suite.datasets)

@@ -22,6 +22,7 @@ from dnd_jax.ops import METHODS
 
 TARGETS = ("chunk", "element")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
+PRETRAIN_LOSSES = ("response", "text")
 TRACKERS = ("tensorboard", "wandb")
 PAIRINGS = ("random", "fixed")
 
@@ -48,6 +49,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
+    loss: str  # over the "response" of each example, or its whole "text": the prompt, and the response where it has one
     steps: int
     batch_size: int
     learning_rate: float
@@ -256,6 +258,7 @@ def _impossible(c: Config) -> list[str]:
         need(key, getattr(getattr(c, section), name) >= 1, "must be at least 1")
     for key in ("pretrain", "lora", "train"):
         need(f"{key}.learning_rate", getattr(c, key).learning_rate > 0, "must be above 0")
+    need("pretrain.loss", c.pretrain.loss in PRETRAIN_LOSSES, f"is none of {PRETRAIN_LOSSES}")
     need("seed", c.seed >= 0, "must not be negative")
     need("condition.layer", c.condition.layer >= -1, "must be -1 (the last) or a layer from 0")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")

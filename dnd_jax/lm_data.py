@@ -17,6 +17,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
 ROLES = ("<system>", "<user>", "<assistant>")
+SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -79,13 +80,28 @@ class Sequences:
 
     def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
         """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at `at` predict `labels`
-        (-1: beyond the response)."""
-        offset = np.arange(width)
-        at = self.start[index][..., None] + offset
-        inside = at < self.end[index][..., None]
-        at = np.minimum(at, self.ids.shape[1] - 1)
-        labels = np.where(inside, np.take_along_axis(self.ids[index], at, axis=-1), -1)
-        return {"ids": self.ids[index], "at": at - 1, "labels": labels.astype(np.int32)}
+        (-1: beyond the response).
+
+        S is the power of two that holds the longest of the rows: few lengths to compile for, and little padding to compute.
+        """
+        end = self.end[index]
+        ids = self.ids[index][..., : max(SHORTEST, 1 << int(end.max() - 1).bit_length())]
+        at = self.start[index][..., None] + np.arange(width)
+        inside = at < end[..., None]
+        at = np.minimum(at, ids.shape[-1] - 1)
+        labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
+        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
+
+    def packed(self, length: int) -> "Sequences":
+        """All texts one after the other in rows of `length` tokens, to learn every token of; the last few that fill no row go.
+
+        Raises InputError when not even one row is filled.
+        """
+        stream = np.concatenate([row[:end] for row, end in zip(self.ids, self.end, strict=True)])
+        rows = len(stream) // length
+        if not rows:
+            raise InputError(f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower the setting")
+        return Sequences(stream[: rows * length].reshape(rows, length), np.ones(rows, np.int32), np.full(rows, length, np.int32))
 
     @property
     def response_width(self) -> int:
@@ -94,13 +110,15 @@ class Sequences:
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> Sequences:
-    """Tokenises examples. Raises InputError naming the file and line of one that has more than max_length tokens, or for a
-    tokenizer without an end token."""
+    """Tokenises examples; one without a response ends where that would start.
+
+    Raises InputError naming the file and line of one that has more than max_length tokens, or for a tokenizer without an end token.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; set one")
     prompts = tokenizer([render(tokenizer, e.prompt, e.system) for e in examples], add_special_tokens=False)["input_ids"]
     responses = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
-    rows = [p + r + [tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+    rows = [p + r + [tokenizer.eos_token_id] * bool(r) for p, r in zip(prompts, responses, strict=True)]
     for example, row in zip(examples, rows, strict=True):
         if len(row) > max_length:
             raise InputError(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dnd_jax import config as config_lib
 from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
@@ -99,7 +100,7 @@ def measure_tuning(
     seed: int = 0,
     limit: int = 0,
 ) -> dict:
-    """One LoRA of these shapes tuned by collect's step: seconds of lora.steps steps, and of the first with loading and compiling.
+    """One LoRA of these shapes tuned by collect's step: seconds of lora.steps steps, and of all with loading and compiling.
 
     limit: steps that are timed, of which the others are taken to be alike; 0: all.
     """
@@ -111,27 +112,31 @@ def measure_tuning(
     state = jax.tree.map(lambda x: jnp.asarray(x)[None], {"lora": tensors, "opt": optimizer.init(tensors)})
     data = encode(hf.load_tokenizer(base), examples, max_length)
 
-    def tune(state, steps: int):
-        for i in range(steps):
-            batch = data.batch(shuffled_rows(len(data), lora.batch_size, seed, i), data.response_width)
-            state, _ = step(params, state, jax.tree.map(lambda x: x[None], batch))
+    timed = min(limit or lora.steps, lora.steps)
+    rows = [shuffled_rows(len(data), lora.batch_size, seed, i) for i in range(timed)]
+    batches = [jax.tree.map(lambda x: x[None], data.batch(index, data.response_width)) for index in rows]
+    one_of_each = list({batch["ids"].shape: batch for batch in batches}.values())  # what is compiled for
+    tokens = round(float(np.mean([batch["ids"].shape[-1] for batch in batches])))
+
+    def tune(state, batches: Sequence[Mapping]):
+        for batch in batches:
+            state, _ = step(params, state, batch)
         return state
 
-    state = jax.block_until_ready(tune(state, 1))
+    state = jax.block_until_ready(tune(state, one_of_each))
     first = time.perf_counter() - started
-    state = jax.block_until_ready(tune(state, 1))  # the state of a fresh run may lie elsewhere, which compiles once more
-    timed = min(limit or lora.steps, lora.steps)
-    a_step = _seconds(lambda: tune(state, timed)) / timed
+    state = jax.block_until_ready(tune(state, one_of_each))  # the state of a fresh run may lie elsewhere, which compiles once more
+    a_step = _seconds(lambda: tune(state, batches)) / timed
     return {
         "tune_seconds": a_step * lora.steps,
-        "tune_cold_seconds": first + a_step * (lora.steps - 1),
+        "tune_cold_seconds": first + a_step * (lora.steps - len(one_of_each)),
         "steps": lora.steps,
         "timed_steps": timed,
         "batch_size": lora.batch_size,
-        "sequence_length": data.ids.shape[1],
+        "sequence_length": tokens,
         "base_weights": _weights(params),
         # Forward, and backwards through the frozen weights to the activations: 2 operations a weight and token each.
-        "step_flop": 4 * _weights(params) * lora.batch_size * data.ids.shape[1],
+        "step_flop": 4 * _weights(params) * lora.batch_size * tokens,
     }
 
 

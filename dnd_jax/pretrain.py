@@ -63,7 +63,8 @@ def make_train_step(module: BaseLM, optimizer: optax.GradientTransformation):
 def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
     """Trains the base and returns its folder; an existing one made with the same settings is kept.
 
-    Raises InputError when the suite has no corpus or the folder was made with other settings.
+    Raises InputError when the suite has no corpus or one that lacks the responses to learn, or the folder was made with other
+    settings.
     """
     folder = workdir / "base"
     c = config.pretrain
@@ -74,9 +75,14 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
         return folder
     if not suite.corpus:
         raise InputError(f"{suite.root}/suite.json: no corpus to pretrain a base on; add one or set config.base.path")
+    without = next((e.where for e in suite.corpus if not e.response), None)
+    if c.loss == "response" and without:
+        raise InputError(f"{without}: no response to learn; add one, or pretrain on the prompts by config.pretrain.loss=text")
 
     tokenizer = build_tokenizer((f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size)
     data = encode(tokenizer, suite.corpus, config.base.max_length)
+    if c.loss == "text":
+        data = data.packed(config.base.max_length)
     width = data.response_width
     module = BaseLM(config.base.lm_config(len(tokenizer)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, min(c.warmup_steps, c.steps - 1), c.steps)

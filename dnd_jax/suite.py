@@ -8,7 +8,7 @@ Files in their places (the corpus pretrains a base from scratch and is optional 
 
 Files or Hugging Face datasets from anywhere, listed (any name of the file will do, --suite=my_suite.json):
 
-    {"name", "corpus": SOURCE, "kinds", "datasets": [
+    {"name", "corpus": SOURCE or [SOURCE, ...], "kinds", "datasets": [
       {"name": "arc_easy", "role": "train", "source": "ARC-e_train.jsonl"},
       {"name": "arc_easy", "role": "test", "source": "ARC-e_test.jsonl"},
       {"name": "obqa", "role": "unseen", "source": "allenai/openbookqa", "config": "main", "split": "train", "limit": 5000,
@@ -113,7 +113,9 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
     kinds = raw.get("kinds", {})
     if not isinstance(kinds, dict) or not kinds.keys() <= set(names["unseen"]):
         raise InputError(f"{path}: kinds must map names of unseen datasets to a word")
-    corpus = read_source(_source(path, "corpus", raw["corpus"]), 2).examples if raw.get("corpus") else ()
+    corpora = raw.get("corpus") or []
+    corpora = [_source(path, "corpus", source) for source in (corpora if isinstance(corpora, list) else [corpora])]
+    corpus = tuple(example for source in corpora for example in read_source(source, 2, answers=False).examples)
     train, unseen = (tuple(read[n][1]() for n in names[role]) for role in ("train", "unseen"))
     kinds = {n: str(kinds.get(n, DEFAULT_KIND)) for n in names["unseen"]}
     digest = hashlib.sha256(json.dumps([names["train"], names["unseen"], kinds]).encode())

@@ -1,12 +1,21 @@
 """Questions as a base sees them: chat templates of the usual kinds against transformers' own rendering; condition forms."""
 
-import pytest
+import json
 
+import jax
+import numpy as np
+import pytest
+from pipeline import tiny_suite
+
+from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
 from dnd_jax.forms import condition_texts
 from dnd_jax.lm_data import build_tokenizer, encode, render
 from dnd_jax.models import hf
+from dnd_jax.models.base_lm import BaseLM
+from dnd_jax.pretrain import answer_loss, pretrain
 from dnd_jax.sources import Example
+from dnd_jax.suite import load_suite
 
 # The usual kinds, cut down: ChatML with a system text of its own (Qwen2.5), one that can think (Qwen3), a begin token and headers
 # (Llama 3), no system role and another name for the assistant (Gemma).
@@ -117,3 +126,56 @@ def test_condition_forms():
     with pytest.raises(InputError, match="file:7: no response, which config.condition.form = 'mix' reads"):
         condition_texts([*examples[:7], Example("p", "", where="file:7")], "mix")
     assert condition_texts([Example("p", "")], "prompt") == ["p"]
+
+
+def test_texts_in_full_rows(tokenizer_of):
+    """Packed, every token of every text is learned once, in order; a question without an answer ends where that would start."""
+    tokenizer = tokenizer_of(None)
+    examples = [*EXAMPLES, Example("How much?", "")]
+    data = encode(tokenizer, examples, 200)
+    texts = [tokenizer(render(tokenizer, e.prompt, e.system), add_special_tokens=False)["input_ids"] for e in examples]
+    assert data.ids[2, : data.end[2]].tolist() == texts[2] and data.start[2] == data.end[2]
+    stream = np.concatenate([row[:end] for row, end in zip(data.ids, data.end, strict=True)])
+    packed = data.packed(9)
+    assert len(packed) == len(stream) // 9 > 2
+    np.testing.assert_array_equal(packed.ids.ravel(), stream[: packed.ids.size])
+    batch = packed.batch(np.arange(len(packed)), packed.response_width)
+    np.testing.assert_array_equal(batch["labels"], packed.ids[:, 1:])
+    np.testing.assert_array_equal(batch["at"], np.broadcast_to(np.arange(8), (len(packed), 8)))
+    with pytest.raises(InputError, match="fewer than base.max_length=500"):
+        data.packed(500)
+
+
+def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
+    """One long question costs its own batch alone; the loss is that of rows padded to it."""
+    tokenizer = tokenizer_of(None)
+    data = encode(tokenizer, [*EXAMPLES, Example("Why? " * 120, "[B]")], 2000)
+    assert data.ids.shape[1] > 256
+    short, long = data.batch(np.array([0, 1]), 6), data.batch(np.array([1, 2]), 6)
+    assert short["ids"].shape[1] == 64 and long["ids"].shape[1] == data.ids.shape[1]
+    module = BaseLM(freeze(load_file("tests/tiny.py")).base.lm_config(len(tokenizer)))
+    params = module.init(jax.random.key(0), short["ids"])["params"]
+    whole = short | {"ids": data.ids[:2]}
+    np.testing.assert_allclose(answer_loss(module, params, short), answer_loss(module, params, whole), rtol=1e-5)
+
+
+def test_a_base_from_questions_alone(tmp_path):
+    """Two sources without responses: the whole text is learned; answers, which there are none of, are not."""
+    root = tiny_suite(tmp_path / "suite")
+    suite = json.loads((root / "suite.json").read_text())
+    lines = (root / "corpus.jsonl").read_text().splitlines()
+    for name, part in (("one", lines[:90]), ("two", lines[90:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": json.loads(line)["prompt"]}) + "\n" for line in part))
+    (root / "suite.json").write_text(json.dumps(suite | {"corpus": ["one.jsonl", {"source": "two.jsonl"}]}))
+    suite = load_suite(root)
+    assert len(suite.corpus) == len(lines)
+    raw = load_file("tests/tiny.py")
+    with pytest.raises(InputError, match=r"one.jsonl:1: no response to learn; .*config.pretrain.loss=text"):
+        pretrain(freeze(raw), suite, tmp_path / "run")
+    raw.pretrain.update(loss="text", steps=40)
+    config = freeze(raw)
+    folder = pretrain(config, suite, tmp_path / "run")
+    module, params = hf.load_base(folder)
+    texts = encode(hf.load_tokenizer(folder), suite.corpus, 64).packed(64)
+    loss, _ = answer_loss(module, params, texts.batch(np.arange(len(texts)), texts.response_width))
+    assert float(loss) < 0.6 * np.log(module.config.vocab_size)

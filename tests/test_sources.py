@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dnd_jax import hygiene
 from dnd_jax.errors import InputError
 from dnd_jax.sources import Source, hold_out, read_prompts, read_source
 from dnd_jax.suite import load_suite
+from dnd_jax.world import write_world
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "system": "be brief"} for i in range(12)]
 RAW = [
@@ -105,10 +107,24 @@ def test_conversations(tmp_path):
         assert f"{tmp_path}/y.jsonl{part}" in str(error.value)
 
 
+def documented(name: str) -> str:
+    """The suite of that name in docs/TRAIN.md."""
+    blocks = (block.split("```")[0] for block in pathlib.Path("docs/TRAIN.md").read_text().split("```json\n")[1:])
+    return next(block for block in blocks if f'"name": "{name}"' in block)
+
+
+def test_the_suite_of_the_walk_through(tmp_path):
+    """docs/TRAIN.md's first one, on the embedded suite's files: none of its faults can be the reader's."""
+    write_world(tmp_path / "example", 0)
+    (tmp_path / "suite.json").write_text(documented("people"))
+    suite = load_suite(tmp_path / "suite.json", 8)
+    assert [d.name for d in suite.train] == ["home_letter", "pet_letter", "pet_digit"] and len(suite.unseen) == 2
+    assert suite.corpus and all(len(d.test) == 20 for d in suite.datasets) and not [f for f in hygiene.findings(suite) if f.fault]
+
+
 def test_the_suite_of_the_documentation(tmp_path):
-    """docs/DATA.md's example as it is, its files beside it; the hub's dataset in a folder of its name, with its configuration."""
-    text = pathlib.Path("docs/DATA.md").read_text()
-    (tmp_path / "science.json").write_text(text.split("```json\n")[1].split("```")[0])
+    """docs/TRAIN.md's example as it is, its files beside it; the hub's dataset in a folder of its name, with its configuration."""
+    (tmp_path / "science.json").write_text(documented("science"))
     (tmp_path / "ARC-e_train.json").write_text(json.dumps(ROWS))
     (tmp_path / "ARC-e_test.json").write_text(json.dumps(ROWS[:3]))
     chats = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(203)]
