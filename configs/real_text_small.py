@@ -4,7 +4,7 @@
 
 common_sense.json lists ARC-c, ARC-e and BoolQ to train on and leaves OBQA out: docs/REAL_TEXT.md has it, and what came out. A
 3.4M-parameter Qwen2 base that has seen questions only, never an answer; LoRA of rank 4 on all seven projections (128 tokens of
-4 x 128 weights); a generator of 3.8M parameters.
+4 x 128 weights); a generator of 2.2M parameters.
 """
 
 from configs import default
