@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from dnd_jax.bench import torch_generator
 from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
+from dnd_jax.init_config import num_parameters
 from dnd_jax.interop import load_criterion_weight, load_reference_generator, save_reference_generator
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import forward_macs, weighted_loss
+from dnd_jax.shapes import features_of
 from dnd_jax.train import make_generator
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -303,6 +305,15 @@ def test_sizes_and_cost_of_the_original_settings(name):
     assert millions == pytest.approx(float(re.search(r"([0-9.]+)M parameters", config_text(name))[1]))
     assert "{} tokens of {} x {};".format(*tokens) in config_text(name)
     assert tera == pytest.approx(float(re.search(r"([0-9.]+) TFLOP a sample", config_text(name))[1]))
+
+
+@pytest.mark.parametrize("name", ["mini", "real_text_small"])
+def test_sizes_of_the_small_settings(name):
+    """The generator's parameters and tokens as the docstring has them."""
+    config, text = freeze(load_file(f"configs/{name}.py")), " ".join(config_text(name).split())
+    features, g = features_of(config), config.generator
+    assert f"{num_parameters(features, g.kernel_size) / 1e6:.1f}M parameters" in text
+    assert "({} tokens of {} x {} weights)".format(*features[-1]) in text
 
 
 def config_text(name: str) -> str:
