@@ -251,13 +251,13 @@ def run(
             profiler.at(i + 1, state)
             if after_step is not None:
                 after_step(i + 1, state)
-            # One process stops where it is; several agree on a step.
-            stopping = multihost_utils.reached_preemption_sync_point(i + 1) if multihost.several() else stop.signum is not None
+            # A process by itself stops where it is; joined ones agree on a step, and JAX has their SIGTERM.
+            stopping = multihost_utils.reached_preemption_sync_point(i + 1) if stop.shared else stop.signum is not None
             if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
                 read_pending()  # never save a state whose loss has not been seen to be finite
                 save(i + 1)
             if stopping:
-                raise Stopped(stop.signum or signal.SIGTERM, agreed=True)
+                raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
         read_pending()
     except (OSError, ValueError) as error:
         raise _disk_error(error, directory) from error

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 
@@ -88,8 +89,8 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM (75 with DND_REQUEUE=1), 1 a check failed or nothing
-    fits, 2 bad input, 130 Ctrl-C.
+    """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM or a preemption notice (75 with DND_REQUEUE=1), 1 a check
+    failed or nothing fits, 2 bad input, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -113,9 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dnd: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except (Stopped, KeyboardInterrupt) as error:
-        name = str(error) or "SIGINT"
-        print(f"\nstopped by {name}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
-        return _stopped_status() if name == "SIGTERM" else 130
+        print(f"\nstopped by {str(error) or 'SIGINT'}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
+        return _stopped_status() if getattr(error, "signum", None) == signal.SIGTERM else 130
     except OSError as error:
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stopped_status() -> int:
-    """After SIGTERM: 0; for SLURM and Kubernetes (launch/), which start again what did not end well, EX_TEMPFAIL."""
+    """After SIGTERM or a notice: 0; for SLURM and Kubernetes (launch/), which start again what did not end well, EX_TEMPFAIL."""
     return os.EX_TEMPFAIL if os.environ.get("DND_REQUEUE") == "1" else 0
 
 

@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from metadata_server import address as metadata_host
+from metadata_server import serving
 from pipeline import ROOT, TINY, dnd, tiny_suite, when
 
 from dnd_jax.adapters import AdapterConfig, save_adapter
@@ -222,15 +224,35 @@ def test_a_full_disk_stops_training_and_leaves_the_last_good_step(inputs, uninte
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_as_one(inputs, uninterrupted, tmp_path):
-    pair = start_two(inputs, tmp_path, *TWO)
-    assert when(pair[0], lambda: len(rows(tmp_path)) > 20), finish(*pair)
-    pair[0].send_signal(signal.SIGTERM)
-    assert [status for status, _ in finish(*pair)] == [0, 0]
+def test_two_processes_go_on_as_one(inputs, uninterrupted, tmp_path, monkeypatch):
+    """Two are stopped at one step by a preemption notice that one of them gets."""
+    with serving({"preempted": "FALSE"}) as server:
+        address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", *TWO)
+        second = start(inputs, tmp_path, *address, "--process=1")
+        monkeypatch.setenv("GCE_METADATA_HOST", metadata_host(server))
+        first = start(inputs, tmp_path, *address, "--process=0")
+        assert when(first, lambda: len(rows(tmp_path)) > 20 and server.answered), finish(first, second)
+        server.set("preempted", "TRUE")
+        ended = finish(first, second)
+    assert [status for status, _ in ended] == [0, 0], ended
+    for by, (_, out) in zip(("preemption notice", "SIGTERM"), ended, strict=True):
+        assert f"stopped by {by}; resume with: dnd train" in out, out
     [(status, out)] = finish(start(inputs, tmp_path))
     assert status == 0, out
     losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_single_process_of_a_cluster_stops_as_well(inputs, tmp_path):
+    """JAX has its SIGTERM, as it has that of several."""
+    long = ("--config.train.steps=100000", "--config.train.save_every=100000")
+    run = start(inputs, tmp_path, *long, f"--coordinator=127.0.0.1:{free_port()}", "--processes=1")
+    assert when(run, lambda: len(rows(tmp_path)) > 5), finish(run)
+    run.send_signal(signal.SIGTERM)
+    [(status, out)] = finish(run, timeout=60)
+    assert status == 0 and "stopped by SIGTERM; resume with: dnd train" in out, out
+    assert [path.name for path in (tmp_path / "generator/checkpoints").iterdir()] == [str(rows(tmp_path)[-1]["step"])]
 
 
 @pytest.mark.slow
