@@ -6,10 +6,14 @@ length, C embedding width, T tokens, M checkpoints a dataset.
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import pathlib
+import re
+import traceback
 import typing
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -18,6 +22,7 @@ from dnd_jax.forms import FORMS
 from dnd_jax.models.base_lm import LmConfig
 from dnd_jax.models.generator import LENGTH_PROJECTIONS
 from dnd_jax.models.hyperconv import REMAT, Features
+from dnd_jax.models.placement import AXES
 from dnd_jax.ops import METHODS
 
 TARGETS = ("chunk", "element")
@@ -25,6 +30,8 @@ OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 PRETRAIN_LOSSES = ("response", "text")
 TRACKERS = ("tensorboard", "wandb")
 PAIRINGS = ("random", "fixed")
+DTYPES = ("float32", "bfloat16")
+STEPS = ("train", "generate")  # what `dnd plan` compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +220,19 @@ def freeze(config: ml_collections.ConfigDict | Mapping) -> Config:
     return frozen
 
 
-def _freeze(cls: type, raw: Mapping, path: str, faults: list[str]):
+def section(cls: type, raw: Any, path: str):
+    """A dataclass of settings from its record, as JSON has it. Raises InputError as `freeze` does, naming keys below `path`."""
+    faults: list[str] = []
+    made = _freeze(cls, raw, path, faults)
+    if faults:
+        raise listed("settings", faults)
+    return made
+
+
+def _freeze(cls: type, raw: Any, path: str, faults: list[str]):
+    if not isinstance(raw, Mapping):
+        faults.append(f"{path} = {raw!r} should be a section of settings")
+        return None
     types = typing.get_type_hints(cls)
     for key in raw.keys() - types.keys():
         near = difflib.get_close_matches(key, types, n=1)
@@ -226,14 +245,46 @@ def _freeze(cls: type, raw: Mapping, path: str, faults: list[str]):
             values[key] = _freeze(kind, raw[key], f"{path}.{key}", faults)
         else:
             value, plain = raw[key], typing.get_origin(kind) or kind
-            if plain is float and isinstance(value, int) and not isinstance(value, bool):
+            if plain is float and _whole(value):
                 value = float(value)
-            if plain is tuple and isinstance(value, list | tuple):
-                value = tuple(tuple(v) if isinstance(v, list | tuple) else v for v in value)
+            if plain is tuple:
+                value = _tuples(value)
+            of = next(iter(typing.get_args(kind)), None)
             if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
                 faults.append(f"{path}.{key} = {value!r} should be {plain.__name__}")
+            elif value != value:
+                faults.append(f"{path}.{key} = {value!r} is not a number")
+            elif of in (int, str) and any(type(entry) is not of for entry in value):
+                faults.append(f"{path}.{key} = {value!r} should hold nothing but {of.__name__}")
             values[key] = value
     return cls(**values) if len(values) == len(types) and not any(v is None for v in values.values()) else None
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _rule_faults(key: str, rules: Any) -> list[str]:
+    """What is wrong with sharding rules, rule by rule."""
+    faults = []
+    for rule in rules if isinstance(rules, tuple) else (rules,):
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)):
+            faults.append(f"config.{key}: {rule!r} is not (pattern, (axis, ...))")
+            continue
+        pattern, entries = rule
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(f"config.{key}: {pattern!r} is no regular expression ({error})")
+        axes = [a for entry in entries for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None]
+        if any(a not in AXES for a in axes) or len(set(axes)) < len(axes):
+            faults.append(f"config.{key}: {rule!r} should name axes of {AXES}, each once, or None")
+    return faults
 
 
 def _impossible(c: Config) -> list[str]:
@@ -242,24 +293,28 @@ def _impossible(c: Config) -> list[str]:
 
     def need(key: str, holds: bool, what: str):
         if not holds:
-            value = c
-            for part in key.split("."):
-                value = getattr(value, part)
-            faults.append(f"config.{key} = {value!r} {what}")
+            faults.append(f"config.{key} = {functools.reduce(getattr, key.split('.'), c)!r} {what}")
 
     positive = (
-        "base.max_length pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
+        "base.max_length base.vocab_size base.hidden_size base.intermediate_size base.num_hidden_layers "
+        "base.num_attention_heads base.num_key_value_heads pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
         "lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size "
         "train.micro_batches train.save_every train.keep_last "
         "evaluate.samples evaluate.batch_size evaluate.max_new_tokens bench.repeats bench.rounds"
     )
-    for key in positive.split():
-        section, name = key.split(".")
-        need(key, getattr(getattr(c, section), name) >= 1, "must be at least 1")
-    for key in ("pretrain", "lora", "train"):
-        need(f"{key}.learning_rate", getattr(c, key).learning_rate > 0, "must be above 0")
+    above = "pretrain.learning_rate lora.learning_rate train.learning_rate lora.alpha lora.clip train.clip"
+    from_0 = (
+        "seed generator.chunk_width pretrain.warmup_steps train.warmup_steps pretrain.weight_decay lora.weight_decay "
+        "train.weight_decay train.condition_noise train.target_noise"
+    )
+    for keys, holds, what in (
+        (positive, lambda x: x >= 1, "must be at least 1"),
+        (above, lambda x: x > 0, "must be above 0"),
+        (from_0, lambda x: x >= 0, "must not be negative"),
+    ):
+        for key in keys.split():
+            need(key, holds(functools.reduce(getattr, key.split("."), c)), what)
     need("pretrain.loss", c.pretrain.loss in PRETRAIN_LOSSES, f"is none of {PRETRAIN_LOSSES}")
-    need("seed", c.seed >= 0, "must not be negative")
     need("condition.layer", c.condition.layer >= -1, "must be -1 (the last) or a layer from 0")
     need("lora.checkpoints", c.lora.checkpoints <= c.lora.steps, f"is more than lora.steps = {c.lora.steps}")
     need("condition.form", c.condition.form in FORMS, f"is none of {FORMS}")
@@ -269,10 +324,9 @@ def _impossible(c: Config) -> list[str]:
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")
     need("generator.length_projection", g.length_projection in ("", *LENGTH_PROJECTIONS), f"is none of {('', *LENGTH_PROJECTIONS)}")
     need("generator.convolution", g.convolution in METHODS, f"is none of {METHODS}")
-    need("generator.chunk_width", g.chunk_width >= 0, "must not be negative (0 derives it)")
     need(
         "generator.features",
-        len(g.features) >= 2 and all(isinstance(f, tuple) and len(f) == 3 and min(f) >= 0 for f in g.features),
+        len(g.features) >= 2 and all(isinstance(f, tuple) and len(f) == 3 and all(_whole(x) and x >= 0 for x in f) for f in g.features),
         "must be at least two (N, L, C) triples",
     )
     t = c.train
@@ -286,16 +340,56 @@ def _impossible(c: Config) -> list[str]:
     need("train.keep_every", t.keep_every >= 0, "must not be negative (0 keeps none)")
     divides = t.micro_batches >= 1 and t.batch_size % t.micro_batches == 0
     need("train.micro_batches", divides, f"does not divide train.batch_size = {t.batch_size}")
-    need("train.dtype", c.train.dtype in ("float32", "bfloat16", "float64"), "is none of float32, bfloat16, float64")
-    return faults
+    need("train.dtype", t.dtype in DTYPES, f"is none of {DTYPES}")
+    s = c.sweep
+    meshes = all(isinstance(mesh, tuple) and len(mesh) in (3, 4) and all(map(_whole, mesh)) for mesh in s.meshes)
+    need("sweep.meshes", meshes, "must hold (data, fsdp, tensor) or (slices, data, fsdp, tensor)")
+    need("sweep.batches", 0 not in s.batches, "must not hold 0")
+    need("sweep.micro_batches", all(parts >= 1 for parts in s.micro_batches), "must be at least 1 each")
+    need("sweep.steps", bool(s.steps) and set(s.steps) <= set(STEPS), f"must name some of {STEPS}")
+    for key, values, known in (
+        ("sweep.remat", s.remat, REMAT),
+        ("sweep.methods", s.methods, METHODS),
+        ("bench.methods", c.bench.methods, METHODS),
+    ):
+        need(key, all(value in known for value in values), f"has more than {known}")
+    faults += _rule_faults("mesh.rules", c.mesh.rules)
+    return faults + [fault for rules in s.rules for fault in _rule_faults("sweep.rules", rules)]
 
 
 def load_file(path: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of a config file (`get_config()`). A relative path is also looked for beside the dnd_jax package."""
-    spec = importlib.util.spec_from_file_location("dnd_config", find_file(path))
+    """The ConfigDict of a config file (`get_config()`). A relative path is also looked for beside the dnd_jax package.
+
+    Raises InputError, with the line where Python names one, for a file that is absent, no Python, or fails.
+    """
+    file = find_file(path)
+    if not file.endswith(".py"):
+        raise InputError(f"{file}: a configuration is a Python file whose name ends in .py, as those of configs/")
+    spec = importlib.util.spec_from_file_location("dnd_config", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        made = module.get_config() if hasattr(module, "get_config") else None
+    except InputError:
+        raise
+    except SyntaxError as error:
+        raise InputError(f"{error.filename or file}:{error.lineno or 1}: not Python ({error.msg})") from None
+    except Exception as error:  # whatever the file's own code makes of itself
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        raise InputError(f"{file}{f':{lines[-1]}' if lines else ''}: {type(error).__name__}: {said(error)}") from None
+    if not isinstance(made, ml_collections.ConfigDict):
+        wrong = f"get_config() gives {made!r}" if hasattr(module, "get_config") else "there is no get_config()"
+        raise InputError(f"{file}: {wrong}; a configuration defines get_config(), which returns an ml_collections.ConfigDict")
+    return made
+
+
+def said(error: Exception) -> str:
+    """What an error says first and, of a locked ConfigDict's many lines, the nearest key."""
+    text: Any = error
+    while isinstance(text, Exception) and text.args:  # a ConfigDict wraps its KeyError in an AttributeError
+        text = text.args[0]
+    first, *more = str(text).split("\n")
+    return " ".join([first.split(" Other fields present:")[0], *(line for line in more if line.startswith("Did you mean"))])
 
 
 def find_file(path: str) -> str:

@@ -157,8 +157,7 @@ def _parse(stage: str, arguments: list[str]):
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        text = str(error.args[0] if error.args else error).replace("\n", " ")
-        raise InputError(f"{text} (configuration {name})") from None
+        raise InputError(f"{config_lib.said(error)} (configuration {name})") from None
     argument = rest.pop(0) if rest and stage in POSITIONAL else ""
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
