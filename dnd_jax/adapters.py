@@ -40,11 +40,6 @@ class AdapterConfig:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    @classmethod
-    def from_record(cls, record: Mapping) -> "AdapterConfig":
-        """The inverse of dataclasses.asdict, from JSON."""
-        return cls(**{**record, "targets": tuple(record["targets"])})
-
     def to_peft(self) -> dict:
         """The fields of PEFT's adapter_config.json."""
         return {

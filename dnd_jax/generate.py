@@ -14,16 +14,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax import config as config_lib
 from dnd_jax import targets
-from dnd_jax.adapters import AdapterConfig, save_adapter, verify_adapter
+from dnd_jax.adapters import save_adapter, verify_adapter
 from dnd_jax.card import card
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
-from dnd_jax.files import read_json
 from dnd_jax.forms import condition_texts
-from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator
-from dnd_jax.layout import LoraLayout
+from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, read_description
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.ops import compiler_options
 from dnd_jax.sources import read_jsonl, read_prompts
@@ -47,24 +44,19 @@ class TrainedGenerator:
     def __init__(self, run_dir: str | os.PathLike):
         """run_dir: a generator folder, or the workdir that has one. Raises InputError naming the missing or damaged file."""
         self.folder = folder = find_generator(run_dir)
-        description = read_json(folder / DESCRIPTION)
-        settings, adapter = description["settings"], description["adapter"]
-        self.condition = config_lib.Condition(**{"form": "prompt", "layer": -1, **settings["condition"]})
-        self._seed = settings["seed"]
-        self.adapter = AdapterConfig.from_record(adapter)
-        self.layout = LoraLayout.from_json(description["layout"])
-        kind, stored = settings["generator"]["target"], read_safetensors(folder / STATISTICS)
-        self.target = targets.from_statistics(kind, self.layout, stored)
-        features = tuple(tuple(f) for f in description["features"])
-        self.module = make_generator(features, config_lib.Generator(**settings["generator"]), settings["train"]["dtype"])
+        description = read_description(folder)
+        self.condition, self.adapter, self.layout = description.condition, description.adapter, description.layout
+        self._seed = description.seed
+        self.target = targets.from_statistics(description.generator.target, self.layout, read_safetensors(folder / STATISTICS))
+        self.module = make_generator(description.features, description.generator, description.dtype)
         flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
         fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes())
         with open(folder / MODEL, "rb") as file:
             fingerprint.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = fingerprint.hexdigest()
-        self.config_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self._encoder_fingerprint = description["encoder_fingerprint"]
+        self.config_hash = hashlib.sha256(json.dumps(description.settings, sort_keys=True).encode()).hexdigest()
+        self._encoder_fingerprint = description.encoder_fingerprint
         self._apply = jax.jit(
             lambda params, condition: self.module.apply({"params": params}, condition),
             compiler_options=compiler_options(jax.default_backend()),

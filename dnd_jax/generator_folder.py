@@ -5,6 +5,7 @@ model.safetensors         parameters by path, "decoder/stage_0/conv1w", ...
 statistics.safetensors    importance weights (T,) and the statistics of the target
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,12 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from dnd_jax.errors import InputError, listed
+from dnd_jax import config as config_lib
+from dnd_jax.adapters import AdapterConfig
+from dnd_jax.errors import InputError, first_line, listed
 from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.layout import LoraLayout
+from dnd_jax.models.hyperconv import Features
 from dnd_jax.models.weights import opened
 from dnd_jax.tensor_file import write_tensors
 
@@ -31,6 +36,56 @@ def find_generator(run_dir: str | os.PathLike) -> pathlib.Path:
             f"{folder}: no {DESCRIPTION}, so no trained generator; give the folder that `dnd train` or `dnd import-generator` wrote"
         )
     return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What generator.json says."""
+
+    settings: dict  # as they were recorded, of any version
+    seed: int
+    condition: config_lib.Condition
+    generator: config_lib.Generator
+    dtype: str  # of the computation
+    features: tuple[Features, ...]  # (N, L, C) of each stage, no zeros
+    layout: LoraLayout
+    adapter: AdapterConfig
+    encoder_fingerprint: str
+
+
+def read_settings(folder: pathlib.Path) -> dict:
+    """The recorded settings of a generator folder, of any version. Raises InputError when its description has none."""
+    return _sections(folder / DESCRIPTION, read_json(folder / DESCRIPTION), "settings")["settings"]
+
+
+def read_description(folder: pathlib.Path) -> Description:
+    """The description of a generator folder, checked. Raises InputError naming the file and what it lacks or has too much."""
+    file = folder / DESCRIPTION
+    raw = _sections(file, read_json(file), "settings", "layout", "adapter")
+    try:
+        settings = _sections(file, raw["settings"], "condition", "generator", "train")
+        condition = {"form": "prompt", "layer": -1, **settings["condition"]}  # recorded without them at first
+        return Description(
+            settings=settings,
+            seed=int(settings["seed"]),
+            condition=config_lib.section(config_lib.Condition, condition, "condition"),
+            generator=config_lib.section(config_lib.Generator, settings["generator"], "generator"),
+            dtype=str(np.dtype(settings["train"]["dtype"])),
+            features=tuple((int(n), int(length), int(c)) for n, length, c in raw["features"]),
+            layout=LoraLayout.from_json(raw["layout"]),
+            adapter=config_lib.section(AdapterConfig, raw["adapter"], "adapter"),
+            encoder_fingerprint=str(raw["encoder_fingerprint"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{file}: not a generator of this version ({why}); train or import it again") from None
+
+
+def _sections(file: pathlib.Path, raw: object, *names: str) -> dict:
+    """A JSON value that has these sections, themselves objects."""
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(name), dict) for name in names):
+        raise InputError(f"{file}: no {', '.join(names)} in it, so not a generator's description; copy the folder or train again")
+    return raw
 
 
 def write_generator(
@@ -56,7 +111,7 @@ def initial_params(run_dir: str | os.PathLike, shapes: Mapping, shardings: Mappi
     of another kind, which the shapes alone do not tell.
     """
     folder = find_generator(run_dir)
-    stored = read_json(folder / DESCRIPTION)["settings"]["generator"]
+    stored = dataclasses.asdict(read_description(folder).generator)
     faults = [
         f"config.generator.{key} is {settings[key]!r}, there it is {stored[key]!r}"
         for key in ("target", "length_projection")

@@ -26,8 +26,8 @@ from dnd_jax.adapters import AdapterConfig, load_adapter_config, read_shapes
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, first_line, listed
-from dnd_jax.files import read_json, replacing
-from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, write_generator
+from dnd_jax.files import replacing
+from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, read_description, write_generator
 from dnd_jax.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.models.generator import LENGTH_PROJECTIONS, Generator, param_shapes
 from dnd_jax.models.hf import load_base_config, read_safetensors
@@ -93,15 +93,19 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = first_line(error)
         raise InputError(f"{path}: not a state dict that can be read safely ({reason})") from None
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path}: expected a flat dictionary of tensors")
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise InputError(f"{path}: expected a flat dictionary of tensors by name")
     bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # NumPy has no bfloat16 of its own
 
-    def array(value) -> np.ndarray:
+    def array(key: str, value) -> np.ndarray:
         raw, dtype = bits.get(value.dtype, (None, None))
-        return value.numpy() if raw is None else value.view(raw).numpy().view(dtype)
+        try:
+            return value.detach().numpy() if raw is None else value.detach().view(raw).numpy().view(dtype)
+        except (TypeError, RuntimeError):  # float8, quantised, sparse
+            kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise InputError(f"{path}: {key} is stored as {kind}; save it as dense float32, float16 or bfloat16") from None
 
-    return {key: array(value) for key, value in state.items()}
+    return {key: array(key, value) for key, value in state.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +288,11 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
     """A generator folder -> the original's .pth file; returns it. Raises InputError for an element target, which the original
     has no place for."""
     folder = find_generator(run_dir)
-    description = read_json(folder / DESCRIPTION)
-    settings = description["settings"]["generator"]
-    if settings["target"] != "chunk":
-        raise InputError(f"{folder}: generator.target = {settings['target']!r}; the original's format knows only chunk tokens")
-    features = tuple(tuple(f) for f in description["features"])
-    module = Generator(features, settings["kernel_size"], settings["length_projection"] or None)
+    description = read_description(folder)
+    settings = description.generator
+    if settings.target != "chunk":
+        raise InputError(f"{folder}: generator.target = {settings.target!r}; the original's format knows only chunk tokens")
+    module = Generator(description.features, settings.kernel_size, settings.length_projection or None)
     if not (folder / MODEL).is_file():
         raise InputError(f"{folder / MODEL}: no such file")
     params = traverse_util.unflatten_dict(open_tensors(folder / MODEL), sep="/")

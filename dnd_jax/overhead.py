@@ -28,11 +28,10 @@ from dnd_jax.bench.run import finished
 from dnd_jax.collect import init_lora, make_collect_step, make_optimizer
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
-from dnd_jax.files import read_json, write_json
+from dnd_jax.files import write_json
 from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator
-from dnd_jax.generator_folder import DESCRIPTION, find_generator
-from dnd_jax.layout import LoraLayout
+from dnd_jax.generator_folder import find_generator, read_description
 from dnd_jax.lm_data import encode
 from dnd_jax.models import hf
 from dnd_jax.models.hyperconv import forward_macs
@@ -162,9 +161,8 @@ def compare(generation: Mapping, tuning: Mapping) -> dict:
 
 def _lora_of(run_dir: str | os.PathLike) -> tuple[dict[str, tuple[int, int]], AdapterConfig]:
     """({key: shape}, settings) of the LoRA that a generator makes."""
-    description = read_json(find_generator(run_dir) / DESCRIPTION)
-    layout = LoraLayout.from_json(description["layout"])
-    return {m.key: m.shape for m in layout.matrices}, AdapterConfig.from_record(description["adapter"])
+    description = read_description(find_generator(run_dir))
+    return {m.key: m.shape for m in description.layout.matrices}, description.adapter
 
 
 def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path) -> dict:
@@ -215,6 +213,7 @@ def overhead(
         "limit": limit,
         "scratch": os.fspath(workdir),
     }
+    hf.load_base_config(spec["base"])
     encode(hf.load_tokenizer(spec["base"]), read_jsonl(prompts), config.base.max_length)  # refused now, not after minutes
     workdir.mkdir(parents=True, exist_ok=True)
     generation, tuning = (_alone(side, spec) for side in ("generate", "tune"))

@@ -230,6 +230,19 @@ IMPORT_FAULTS = {
         "",
         "linear2.bias holds int32, expected floating point",
     ),
+    "keys that are numbers": ("no_projection", lambda s: {0: torch.ones(2)}, "", "expected a flat dictionary of tensors by name"),
+    "float8": (
+        "no_projection",
+        lambda s: {key: value.to(torch.float8_e4m3fn) for key, value in s.items()},
+        "",
+        "is stored as float8_e4m3fn, strided; save it as dense",
+    ),
+    "sparse": (
+        "no_projection",
+        lambda s: s | {STAGE.format(1) + "linear2.bias": torch.ones(9).to_sparse()},
+        "",
+        "linear2.bias is stored as float32, sparse_coo; save it as dense",
+    ),
     "even kernels": (
         "no_projection",
         lambda s: s | {STAGE.format(0) + "linear1.conv1w.weight": torch.ones(8, 8, 4, 4)},
@@ -294,6 +307,43 @@ def test_an_element_target_has_no_place_in_the_original(folders, tmp_path, capsy
     shutil.rmtree(tmp_path / "g")
     assert main(["export-generator", str(tmp_path / "g"), f"--out={tmp_path / 'x.pth'}"]) == 2
     assert "no trained generator" in capsys.readouterr().err
+
+
+def _without(section: str, key: str):
+    return lambda d: {**d, "settings": {**d["settings"], section: {k: v for k, v in d["settings"][section].items() if k != key}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda d: {}, "no settings, layout, adapter in it"),
+        (lambda d: [], "no settings, layout, adapter in it"),
+        (lambda d: {**d, "settings": {}}, "no condition, generator, train in it"),
+        (_without("generator", "bfloat16_checkpoints"), "generator.bfloat16_checkpoints is missing); train or import it again"),
+        (_without("train", "dtype"), "'dtype' is missing"),
+        (lambda d: {**d, "layout": {}}, "'matrices' is missing"),
+        (lambda d: {**d, "features": 3}, "not a generator of this version"),
+        (lambda d: {**d, "adapter": {**d["adapter"], "rank": "two"}}, "adapter.rank = 'two' should be int"),
+    ],
+)
+def test_descriptions_with_faults(change, expected, folders, tmp_path, capsys):
+    """By every reader of a generator folder but training's, which compares settings of any version."""
+    folder, prompts = tmp_path / "g", tmp_path / "p.txt"
+    prompts.write_text("one\ntwo\nthree\nfour\n")
+    assert import_it(folders, GOLDEN / "generator_no_projection.pth", folder, "", f"--adapter={folders / 'adapter'}") == 0
+    description = json.loads((folder / "generator.json").read_text())
+    (folder / "generator.json").write_text(json.dumps(change(description)))
+    capsys.readouterr()
+    for command in (
+        ("export-generator", str(folder), f"--out={tmp_path / 'out'}"),
+        ("generate", f"--generator={folder}", f"--prompts={prompts}", f"--out={tmp_path / 'out'}"),
+    ):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"dnd: {folder / 'generator.json'}: ") and expected in line
+    with pytest.raises(InputError, match="generator.json"):
+        initial_params(folder, {}, {}, description["settings"]["generator"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_streamed_safetensors_are_what_the_library_writes(tmp_path):
