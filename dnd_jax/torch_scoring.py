@@ -7,15 +7,35 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from dnd_jax.errors import InputError, first_line
 from dnd_jax.lm_data import render
-from dnd_jax.models.hf import load_tokenizer
+from dnd_jax.models.hf import load_tokenizer, resolve
 from dnd_jax.scoring import pad_left
 from dnd_jax.sources import Example
 
 _SLOT = "scored"
+
+
+def load_torch_base(base: str | os.PathLike) -> torch.nn.Module:
+    """The transformers model of a folder, package or hub id: float32, on the GPU where there is one.
+
+    Raises InputError when it has no usable configuration or weights, or no room.
+    """
+    folder = resolve(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{folder}: no room for it on the GPU ({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
+            "by CUDA_VISIBLE_DEVICES="
+        ) from None
+    except Exception as error:  # transformers, safetensors and the model's own code raise whatever a damaged folder makes of them
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: transformers cannot load it ({why}); give a whole model folder") from None
 
 
 class TorchBase:
@@ -24,7 +44,8 @@ class TorchBase:
     def __init__(self, base: str | os.PathLike, batch_size: int, max_new_tokens: int):
         self.base = pathlib.Path(base)
         self.tokenizer = load_tokenizer(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.model = load_torch_base(base)
+        self._device = self.model.device
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._loaded = 0
 
@@ -46,7 +67,7 @@ class TorchBase:
                 self._loaded = 0
             old, self._loaded = f"{_SLOT}{self._loaded}", self._loaded + 1
             result = self.model.load_adapter(adapter, adapter_name=f"{_SLOT}{self._loaded}")
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{adapter}: not an adapter of {self.base} ({first_line(error)})") from None
         name = f"{_SLOT}{self._loaded}"
         missing = [key for key in result.missing_keys if name in key]
@@ -69,11 +90,11 @@ class TorchBase:
         prompts, answers = self.prompt_ids(examples), []
         end = self.tokenizer.eos_token_id
         for first in range(0, len(prompts), self._batch_size):
-            ids, valid = pad_left(prompts[first : first + self._batch_size], self.tokenizer.pad_token_id)
+            ids, valid = self._padded(prompts[first : first + self._batch_size])
             with torch.inference_mode():
                 out = self.model.generate(
-                    input_ids=torch.from_numpy(ids).long(),
-                    attention_mask=torch.from_numpy(valid).long(),
+                    input_ids=ids,
+                    attention_mask=valid,
                     max_new_tokens=self._max_new_tokens,
                     do_sample=False,
                     eos_token_id=end,
@@ -91,7 +112,7 @@ class TorchBase:
         scores: list[float] = []
         for first in range(0, len(rows), self._batch_size):
             part = rows[first : first + self._batch_size]
-            padded, valid = (torch.from_numpy(x).long() for x in pad_left([row for row, _ in part], self.tokenizer.pad_token_id))
+            padded, valid = self._padded([row for row, _ in part])
             with torch.inference_mode():
                 logits = self.model(
                     input_ids=padded,
@@ -101,7 +122,7 @@ class TorchBase:
                 ).logits[:, :-1]
             chosen = logits.float().log_softmax(dim=-1).gather(-1, padded[:, -width:, None])[..., 0]
             inside = torch.arange(width) >= width - torch.tensor([length for _, length in part])[:, None]
-            scores += (chosen * inside).sum(dim=1).tolist()
+            scores += (chosen * inside.to(self._device)).sum(dim=1).tolist()
         best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)
         return [labels[i] for i in best]
 
@@ -110,7 +131,11 @@ class TorchBase:
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits (n, S, V) of token rows padded on the left."""
-        ids, valid = pad_left(rows, self.tokenizer.pad_token_id)
+        ids, valid = self._padded(rows)
         with torch.inference_mode():
-            out = self.model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long())
-        return out.logits.float().numpy()
+            return self.model(input_ids=ids, attention_mask=valid).logits.float().cpu().numpy()
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, valid), int64 (n, S) each, padded on the left, where the model is."""
+        ids, valid = (torch.from_numpy(x).long().to(self._device) for x in pad_left(rows, self.tokenizer.pad_token_id))
+        return ids, valid

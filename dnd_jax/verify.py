@@ -13,12 +13,12 @@ import warnings
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from dnd_jax.adapters import load_adapter, load_adapter_config, weights_file
 from dnd_jax.errors import CheckFailed, InputError, first_line
 from dnd_jax.layout import PEFT_PREFIX
 from dnd_jax.models.hf import read_safetensors, resolve
+from dnd_jax.torch_scoring import load_torch_base
 
 ROWS, LENGTH = 2, 32  # of the random tokens that both models read
 # Of the change by hand: how far PEFT's may be from it, beside float32's own rounding of logits of this size.
@@ -31,7 +31,7 @@ def _some(names: list[str]) -> str:
 
 @torch.inference_mode()
 def _logits(model, ids: torch.Tensor) -> np.ndarray:
-    return model(input_ids=ids).logits.float().numpy()
+    return model(input_ids=ids.to(model.device)).logits.float().cpu().numpy()
 
 
 def _attach(model, folder: pathlib.Path) -> PeftModel:
@@ -57,7 +57,7 @@ def _attach(model, folder: pathlib.Path) -> PeftModel:
         hint = f"; a module of the base is {PEFT_PREFIX}{near[0][1]}" if near else ""
         raise CheckFailed(f"{folder}: {len(lost)} of {len(stored)} tensors belong to no module of the base: {_some(lost)}{hint}")
     other = sorted(
-        key for key, value in stored.items() if not np.array_equal(slots[key].float().numpy(), np.asarray(value, np.float32))
+        key for key, value in stored.items() if not np.array_equal(slots[key].float().cpu().numpy(), np.asarray(value, np.float32))
     )
     if other:
         raise CheckFailed(f"{folder}: {len(other)} tensors are other in the model than in the file: {_some(other)}")
@@ -78,10 +78,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     if not base and not config.base:
         raise InputError(f"{folder}: names no base; give --base=FOLDER")
     path = resolve(base or config.base)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot load it ({first_line(error)})") from None
+    model = load_torch_base(path)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
     plain = _logits(model, ids)
@@ -96,7 +93,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
             a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")
             delta = config.scale * (b @ a)
             largest[module] = float(np.abs(delta).max())
-            weights[f"{module}.weight"].data += torch.from_numpy(delta.astype(np.float32))
+            weights[f"{module}.weight"].data += torch.from_numpy(delta.astype(np.float32)).to(model.device)
             idle += [module] if not largest[module] else []
     expected = _logits(model, ids) - plain
 

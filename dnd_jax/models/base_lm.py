@@ -75,6 +75,10 @@ class LmConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def __post_init__(self):
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        small = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
+        if small:
+            raise InputError(f"base: {', '.join(small)} must be at least 1")
         uneven = self.head_dim is None and self.hidden_size % self.num_attention_heads
         if uneven or self.num_attention_heads % self.num_key_value_heads:
             raise InputError(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Pa
         return pathlib.Path(name)
     if name.startswith(PACKAGE):
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):  # of a package inside one that is absent; of no name at all
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"{name}: the package is not installed; pip install {package.replace('_', '-')}")
         return pathlib.Path(next(iter(spec.submodule_search_locations)), folder)
@@ -60,19 +64,35 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
 
 
+def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
+    """(file, content) of a folder's config.json. Raises InputError when it is absent or no JSON object."""
+    file = folder / CONFIG
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: not a model's configuration, which is a JSON object; copy the file again")
+    return file, raw
+
+
 def config_fields(file: pathlib.Path, raw: Mapping, cls: type):
-    """The dataclass `cls` from a config.json's content; raises InputError naming what is missing."""
-    wanted = {f.name: f for f in dataclasses.fields(cls)}
-    missing = [n for n, f in wanted.items() if f.default is dataclasses.MISSING and n not in raw]
+    """The dataclass `cls` from a config.json's content; raises InputError naming what is missing, or of another type."""
+    wanted, kinds = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    missing = [n for n, f in wanted.items() if f.default is dataclasses.MISSING and raw.get(n) is None]
     if missing:
         raise InputError(f"{file}: missing {', '.join(missing)}")
-    return cls(**{name: raw[name] for name in wanted if raw.get(name) is not None})
+    given = {name: raw[name] for name in wanted if raw.get(name) is not None}
+    faults = []
+    for name, value in given.items():
+        plain = [kind for kind in (kinds[name], *typing.get_args(kinds[name])) if kind in (int, float, bool, str)]
+        if plain and type(value) is not plain[0] and not (plain[0] is float and type(value) is int):
+            faults.append(f"{name} = {value!r} should be {plain[0].__name__}")
+    if faults:
+        raise listed(f"{file}", faults)
+    return cls(**given)
 
 
 def load_base_config(path: str | os.PathLike) -> LmConfig:
     """The base LM's sizes from a folder's config.json. Raises InputError for an architecture that is none of BASES."""
-    file = resolve(path, (CONFIG,)) / CONFIG
-    raw = read_json(file)
+    file, raw = read_config(resolve(path, (CONFIG,)))
     kind = raw.get("model_type")
     if kind not in BASES:
         raise InputError(
@@ -104,6 +124,8 @@ def load_base_config(path: str | os.PathLike) -> LmConfig:
 def _rope(file: pathlib.Path, raw: Mapping) -> tuple[float | None, RopeScaling | None]:
     """(theta, scaling) as transformers 5 writes them, in rope_parameters, or as before, in rope_theta and rope_scaling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_parameters {rope!r} should be a JSON object")
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
@@ -201,7 +223,7 @@ def load_tokenizer(path: str | os.PathLike):
     folder = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever a damaged folder makes of its code
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in tokenizer_config.json")

@@ -21,7 +21,6 @@ import numpy as np
 from flax import linen as nn
 
 from dnd_jax.errors import InputError
-from dnd_jax.files import read_json
 from dnd_jax.models import base_lm, bert, hf, names, t5, word_vectors
 from dnd_jax.models.lm_encoder import LmEncoder
 from dnd_jax.models.weights import StoredWeights, load_params
@@ -77,8 +76,7 @@ def encode_windows(module: nn.Module, params: Mapping, ids_BxL: jax.Array, valid
 
 def _architecture(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, names.Table, Callable[[str], str | None]]:
     """(module, sharding rules, table of names, renaming) of a folder's config.json."""
-    file = folder / "config.json"
-    raw = read_json(file)
+    file, raw = hf.read_config(folder)
     kind = raw.get("model_type")
     if kind in hf.BASES:
         return _lm(folder, layer)
