@@ -1,4 +1,4 @@
-"""The sizes of a run from its configuration alone, without a suite, a base or a network: for plans, benchmarks and training."""
+"""The sizes of a run from its configuration alone, without a suite, weights or a network: for plans, benchmarks and training."""
 
 from flax import linen as nn
 
@@ -6,6 +6,7 @@ from dnd_jax import config as config_lib
 from dnd_jax.errors import InputError
 from dnd_jax.layout import LoraLayout
 from dnd_jax.models.bert import Bert, BertConfig
+from dnd_jax.models.hf import load_base_config
 from dnd_jax.models.hyperconv import Features
 from dnd_jax.models.text_encoder import load_module
 
@@ -41,20 +42,25 @@ def encoder_module(config: config_lib.Config) -> nn.Module:
     return MINILM_L12 if c.encoder == MINILM_L12_ID else load_module(c.encoder, c.layer)
 
 
-def layout_of(config: config_lib.Config) -> LoraLayout | None:
-    """The layout of the configured base's LoRA; None for a given base, whose sizes its own folder knows."""
-    if config.base.path:
-        return None
-    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
-    return LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
+def layout_of(config: config_lib.Config) -> LoraLayout:
+    """The layout of the configured base's LoRA. Raises InputError when the config.json of a given base cannot be had or used."""
+    base, lora = config.base, config.lora
+    sizes = load_base_config(base.path) if base.path else base.lm_config(1)
+    return LoraLayout.from_shapes(sizes.lora_shapes(lora.rank, lora.targets), config.generator.chunk_width or None)
 
 
 def features_of(config: config_lib.Config) -> tuple[Features, ...]:
-    """The decoder's stages with their zeros filled in from the configured sizes."""
+    """The decoder's stages with their zeros filled in from the configured sizes. Raises InputError when the base is not at hand,
+    which they need."""
     features = config.generator.features
     if all(all(f) for f in features):
         return features
-    layout, condition = layout_of(config), config.condition
+    try:
+        layout, condition = layout_of(config), config.condition
+    except InputError as error:
+        raise InputError(
+            f"config.generator.features = {features}, whose zeros take the base's sizes: {error}; `dnd init-config` writes them out"
+        ) from None
     grid = layout.token_shape if config.generator.target == "chunk" else layout.chunk_shape
     width = encoder_module(config).width
     return resolve_features(config.generator, (condition.num_prompts, condition.max_text_length, width), (layout.num_tokens, *grid))

@@ -85,9 +85,13 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
     for topology, step, variant in (bar := tqdm(every, desc="plan", unit="program", dynamic_ncols=True)):
         stop.check()
         devices = devices_of(topology, variant.mesh.slices)
-        if variant.train.batch_size < 0:
-            batch = -variant.train.batch_size * len(devices)
+        batch, parts = variant.train.batch_size, variant.train.micro_batches
+        if batch < 0:
+            batch = -batch * len(devices)
             variant = dataclasses.replace(variant, train=dataclasses.replace(variant.train, batch_size=batch))
+        if batch % parts:
+            bar.write(f"left out: micro_batches = {parts} does not divide batch_size = {batch}")
+            continue
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"
         if path.is_file():
             found.append(Plan(**read_json(path)))

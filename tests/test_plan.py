@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from pipeline import dnd
+from small_models import write_qwen
 
 from dnd_jax import hlo, sharding, sweep
 from dnd_jax.config import Config, freeze, load_file
+from dnd_jax.errors import InputError
 from dnd_jax.plan import Plan, make_plan, what_would_help
+from dnd_jax.shapes import features_of
 
 FEATURES = ((4, 8, 8), (8, 8, 8))
 
@@ -150,6 +153,22 @@ def test_a_sweep_writes_its_tables_and_goes_on_where_it_was(tmp_path):
     table = (tmp_path / "plans.md").read_text()
     assert table.count("\n| ") == 8 and "**" in table and "2x2x2" in table
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_that_do_not_divide_a_batch_are_left_out(tmp_path, capsys):
+    with pytest.raises(InputError, match="no combination fits"):
+        sweep.sweep(settings(sweep__micro_batches=(3,)), tmp_path)
+    assert "left out: micro_batches = 3 does not divide batch_size = 8" in capsys.readouterr().out
+
+
+def test_a_given_base_lends_its_sizes(tmp_path):
+    """The zeros of generator.features, from the base's config.json alone."""
+    base = write_qwen(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    given = settings(base__path=str(base), generator__features=((0, 0, 0), (0, 0, 0)), generator__target="chunk")
+    assert features_of(given) == ((4, 16, 384), (58, 4, 10))  # 2 layers of 29 chunks of 8, rank 2
+    with pytest.raises(InputError, match="whose zeros take the base's sizes: /nowhere: no such model folder; `dnd init-config`"):
+        features_of(settings(base__path="/nowhere", generator__features=((0, 0, 0), (0, 0, 0))))
 
 
 def plan_of(**changes) -> Plan:

@@ -84,7 +84,7 @@ def _generate(case: Case, config: Config, features: tuple[Features, ...], module
         condition = encode_windows(encoder, encoder_params, ids, valid)
         return module.apply({"params": params}, condition.reshape(case.batch, n, length, -1)).astype(jnp.float32)
 
-    layout = layout_of(config)
+    layout = None if config.base.path else layout_of(config)  # a given base need not be at hand
     decode = lambda tokens: tokens
     if layout is not None and config.generator.target == "chunk":
         decode = ChunkTarget(layout).decode
