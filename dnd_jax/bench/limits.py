@@ -6,8 +6,7 @@ Operations over peak and bytes over bandwidth, a sample, with the training batch
 chooses: its operations, and the bytes that its arrays take when each is written and read once.
 """
 
-import dataclasses
-
+from dnd_jax.chips import CHIPS, Chip
 from dnd_jax.config import freeze, load_file
 from dnd_jax.models.hyperconv import convolutions, forward_macs
 from dnd_jax.ops.plan import choose, dft_work
@@ -17,18 +16,7 @@ SETTINGS = (
     "qwen2_5_0_5b_commonsense", "qwen2_5_1_5b_code", "qwen2_5_1_5b_math",
     "qwen2_5_7b_code", "qwen2_5_7b_math", "qwen2_5_vl_3b_math",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """bfloat16 operations and bytes a second, by the maker's data sheet."""
-
-    peak: float
-    bandwidth: float
-    platform: str
-
-
-CHIPS = {"TPU v5p": Chip(459e12, 2765e9, "tpu"), "H200": Chip(989e12, 4800e9, "gpu")}
+SHOWN = ("TPU v5p", "H200")
 
 
 def limits(setting: str, chip: Chip) -> dict[str, float]:
@@ -62,10 +50,10 @@ def limits_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for setting in SETTINGS:
-        for name, chip in CHIPS.items():
+        for chip in (chip for chip in CHIPS.values() if chip.name in SHOWN):
             r = limits(setting, chip)
             lines.append(
-                f"| {setting} | {name} | {r['direct_tflop']:.1f} | {r['planned_tflop']:.2f} | {r['direct_ms']:.1f} | "
+                f"| {setting} | {chip.name} | {r['direct_tflop']:.1f} | {r['planned_tflop']:.2f} | {r['direct_ms']:.1f} | "
                 f"{r['planned_ms']:.2f} | {r['bytes_ms']:.1f} |"
             )
     return "\n".join(lines)
