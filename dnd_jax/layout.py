@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -294,12 +294,3 @@ class Importance:
         if not total > 0:
             raise InputError(f"importance weights need checkpoints that differ; all of this dataset's are equal{of}")
         return (np.nanmean(std, axis=(1, 2)) / total * np.count_nonzero(~np.isnan(std))).astype(np.float32)
-
-
-def importance_weights(targets: Iterable[np.ndarray]) -> np.ndarray:
-    """Importance of each token, float32 [T] with mean 1, from the token arrays [T, h, w] of a dataset's checkpoints, read one at a
-    time. Raises InputError as `Importance.weights`."""
-    importance = Importance()
-    for target in targets:
-        importance.add(np.asarray(target))
-    return importance.weights()

@@ -26,7 +26,7 @@ from dnd_jax.adapters import AdapterConfig, as_folder, checkpoint_folders, load_
 from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
-from dnd_jax.layout import PEFT_PREFIX, LoraLayout, importance_weights
+from dnd_jax.layout import PEFT_PREFIX, Importance, LoraLayout
 from dnd_jax.suite import Dataset, Suite
 from dnd_jax.targets import ChunkTarget, ElementTarget
 
@@ -246,6 +246,13 @@ def test_a_mixed_collection_lists_what_differs(tmp_path):
 # --- Streamed statistics and cached arrays -----------------------------------------------------------------------------------
 
 
+def importance_of(tokens) -> np.ndarray:
+    importance = Importance()
+    for of_checkpoint in tokens:
+        importance.add(of_checkpoint)
+    return importance.weights()
+
+
 @given(st.integers(2, 7), st.integers(0, 2**32 - 1), st.booleans())
 def test_streamed_statistics_equal_those_of_the_stack(count, seed, padded):
     """Importance weights and the element target's statistics against NumPy on the whole stack; blocks of one token and of all."""
@@ -254,7 +261,7 @@ def test_streamed_statistics_equal_those_of_the_stack(count, seed, padded):
     tokens = np.stack([layout.tokenize(s) for s in sets])
     std = tokens.astype(np.float64).std(axis=0)
     expected = np.nanmean(std, axis=(1, 2)) / np.nansum(std) * np.count_nonzero(~np.isnan(std))
-    np.testing.assert_allclose(importance_weights(tokens), expected, rtol=1e-6)
+    np.testing.assert_allclose(importance_of(tokens), expected, rtol=1e-6)
 
     chunks = np.stack([layout.cut(s) for s in sets]).astype(np.float64)
     reads = []
@@ -274,7 +281,7 @@ def test_blocks_do_not_matter(monkeypatch):
 
     def fitted():
         target = ElementTarget.fit(layout, lambda: ((str(i), s) for i, s in enumerate(sets)))
-        return importance_weights(layout.tokenize(s) for s in sets), target.mean, target.scale
+        return importance_of(layout.tokenize(s) for s in sets), target.mean, target.scale
 
     whole = fitted()
     monkeypatch.setattr(layout_module.Importance, "BLOCK", 1)
@@ -294,7 +301,7 @@ def test_cached_arrays_are_those_of_the_stack(kind, tmp_path):
         expected = np.stack([target.encode(tensors) for _, tensors in found.tensors(name)])
         assert isinstance(array.targets, np.memmap) and array.targets.dtype == np.float32
         np.testing.assert_array_equal(array.targets, expected)
-        np.testing.assert_allclose(array.importance, importance_weights(expected), rtol=1e-6)
+        np.testing.assert_allclose(array.importance, importance_of(expected), rtol=1e-6)
         assert np.array_equal(np.load(next((tmp_path / "cache" / name).glob("*/tokens.npy"))), expected)
     again = make_target(freeze(config), opened(root), tmp_path / "cache")
     assert all(np.array_equal(again.statistics()[key], value) for key, value in target.statistics().items())

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnd_jax.errors import InputError
-from dnd_jax.layout import MODULE_ORDER, PEFT_PREFIX, LoraLayout, importance_weights
+from dnd_jax.layout import MODULE_ORDER, PEFT_PREFIX, Importance, LoraLayout
 from dnd_jax.targets import ChunkTarget, ElementTarget, from_statistics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tokens_qwen2_5_0_5b_layer0.npz"
@@ -266,11 +266,19 @@ def test_predicted_negative_std_counts_as_zero():
         assert all(np.ptp(c) == 0 for c in np.split(value.T if ".lora_B." in key else value, len(means), axis=1)), key
 
 
+def importance_of(targets) -> np.ndarray:
+    """The weights (T,) of checkpoints' tokens, as `token_array` makes them: one checkpoint after the other."""
+    importance = Importance()
+    for target in targets:
+        importance.add(target)
+    return importance.weights()
+
+
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_importance_weights_against_two_passes(count, tokens, width, seed):
     targets = (np.random.default_rng(seed).normal(size=(count, tokens, 3, width)) * 0.1 + 5).astype(np.float32)
     targets *= np.arange(1, tokens + 1, dtype=np.float32)[:, None, None]
-    weights = importance_weights(iter(targets))
+    weights = importance_of(targets)
     std = targets.astype(np.float64).std(axis=0)
     np.testing.assert_allclose(weights, (std / std.sum()).mean(axis=(1, 2)) * std.size, rtol=1e-5)
     assert weights.dtype == np.float32 and weights.mean() == pytest.approx(1.0, abs=1e-5)
@@ -280,7 +288,7 @@ def test_importance_weights_leave_padding_out():
     rng = np.random.default_rng(0)
     targets = rng.normal(size=(4, 3, 2, 5))
     targets[:, 2, :, 3:] = np.nan
-    weights = importance_weights(targets)
+    weights = importance_of(targets)
     std = targets.std(axis=0)  # NaN where padded
     for t in range(3):
         assert weights[t] == pytest.approx(np.nanmean(std[t]) / np.nanmean(std), rel=1e-5)
@@ -289,7 +297,7 @@ def test_importance_weights_leave_padding_out():
 @pytest.mark.parametrize(("targets", "match"), [([np.ones((2, 3, 4))], "at least two"), ([np.ones((2, 3, 4))] * 3, "that differ")])
 def test_importance_weights_refuse_what_has_no_spread(targets, match):
     with pytest.raises(InputError, match=match):
-        importance_weights(targets)
+        importance_of(targets)
 
 
 @given(loras(), st.integers(1, 4), st.booleans())
