@@ -297,9 +297,9 @@ def _impossible(c: Config) -> list[str]:
 
     positive = (
         "base.max_length base.vocab_size base.hidden_size base.intermediate_size base.num_hidden_layers "
-        "base.num_attention_heads base.num_key_value_heads pretrain.steps pretrain.batch_size pretrain.save_every lora.rank lora.steps lora.batch_size "
-        "lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length train.steps train.batch_size "
-        "train.micro_batches train.save_every train.keep_last "
+        "base.num_attention_heads base.num_key_value_heads pretrain.steps pretrain.batch_size pretrain.save_every lora.rank "
+        "lora.steps lora.batch_size lora.save_every lora.checkpoints condition.num_prompts condition.max_text_length "
+        "train.steps train.batch_size train.micro_batches train.save_every train.keep_last "
         "evaluate.samples evaluate.batch_size evaluate.max_new_tokens bench.repeats bench.rounds"
     )
     above = "pretrain.learning_rate lora.learning_rate train.learning_rate lora.alpha lora.clip train.clip"
@@ -324,11 +324,8 @@ def _impossible(c: Config) -> list[str]:
     need("generator.target", g.target in TARGETS, f"is none of {TARGETS}")
     need("generator.length_projection", g.length_projection in ("", *LENGTH_PROJECTIONS), f"is none of {('', *LENGTH_PROJECTIONS)}")
     need("generator.convolution", g.convolution in METHODS, f"is none of {METHODS}")
-    need(
-        "generator.features",
-        len(g.features) >= 2 and all(isinstance(f, tuple) and len(f) == 3 and all(_whole(x) and x >= 0 for x in f) for f in g.features),
-        "must be at least two (N, L, C) triples",
-    )
+    triples = all(isinstance(f, tuple) and len(f) == 3 and all(_whole(x) and x >= 0 for x in f) for f in g.features)
+    need("generator.features", triples and len(g.features) >= 2, "must be at least two (N, L, C) triples of whole numbers")
     t = c.train
     need("train.datasets", t.datasets >= 2 or t.datasets == 0, "must be at least 2, or 0 for all")
     need("train.pairing", t.pairing in PAIRINGS, f"is none of {PAIRINGS}")

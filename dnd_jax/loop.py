@@ -43,21 +43,19 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
     return [] if then == now else [f"{path}: {then!r} -> {now!r}"]
 
 
-def check_same_run(where: os.PathLike, then: Any, now: Any, allowed: Collection[str] = ()) -> bool:
-    """Whether a run's stored settings are the present ones. allowed: names ("train.steps", "train") that may differ.
+def check_same_run(where: os.PathLike, then: Any, now: Any, allowed: Collection[str] | None = None) -> bool:
+    """Whether a run's stored settings are the present ones. allowed: names ("train.steps", "train") that may differ; None where
+    the user cannot give any.
 
     Raises InputError listing everything else that does.
     """
     changed = differences(json.loads(json.dumps(then)), json.loads(json.dumps(now)))
     keys = {line: line.split(": ", 1)[0] for line in changed}
-    refused = [line for line, key in keys.items() if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
+    refused = [line for line, key in keys.items() if not any(key == name or key.startswith(f"{name}.") for name in allowed or ())]
     if refused:
         names = ",".join(keys[line] for line in refused)
-        raise listed(
-            f"{where} was made with other settings; restore them, use another --workdir, or allow them by --allow={names} "
-            "(then -> now)",
-            refused,
-        )
+        ways = "or use another --workdir" if allowed is None else f"use another --workdir, or allow them by --allow={names}"
+        raise listed(f"{where} was made with other settings; restore them, {ways} (then -> now)", refused)
     return not changed
 
 
@@ -83,7 +81,9 @@ def _address(folder: str | os.PathLike) -> str:
     return str(folder) if "://" in str(folder) else str(pathlib.Path(folder).absolute())
 
 
-def restore(manager: ocp.CheckpointManager, shapes: Any, record: Mapping, allowed: Collection[str] = ()) -> tuple[int, Any]:
+def restore(
+    manager: ocp.CheckpointManager, shapes: Any, record: Mapping, allowed: Collection[str] | None = None
+) -> tuple[int, Any]:
     """(step, state) of the newest readable checkpoint, on the shardings of `shapes` (arrays or shapes that have one); (0, None)
     when there is none.
 
@@ -153,15 +153,15 @@ def ahead(batch_at: Callable[[int], Any], first: int, steps: int) -> Iterator[tu
 class Options:
     """What a run may do differently without training differently.
 
-    checkpoint_dir: a folder or gs:// address (empty: in the run's directory). allowed: names of settings that may have changed.
-    profile: traces the steps between these two. notes: JSON beside the record, not compared.
+    checkpoint_dir: a folder or gs:// address (empty: in the run's directory). allowed: names of settings that may have changed,
+    None where the user cannot give any. profile: traces the steps between these two. notes: JSON beside the record, not compared.
     """
 
     keep_last: int = 2
     keep_every: int = 0
     checkpoint_dir: str = ""
     trackers: tuple[str, ...] = ()
-    allowed: tuple[str, ...] = ()
+    allowed: tuple[str, ...] | None = None
     profile: tuple[int, int] | None = None
     notes: Mapping = dataclasses.field(default_factory=dict)
 

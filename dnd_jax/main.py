@@ -1,6 +1,7 @@
 """The console command: dnd STAGE --config=FILE --workdir=DIR [--config.key=value ...]. `dnd` alone lists the stages."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -34,57 +35,59 @@ STAGES: dict[str, str] = {
 DEFAULT_CONFIG = "configs/mini.py"
 # Stages that take one file or folder by itself, and what it is.
 POSITIONAL = {"import-generator": "X.pth", "export-generator": "GENERATOR", "verify-adapter": "ADAPTER"}
-FLAGS: dict[str, tuple[type, object, str]] = {  # kind, default, meaning
-    "workdir": (str, "runs/mini", "folder of the run; the same command goes on where it was stopped"),
-    "suite": (str, "", "folder or JSON file of your own tasks (default: the embedded suite)"),
-    "strict": (bool, False, "refuse a suite with faults in its data instead of warning"),
-    "tasks": (list, [], "lm-eval: NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
-    "limit": (int, 0, "lm-eval: questions a task; overhead: steps of tuning that are timed; 0: all"),
-    "unsafe-code": (bool, False, "lm-eval: allow tasks that run what a model wrote"),
-    "seeds": (list, [], "quickstart, ablate: comma-separated seeds (default: the config's)"),
-    "generator": (str, "", "generate, overhead: a trained or imported generator's folder"),
-    "prompts": (str, "", "generate: file of prompts; overhead: with their responses"),
-    "out": (str, "", "generate, suite, init-config, import-generator, export-generator: what to write"),
-    "seed": (int, 0, "generate: draws the prompts"),
-    "samples": (int, 1, "generate: adapters, from as many draws"),
-    "dtype": (str, "float32", "generate: of the adapter's tensors, float32 or bfloat16"),
-    "merge": (str, "", "generate: a folder for the whole model, base + adapter, in the base's dtype"),
-    "push-to-hub": (str, "", "generate: USER/NAME to upload the adapter (with --merge: the whole model) to"),
+_ON_SUITE = "quickstart data-report pretrain collect train ablate evaluate lm-eval"
+FLAGS: dict[str, tuple[type, object, str, str]] = {  # kind, default, the stages that read it, meaning; no number is below 0
+    "workdir": (str, "runs/mini", f"{_ON_SUITE} plan bench overhead", "folder of the run; the same command goes on in it"),
+    "suite": (str, "", _ON_SUITE, "folder or JSON file of your own tasks (default: the embedded suite)"),
+    "strict": (bool, False, _ON_SUITE, "refuse a suite with faults in its data instead of warning"),
+    "tasks": (list, [], "lm-eval", "NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA; dnd_jax/harness.py"),
+    "limit": (int, 0, "lm-eval overhead", "questions a task, or steps of tuning that are timed; 0: all"),
+    "unsafe-code": (bool, False, "lm-eval", "allow tasks that run what a model wrote"),
+    "seeds": (list, [], "quickstart ablate", "comma-separated seeds (default: the config's)"),
+    "generator": (str, "", "generate overhead", "a trained or imported generator's folder"),
+    "prompts": (str, "", "generate overhead", "file of prompts; for overhead with their responses"),
+    "out": (str, "", "suite generate init-config import-generator export-generator", "what to write"),
+    "seed": (int, 0, "generate", "draws the prompts"),
+    "samples": (int, 1, "generate", "adapters, from as many draws"),
+    "dtype": (str, "float32", "generate", "of the adapter's tensors, float32 or bfloat16"),
+    "merge": (str, "", "generate", "a folder for the whole model, base + adapter, in the base's dtype"),
+    "push-to-hub": (str, "", "generate", "USER/NAME to upload the adapter (with --merge: the whole model) to"),
     "base": (
         str,
         "",
-        "init-config, generate --merge, overhead, verify-adapter: the base's folder or hub id (default: the one the adapter names)",
+        "init-config generate overhead verify-adapter",
+        "its folder or hub id, for generate with --merge (default: the one the adapter names)",
     ),
-    "adapter": (str, "", "import-generator, init-config: a PEFT adapter of the base (default: by the base and config.lora)"),
-    "budget": (float, 0.0, "init-config: parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)"),
-    "encoder": (str, "", "init-config: the text encoder (default: config.condition.encoder)"),
-    "num-prompts": (int, 0, "init-config: prompts an adapter (default: config.condition.num_prompts)"),
-    "max-text-length": (int, 0, "init-config: tokens a prompt (default: config.condition.max_text_length)"),
-    "backend": (str, "", "bench: tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
-    "topology": (str, "", "plan, bench: TPU chips to compile for, such as v5p:2x2x4 (plan without: this machine's devices)"),
-    "devices": (int, 0, "plan: virtual CPU devices to compile for"),
-    "sweep": (bool, False, "plan: every combination of config.sweep in one table and plot (configs/ablate_sharding.py)"),
-    "measure": (bool, False, "plan: run the steps on this machine's devices as well"),
-    "allow": (list, [], "train: settings that may differ from the run that is resumed, such as train.steps,train.clip"),
-    "profile": (list, [], "train: trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile"),
-    "multihost": (bool, False, "train: one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)"),
-    "coordinator": (str, "", "train: elsewhere, HOST:PORT of process 0"),
-    "processes": (int, 1, "train: with --coordinator, how many processes there are"),
-    "process": (int, 0, "train: with --coordinator, which one this is"),
-    "start-timeout": (int, 300, "train: seconds until all processes must have joined"),
-    "layers": (bool, False, "bench: every convolution of the configuration by itself"),
-    "limits": (bool, False, "bench: what the hardware allows for the paper's settings, by counting"),
+    "adapter": (str, "", "import-generator init-config", "a PEFT adapter of the base (default: by the base and config.lora)"),
+    "budget": (float, 0.0, "init-config", "parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)"),
+    "encoder": (str, "", "init-config", "the text encoder (default: config.condition.encoder)"),
+    "num-prompts": (int, 0, "init-config", "prompts an adapter (default: config.condition.num_prompts)"),
+    "max-text-length": (int, 0, "init-config", "tokens a prompt (default: config.condition.max_text_length)"),
+    "backend": (str, "", "bench", "tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU"),
+    "topology": (str, "", "plan bench", "TPU chips to compile for, such as v5p:2x2x4 (plan without: this machine's devices)"),
+    "devices": (int, 0, "plan", "virtual CPU devices to compile for"),
+    "sweep": (bool, False, "plan", "every combination of config.sweep in one table and plot (configs/ablate_sharding.py)"),
+    "measure": (bool, False, "plan", "run the steps on this machine's devices as well"),
+    "allow": (list, [], "train", "settings that may differ from the run that is resumed, such as train.steps,train.clip"),
+    "profile": (list, [], "train", "trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile"),
+    "multihost": (bool, False, "train", "one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)"),
+    "coordinator": (str, "", "train", "elsewhere, HOST:PORT of process 0"),
+    "processes": (int, 1, "train", "with --coordinator, how many processes there are"),
+    "process": (int, 0, "train", "with --coordinator, which one this is"),
+    "start-timeout": (int, 300, "train", "seconds until all processes must have joined"),
+    "layers": (bool, False, "bench", "every convolution of the configuration by itself"),
+    "limits": (bool, False, "bench", "what the hardware allows for the paper's settings, by counting"),
 }
 
 
 def usage() -> str:
-    """The stages and the flags that they share."""
+    """The stages and their flags."""
     width = max(map(len, STAGES))
     stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in STAGES.items())
-    flags = "\n".join(f"--{name:<12} {meaning}" for name, (_, _, meaning) in FLAGS.items())
+    flags = "\n".join(f"--{name:<15} {read_by.replace(' ', ', ')}: {meaning}" for name, (_, _, read_by, meaning) in FLAGS.items())
     return (
         f"usage: dnd STAGE [--config=FILE] [--workdir=DIR] [--config.key=value ...]\n\n{stages}\n\n"
-        f"--config       a file of configs/ (default {DEFAULT_CONFIG}); any key can be set: --config.train.steps=500\n{flags}"
+        f"--config          a file of configs/ (default {DEFAULT_CONFIG}); any key can be set: --config.train.steps=500\n{flags}"
     )
 
 
@@ -147,17 +150,20 @@ def _parse(stage: str, arguments: list[str]):
     kinds = {
         str: flags.DEFINE_string,
         bool: flags.DEFINE_bool,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
+        int: functools.partial(flags.DEFINE_integer, lower_bound=0),
+        float: functools.partial(flags.DEFINE_float, lower_bound=0.0),
         list: flags.DEFINE_list,
     }
-    for flag, (kind, default, _) in FLAGS.items():
+    for flag, (kind, default, _, _) in FLAGS.items():
         kinds[kind](flag, default, "", flag_values=values)
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *arguments])
         rest = values(["dnd", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{config_lib.said(error)} (configuration {name})") from None
+    for flag, (_, _, read_by, _) in FLAGS.items():
+        if values[flag].present and stage not in read_by.split():
+            raise InputError(f"--{flag}: `dnd {stage}` does not read it; {read_by.replace(' ', ', ')} only")
     argument = rest.pop(0) if rest and stage in POSITIONAL else ""
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
@@ -187,8 +193,6 @@ def _run(stage: str, arguments: list[str]) -> None:
         print(usage())
         return
     values, config, config_file, argument = _parse(stage, arguments)
-    if stage != "train" and (values.coordinator or values.multihost):
-        raise InputError(f"--coordinator and --multihost are for `dnd train`; `dnd {stage}` runs as one process")
     workdir = pathlib.Path(values.workdir)
     runners: dict[str, Callable[[], None]] = {
         "suite": lambda: _suite(values, config),
@@ -320,8 +324,6 @@ def _init_config(values, config) -> None:
         "max_text_length": values["max-text-length"].value,
     }
     condition = dataclasses.replace(config.condition, **{key: value for key, value in given.items() if value})
-    if min(condition.num_prompts, condition.max_text_length) < 1:
-        raise InputError("--num-prompts and --max-text-length must be at least 1")
     print(init_config(dataclasses.replace(config, condition=condition), values.out, values.base, values.adapter, values.budget))
 
 
@@ -344,6 +346,7 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
     elif values.topology or (values.sweep and config.sweep.topologies):
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs
     from dnd_jax import plan, sweep
+    from dnd_jax.config import STEPS
 
     if values.topology or values.devices:
         config = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, topologies=(values.topology,)))
@@ -352,7 +355,7 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
         print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}", flush=True)
     else:
         devices = plan.devices_of(values.topology, config.mesh.slices)
-        plans = [plan.make_plan(config, devices, step, values.measure) for step in plan.STEPS]
+        plans = [plan.make_plan(config, devices, step, values.measure) for step in STEPS]
         print("\n\n".join(map(plan.describe_plan, plans)), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))

@@ -148,8 +148,10 @@ def _is_hello(message: dict | None) -> bool:
 
 def _address(coordinator: str) -> tuple[str, int]:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as 10.0.0.1:1234")
+    if not host or not port.isdecimal() or not 1 <= int(port) < 65535:  # the next one is used as well
+        raise InputError(
+            f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as 10.0.0.1:1234, with a port of 1 to 65534"
+        )
     return host.strip("[]"), int(port) + 1
 
 

@@ -35,7 +35,6 @@ from dnd_jax.ops.plan import describe
 from dnd_jax.shapes import condition_shape, encoder_module, features_of
 from dnd_jax.train import device_problems, make_generator, make_optimizer, shard_train_step
 
-STEPS = ("train", "generate")
 FAST = -1.0  # the compiler's least effort: several times faster, and neither its estimate nor its memory differs much
 REPEATS = 3
 

@@ -27,9 +27,8 @@ from dnd_jax.collection import Checkpoints, make_target, token_array
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
-from dnd_jax.files import read_json
 from dnd_jax.forms import condition_texts
-from dnd_jax.generator_folder import DESCRIPTION, initial_params, write_generator
+from dnd_jax.generator_folder import DESCRIPTION, initial_params, read_settings, write_generator
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
 from dnd_jax.models.placement import ANYWHERE, Placement
@@ -223,20 +222,20 @@ def train(
     config: Config,
     suite: Suite,
     workdir: pathlib.Path,
-    allowed: Sequence[str] = (),
+    allowed: Sequence[str] | None = None,
     profile: tuple[int, int] | None = None,
 ) -> pathlib.Path:
     """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a finished one is kept.
 
-    allowed: names of settings that may differ from those of the run that is resumed. profile: steps between which to trace. Several
-    processes share the work; process 0 writes. Raises InputError for checkpoints that do not fit together, too few prompts, or a
-    folder made with other settings.
+    allowed: names of settings that may differ from those of the run that is resumed, None where the user cannot give any.
+    profile: steps between which to trace. Several processes share the work; process 0 writes. Raises InputError for checkpoints
+    that do not fit together, too few prompts, or a folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
     finished = False
     if (folder / DESCRIPTION).is_file():
-        stored = read_json(folder / DESCRIPTION)["settings"]
+        stored = read_settings(folder)
         finished = loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite), allowed)
     if multihost.agreed(finished):
         return folder
@@ -302,7 +301,7 @@ def train(
             keep_every=c.keep_every,
             checkpoint_dir=c.checkpoint_dir,
             trackers=c.trackers,
-            allowed=tuple(allowed),
+            allowed=allowed if allowed is None else tuple(allowed),
             profile=profile,
             notes={"config": config.to_json(), "mesh": sharding.mesh_record(mesh)},
         ),

@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
 from pipeline import TINY, tiny_suite
+from small_models import write_qwen
 
 from dnd_jax import loop
 from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
@@ -16,9 +18,12 @@ from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
 from dnd_jax.generate import draw_prompts
 from dnd_jax.lm_data import build_tokenizer, encode
-from dnd_jax.main import main
+from dnd_jax.main import FLAGS, STAGES, main
+from dnd_jax.models.hf import load_base_config
+from dnd_jax.models.text_encoder import load_module
 from dnd_jax.sources import read_jsonl, read_prompts
 from dnd_jax.suite import load_suite
+from dnd_jax.torch_scoring import TorchBase
 
 
 @pytest.fixture
@@ -108,11 +113,113 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
         (["quickstart", TINY, "--seeds=0,x"], "--seeds=0,x"),
         (["generate", TINY, "--prompts=x"], "--generator is needed"),
         (["train", TINY, "extra"], "unexpected argument 'extra'"),
+        (["train", TINY, "--seeds=0,1"], "--seeds: `dnd train` does not read it; quickstart, ablate only"),
+        (["train", TINY, "--seed=3"], "--seed: `dnd train` does not read it; generate only"),
+        (["evaluate", TINY, "--nostrict", "--limit=4"], "--limit: `dnd evaluate` does not read it; lm-eval, overhead only"),
+        (["quickstart", TINY, "--allow=train.steps"], "--allow: `dnd quickstart` does not read it; train only"),
+        (["generate", "--seed=-1"], "--seed=-1: -1 is not a non-negative integer"),
+        (["overhead", "--limit=-3"], "--limit=-3: -3 is not a non-negative integer"),
+        (["plan", TINY, "--devices=-2"], "--devices=-2: -2 is not a non-negative integer"),
+        (["train", TINY, "--coordinator=localhost:99999"], "with a port of 1 to 65534"),
+        (["train", TINY, "--coordinator=localhost:65535"], "with a port of 1 to 65534"),  # the next one is used as well
+        (["train", "--config=launch/gke.sh"], "launch/gke.sh: a configuration is a Python file"),
     ],
 )
 def test_command_line_faults(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
     assert expected in refused(capsys, *arguments)
+
+
+def test_documented_commands_use_what_their_stage_reads():
+    root, found = pathlib.Path(__file__).parent.parent, 0
+    places = ("README.md", "Makefile", "docs/*.md", "launch/*", "configs/*.py", "dnd_jax/**/*.py")
+    for path in (path for place in places for path in root.glob(place) if path.is_file()):
+        for stage, rest in re.findall(r"\bdnd ([a-z-]+) (--[^\n`#]*)", path.read_text().replace("\\\n", " ")):
+            for flag in re.findall(r"(?<!\S)\[?--([a-z-]+)(?=[=\]\s]|$)", rest):
+                if stage in STAGES and flag != "config":
+                    assert stage in FLAGS[flag][2].split(), f"{path}: dnd {stage} --{flag}"
+                    found += 1
+    assert found > 60
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("generator.features=(('a',0,0),(0,0,0))", "config.generator.features = (('a', 0, 0), (0, 0, 0)) must be"),
+        ("base.num_attention_heads=0", "config.base.num_attention_heads = 0 must be at least 1"),
+        ("base.hidden_size=-4", "config.base.hidden_size = -4 must be at least 1"),
+        ("train.clip=0", "config.train.clip = 0.0 must be above 0"),
+        ("train.clip=nan", "config.train.clip = nan is not a number"),
+        ("train.target_noise=-1e-5", "config.train.target_noise = -1e-05 must not be negative"),
+        ("pretrain.warmup_steps=-1", "config.pretrain.warmup_steps = -1 must not be negative"),
+        ("train.dtype=float64", "config.train.dtype = 'float64' is none of ('float32', 'bfloat16')"),
+        ("mesh.rules=((1,2),)", "config.mesh.rules: (1, 2) is not (pattern, (axis, ...))"),
+        ("mesh.rules=('.',)", "config.mesh.rules: '.' is not (pattern, (axis, ...))"),
+        ("mesh.rules=(('(',()),)", "config.mesh.rules: '(' is no regular expression"),
+        ("mesh.rules=(('.',('foo',)),)", "config.mesh.rules: ('.', ('foo',)) should name axes of ('slice', 'data'"),
+        ("mesh.rules=(('.',('fsdp',('fsdp',))),)", "each once"),
+        ("sweep.rules=((('.',('foo',)),),)", "config.sweep.rules: ('.', ('foo',)) should name axes"),
+        ("sweep.meshes=((1,2),)", "config.sweep.meshes = ((1, 2),) must hold (data, fsdp, tensor)"),
+        ("sweep.remat=('foo',)", "config.sweep.remat = ('foo',) has more than ('none', 'convolutions', 'stages')"),
+        ("sweep.methods=('foo',)", "config.sweep.methods = ('foo',) has more than"),
+        ("sweep.steps=('foo',)", "config.sweep.steps = ('foo',) must name some of ('train', 'generate')"),
+        ("sweep.batches=(0,)", "config.sweep.batches = (0,) must not hold 0"),
+        ("sweep.micro_batches=(0,)", "config.sweep.micro_batches = (0,) must be at least 1 each"),
+        ("sweep.micro_batches=('a',)", "config.sweep.micro_batches = ('a',) should hold nothing but int"),
+    ],
+)
+def test_impossible_values_name_their_key(change, expected, capsys):
+    assert expected in refused(capsys, "plan", TINY, f"--config.{change}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("c = mini.get_config()\n    c.train.stepz = 3\n    return c", ':4: AttributeError: Key "stepz" does not exist'),
+        ("c = mini.get_config()\n    c.train.stepz = 3\n    return c", 'Did you mean "steps"'),
+        ("c = mini.get_config()\n    c.trian.steps = 3\n    return c", ":4: AttributeError: 'trian' Did you mean \"train\""),
+        ("c = mini.get_config()\n    c.train.steps = 'many'\n    return c", ":4: TypeError: Could not override field 'steps'"),
+        ("return (", ":3: not Python ("),
+        ("return 3", ": get_config() gives 3; a configuration defines get_config(), which returns"),
+        ("return None\ndel get_config", ": there is no get_config(); a configuration defines"),
+        ("import nowhere", ":3: ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_configuration_files_with_faults(text, expected, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from configs import mini\ndef get_config():\n    {text}\n")
+    message = refused(capsys, "plan", f"--config={path}")
+    assert message.startswith(f"dnd: {path}:") and expected in message
+
+
+def test_bases_with_faults(tmp_path):
+    base = write_qwen(tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    for content, expected in (
+        ([], "not a model's configuration"),
+        ({**raw, "hidden_size": "16"}, "hidden_size = '16' should be int"),
+        ({**raw, "hidden_size": None}, "missing hidden_size"),
+        ({**raw, "num_attention_heads": 0}, "num_attention_heads 0 must be at least 1"),
+        ({**raw, "rope_parameters": "x"}, "rope_parameters 'x' should be"),
+    ):
+        (base / "config.json").write_text(json.dumps(content))
+        for load in (load_base_config, load_module):  # as a base, and as a text encoder
+            with pytest.raises(InputError) as caught:
+                load(base)
+            assert expected in str(caught.value) and "\n" not in str(caught.value)
+        with pytest.raises(InputError, match=f"{base}: (transformers cannot load it|no usable tokenizer)") as caught:
+            TorchBase(base, 4, 4)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="package:no.such/x: the package is not installed"):
+        load_base_config("package:no.such/x")
+    (base / "config.json").write_text(json.dumps(raw))
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"):
+        TorchBase(base, 4, 4)
+    weights.unlink()
+    with pytest.raises(InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"):
+        TorchBase(base, 4, 4)
 
 
 def test_config_lists_every_fault_with_the_nearest_key():
@@ -218,7 +325,6 @@ def test_adapter_that_does_not_fit_its_base_is_refused_in_pytorch(tmp_path):
 
     from dnd_jax.models import hf
     from dnd_jax.models.base_lm import BaseLM, LmConfig
-    from dnd_jax.torch_scoring import TorchBase
 
     tokenizer = build_tokenizer(["one two three"], 300)
     config = LmConfig(len(tokenizer), 16, 16, 1, 2, 1)

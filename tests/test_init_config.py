@@ -214,7 +214,7 @@ def test_what_is_refused(tmp_path, capsys):
     assert "--out is needed" in refused(capsys, base)
     assert "--out=x.txt: a configuration is a Python file; end its name in .py" in refused(capsys, base, "--out=x.txt")
     assert "--base (a folder or hub id) or --adapter (a PEFT folder) is needed" in refused(capsys, out)
-    assert "--num-prompts and --max-text-length must be at least 1" in refused(capsys, base, out, "--num-prompts=-2")
+    assert "--num-prompts=-2: -2 is not a non-negative integer" in refused(capsys, base, out, "--num-prompts=-2")
     assert "--budget=1000: the smallest decoder from (128, 384, 384)" in refused(capsys, base, out, "--budget=1000")
     assert "no_proj" in refused(capsys, base, out, "--config.lora.targets=('no_proj',)")
     shapes = {"model.layers.7.mlp.up_proj.lora_A.weight": (2, 16), "model.layers.7.mlp.up_proj.lora_B.weight": (24, 2)}

@@ -18,6 +18,14 @@ def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=loop.Opti
     return loop.run("toy", directory, state, step, batch_at, steps, 2, {"seed": 0}, options=options, **more)
 
 
+def test_changed_settings_are_allowed_only_where_the_user_can_say_so():
+    assert loop.check_same_run("x", {"a": 1}, {"a": 2}, allowed=["a"]) is False
+    with pytest.raises(InputError, match="restore them, use another --workdir, or allow them by --allow=a "):
+        loop.check_same_run("x", {"a": 1}, {"a": 2}, allowed=[])
+    with pytest.raises(InputError, match="restore them, or use another --workdir .*a: 1 -> 2"):
+        loop.check_same_run("x", {"a": 1}, {"a": 2})
+
+
 def events(folder) -> list[tuple[int, str, float]]:
     """(step, tag, value) of a folder of TensorBoard files, read as TensorBoard does: length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event

@@ -198,7 +198,7 @@ def test_a_folder_that_is_not_shared_is_named_and_ends_all(inputs, tmp_path):
 
 def test_other_stages_run_as_one_process(tmp_path):
     done = dnd("collect", TINY, "--coordinator=127.0.0.1:1234", "--processes=2", f"--workdir={tmp_path}")
-    assert done.returncode == 2 and "--multihost are for `dnd train`; `dnd collect` runs as one process" in done.stderr
+    assert done.returncode == 2 and "--coordinator: `dnd collect` does not read it; train only" in done.stderr
 
 
 @pytest.mark.slow
