@@ -107,16 +107,36 @@ def test_conversations(tmp_path):
         assert f"{tmp_path}/y.jsonl{part}" in str(error.value)
 
 
-def documented(name: str) -> str:
-    """The suite of that name in docs/TRAIN.md."""
-    blocks = (block.split("```")[0] for block in pathlib.Path("docs/TRAIN.md").read_text().split("```json\n")[1:])
-    return next(block for block in blocks if f'"name": "{name}"' in block)
+def documented(page: str, name: str) -> str:
+    """The suite of that name in docs/PAGE."""
+    blocks = (block.split("```")[0] for block in pathlib.Path("docs", page).read_text().split("```json\n")[1:])
+    return next(block for block in blocks if f'"name": "{name}' in block)
+
+
+def test_the_suite_of_real_text(tmp_path):
+    """docs/REAL_TEXT.md's, on files of its format: questions alone for the base, no system text anywhere."""
+    for name in (
+        "ARC-c_train",
+        "ARC-c_test",
+        "ARC-e_train",
+        "ARC-e_test",
+        "BoolQ_train",
+        "BoolQ_validation",
+        "OBQA_train",
+        "OBQA_test",
+    ):
+        lines(tmp_path / f"{name}.jsonl", [{**row, "prompt": f"{name} {row['prompt']}"} for row in ROWS])
+    (tmp_path / "common_sense.json").write_text(documented("REAL_TEXT.md", "common sense"))
+    suite = load_suite(tmp_path / "common_sense.json")
+    assert [d.name for d in suite.train] == ["BoolQ", "ARC-c", "ARC-e"] and [d.name for d in suite.unseen] == ["OBQA"]
+    assert len(suite.corpus) == 36 and not any(e.response for e in suite.corpus)
+    assert not any(e.system for d in suite.datasets for e in d.train + d.test) and suite.unseen[0].labeled
 
 
 def test_the_suite_of_the_walk_through(tmp_path):
     """docs/TRAIN.md's first one, on the embedded suite's files: none of its faults can be the reader's."""
     write_world(tmp_path / "example", 0)
-    (tmp_path / "suite.json").write_text(documented("people"))
+    (tmp_path / "suite.json").write_text(documented("TRAIN.md", "people"))
     suite = load_suite(tmp_path / "suite.json", 8)
     assert [d.name for d in suite.train] == ["home_letter", "pet_letter", "pet_digit"] and len(suite.unseen) == 2
     assert suite.corpus and all(len(d.test) == 20 for d in suite.datasets) and not [f for f in hygiene.findings(suite) if f.fault]
@@ -124,7 +144,7 @@ def test_the_suite_of_the_walk_through(tmp_path):
 
 def test_the_suite_of_the_documentation(tmp_path):
     """docs/TRAIN.md's example as it is, its files beside it; the hub's dataset in a folder of its name, with its configuration."""
-    (tmp_path / "science.json").write_text(documented("science"))
+    (tmp_path / "science.json").write_text(documented("TRAIN.md", "science"))
     (tmp_path / "ARC-e_train.json").write_text(json.dumps(ROWS))
     (tmp_path / "ARC-e_test.json").write_text(json.dumps(ROWS[:3]))
     chats = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(203)]
