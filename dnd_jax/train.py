@@ -284,6 +284,8 @@ def train(
             f"convolutions (output / gradients): {describe(problems.values(), config.generator.convolution)}",
             flush=True,
         )
+    else:
+        print(f"process {jax.process_index()} of {jax.process_count()}: mesh {sharding.describe_mesh(mesh)}", flush=True)
     state = loop.run(
         "train",
         folder,

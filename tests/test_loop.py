@@ -6,6 +6,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from dnd_jax import loop
@@ -88,6 +89,16 @@ def test_checkpoints_that_stay(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     run(tmp_path / "b", options=loop.Options(checkpoint_dir=str(elsewhere)))
     assert (elsewhere / "6").is_dir() and not (tmp_path / "b/checkpoints").exists()
+
+
+@pytest.mark.parametrize("record", [{"step": 2}, ["settings"]], ids=str)
+def test_a_checkpoint_of_another_program_is_named_and_left_as_it_is(tmp_path, record):
+    state = ocp.args.StandardSave({"sum": jnp.float32(0)})
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(2, args=ocp.args.Composite(state=state, record=ocp.args.JsonSave(record)))
+    with pytest.raises(InputError, match=r"checkpoints/2: its record has no settings: not made by dnd; use another folder"):
+        run(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
 
 
 @pytest.mark.parametrize("harm", ["truncated", "deleted", "foreign"])
