@@ -1,7 +1,7 @@
 """Several processes as one program: they meet before JAX starts, watch each other while it runs, and say who is missing.
 
-Process 0 holds a connection to every other one, on a port beside the coordinator's. A peer that is missing or lost ends a JAX program
-with a hang or an abort that names nobody; here every process prints who is missing, or which peer is gone (exit status LOST).
+Process 0 holds a connection to every other one, on a port beside the coordinator's. A missing or lost peer ends a JAX program with
+a hang or an abort that names nobody; here every process prints who is missing, or which peer is gone and exits with status LOST.
 """
 
 import contextlib

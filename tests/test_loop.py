@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 import threading
 
 import jax
@@ -58,7 +59,8 @@ def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
     assert {tag for _, tag, _ in seen} == {"loss", "sum", "twice", "rate", "seconds", "input_seconds"}
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # Python's way to say that it cannot be imported
     with pytest.raises(InputError, match="train.trackers: wandb is not installed; pip install wandb"):
         run(tmp_path, options=loop.Options(trackers=("wandb",)))
 

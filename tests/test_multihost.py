@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from metadata_server import address as metadata_host
 from metadata_server import serving
-from pipeline import ROOT, TINY, dnd, tiny_suite, when
+from pipeline import ROOT, TINY, dnd, random_loras, tiny_suite, when
 
-from dnd_jax.adapters import AdapterConfig, save_adapter
 from dnd_jax.config import freeze, load_file
-from dnd_jax.suite import load_suite
 
 STEPS = 60
 ARGUMENTS = (TINY, f"--config.train.steps={STEPS}", "--config.train.save_every=5")
@@ -28,15 +26,7 @@ TWO = ("--config.mesh.data=2",)
 def inputs(tmp_path_factory) -> pathlib.Path:
     """A suite, and random LoRA checkpoints of its training tasks; compiled programs are kept here too."""
     root = tmp_path_factory.mktemp("inputs")
-    tiny_suite(root / "suite")
-    config = freeze(load_file(str(ROOT / "tests/tiny.py")))
-    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
-    adapter = AdapterConfig("base", config.lora.rank, config.lora.alpha, config.lora.targets)
-    rng = np.random.default_rng(0)
-    for dataset in load_suite(root / "suite", config.condition.num_prompts).train:
-        for checkpoint in range(3):
-            tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
-            save_adapter(root / "loras" / dataset.name / f"step_{checkpoint}", tensors, adapter)
+    random_loras(root / "loras", tiny_suite(root / "suite"), freeze(load_file(str(ROOT / "tests/tiny.py"))))
     return root
 
 
@@ -211,17 +201,22 @@ def test_who_joined_is_said_when_not_all_do(inputs, tmp_path):
 
 @pytest.mark.parametrize("cluster", ["slurm", *(pytest.param(c, marks=pytest.mark.slow) for c in ("multislice", "another JAX"))])
 def test_two_processes_of_a_detected_cluster_train(inputs, tmp_path, cluster):
-    more, job = ("--multihost", "--start-timeout=120", "--config.train.steps=3", *TWO), random.Random().randrange(2**20)
+    mesh = ("--config.mesh.slices=2", "--config.mesh.data=2")
+    more, job = ("--multihost", "--start-timeout=120", "--config.train.steps=3", *mesh), random.Random().randrange(2**20)
     variables = [slurm(i, job) if cluster != "multislice" else multislice(i, port) for port in [free_port()] for i in range(2)]
     if cluster == "another JAX":
         (tmp_path / "sitecustomize.py").write_text(ELSEWHERE)
         variables = [{**of, "PYTHONPATH": f"{ROOT}:{tmp_path}"} for of in variables]
-    ended = finish(*(start(inputs, tmp_path, *more, **of) for of in variables))
+    ended = finish(*(start(inputs, tmp_path, *more, devices=2, **of) for of in variables))
     assert [status for status, _ in ended] == [0, 0], ended
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
     for i, (_, out) in enumerate(ended):
         assert f"process {i} of 2: waiting for the others" in out
-        assert f"process {i} of 2 ({os.uname().nodename}): 1 of 2 devices, cpu" in out, out
+        assert f"process {i} of 2 ({os.uname().nodename}): 2 of 4 devices, cpu" in out, out
+    # The devices of a process are a slice, in the order that the run's record says.
+    recorded = json.loads((tmp_path / "generator/checkpoints/3/record/metadata").read_text())["mesh"]
+    assert recorded["axes"] == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 1}
+    assert recorded["devices"][:2] == [0, 1] and min(recorded["devices"][2:]) > 1 and len(set(recorded["devices"])) == 4, recorded
 
 
 def test_who_joined_of_a_detected_cluster_is_said_when_not_all_do(inputs, tmp_path):
