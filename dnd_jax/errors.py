@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where and how to mend it."""
 
 
+class Missing(InputError):
+    """A process of the run did not come in time: the same command may do better."""
+
+
 class CheckFailed(Exception):
     """What was to be proved is not so; the message says in numbers why."""
 

@@ -99,6 +99,8 @@ def restore(
         except Exception as fault:  # whatever a damaged file makes of itself
             error = fault
         if multihost.all_of(error is None):
+            if not isinstance(stored, Mapping) or "settings" not in stored:
+                raise InputError(f"{manager.directory}/{step}: its record has no settings: not made by dnd; use another folder")
             check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
             try:
                 state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]

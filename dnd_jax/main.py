@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from dnd_jax.errors import CheckFailed, InputError
+from dnd_jax.errors import CheckFailed, InputError, Missing
 
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
@@ -93,7 +93,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM or a preemption notice (75 with DND_REQUEUE=1), 1 a check
-    failed or nothing fits, 2 bad input, 130 Ctrl-C.
+    failed or nothing fits, 2 bad input, 3 lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -115,10 +115,12 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv[0], argv[1:])
     except (InputError, CheckFailed) as error:
         print(f"dnd: {error}", file=sys.stderr)
+        if isinstance(error, Missing) and _requeued():
+            return 3  # as for a peer that is lost later: GKE starts all again, which it does not after bad input
         return 2 if isinstance(error, InputError) else 1
     except (Stopped, KeyboardInterrupt) as error:
         print(f"\nstopped by {str(error) or 'SIGINT'}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
-        return _stopped_status() if getattr(error, "signum", None) == signal.SIGTERM else 130
+        return (os.EX_TEMPFAIL if _requeued() else 0) if getattr(error, "signum", None) == signal.SIGTERM else 130
     except OSError as error:
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
@@ -126,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _stopped_status() -> int:
-    """After SIGTERM or a notice: 0; for SLURM and Kubernetes (launch/), which start again what did not end well, EX_TEMPFAIL."""
-    return os.EX_TEMPFAIL if os.environ.get("DND_REQUEUE") == "1" else 0
+def _requeued() -> bool:
+    """Whether SLURM or Kubernetes (launch/) start this again when it did not end well."""
+    return os.environ.get("DND_REQUEUE") == "1"
 
 
 def _parse(stage: str, arguments: list[str]):

@@ -1,7 +1,7 @@
 """Several processes as one program: they meet before JAX starts, watch each other while it runs, and say who is missing.
 
-Process 0 holds a connection to every other one, on the port after the coordinator's. A lost peer ends a JAX program with a hang or
-an abort that names nobody; here every process prints which peer is gone, and exits with status LOST.
+Process 0 holds a connection to every other one, on a port beside the coordinator's. A missing or lost peer ends a JAX program with
+a hang or an abort that names nobody; here every process prints who is missing, or which peer is gone and exits with status LOST.
 """
 
 import contextlib
@@ -16,16 +16,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dnd_jax.errors import InputError, first_line
+from dnd_jax.errors import InputError, Missing, first_line
 from dnd_jax.stopping import Stopped, stop
 
 BEAT, SILENCE = 5.0, 40.0  # seconds between signs of life, and without one until a peer counts as gone
 LOST = 3  # exit status
+_GIVE = "give --coordinator, --processes and --process"
 _RESUME = "start every process again with the same command to resume"
 _peers: "Peers | None" = None  # of this process, while it is one of several
 
@@ -146,31 +148,70 @@ def _is_hello(message: dict | None) -> bool:
     return message is not None and all(isinstance(message.get(key), kind) for key, kind in kinds.items())
 
 
-def _address(coordinator: str) -> tuple[str, int]:
+class _Meeting(NamedTuple):
+    """Where process 0 awaits the others: beside the coordinator, whose own port is JAX's. mend: what moves it."""
+
+    host: str
+    port: int
+    coordinator: str
+    mend: str
+
+
+def _meeting(coordinator: str) -> _Meeting:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) < 65535:  # the next one is used as well
         raise InputError(
             f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as 10.0.0.1:1234, with a port of 1 to 65534"
         )
-    return host.strip("[]"), int(port) + 1
+    return _Meeting(host.strip("[]"), int(port) + 1, coordinator, "mend --coordinator")
 
 
-def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers:
+def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
+    """(where to meet, number of processes, this one), as `jax.distributed.initialize` is going to detect them in this cluster.
+
+    JAX has no public call that says so beforehand; None when the private one is gone. Raises InputError without a cluster.
+    """
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        coordinator, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            num_processes=None,
+            process_id=None,
+            local_device_ids=None,
+            cluster_detection_method=None,
+            initialization_timeout=int(seconds),
+        )
+    except (ImportError, AttributeError, TypeError):
+        return None
+    except Exception as error:  # whatever a scheduler's variables or a metadata server make of themselves
+        raise Missing(f"JAX cannot detect the cluster ({first_line(error)}); {_GIVE}") from None
+    if None in (coordinator, processes, process):
+        raise InputError(f"no cluster was detected; {_GIVE}")
+    host, _, port = coordinator.rpartition(":")
+    # Under SLURM the port is 61440 + the job's number % 4096: the next one is the next job's, maybe on the same host.
+    port = int(port) - 2**15 if int(port) >= 61440 else int(port) + 1
+    return _Meeting(host.strip("[]"), port, coordinator, "set JAX_COORDINATOR_PORT to one that is open"), processes, process
+
+
+def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peers:
     """Process 0: waits for all others."""
-    _, port = _address(coordinator)
     hello = _hello(0, run)
     joined, lines = {0: hello}, {}
 
-    def refuse(why: str) -> InputError:
+    def refuse(error: InputError) -> InputError:
         for line in lines.values():
-            line.send(refused=why)
-        return InputError(why)
+            line.send(refused=str(error), missing=isinstance(error, Missing))
+        return error
 
     deadline = time.monotonic() + seconds
     try:
-        server = socket.create_server(("", port), backlog=processes)
+        server = socket.create_server(("", meeting.port), backlog=processes)
     except OSError as error:
-        raise InputError(f"--coordinator={coordinator}: port {port} (the one after it) cannot be used: {error.strerror}") from None
+        raise InputError(
+            f"port {meeting.port}, beside that of the coordinator {meeting.coordinator}, cannot be used: {error.strerror}; "
+            f"{meeting.mend}"
+        ) from None
     with server:
         while len(joined) < processes:
             stop.check()
@@ -182,10 +223,8 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
                     continue
                 here = ", ".join(_name(joined[i]) for i in sorted(joined))
                 missing = ", ".join(str(i) for i in range(processes) if i not in joined)
-                raise refuse(
-                    f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; missing: {missing}; "
-                    "start them, or raise --start-timeout"
-                ) from None
+                why = f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; missing: {missing}"
+                raise refuse(Missing(f"{why}; start them, or raise --start-timeout")) from None
             line = _Line(connection)
             try:
                 other = line.receive(5.0)
@@ -198,7 +237,8 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
                 continue
             if other["run"] != run:
                 lines[other["process"]] = line
-                raise refuse(f"{_name(other)} was started with other arguments, configuration or versions than {_name(hello)}")
+                what = "was started with other arguments, configuration or versions than"
+                raise refuse(InputError(f"{_name(other)} {what} {_name(hello)}"))
             joined[other["process"]], lines[other["process"]] = other, line
     names = {i: _name(h) for i, h in joined.items()}
     token = secrets.token_hex(8)
@@ -207,24 +247,24 @@ def _gather(coordinator: str, processes: int, seconds: float, run: str) -> Peers
     return Peers(0, lines, names, token)
 
 
-def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
+def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: str) -> Peers:
     """Any other process: joins process 0."""
-    deadline = time.monotonic() + seconds
+    hello, deadline = _hello(process, run), time.monotonic() + seconds
     while True:
         try:
-            connection = socket.create_connection(_address(coordinator), timeout=5.0)
+            connection = socket.create_connection((meeting.host, meeting.port), timeout=5.0)
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise InputError(
-                    f"process {process}: process 0 was not found at {coordinator} (port {_address(coordinator)[1]}) within "
-                    f"{seconds:.0f} s ({error.strerror or error}); start it, or mend --coordinator"
+                raise Missing(
+                    f"{_name(hello)} of {processes} is here, but process 0 was not found at {meeting.coordinator} (port "
+                    f"{meeting.port}) within {seconds:.0f} s ({error.strerror or error}); start it, or {meeting.mend}"
                 ) from None
             stop.check()
             time.sleep(0.2)
     line = _Line(connection)
-    line.send(**_hello(process, run))
-    answer, until = None, max(5.0, deadline - time.monotonic()) + 5.0 + time.monotonic()
+    line.send(**hello)
+    answer, until = None, time.monotonic() + seconds + 5.0  # process 0, which may have started later, waits no longer
     while time.monotonic() < until:
         stop.check()
         try:
@@ -232,13 +272,15 @@ def _join(coordinator: str, process: int, seconds: float, run: str) -> Peers:
             break
         except TimeoutError:
             continue
-    if answer is None or "refused" in answer:
-        raise InputError((answer or {}).get("refused", f"process 0 at {coordinator} left while the others were awaited"))
+    if answer is None:
+        raise Missing(f"process 0 at {meeting.coordinator} left while the others were awaited; {_RESUME}")
+    if "refused" in answer:
+        raise (Missing if answer.get("missing") else InputError)(answer["refused"])
     return Peers(process, {0: line}, {int(i): name for i, name in answer["names"].items()}, answer["token"])
 
 
-def _address_of_lead() -> str:
-    """Address of process 0, told to all over JAX's own network, for clusters that JAX detected."""
+def _meeting_of_lead() -> _Meeting:
+    """An address of process 0, told to all over JAX's own network: for a JAX that has started without saying who is who."""
     with contextlib.ExitStack() as stack:
         probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         try:
@@ -249,7 +291,7 @@ def _address_of_lead() -> str:
         free = stack.enter_context(socket.create_server(("", 0)))
         text = f"{host}:{free.getsockname()[1] - 1}"
     padded = np.frombuffer(text.encode().ljust(64), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode().strip()
+    return _meeting(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode().strip())
 
 
 @contextlib.contextmanager
@@ -260,32 +302,35 @@ def joined(
 
     coordinator, processes, process: HOST:PORT of process 0, how many there are, and which this is; with `detect` they are taken
     from the cluster (Cloud TPU, GKE, SLURM). Neither: this process alone. run: what must be the same everywhere. Raises InputError
-    naming who joined when not all do within start_timeout seconds. An exception in the block ends all processes.
+    naming who joined when not all do within start_timeout seconds (Missing). An exception in the block ends all processes.
     """
     if not coordinator and not detect:
         yield
         return
     global _peers
-    print(f"{'detecting the cluster' if detect else f'process {process} of {processes}'}: waiting for the others", flush=True)
+    if detect:
+        print("detecting the cluster", flush=True)
     try:
-        if detect:
+        given = () if detect else (coordinator, processes, process)  # what JAX detects it gets from nobody else
+        found = _detected(start_timeout) if detect else (_meeting(coordinator), processes, process)
+        if found is None:  # JAX first: a missing process ends in JAX's own words
             jax.distributed.initialize(initialization_timeout=int(start_timeout))
-            coordinator, processes, process = _address_of_lead(), jax.process_count(), jax.process_index()
+            found = _meeting_of_lead(), jax.process_count(), jax.process_index()
+        meeting, processes, process = found
+        print(f"process {process} of {processes}: waiting for the others", flush=True)
         digest = hashlib.sha256("\0".join([*run, jax.__version__]).encode()).hexdigest()
         if process == 0:
-            _peers = _gather(coordinator, processes, start_timeout, digest)
+            _peers = _gather(meeting, processes, start_timeout, digest)
         else:
-            _peers = _join(coordinator, process, start_timeout, digest)
+            _peers = _join(meeting, processes, process, start_timeout, digest)
         _peers.watch()
         stop.shared = True
-        if not detect:
-            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(start_timeout))
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(*given, initialization_timeout=int(start_timeout))
+    except InputError:
+        raise
     except (RuntimeError, ValueError) as error:
-        reason = first_line(error)
-        if isinstance(error, InputError) and _peers is None:
-            raise
-        why = "no cluster was detected; give --coordinator, --processes and --process" if detect else "JAX could not start"
-        fault = error if isinstance(error, InputError) else InputError(f"process {process}: {why} ({reason})")
+        fault = InputError(f"process {process}: JAX could not start ({first_line(error)})")
         if _peers is not None:
             _peers.leave(str(fault))
         raise fault from None

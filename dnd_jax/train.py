@@ -284,6 +284,8 @@ def train(
             f"convolutions (output / gradients): {describe(problems.values(), config.generator.convolution)}",
             flush=True,
         )
+    else:
+        print(f"process {jax.process_index()} of {jax.process_count()}: mesh {sharding.describe_mesh(mesh)}", flush=True)
     state = loop.run(
         "train",
         folder,
@@ -339,11 +341,10 @@ def _row(values: Mapping, names: Sequence[str], seconds: float, flop: int, mesh:
         by_name.setdefault(name, []).append(loss)
     row |= {f"loss/{name}": float(np.mean(losses)) for name, losses in sorted(by_name.items())}
     row |= {"samples_per_second": len(names) / seconds, "tflop_per_second": flop / seconds / 1e12}
-    device = jax.local_devices()[0]
-    chip = chip_of(device.device_kind)
+    chip = chip_of(mesh.devices.flat[0].device_kind)
     if chip is not None:
         row["share_of_peak"] = flop / seconds / (chip.peak * mesh.size)
-    memory = device.memory_stats() or {}
+    memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         row["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
     return row

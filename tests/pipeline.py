@@ -6,7 +6,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 from other_world import write_other_world
+
+from dnd_jax.adapters import AdapterConfig, save_adapter
+from dnd_jax.config import Config
+from dnd_jax.suite import load_suite
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--config=tests/tiny.py"
@@ -15,6 +20,18 @@ TINY = "--config=tests/tiny.py"
 def tiny_suite(root: pathlib.Path) -> pathlib.Path:
     """3 relations x 2 forms: 3 training tasks, 3 unseen ones."""
     return write_other_world(root, relations=3, forms=2, towns=5, corpus=200, pool=12, test=5)
+
+
+def random_loras(root: pathlib.Path, suite: pathlib.Path, config: Config, checkpoints: int = 3) -> pathlib.Path:
+    """A few LoRA checkpoints of random numbers for each of a suite's training datasets."""
+    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
+    adapter = AdapterConfig("base", config.lora.rank, config.lora.alpha, config.lora.targets)
+    rng = np.random.default_rng(0)
+    for dataset in load_suite(suite, config.condition.num_prompts).train:
+        for checkpoint in range(checkpoints):
+            tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+            save_adapter(root / dataset.name / f"step_{checkpoint}", tensors, adapter)
+    return root
 
 
 def start(*arguments: str) -> subprocess.Popen:

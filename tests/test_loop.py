@@ -2,10 +2,12 @@
 
 import json
 import struct
+import sys
 import threading
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from dnd_jax import loop
@@ -57,7 +59,8 @@ def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
     assert {tag for _, tag, _ in seen} == {"loss", "sum", "twice", "rate", "seconds", "input_seconds"}
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # Python's way to say that it cannot be imported
     with pytest.raises(InputError, match="train.trackers: wandb is not installed; pip install wandb"):
         run(tmp_path, options=loop.Options(trackers=("wandb",)))
 
@@ -88,6 +91,16 @@ def test_checkpoints_that_stay(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     run(tmp_path / "b", options=loop.Options(checkpoint_dir=str(elsewhere)))
     assert (elsewhere / "6").is_dir() and not (tmp_path / "b/checkpoints").exists()
+
+
+@pytest.mark.parametrize("record", [{"step": 2}, ["settings"]], ids=str)
+def test_a_checkpoint_of_another_program_is_named_and_left_as_it_is(tmp_path, record):
+    state = ocp.args.StandardSave({"sum": jnp.float32(0)})
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(2, args=ocp.args.Composite(state=state, record=ocp.args.JsonSave(record)))
+    with pytest.raises(InputError, match=r"checkpoints/2: its record has no settings: not made by dnd; use another folder"):
+        run(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
 
 
 @pytest.mark.parametrize("harm", ["truncated", "deleted", "foreign"])

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from metadata_server import address as metadata_host
 from metadata_server import serving
-from pipeline import ROOT, TINY, dnd, tiny_suite, when
+from pipeline import ROOT, TINY, dnd, random_loras, tiny_suite, when
 
-from dnd_jax.adapters import AdapterConfig, save_adapter
 from dnd_jax.config import freeze, load_file
-from dnd_jax.suite import load_suite
 
 STEPS = 60
 ARGUMENTS = (TINY, f"--config.train.steps={STEPS}", "--config.train.save_every=5")
@@ -28,15 +26,7 @@ TWO = ("--config.mesh.data=2",)
 def inputs(tmp_path_factory) -> pathlib.Path:
     """A suite, and random LoRA checkpoints of its training tasks; compiled programs are kept here too."""
     root = tmp_path_factory.mktemp("inputs")
-    tiny_suite(root / "suite")
-    config = freeze(load_file(str(ROOT / "tests/tiny.py")))
-    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
-    adapter = AdapterConfig("base", config.lora.rank, config.lora.alpha, config.lora.targets)
-    rng = np.random.default_rng(0)
-    for dataset in load_suite(root / "suite", config.condition.num_prompts).train:
-        for checkpoint in range(3):
-            tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
-            save_adapter(root / "loras" / dataset.name / f"step_{checkpoint}", tensors, adapter)
+    random_loras(root / "loras", tiny_suite(root / "suite"), freeze(load_file(str(ROOT / "tests/tiny.py"))))
     return root
 
 
@@ -47,8 +37,8 @@ def free_port() -> int:
     return local_multiprocess.free_port()
 
 
-def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1) -> subprocess.Popen:
-    """`dnd train` in a process of its own with so many devices, its output in one pipe."""
+def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1, **variables: str) -> subprocess.Popen:
+    """`dnd train` in a process of its own with so many devices and environment variables, its output in one pipe."""
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -56,6 +46,7 @@ def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int 
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **variables,
     }
     data = (f"--suite={inputs / 'suite'}", f"--config.train.checkpoints={inputs / 'loras'}", f"--workdir={workdir}")
     command = [sys.executable, "-m", "dnd_jax", "train", *ARGUMENTS, *data, *more]
@@ -65,6 +56,27 @@ def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int 
 def start_two(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
     address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=120")
     return [start(inputs, workdir, *more, *address, f"--process={i}", devices=devices) for i in range(2)]
+
+
+def slurm(process: int, job: int) -> dict[str, str]:
+    """What srun tells one of two processes."""
+    here = {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "SLURM_NTASKS": "2"}
+    return {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", **here}
+
+
+def multislice(process: int, port: int) -> dict[str, str]:
+    """What GKE tells one of two TPU slices of a host each; JAX believes in TPUs when it is told to."""
+    of_slice = {"TPU_WORKER_HOSTNAMES": "127.0.0.1", "TPU_WORKER_ID": "0", "JAX_FORCE_TPU_INIT": "1"}
+    among = {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": str(process)}
+    return {**of_slice, **among, "JAX_COORDINATOR_PORT": str(port)}
+
+
+# A newer JAX may keep its detection where we do not look for it; imported by Python at its start.
+ELSEWHERE = """
+import types, jax._src.clusters as clusters, jax._src.distributed as distributed
+distributed.clusters = types.SimpleNamespace(ClusterEnv=clusters.ClusterEnv)
+del clusters.ClusterEnv
+"""
 
 
 def finish(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int, str]]:
@@ -78,6 +90,10 @@ def finish(*processes: subprocess.Popen, timeout: float = 300) -> list[tuple[int
         for process in processes:
             process.kill()
     return ended
+
+
+def named(process: int, run: subprocess.Popen) -> str:
+    return f"process {process} ({os.uname().nodename}, pid {run.pid})"
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -105,7 +121,8 @@ def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
     losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
     assert "process 1 of 2" in ended[1][1] and "1 of 2 devices" in ended[1][1]
-    assert "data 2 x fsdp 1 x tensor 1 over 2 devices (2 hosts x 1)" in ended[0][1]
+    mesh = "data 2 x fsdp 1 x tensor 1 over 2 devices (2 hosts x 1) (cpu)"
+    assert f"mesh: {mesh}; state" in ended[0][1] and f"\nprocess 1 of 2: mesh {mesh}\n" in ended[1][1]
     assert "generator:" not in ended[1][1]  # only process 0 reports
 
 
@@ -176,8 +193,46 @@ def test_who_joined_is_said_when_not_all_do(inputs, tmp_path):
         assert status == 2
         assert f"2 of 3 processes joined within 8 s: process 0 ({os.uname().nodename}, pid {started[0].pid})" in out, out
         assert "missing: 1; start them, or raise --start-timeout" in out
-    [(status, out)] = finish(start(inputs, tmp_path, *address[:2], "--process=1", "--start-timeout=2"))
-    assert status == 2 and f"process 1: process 0 was not found at 127.0.0.1:{port} (port {port + 1}) within 2 s" in out, out
+    alone = start(inputs, tmp_path, *address[:2], "--process=1", "--start-timeout=2")
+    [(status, out)] = finish(alone)
+    fault = f"process 0 was not found at 127.0.0.1:{port} (port {port + 1}) within 2 s"
+    assert status == 2 and f"dnd: {named(1, alone)} of 3 is here, but {fault}" in out, out
+
+
+@pytest.mark.parametrize("cluster", ["slurm", *(pytest.param(c, marks=pytest.mark.slow) for c in ("multislice", "another JAX"))])
+def test_two_processes_of_a_detected_cluster_train(inputs, tmp_path, cluster):
+    mesh = ("--config.mesh.slices=2", "--config.mesh.data=2")
+    more, job = ("--multihost", "--start-timeout=120", "--config.train.steps=3", *mesh), random.Random().randrange(2**20)
+    variables = [slurm(i, job) if cluster != "multislice" else multislice(i, port) for port in [free_port()] for i in range(2)]
+    if cluster == "another JAX":
+        (tmp_path / "sitecustomize.py").write_text(ELSEWHERE)
+        variables = [{**of, "PYTHONPATH": f"{ROOT}:{tmp_path}"} for of in variables]
+    ended = finish(*(start(inputs, tmp_path, *more, devices=2, **of) for of in variables))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    for i, (_, out) in enumerate(ended):
+        assert f"process {i} of 2: waiting for the others" in out
+        assert f"process {i} of 2 ({os.uname().nodename}): 2 of 4 devices, cpu" in out, out
+    # The devices of a process are a slice, in the order that the run's record says.
+    recorded = json.loads((tmp_path / "generator/checkpoints/3/record/metadata").read_text())["mesh"]
+    assert recorded["axes"] == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 1}
+    assert recorded["devices"][:2] == [0, 1] and min(recorded["devices"][2:]) > 1 and len(set(recorded["devices"])) == 4, recorded
+
+
+def test_who_joined_of_a_detected_cluster_is_said_when_not_all_do(inputs, tmp_path):
+    started = time.monotonic()
+    more = ("--multihost", "--start-timeout=5")
+    job = 4096 * random.Random().randrange(2**8) + 4094  # the last ports of JAX's range, where the next one may be another job's
+    first, second = (start(inputs, tmp_path, *more, **slurm(i, job + i), DND_REQUEUE=str(i)) for i in range(2))
+    none = start(inputs, tmp_path, *more)
+    (status, out), (other_status, other), (none_status, no) = finish(first, second, none)
+    assert time.monotonic() - started < 60
+    assert status == 2 and f"dnd: 1 of 2 processes joined within 5 s: {named(0, first)}; missing: 1; start them" in out, out
+    # A scheduler that starts again what is not bad input is told another status.
+    fault = "process 0 was not found at 127.0.0.1:65535 (port 32767) within 5 s (Connection refused); start it, or"
+    assert other_status == 3 and f"dnd: {named(1, second)} of 2 is here, but {fault}" in other, other
+    assert none_status == 2 and "dnd: no cluster was detected; give --coordinator, --processes and --process\n" in no, no
+    assert not any("Traceback" in text or "***" in text for text in (out, other, no))
 
 
 def test_processes_of_different_runs_do_not_start(inputs, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from dnd_jax import sharding
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError
+from dnd_jax.plan import topology_devices
 from dnd_jax.shapes import features_of
 from dnd_jax.train import make_generator, make_optimizer, shard_train_step
 
@@ -168,6 +170,27 @@ def test_groups_of_hosts_make_slices():
     mesh = sharding.make_mesh(dataclasses.replace(settings().mesh, slices=2, data=-1, fsdp=2, tensor=1))
     assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
     assert [d.id for d in mesh.devices.flat] == list(range(8))
+
+
+def test_slices_of_tpus_are_kept_together_and_their_order_is_recorded():
+    """Two slices of 2x2x2 chips, whatever the order that JAX lists them in: neighbours on the mesh have a link between them."""
+    devices = topology_devices("v5p:2x2x2", 2)
+    shuffled = [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+    mesh = sharding.make_mesh(dataclasses.replace(settings().mesh, slices=0, data=2, fsdp=2, tensor=2), shuffled)
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 2}
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    coords = np.vectorize(lambda d: np.array(d.coords), signature="()->(n)")(mesh.devices)
+    for axis in (1, 2, 3):
+        assert (np.abs(np.diff(coords, axis=axis)).sum(-1) == 1).all()
+    mesh = sharding.make_mesh(dataclasses.replace(settings().mesh, slices=0, data=1, fsdp=4, tensor=2), shuffled)
+    record = json.loads(json.dumps(sharding.mesh_record(mesh)))
+    assert record["axes"] == {"slice": 2, "data": 1, "fsdp": 4, "tensor": 2}
+    assert record["devices"] != sorted(record["devices"])  # an order that is worth a record
+    by_id = {d.id: d for d in devices}
+    again = np.array([by_id[i] for i in record["devices"]]).reshape(tuple(record["axes"].values()))
+    assert (again == mesh.devices).all()
+    with pytest.raises(InputError, match="config.mesh.slices = 4, but the devices are in 2 slices; leave it at 0"):
+        sharding.make_mesh(dataclasses.replace(settings().mesh, slices=4, data=-1, fsdp=1, tensor=1), devices)
 
 
 def test_a_parameter_without_a_rule_is_named():
