@@ -17,7 +17,7 @@ from dnd_jax.layout import PEFT_PREFIX, canonical
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.models.weights import opened
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -67,7 +67,7 @@ def save_adapter(
     card: str = "",
     dtype: str = "float32",
 ) -> pathlib.Path:
-    """Writes an adapter folder, whole or not at all; `card` becomes its README.md. dtype: one of DTYPES, of the stored tensors.
+    """Writes an adapter folder, whole or not at all; `card` becomes its CARD. dtype: one of DTYPES, of the stored tensors.
 
     Raises InputError when the disk refuses.
     """
@@ -77,7 +77,7 @@ def save_adapter(
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
         if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            (temporary / CARD).write_text(card, encoding="utf-8")
     return folder
 
 
