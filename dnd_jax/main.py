@@ -408,7 +408,7 @@ def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
     workdir.mkdir(parents=True, exist_ok=True)
-    suite = q.open_suite(config, workdir, values.strict)
+    suite = q.open_suite(config, workdir, values.strict, scored=stage in ("evaluate", "lm-eval"))
     if stage == "pretrain":
         print(f"base: {q.make_base(config, suite, workdir)}")
         return
