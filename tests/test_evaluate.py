@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from pipeline import tiny_suite
+from safetensors.numpy import load_file as load_tensors
+from safetensors.numpy import save_file
 from small_models import fill, write_encoder
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -20,6 +22,7 @@ from dnd_jax.harness import lm_eval_stage
 from dnd_jax.lm_data import build_tokenizer
 from dnd_jax.main import main
 from dnd_jax.suite import load_suite
+from dnd_jax.torch_scoring import TorchBase
 from dnd_jax.train import train
 
 MODULES = ("down_proj", "q_proj")
@@ -60,8 +63,10 @@ def write_loras(root: pathlib.Path, base: pathlib.Path, suite, alpha: float, see
     return root
 
 
-def run_of(root: pathlib.Path, family: str, suite, **evaluate):
-    """A base, imported adapters of another scale than config.lora's, and a trained generator: (config, workdir)."""
+@pytest.fixture(scope="module", params=["qwen2", "gemma"])
+def made(request, suite, tmp_path_factory):
+    """A base, imported adapters of another scale than config.lora's, and a trained generator: (config, its file, run folder)."""
+    root, family = tmp_path_factory.mktemp(request.param), request.param
     base = write_base(root / "base", family, suite)
     changes = {
         "suite": str(suite.root),
@@ -70,7 +75,7 @@ def run_of(root: pathlib.Path, family: str, suite, **evaluate):
         "condition": {"encoder": str(write_encoder(root / "encoder"))},
         "generator": {"features": ((0, 0, 0), (0, 0, 0)), "chunk_width": 8},
         "train": {"checkpoints": str(write_loras(root / "loras", base, suite, 3.0)), "batch_size": 8, "steps": 2},
-        "evaluate": {"samples": 2, "max_new_tokens": 3, "batch_size": 16, **evaluate},
+        "evaluate": {"samples": 2, "max_new_tokens": 3, "batch_size": 16},
     }
     (root / "config.py").write_text(
         "from dnd_jax.config import load_file\n\n\ndef get_config():\n    config = load_file('tests/tiny.py')\n"
@@ -78,64 +83,45 @@ def run_of(root: pathlib.Path, family: str, suite, **evaluate):
     )
     config = freeze(load_file(str(root / "config.py")))
     train(config, suite, root / "w")
-    return config, root / "w"
+    return config, root / "config.py", root / "w"
 
 
-def test_agreement_is_at_the_scale_of_the_adapters_and_on_a_sample(suite, tmp_path, monkeypatch):
+only = lambda family: pytest.mark.parametrize("made", [family], indirect=True)
+
+
+def with_checkpoints(config, root) -> object:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoints=str(root)))
+
+
+def copied(run: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """A workdir with the generator of another run, and nothing else."""
+    shutil.copytree(run / "generator", workdir / "generator")
+    return workdir
+
+
+@only("qwen2")
+def test_agreement_is_at_the_scale_of_the_adapters_and_on_a_sample(made, suite, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "COMPARED", 3)
     monkeypatch.setattr(stage, "TIMED", 1)
-    config, workdir = run_of(tmp_path, "qwen2", suite, batch_size=2)
-    result = stage.evaluate(config, suite, config.base.path, workdir)
+    config, _, run = made
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch_size=2))
+    suite, base, workdir = dataclasses.replace(suite, unseen=suite.unseen[:1]), config.base.path, copied(run, tmp_path / "w")
+    candidates = stage.make_candidates(config, suite, workdir)
+    result = stage.measured_in_jax(config, suite, candidates, TorchBase(base, 2, 3), base, workdir)
     agreement = result["agreement"]
-    assert (agreement["questions"], agreement["answers"], agreement["same_answers"]) == (15, 9, 9)
+    assert (agreement["questions"], agreement["answers"], agreement["same_answers"]) == (5, 3, 3)
     assert agreement["largest_logit_difference"] < 1e-3
     assert (result["overhead"]["steps"], result["overhead"]["timed_steps"]) == (2, 1)
 
 
-def test_what_is_of_another_generator_is_made_anew(suite, tmp_path, capsys):
-    """The generator is trained on, then the LoRA checkpoints change: never another's numbers, ours or the harness's."""
-    config, workdir = run_of(tmp_path, "gemma", suite)
-    base, path, name = config.base.path, workdir / stage.EVALUATION, suite.unseen[1].name
-
-    def files() -> dict:
-        return {p: p.read_bytes() for p in workdir.glob("*/**/adapter_model.safetensors")}
-
-    def both(config) -> tuple[dict, dict, str]:
-        """Results of both stages, and what they print of adapters."""
-        result, harness = stage.evaluate(config, suite, base, workdir), lm_eval_stage(config, suite, base, workdir, [name])
-        return result, harness, "\n".join(line for line in capsys.readouterr().out.splitlines() if "made anew" in line)
-
-    first, harness, said = both(config)
-    made, before = files(), path.stat().st_mtime_ns
-    assert not said and both(config)[:2] == (first, harness)
-    assert files() == made and path.stat().st_mtime_ns == before
-
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
-    train(config, suite, workdir, allowed=["train.steps"])
-    second, own, said = both(config)
-    # Two samples of three unseen tasks and of their wrong prompts, and ridge, which the same element target leaves as it was.
-    assert "15 adapter(s) were of another generator" in said
-    assert len({p for p, old in made.items() if files()[p] != old}) == 12
-    assert [e["train_mean"] for e in second["unseen"].values()] == [e["train_mean"] for e in first["unseen"].values()]
-
-    # The same generator, other LoRAs of the same names and sizes: the competitors are theirs.
-    write_loras(tmp_path / "loras", pathlib.Path(base), suite, 3.0, seed=1)
-    third, own, said = both(config)
-    assert "4 adapter(s) were of another generator" in said
-    fresh = tmp_path / "fresh"
-    shutil.copytree(workdir / "generator", fresh / "generator")
-    assert third == stage.evaluate(config, suite, base, fresh), "as where there never were others"
-    assert own["unseen"][name]["generated"] == lm_eval_stage(config, suite, base, fresh, [name])["unseen"][name]["generated"]
-
-
-def test_a_finished_generator_knows_its_checkpoints(suite, tmp_path):
-    config, workdir = run_of(tmp_path, "qwen2", suite)
-    train(config, suite, workdir)
-    nowhere = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoints="/nowhere"))
+@only("qwen2")
+def test_a_finished_generator_knows_its_checkpoints(made, suite, tmp_path):
+    config, _, run = made
+    workdir = copied(run, tmp_path / "w")
+    assert train(config, suite, workdir) == workdir / "generator"
     with pytest.raises(InputError, match="/nowhere: expected DATASET"):
-        train(nowhere, suite, workdir)
-    others = write_loras(tmp_path / "others", pathlib.Path(config.base.path), suite, 5.0)
-    other = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoints=str(others)))
+        train(with_checkpoints(config, "/nowhere"), suite, workdir)
+    other = with_checkpoints(config, write_loras(tmp_path / "others", pathlib.Path(config.base.path), suite, 5.0))
     with pytest.raises(InputError, match=r"allow them by --allow=checkpoints .*checkpoints: '\w+' -> '\w+'"):
         train(other, suite, workdir)
     path = workdir / "generator" / "generator.json"
@@ -145,10 +131,60 @@ def test_a_finished_generator_knows_its_checkpoints(suite, tmp_path):
     assert train(other, suite, workdir) == workdir / "generator"  # an earlier version's folder does not say
 
 
-def test_a_base_that_only_pytorch_runs(suite, tmp_path, capsys):
-    """Gemma: all is scored and reported but what needs our own base."""
-    _, workdir = run_of(tmp_path, "gemma", suite, answers="likelihood")
-    assert main(["evaluate", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]) == 0
+@only("gemma")
+def test_what_is_of_another_generator_is_made_anew(made, suite, tmp_path, capsys):
+    """The generator changes, then the LoRA checkpoints do: never another's numbers, ours or the harness's."""
+    config, _, run = made
+    base, workdir, name = config.base.path, copied(run, tmp_path / "w"), suite.unseen[1].name
+    loras = shutil.copytree(config.train.checkpoints, tmp_path / "loras")
+    config = with_checkpoints(config, loras)
+    # Random adapters generate no right answer, but choose some.
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, answers="likelihood"))
+
+    def files() -> dict:
+        return {p: p.read_bytes() for p in workdir.glob("*/**/adapter_model.safetensors")}
+
+    def evaluated(workdir: pathlib.Path) -> tuple[dict, str]:
+        """The result, and what is said of adapters."""
+        result = stage.evaluate(config, suite, base, workdir)
+        return result, "".join(line for line in capsys.readouterr().out.splitlines() if "made anew" in line)
+
+    def harness(workdir: pathlib.Path) -> dict:
+        return lm_eval_stage(config, suite, base, workdir, [name])["unseen"][name]
+
+    first, said = evaluated(workdir)
+    harness(workdir)
+    done, before = files(), (workdir / stage.EVALUATION).stat().st_mtime_ns
+    assert not said and evaluated(workdir) == (first, "")
+    assert files() == done and (workdir / stage.EVALUATION).stat().st_mtime_ns == before
+
+    model = workdir / "generator" / "model.safetensors"
+    save_file({key: 3 * value for key, value in load_tensors(model).items()}, model)
+    second, said = evaluated(workdir)
+    # Two samples of three unseen tasks and of their wrong prompts, and ridge, which the same element target leaves as it was.
+    assert "15 adapter(s) were of another generator" in said
+    assert len({p for p, old in done.items() if files()[p] != old}) == 12
+    assert [e["train_mean"] for e in second["unseen"].values()] == [e["train_mean"] for e in first["unseen"].values()]
+
+    # The same generator, other LoRAs of the same names and sizes: the competitors are theirs.
+    write_loras(loras, pathlib.Path(base), suite, 3.0, seed=1)
+    third, said = evaluated(workdir)
+    assert "4 adapter(s) were of another generator" in said
+    fresh = copied(workdir, tmp_path / "fresh")
+    assert third == evaluated(fresh)[0], "as where there never were others"
+    of_generated, of_others = (
+        [[e[m] for e in r["unseen"].values()] for r in (first, second, third)] for m in ("generated", "mean_adapter")
+    )
+    assert of_generated[0] != of_generated[1] == of_generated[2] and of_others[0] == of_others[1] != of_others[2]
+    assert harness(workdir) == harness(fresh)
+
+
+@only("gemma")
+def test_a_base_that_only_pytorch_runs(made, suite, tmp_path, capsys):
+    """All is scored and reported but what needs our own base."""
+    _, file, run = made
+    workdir = copied(run, tmp_path / "w")
+    assert main(["evaluate", f"--config={file}", f"--workdir={workdir}", "--config.evaluate.answers=likelihood"]) == 0
     results = json.loads((workdir / "results.json").read_text())
     page = (workdir / "report.html").read_text()
     for name, entry in results["unseen"].items():
