@@ -163,15 +163,13 @@ def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[
 
 
 def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, suite: str) -> None:
-    """Begins a variant's scoring with the default's scores of the base and the LoRAs that both have, if they are asked alike."""
+    """Begins a variant's scoring with the default's scores, of the base and of adapters by their content, if asked alike."""
     path, settings = folder / EVALUATION, evaluation_settings(config, suite)
     stored = read_json(default / EVALUATION)
     alike = {**stored["settings"]["evaluate"], "samples": config.evaluate.samples, "num_prompts": config.evaluate.num_prompts}
     if path.is_file() or alike != settings["evaluate"]:
         return
-    theirs, ours = (str(pathlib.Path(config.train.checkpoints or of / "loras")) for of in (default, folder))
-    known = {label: scores for label, scores in stored["scores"].items() if label == "base" or label.startswith(f"{theirs}/")}
-    write_json(path, {"settings": settings, "scores": {label.replace(theirs, ours, 1): of for label, of in known.items()}})
+    write_json(path, {"settings": settings, "scores": stored["scores"]})
 
 
 def ablate(config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False) -> dict:

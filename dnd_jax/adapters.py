@@ -1,6 +1,7 @@
 """PEFT adapter folders: adapter_model.safetensors + adapter_config.json, written whole, read back and compared."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from dnd_jax.layout import PEFT_PREFIX, canonical
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.models.weights import opened
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -67,7 +68,7 @@ def save_adapter(
     card: str = "",
     dtype: str = "float32",
 ) -> pathlib.Path:
-    """Writes an adapter folder, whole or not at all; `card` becomes its README.md. dtype: one of DTYPES, of the stored tensors.
+    """Writes an adapter folder, whole or not at all; `card` becomes its CARD. dtype: one of DTYPES, of the stored tensors.
 
     Raises InputError when the disk refuses.
     """
@@ -77,7 +78,7 @@ def save_adapter(
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
         if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            (temporary / CARD).write_text(card, encoding="utf-8")
     return folder
 
 
@@ -225,8 +226,29 @@ def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict
     return found
 
 
+def fingerprint(path: str | os.PathLike) -> str:
+    """sha256 of a checkpoint's tensors and settings, as they are stored."""
+    digest = hashlib.sha256(config_file(path).read_bytes())
+    with open(weights_file(path), "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def is_made_from(folder: pathlib.Path, card: str) -> bool:
+    """Whether a folder's card names its sources by the same hashes as `card`; their paths and the wording do not count."""
+    path = folder / CARD
+    return path.is_file() and _hashes(path.read_text(encoding="utf-8", errors="replace")) == _hashes(card)
+
+
+def _hashes(card: str) -> list[str]:
+    return re.findall(r"sha256 (\w+)", card)
+
+
 def as_folder(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`, kept if it is there."""
+    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`, kept if it is of that file."""
     if path.suffix != ".safetensors":
         return path
-    return folder if folder.is_dir() else save_adapter(folder, load_adapter(path), load_adapter_config(path))
+    card = f"{path.name} (sha256 {fingerprint(path)}) as a folder that PEFT loads.\n"
+    if not is_made_from(folder, card):
+        save_adapter(folder, load_adapter(path), load_adapter_config(path), card)
+    return folder

@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from dnd_jax.adapters import AdapterConfig
+from dnd_jax.adapters import CARD, CONFIG, WEIGHTS, AdapterConfig
 
 TAGS = ("lora", "drag-and-drop-llms", "dnd_jax")
 # vLLM takes --max-lora-rank from this list alone (MaxLoRARanks in vllm/config/lora.py).
@@ -16,6 +16,13 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def is_hub_id(base: str) -> bool:
     """Whether a base's name can stand as base_model in a card: USER/NAME that is no local folder (the hub refuses others)."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not pathlib.Path(base).exists()
+
+
+def is_generated(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter with our card and nothing else."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {WEIGHTS, CONFIG, CARD}:
+        return False
+    return TAGS[1] in (folder / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def digest(texts: Sequence[str]) -> str:

@@ -41,8 +41,8 @@ class Checkpoints:
 
     def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
         """Raises InputError listing every checkpoint that differs from the first in base, rank, scale, modules or shapes."""
-        root = pathlib.Path(config.train.checkpoints or workdir / "loras")
-        self.folders = checkpoint_folders(root, [d.name for d in suite.train])
+        self.root = pathlib.Path(config.train.checkpoints or workdir / "loras")
+        self.folders = checkpoint_folders(self.root, [d.name for d in suite.train])
         every = [path for paths in self.folders.values() for path in paths]
         first = every[0]
         self.adapter, shapes = load_adapter_config(first), read_shapes(first)

@@ -5,9 +5,15 @@
 The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train file (no response is read);
 mean and spread over the S are reported, nothing is selected. WORKDIR/adapters/NAME is the first of them. The wrong-prompts control
 does the same with another unseen dataset's prompts. Every score is kept question by question, for the intervals of the report.
+
+Adapters are kept while their cards name this generator, these prompts and checkpoints by their hashes, and scores by a hash of the
+adapter's files: another generator in the same workdir gets its own.
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,9 +23,20 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax import loop, scoring
-from dnd_jax.adapters import as_folder, checkpoint_folders, dataset_checkpoints, load_adapter, save_adapter
-from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
+from dnd_jax.adapters import (
+    as_folder,
+    dataset_checkpoints,
+    fingerprint,
+    is_made_from,
+    load_adapter,
+    load_adapter_config,
+    save_adapter,
+)
+from dnd_jax.card import digest
+from dnd_jax.collection import Checkpoints
+from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest, running_mean
 from dnd_jax.config import Config
+from dnd_jax.errors import InputError
 from dnd_jax.files import read_json, write_json
 from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator, draw_prompts
@@ -32,6 +49,8 @@ from dnd_jax.targets import ElementTarget
 
 EVALUATION = "evaluation.json"
 RIDGE_DRAWS = 16
+COMPARED = 32  # questions of a dataset on which JAX and PyTorch are compared: logits of a large vocabulary are gigabytes
+TIMED = 100  # steps of tuning that are timed for the overhead
 
 
 def wrong_task(suite: Suite, name: str) -> Dataset:
@@ -60,13 +79,22 @@ class Candidates:
 
 
 def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
-    """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders; finished ones are kept."""
+    """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders; those that are there and were
+    made from this generator, these prompts and checkpoints are kept."""
     suite = suite.with_training(config.train.datasets, config.seed)
     generator = TrainedGenerator(workdir / "generator")
-    root = pathlib.Path(config.train.checkpoints or workdir / "loras")
-    folders = checkpoint_folders(root, [d.name for d in suite.train])
-    encoder, adapter = generator.encoder, generator.adapter
+    checkpoints = Checkpoints(config, suite, workdir)
+    loras = hashlib.sha256(json.dumps(checkpoints.identity()).encode()).hexdigest()
+    encoder, adapter, competitors = generator.encoder, generator.adapter, workdir / "competitors"
     n, samples, different = config.condition.num_prompts, config.evaluate.samples, config.evaluate.num_prompts
+    anew: list[pathlib.Path] = []
+
+    def kept(folder: pathlib.Path, card: str, make: Callable[[], object]) -> pathlib.Path:
+        """The folder, written by `make` unless it is there and made from what its card is to name."""
+        if not is_made_from(folder, card):
+            anew.extend([folder] if folder.is_dir() else [])
+            make()
+        return folder
 
     def texts(dataset: Dataset) -> list[str]:
         return condition_texts(dataset.train, config.condition.form, config.seed)
@@ -75,49 +103,60 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
 
     training = {d.name: pooled(texts(d)) for d in suite.train}
-    mean_folder = workdir / "competitors" / "mean_adapter"
-    if not mean_folder.is_dir():
-        every = (load_adapter(f) for per_dataset in folders.values() for f in per_dataset)
-        save_adapter(mean_folder, mean_weights(every), adapter)
+    mean_card = f"The mean of the training LoRA checkpoints (sha256 {loras}).\n"
+    mean_folder = kept(
+        competitors / "mean_adapter",
+        mean_card,
+        lambda: save_adapter(
+            competitors / "mean_adapter", mean_weights(tensors for _, tensors in checkpoints.tensors()), adapter, mean_card
+        ),
+    )
 
-    ridge = None
-    if len(suite.train) > 2 and not all((workdir / "competitors" / "ridge" / d.name).is_dir() for d in suite.unseen):
+    @functools.cache
+    def ridge() -> Ridge:
         target = generator.target
         if not isinstance(target, ElementTarget):
-            checkpoints = [(str(f), f) for per_dataset in folders.values() for f in per_dataset]
-            target = ElementTarget.fit(generator.layout, lambda: ((name, load_adapter(f)) for name, f in checkpoints))
-        weights = {
-            name: np.mean([target.encode(load_adapter(f)) for f in per_dataset], axis=0) for name, per_dataset in folders.items()
-        }
+            target = ElementTarget.fit(generator.layout, checkpoints.tensors)
+        tokens = (running_mean(target.encode(x, source) for source, x in checkpoints.tensors(name)) for name in training)
         rng = np.random.default_rng(config.seed)
         draws = [[rng.choice(len(x), n, replace=False) for _ in range(RIDGE_DRAWS)] for x in training.values()]
-        ridge = Ridge.fit(target, training, weights, draws)
+        return Ridge.fit(target, training, tokens, draws)
+
+    def generated(pool: Sequence[str], folder: pathlib.Path, seed: int, source: str) -> pathlib.Path:
+        prompts = repeat_few(pool, different, n, seed)
+        card = generator.card(generator.draw(prompts, seed, source), seed)
+        return kept(folder, card, lambda: generator.write(prompts, folder, seed, source))
+
+    def predicted(prompts: list[str], folder: pathlib.Path) -> pathlib.Path:
+        card = (
+            f"Ridge regression from prompts (sha256 {digest(prompts)}), fitted to the training LoRA checkpoints (sha256 {loras}) "
+            f"as the tokens of a generator (sha256 {generator.fingerprint}).\n"
+        )
+        return kept(folder, card, lambda: save_adapter(folder, ridge().tensors(pooled(prompts)), adapter, card))
 
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         stop.check()
         name, prompts = dataset.name, texts(dataset)
         wrong = texts(wrong_task(suite, name))
-        drawn = pooled(draw_prompts(repeat_few(prompts, different, n, 0), n, 0))
-        closest[name] = nearest(drawn, training)
+        drawn = draw_prompts(repeat_few(prompts, different, n, 0), n, 0)
+        closest[name] = nearest(pooled(drawn), training)
         found: dict[str, list[pathlib.Path]] = {"mean_adapter": [mean_folder], "generated": [], "wrong_prompts": []}
         for seed in range(samples):
-            other = workdir / "competitors" / "generated" / name / f"seed_{seed}"
-            found["generated"].append(workdir / "adapters" / name if seed == 0 else other)
-            found["wrong_prompts"].append(workdir / "competitors" / "wrong_prompts" / name / f"seed_{seed}")
-            for method, pool in (("generated", prompts), ("wrong_prompts", wrong)):
-                if not found[method][-1].is_dir():
-                    generator.write(repeat_few(pool, different, n, seed), found[method][-1], seed, f"prompts of {name}")
-        found["ridge"] = [workdir / "competitors" / "ridge" / name]
-        if ridge is not None:
-            save_adapter(found["ridge"][0], ridge.tensors(drawn), adapter)
-        elif not found["ridge"][0].is_dir():
-            del found["ridge"]
-        tuned = dataset_checkpoints(root / name)
+            folder = competitors / "generated" / name / f"seed_{seed}" if seed else workdir / "adapters" / name
+            found["generated"].append(generated(prompts, folder, seed, f"prompts of {name}"))
+            folder = competitors / "wrong_prompts" / name / f"seed_{seed}"
+            found["wrong_prompts"].append(generated(wrong, folder, seed, f"prompts of {name}"))
+        if len(suite.train) > 2:
+            found["ridge"] = [predicted(drawn, competitors / "ridge" / name)]
+        tuned = dataset_checkpoints(checkpoints.root / name)
         if tuned:
-            found["tuned"] = [as_folder(tuned[-1], workdir / "competitors" / "tuned" / name)]
+            found["tuned"] = [as_folder(tuned[-1], competitors / "tuned" / name)]
         by_dataset[name] = found
-    last = {name: as_folder(paths[-1], workdir / "competitors" / "training" / name) for name, paths in folders.items()}
+    last = {name: as_folder(paths[-1], competitors / "training" / name) for name, paths in checkpoints.folders.items()}
+    if anew:
+        what = "were of another generator, other prompts or other LoRA checkpoints, and are made anew"
+        print(f"{workdir}: {len(anew)} adapter(s) {what} ({anew[0].relative_to(workdir)}, ...)", flush=True)
     return Candidates(by_dataset, last, closest)
 
 
@@ -132,36 +171,47 @@ def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, list[st
     return found
 
 
-def kept_scores(path: pathlib.Path, settings: dict) -> dict[str, dict]:
-    """The scores of a stopped stage; none yet without a file. Raises InputError when its settings were others."""
+def scored_on(candidates: Candidates, name: str) -> list[str]:
+    """Labels of what is scored on an unseen dataset: "base", and folders of adapters."""
+    return ["base", *map(str, candidates.training.values()), *map(str, sum(candidates.by_dataset[name].values(), []))]
+
+
+def score_keys(candidates: Candidates) -> dict[str, str]:
+    """{label: what its scores are kept under}, a hash of the adapter's files, so that another adapter in its place is not it."""
+    labels = dict.fromkeys(label for name in candidates.by_dataset for label in scored_on(candidates, name))
+    return {label: "base" if label == "base" else fingerprint(label) for label in labels}
+
+
+def read_kept(path: pathlib.Path, settings: dict) -> dict:
+    """What a stopped or finished stage has kept, its "scores" by score_keys. Raises InputError when its settings were others."""
     if not path.is_file():
-        return {}
+        return {"settings": settings, "scores": {}}
     stored = read_json(path)
     loop.check_same_run(path, stored["settings"], settings)
-    return stored["scores"]
+    return stored
 
 
-def score_all(suite: Suite, candidates: Candidates, base, path: pathlib.Path, settings: dict) -> dict:
-    """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
+def score_all(suite: Suite, candidates: Candidates, keys: dict[str, str], base, path: pathlib.Path, settings: dict) -> dict:
+    """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on. keys: score_keys.
 
-    Returns {label: {unseen dataset: {"exact", "content", "format"}}}, label an adapter's folder or "base"; each value is the list
-    of scores question by question, packed.
+    Returns {key: {unseen dataset: {"exact", "content", "format"}}}; each value is the list of scores question by question, packed.
     """
-    scores = kept_scores(path, settings)
+    scores = read_kept(path, settings)["scores"]
     scorers = {d.name: scoring.Scorer([e.response for e in d.test]) for d in suite.unseen}
-
-    jobs: dict[str, tuple[pathlib.Path | None, list[Dataset]]] = {"base": (None, list(suite.unseen))}
-    jobs |= {str(folder): (folder, list(suite.unseen)) for folder in candidates.training.values()}
+    jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
     for dataset in suite.unseen:
-        for folder in sum(candidates.by_dataset[dataset.name].values(), []):
-            jobs.setdefault(str(folder), (folder, []))[1].append(dataset)
-    todo = {label: job for label, job in jobs.items() if label not in scores}
-    for label, (folder, datasets) in tqdm(todo.items(), desc="score in PyTorch", unit="adapter", dynamic_ncols=True):
+        for label in scored_on(candidates, dataset.name):
+            jobs.setdefault(keys[label], (label, {}))[1][dataset.name] = dataset
+    for key, (label, datasets) in tqdm(jobs.items(), desc="evaluate", unit="adapter", dynamic_ncols=True):
+        todo = [d for name, d in datasets.items() if name not in scores.get(key, {})]
+        if not todo:
+            continue
         stop.check()
-        base.use(folder)
-        answers = answers_to(base, datasets, settings["evaluate"]["answers"])
+        base.use(None if label == "base" else label)
+        answers = answers_to(base, todo, settings["evaluate"]["answers"])
         each = {name: scorers[name].each(texts) for name, texts in answers.items()}
-        scores[label] = {name: {measure: pack(values) for measure, values in of.items()} for name, of in each.items()}
+        new = {name: {measure: pack(values) for measure, values in of.items()} for name, of in each.items()}
+        scores[key] = scores.get(key, {}) | new
         write_json(path, {"settings": settings, "scores": scores})
     return scores
 
@@ -193,7 +243,8 @@ def by_method(candidates: Candidates, name: str, questions: Callable[[str], list
 
 
 def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_path) -> dict:
-    """How well our base agrees with PyTorch on the generated adapters: all greedy answers, and the logits along them."""
+    """How well our base agrees with PyTorch on the generated adapters: greedy answers to the first COMPARED questions of each
+    dataset, and the logits along them. Memory: logits of config.evaluate.batch_size questions."""
     module, params = hf.load_base(base_path)
     greedy = scoring.make_greedy(module, config.evaluate.max_new_tokens)
     end, pad = base.tokenizer.eos_token_id, base.tokenizer.pad_token_id
@@ -204,26 +255,42 @@ def agreement(config: Config, suite: Suite, candidates: Candidates, base, base_p
 
     same = total = 0
     worst = 0.0
-    scale = config.lora.alpha / config.lora.rank
     for dataset in tqdm(suite.unseen, desc="compare with JAX", unit="dataset", dynamic_ncols=True):
-        stop.check()
         folder = candidates.by_dataset[dataset.name]["generated"][0]
         base.use(folder)
-        theirs, lora = base.answer_ids(dataset.test), load_adapter(folder)
-        prompts = base.prompt_ids(dataset.test)
-        ours = np.asarray(greedy(params, lora, scale, *scoring.pad_left(prompts, pad), end)).tolist()
-        ours = [row[: row.index(end)] if end in row else row for row in ours]
-        same += sum(a == b for a, b in zip(ours, theirs, strict=True))
-        total += len(theirs)
-        rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
-        ids, valid = scoring.pad_left(rows, pad)
-        difference = np.abs(np.asarray(logits_of(params, lora, scale, ids, valid)) - base.logits(rows))
-        worst = max(worst, float((difference * valid[..., None]).max()))
-    return {"answers": total, "same_answers": same, "largest_logit_difference": worst}
+        lora, scale = jax.device_put(load_adapter(folder)), load_adapter_config(folder).scale
+        questions = dataset.test[:COMPARED]
+        for first in range(0, len(questions), config.evaluate.batch_size):
+            stop.check()
+            batch = questions[first : first + config.evaluate.batch_size]
+            prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch)
+            ours = np.asarray(greedy(params, lora, scale, *scoring.pad_left(prompts, pad), end)).tolist()
+            ours = [row[: row.index(end)] if end in row else row for row in ours]
+            same += sum(a == b for a, b in zip(ours, theirs, strict=True))
+            total += len(theirs)
+            rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
+            ids, valid = scoring.pad_left(rows, pad)
+            difference = np.abs(np.asarray(logits_of(params, lora, scale, ids, valid)) - base.logits(rows))
+            worst = max(worst, float((difference * valid[..., None]).max()))
+    questions = sum(len(d.test) for d in suite.unseen)
+    return {"questions": questions, "answers": total, "same_answers": same, "largest_logit_difference": worst}
+
+
+def measured_in_jax(config: Config, suite: Suite, candidates: Candidates, base, base_path, workdir: pathlib.Path) -> dict:
+    """{"agreement", "overhead"}; each only a "note" for a base that our own code does not run, whose adapters were imported."""
+    try:
+        hf.load_base_config(base_path)
+    except InputError as error:
+        note = f"Not measured, because only PyTorch runs this base. {error}"
+        return {"agreement": {"note": note}, "overhead": {"note": note}}
+    return {
+        "agreement": agreement(config, suite, candidates, base, base_path),
+        "overhead": measure_overhead(config, suite, workdir, base_path, TIMED),
+    }
 
 
 def evaluation_settings(config: Config, suite: str) -> dict:
-    """What WORKDIR/evaluation.json must agree with, beside the adapters; suite: its fingerprint."""
+    """What WORKDIR/evaluation.json must agree with; suite: its fingerprint."""
     return {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite}
 
 
@@ -235,11 +302,13 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
     path = workdir / EVALUATION
     settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, workdir)
-    if path.is_file() and "result" in (stored := read_json(path)):
-        loop.check_same_run(path, stored["settings"], settings)
+    keys = score_keys(candidates)
+    adapters = [keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)]
+    stored = read_kept(path, settings)
+    if stored.get("adapters") == adapters:
         return stored["result"]
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
-    scores = score_all(suite, candidates, base, path, settings)
+    scores = score_all(suite, candidates, keys, base, path, settings)
 
     unseen, questions = {}, {}
     for dataset in suite.unseen:
@@ -252,7 +321,7 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
         questions[name] = {}
         for measure in scoring.SCORES:
             values, questions[name][measure], training = by_method(
-                candidates, name, lambda label, name=name, measure=measure: unpack(scores[label][name][measure])
+                candidates, name, lambda label, name=name, measure=measure: unpack(scores[keys[label]][name][measure])
             )
             if measure == "exact":
                 entry |= {**values, "training": training}
@@ -263,8 +332,7 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
         "train": list(candidates.training),
         "unseen": unseen,
         "questions": questions,
-        "agreement": agreement(config, suite, candidates, base, base_path),
-        "overhead": measure_overhead(config, suite, workdir, base_path),
+        **measured_in_jax(config, suite, candidates, base, base_path, workdir),
     }
-    write_json(path, {"settings": settings, "scores": scores, "result": result})
+    write_json(path, {"settings": settings, "scores": scores, "adapters": adapters, "result": result})
     return result

@@ -41,6 +41,13 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_free(folder: str | os.PathLike, flag: str) -> None:
+    """Raises InputError unless the folder that --flag asks to write is absent or empty."""
+    folder = pathlib.Path(folder)
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--{flag}={folder}: exists already; choose another --{flag}")
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:

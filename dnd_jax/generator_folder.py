@@ -1,6 +1,7 @@
 """A generator's folder: written by training and by the import of released weights, read by generation and further training.
 
-generator.json            settings, features, layout, adapter, encoder_fingerprint; written last: a folder with it is whole
+generator.json            settings, checkpoints (digest of the LoRAs it was trained on), features, layout, adapter,
+                          encoder_fingerprint; written last: a folder with it is whole
 model.safetensors         parameters by path, "decoder/stage_0/conv1w", ...
 statistics.safetensors    importance weights (T,) and the statistics of the target
 """
@@ -53,9 +54,11 @@ class Description:
     encoder_fingerprint: str
 
 
-def read_settings(folder: pathlib.Path) -> dict:
-    """The recorded settings of a generator folder, of any version. Raises InputError when its description has none."""
-    return _sections(folder / DESCRIPTION, read_json(folder / DESCRIPTION), "settings")["settings"]
+def read_record(folder: pathlib.Path) -> dict:
+    """The recorded settings of a generator folder, of any version, and as "checkpoints" the digest of its LoRAs where there is one.
+    Raises InputError when its description has none."""
+    raw = _sections(folder / DESCRIPTION, read_json(folder / DESCRIPTION), "settings")
+    return raw["settings"] | {key: raw[key] for key in ("checkpoints",) if key in raw}
 
 
 def read_description(folder: pathlib.Path) -> Description:

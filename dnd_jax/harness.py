@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dnd_jax import intervals, report, scoring
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, first_line, listed
-from dnd_jax.evaluate import by_method, evaluation_settings, kept_scores, make_candidates
+from dnd_jax.evaluate import by_method, evaluation_settings, make_candidates, read_kept, score_keys, scored_on
 from dnd_jax.files import replacing, write_json
 from dnd_jax.lm_data import render
 from dnd_jax.results import add_intervals, pack, rule, summarise, unpack
@@ -226,23 +226,22 @@ def lm_eval_stage(
 
     path = workdir / SCORES
     settings = evaluation_settings(config, suite.fingerprint) | {"limit": limit, "lm_eval": lm_eval.__version__}
-    scores = kept_scores(path, settings)
-    jobs: dict[str, list[str]] = {}
+    scores, keys = read_kept(path, settings)["scores"], score_keys(candidates)
+    jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
-        of_dataset = sum(candidates.by_dataset[w.dataset].values(), [])
-        for label in ("base", *map(str, candidates.training.values()), *map(str, of_dataset)):
-            jobs.setdefault(label, []).append(w.title)
+        for label in scored_on(candidates, w.dataset):
+            jobs.setdefault(keys[label], (label, {}))[1][w.title] = None
     own = {w.title for w in wanted if not w.task}
-    for label, titles in tqdm(jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True):
-        todo = {title: loaded[title] for title in titles if title not in scores.get(label, {})}
+    for key, (label, titles) in tqdm(jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True):
+        todo = {title: loaded[title] for title in titles if title not in scores.get(key, {})}
         if todo:
             stop.check()
             base.use(None if label == "base" else label)
             found = score(base, todo, own, config.evaluate.batch_size, limit, unsafe_code)
             new = {title: {"metric": metric, "values": pack(values)} for title, (metric, values) in found.items()}
-            scores[label] = scores.get(label, {}) | new
+            scores[key] = scores.get(key, {}) | new
             write_json(path, {"settings": settings, "scores": scores})
-    return finish(config, suite, wanted, candidates, scores, workdir)
+    return finish(config, suite, wanted, candidates, {label: scores.get(key) for label, key in keys.items()}, workdir)
 
 
 def finish(config: Config, suite: Suite, wanted: Sequence[Wanted], candidates, scores: Mapping, workdir: pathlib.Path) -> dict:

@@ -191,12 +191,18 @@ def run(
     are read one step late. after_step(i + 1, state) runs after each step. record (JSON) is kept with every checkpoint and must not
     change between runs. blame(i) names the data of a step for the message when its loss is not finite. row_of(i, metrics, seconds)
     makes them the numbers that are written. With several processes, all run this; process 0 writes and shows. Raises Stopped after
-    saving when a stop was asked for, InputError when checkpoints do not fit, the loss is not finite or the disk refuses.
+    saving when a stop was asked for, InputError when checkpoints do not fit or are past `steps`, the loss is not finite or the
+    disk refuses.
     """
     directory.mkdir(parents=True, exist_ok=True)
     manager = open_checkpoints(_address(options.checkpoint_dir or directory / CHECKPOINTS), options.keep_last, options.keep_every)
     record, lead = json.loads(json.dumps(record)), multihost.lead()
     first, restored = restore(manager, state, record, options.allowed)
+    if first > steps:
+        raise InputError(
+            f"{title}: {manager.directory} holds {first} steps, {steps} are asked for; ask for {first} or more, or train fewer in "
+            "another --workdir"
+        )
     state = restored if first else init() if init else state
     del restored
     metrics = Metrics(directory, first, options.trackers, title) if lead else None

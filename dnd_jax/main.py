@@ -215,9 +215,11 @@ def _run(stage: str, arguments: list[str]) -> None:
 
 
 def _suite(values, config) -> None:
+    from dnd_jax.files import check_free
     from dnd_jax.world import write_world
 
     _need(values, "out")
+    check_free(values.out, "out")
     write_world(values.out, config.seed)
     print(f"suite: {pathlib.Path(values.out).absolute()}")
 
@@ -240,6 +242,8 @@ def _quickstart(values, config, workdir: pathlib.Path) -> None:
 
 def _generate(values) -> None:
     from dnd_jax.adapters import DTYPES
+    from dnd_jax.card import is_generated
+    from dnd_jax.files import check_free
     from dnd_jax.generate import TrainedGenerator
     from dnd_jax.hub import check_repo_id, push
     from dnd_jax.merge import merge_adapter
@@ -255,17 +259,26 @@ def _generate(values) -> None:
         check_repo_id(repo)
         if values.samples > 1:
             raise InputError("--push-to-hub takes one adapter; leave out --samples")
+    parts = [""] if values.samples == 1 else [f"sample_{sample}" for sample in range(values.samples)]
+    folders = [pathlib.Path(values.out, part) for part in parts]
+    merged = [pathlib.Path(values.merge, part) for part in parts] if values.merge else []
+    for folder in folders:
+        if not is_generated(folder):  # one can generate again into the same place
+            check_free(folder, "out")
+    for folder in merged:
+        check_free(folder, "merge")
+        if any(out.resolve().is_relative_to(folder.resolve()) for out in folders):
+            raise InputError(f"--merge={values.merge}: would replace the adapter in --out={values.out}; choose another --merge")
     generator = TrainedGenerator(values.generator)
     prompts = generator.read(values.prompts)
     base = resolve(values.base or generator.adapter.base) if values.merge else None
-    for sample in range(values.samples):
-        part = "" if values.samples == 1 else f"sample_{sample}"
+    for sample, folder in enumerate(folders):
         seed = values.seed + sample
-        folder = generator.write(prompts, pathlib.Path(values.out, part), seed, values.prompts, values.dtype)
+        folder = generator.write(prompts, folder, seed, values.prompts, values.dtype)
         print(f"adapter: {folder.absolute()}")
         if values.merge:
             card = generator.card(generator.draw(prompts, seed, values.prompts), seed, merged=True)
-            folder = merge_adapter(base, folder, pathlib.Path(values.merge, part), card)
+            folder = merge_adapter(base, folder, merged[sample], card)
             print(f"model: {folder.absolute()}")
     if repo:
         print(f"pushed: {push(folder, repo)}")
@@ -397,7 +410,7 @@ def _stage(stage: str, values, config, workdir: pathlib.Path) -> None:
     from dnd_jax import quickstart as q
 
     workdir.mkdir(parents=True, exist_ok=True)
-    suite = q.open_suite(config, workdir, values.strict)
+    suite = q.open_suite(config, workdir, values.strict, scored=stage in ("evaluate", "lm-eval"))
     if stage == "pretrain":
         print(f"base: {q.make_base(config, suite, workdir)}")
         return

@@ -165,13 +165,16 @@ def _lora_of(run_dir: str | os.PathLike) -> tuple[dict[str, tuple[int, int]], Ad
     return {m.key: m.shape for m in description.layout.matrices}, description.adapter
 
 
-def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path) -> dict:
-    """Generation and tuning on an unseen dataset (a training one where none has answers) of a run, in this process."""
+def measure_overhead(config: Config, suite: Suite, workdir: pathlib.Path, base_path, limit: int) -> dict:
+    """Generation and tuning on an unseen dataset (a training one where none has answers) of a run, in this process; limit: as in
+    `measure_tuning`."""
     dataset = next((d for d in suite.unseen if d.labeled), suite.train[0])
     shapes, adapter = _lora_of(workdir)
     with tempfile.TemporaryDirectory(dir=workdir, prefix=".overhead.") as scratch:
         generation = measure_generation(workdir, dataset.train, scratch, config.seed)
-    tuning = measure_tuning(base_path, dataset.train, shapes, adapter.scale, config.lora, config.base.max_length, config.seed)
+    tuning = measure_tuning(
+        base_path, dataset.train, shapes, adapter.scale, config.lora, config.base.max_length, config.seed, limit
+    )
     return compare(generation, tuning)
 
 

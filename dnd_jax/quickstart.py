@@ -43,15 +43,17 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
         write_json(path, seconds)
 
 
-def open_suite(config: Config, workdir: pathlib.Path, strict: bool = False) -> Suite:
+def open_suite(config: Config, workdir: pathlib.Path, strict: bool = False, scored: bool = False) -> Suite:
     """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its faults are warned of.
 
-    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the configuration wants, and with
-    strict for faults in its data.
+    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the configuration wants, with
+    strict for faults in its data, and with scored for one without an unseen dataset.
     """
     if not config.suite and not (workdir / "suite" / "suite.json").is_file():
         write_world(workdir / "suite", config.seed)
     suite = load_suite(config.suite or workdir / "suite", config.condition.num_prompts)
+    if scored and not suite.unseen:
+        raise InputError(f"{config.suite or workdir / 'suite'}: names no unseen dataset, so there is nothing to score; add one")
     hygiene.check(suite, strict)
     for dataset in suite.train + suite.unseen:  # now, not after hours of training
         condition_texts(dataset.train, config.condition.form)
@@ -70,9 +72,7 @@ def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dic
     """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
     workdir.mkdir(parents=True, exist_ok=True)
     with timed(workdir, "suite"):
-        suite = open_suite(config, workdir, strict)
-    if not suite.unseen:
-        raise InputError(f"{suite.root}/suite.json: unseen names no dataset, so there is nothing to generate for")
+        suite = open_suite(config, workdir, strict, scored=True)
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir)
     if not config.train.checkpoints:

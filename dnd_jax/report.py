@@ -200,6 +200,17 @@ def _training_table(results: Mapping) -> str:
     return f"<details><summary>Every training adapter on every unseen dataset</summary>{table}</details>"
 
 
+def _agreement(agreement: Mapping) -> str:
+    """Of JAX and PyTorch, in words."""
+    if "note" in agreement:
+        return agreement["note"]
+    some = "" if agreement["answers"] == agreement["questions"] else f" (of {agreement['questions']} questions, as a sample)"
+    return (
+        f"{agreement['same_answers']} of {agreement['answers']} greedy answers of the generated adapters{some} are identical; "
+        f"largest difference of a logit {agreement['largest_logit_difference']:.1e}."
+    )
+
+
 def _harness(workdir: pathlib.Path) -> str:
     """The table of `dnd lm-eval`, where it was run."""
     path = workdir / HARNESS
@@ -217,7 +228,7 @@ td.generated{background:#fff1e0}img{max-width:100%;margin:.5em 0}dt{font-weight:
 def write_report(workdir: pathlib.Path, results: Mapping, training: Mapping[str, pathlib.Path]) -> pathlib.Path:
     """Writes WORKDIR/report.html: tables, bars, curves, the projection and seconds a stage, without outside files."""
     seeds = results["seeds"]
-    agreement, overhead = results["agreement"], results["overhead"]
+    asked = {"greedy": "greedy decoding", "likelihood": "the likeliest label"}[results["answers"]]
     seconds = "".join(f"<tr><th>{html.escape(k)}</th><td>{v:.1f}</td></tr>" for k, v in results["seconds"].items())
     meaning = "".join(f"<dt>{TITLES[m]}</dt><dd>{html.escape(MEANING[m])}</dd>" for m in METHODS)
     suite, rule = html.escape(results["suite"]), html.escape(results["rule"])
@@ -225,7 +236,7 @@ def write_report(workdir: pathlib.Path, results: Mapping, training: Mapping[str,
 <style>{STYLE}</style>
 <h1>Adapters from prompts: {suite}</h1>
 <p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from PyTorch (transformers + PEFT) on the
-exported adapter folders, greedy decoding, on test questions whose prompts the generator did not see. {rule}</p>
+exported adapter folders, {asked}, on test questions whose prompts the generator did not see. {rule}</p>
 <h2>Exact match</h2>{_html_table(results, "exact")}{bars(results)}
 {_training_table(results)}
 <p>Small: {html.escape(results["intervals"])}</p>
@@ -234,10 +245,9 @@ exported adapter folders, greedy decoding, on test questions whose prompts the g
 <h2>Right format</h2><p>Share of answers in the asked form, whatever the content.</p>{_html_table(results, "format")}
 {_harness(workdir)}<h2>Training</h2>{curves(workdir)}
 <h2>Where the adapters lie</h2>{projection(workdir, results, training)}
-<h2>Cost</h2><p>{html.escape(overhead["note"])}</p>
+<h2>Cost</h2><p>{html.escape(results["overhead"]["note"])}</p>
 <h2>Agreement of JAX and PyTorch</h2>
-<p>{agreement["same_answers"]} of {agreement["answers"]} greedy answers of the generated adapters are identical;
-largest difference of a logit {agreement["largest_logit_difference"]:.1e}.</p>
+<p>{html.escape(_agreement(results["agreement"]))}</p>
 <h2>Seconds a stage</h2><table>{seconds}</table></html>
 """
     path = workdir / "report.html"

@@ -113,19 +113,20 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
             scores = [e["generated"]["mean"] for e in entries]
             entry["generated"] |= {"std_over_seeds": statistics.pstdev(scores), "by_seed": scores}
     add_intervals(unseen, mean, runs)
+    agreements = [run["agreement"] for run in runs.values()]
     results = {
         "suite": first["suite"],
         "seeds": seeds,
+        "answers": config.evaluate.answers,
         "rule": rule(config),
         "intervals": intervals.NOTE,
         "unseen": unseen,
         "mean": mean,
         "overhead": first["overhead"],
-        "agreement": {
-            "answers": sum(r["agreement"]["answers"] for r in runs.values()),
-            "same_answers": sum(r["agreement"]["same_answers"] for r in runs.values()),
-            "largest_logit_difference": max(r["agreement"]["largest_logit_difference"] for r in runs.values()),
-        },
+        # All seeds have one base: either each was compared, or none.
+        "agreement": agreements[0]
+        if "note" in agreements[0]
+        else {key: (max if key == "largest_logit_difference" else sum)(a[key] for a in agreements) for key in agreements[0]},
         "seconds": {s: statistics.fmean(r["seconds"].get(s, 0.0) for r in runs.values()) for s in first["seconds"]},
     }
     if len(runs) > 1:

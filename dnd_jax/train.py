@@ -28,7 +28,7 @@ from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.forms import condition_texts
-from dnd_jax.generator_folder import DESCRIPTION, initial_params, read_settings, write_generator
+from dnd_jax.generator_folder import DESCRIPTION, initial_params, read_record, write_generator
 from dnd_jax.models.generator import Generator
 from dnd_jax.models.hyperconv import Features, convolutions, forward_macs, weighted_errors
 from dnd_jax.models.placement import ANYWHERE, Placement
@@ -235,8 +235,10 @@ def train(
     suite = suite.with_training(c.datasets, config.seed)
     finished = False
     if (folder / DESCRIPTION).is_file():
-        stored = read_settings(folder)
-        finished = loop.check_same_run(folder / DESCRIPTION, stored, _settings(config, suite), allowed)
+        then, now = read_record(folder), _settings(config, suite)
+        if "checkpoints" in then:  # folders of earlier versions do not say
+            now["checkpoints"] = Checkpoints(config, suite, workdir).digest()
+        finished = loop.check_same_run(folder / DESCRIPTION, then, now, allowed)
     if multihost.agreed(finished):
         return folder
 
@@ -318,6 +320,7 @@ def train(
             {"importance": importance, **target.statistics()},
             {
                 "settings": _settings(config, suite),
+                "checkpoints": checkpoints.digest(),
                 "features": features,
                 "layout": checkpoints.layout.to_json(),
                 "adapter": dataclasses.asdict(checkpoints.adapter),

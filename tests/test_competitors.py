@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnd_jax.competitors import RIDGE_STRENGTHS, Ridge, mean_pooled, mean_weights, nearest
+from dnd_jax.competitors import RIDGE_STRENGTHS, Ridge, mean_pooled, mean_weights, nearest, running_mean
 from dnd_jax.layout import LoraLayout
 from dnd_jax.targets import ElementTarget
 
@@ -18,8 +18,12 @@ def as_tensors(vector: np.ndarray) -> dict[str, np.ndarray]:
     return {key: part.reshape(shape).astype(np.float32) for (key, shape), part in zip(SHAPES.items(), parts, strict=True)}
 
 
+def fitted(target, pooled, weights, batches) -> Ridge:
+    return Ridge.fit(target, pooled, (weights[name] for name in pooled), batches)
+
+
 def problem(seed: int, datasets: int, width: int, noise: float, draws: int = 3, chunk_width: int | None = None):
-    """Datasets whose adapters are a linear map of their mean embedding, plus noise. Returns what `Ridge.fit` takes, and the map."""
+    """Datasets whose adapters are a linear map of their mean embedding, plus noise. Returns what `fitted` takes, and the map."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(datasets, width))
     linear = rng.normal(size=(width, CELLS)) * 0.02
@@ -40,7 +44,7 @@ def problem(seed: int, datasets: int, width: int, noise: float, draws: int = 3, 
 def test_ridge_recovers_a_linear_map(chunk_width):
     """chunk_width 4 does not divide 6 and 9: padded cells must not disturb the fit."""
     inputs, linear, offset = problem(seed=0, datasets=40, width=5, noise=0, chunk_width=chunk_width)
-    ridge = Ridge.fit(*inputs)
+    ridge = fitted(*inputs)
     assert ridge.strength == min(RIDGE_STRENGTHS) and ridge.left_out_error < 1e-3
     unseen = np.random.default_rng(1).normal(size=(7, 5))
     expected = as_tensors(unseen.mean(axis=0) @ linear + offset)
@@ -71,9 +75,28 @@ def brute_force(target, pooled, weights, batches, strength: float) -> float:
 def test_ridge_strength_is_that_of_a_brute_force_refit(seed, datasets, width, noise):
     inputs, _, _ = problem(seed, datasets, width, noise)
     errors = {strength: brute_force(*inputs, strength) for strength in RIDGE_STRENGTHS}
-    ridge = Ridge.fit(*inputs)
+    ridge = fitted(*inputs)
     assert ridge.left_out_error == pytest.approx(errors[ridge.strength], rel=1e-4)
     assert ridge.left_out_error <= min(errors.values()) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("chunk_width", [None, 4])
+def test_ridge_tokens_are_those_of_coefficients_written_out(chunk_width):
+    """By the formula as it stands in books, in float64: prompts -> (C, cells) coefficients of all rows -> tokens."""
+    (target, pooled, weights, batches), *_ = problem(seed=7, datasets=6, width=8, noise=0.02, chunk_width=chunk_width)
+    ridge = fitted(target, pooled, weights, batches)
+    x = np.stack([pooled[name][i].mean(axis=0) for name, draws in zip(pooled, batches, strict=True) for i in draws])
+    centre = x.mean(axis=0)
+    answers = np.nan_to_num(np.stack([weights[name].astype(np.float64).reshape(-1) for name in pooled]))
+    y = np.repeat(answers, [len(draws) for draws in batches], axis=0)
+    gram = (x - centre) @ (x - centre).T
+    penalty = ridge.strength * np.trace(gram) / len(gram)
+    coefficients = (x - centre).T @ np.linalg.solve(gram + penalty * np.eye(len(gram)), y)
+    unseen = np.random.default_rng(1).normal(size=(7, 8))
+    expected = target.decode(((unseen.mean(axis=0) - centre) @ coefficients).reshape(target.shape))
+    for key, value in ridge.tensors(unseen).items():
+        np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=1e-6 * np.abs(expected[key]).max())
+    assert ridge.shares.shape == (6, 8) and ridge.tokens.shape == (6, answers.shape[1]) and ridge.tokens.dtype == np.float32
 
 
 def test_ridge_without_a_signal_predicts_the_mean():
@@ -81,7 +104,7 @@ def test_ridge_without_a_signal_predicts_the_mean():
     (target, pooled, weights, batches), *_ = problem(seed=3, datasets=6, width=8, noise=0.5)
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in weights.items()}
-    ridge = Ridge.fit(target, pooled, weights, batches)
+    ridge = fitted(target, pooled, weights, batches)
     assert ridge.strength >= 100 and ridge.left_out_error >= 0.99
     mean, own = target.decode(np.zeros(target.shape, np.float32)), target.decode(weights["d0"])
     for key, value in ridge.tensors(pooled["d0"]).items():
@@ -108,6 +131,14 @@ def test_nearest_compares_directions_from_the_centre():
     assert nearest(prompts, datasets) == "same"
     for name, pooled in datasets.items():
         assert nearest(pooled, datasets) == name
+
+
+def test_running_mean():
+    values = [np.random.default_rng(i).normal(size=(2, 3)).astype(np.float32) for i in range(50)]
+    values[3][0, 1] = np.nan
+    mean = running_mean(iter(values))
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, np.mean(values, axis=0), rtol=1e-5, atol=1e-7)
 
 
 def test_mean_weights():

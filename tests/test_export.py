@@ -187,6 +187,39 @@ def test_options_of_generate(made, options, expected, tmp_path, capsys):
     assert not (tmp_path / "merged").exists() and not (tmp_path / "a").exists()
 
 
+def test_nothing_that_exists_is_replaced(made, tmp_path, capsys):
+    """Only an adapter that we generated is: one can generate again into the same place."""
+    for name in ("precious", "peft", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    adapter = save_adapter(tmp_path / "peft", lora(made / "base"), AdapterConfig(str(made / "base"), 2, 4.0, MODULE_ORDER))
+    (adapter / "README.md").write_text("as PEFT writes it")
+    shutil.copytree(made / "base", tmp_path / "base")
+    before = {path: path.read_bytes() for path in (*tmp_path.rglob("*"), *made.rglob("*")) if path.is_file()}
+    out, base = f"--out={tmp_path / 'a'}", f"--base={tmp_path / 'base'}"
+    for arguments, folder, flag in (
+        (["suite", f"--out={tmp_path / 'precious'}"], tmp_path / "precious", "out"),
+        (generate(made, f"--out={tmp_path / 'precious'}"), tmp_path / "precious", "out"),
+        (generate(made, f"--out={made / 'generator'}"), made / "generator", "out"),
+        (generate(made, f"--out={adapter}"), adapter, "out"),
+        (generate(made, out, f"--merge={tmp_path / 'base'}", base), tmp_path / "base", "merge"),
+        (generate(made, out, f"--merge={tmp_path / 'precious'}"), tmp_path / "precious", "merge"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"dnd: --{flag}={folder}: exists already; choose another --{flag}\n"
+    for inside in ("", "deeper"):
+        assert main(generate(made, f"--out={tmp_path / 'a' / inside}", f"--merge={tmp_path / 'a'}", base)) == 2
+        assert "would replace the adapter in --out=" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (*tmp_path.rglob("*"), *made.rglob("*")) if path.is_file()}
+    for seed in (0, 1):
+        assert main(generate(made, f"--out={tmp_path / 'empty'}", f"--seed={seed}")) == 0
+    again = load_adapter(tmp_path / "empty")
+    assert main(generate(made, f"--out={tmp_path / 'more'}", f"--merge={tmp_path / 'm'}", base, "--samples=2")) == 0
+    second = load_adapter(tmp_path / "more" / "sample_1")
+    assert all(np.array_equal(second[key], value) for key, value in again.items())
+    assert (tmp_path / "m" / "sample_1" / "config.json").is_file()
+
+
 # --- Merged models ----------------------------------------------------------------------------------------------------------
 
 

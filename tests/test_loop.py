@@ -103,6 +103,15 @@ def test_a_checkpoint_of_another_program_is_named_and_left_as_it_is(tmp_path, re
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
 
 
+def test_fewer_steps_than_were_trained_are_refused(tmp_path):
+    run(tmp_path, steps=6)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="holds 6 steps, 4 are asked for; ask for 6 or more, or train fewer in another --workdir"):
+        run(tmp_path, steps=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert float(run(tmp_path, steps=6)["sum"]) == 15
+
+
 @pytest.mark.parametrize("harm", ["truncated", "deleted", "foreign"])
 def test_a_harmed_checkpoint_leaves_the_one_before(tmp_path, harm, capfd):
     expected = float(run(tmp_path / "whole", steps=8)["sum"])

@@ -66,6 +66,7 @@ def test_results_table_and_report(suite, finished):
     assert any(line.startswith("No selection: mean of all samples. 2 adapters") for line in lines)
     assert sum(line.startswith("  95% interval ") for line in lines) == 6  # three tables, a kind and all of it
     page = (workdir / "report.html").read_text()
+    assert "greedy decoding" in page and "15 of 15 greedy answers of the generated adapters are identical" in page
     assert "Every training adapter on every unseen dataset" in page and re.search(r"<small>[01]\.\d\d–[01]\.\d\d</small>", page)
     assert page.count("data:image/png;base64,") == 3 and "http" not in re.sub(r"base64,[^\"]+", "", page)
 

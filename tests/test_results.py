@@ -74,7 +74,7 @@ def runs_of(seeds, without_tuned=()) -> dict[int, dict]:
             "unseen": unseen,
             "questions": questions,
             "overhead": {},
-            "agreement": {"answers": 1, "same_answers": 1, "largest_logit_difference": 0.0},
+            "agreement": {"questions": 2, "answers": 1, "same_answers": 1, "largest_logit_difference": seed / 10},
             "seconds": {"train": 1.0},
             "scores": scores,
         }
@@ -106,6 +106,8 @@ def test_intervals_of_means(config):
     for seeds in ((5,), (5, 6)):
         runs = runs_of(seeds)
         results = combine(runs, config)
+        counts = {"questions": 2 * len(seeds), "answers": len(seeds), "same_answers": len(seeds)}
+        assert results["agreement"] == {**counts, "largest_logit_difference": seeds[-1] / 10}
         rng = np.random.default_rng(9)
 
         def resampled(names, method, runs=runs, rng=rng):
