@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dnd_jax import loop, scoring
 from dnd_jax.adapters import as_folder, checkpoint_folders, dataset_checkpoints, load_adapter, save_adapter
-from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest
+from dnd_jax.competitors import Ridge, mean_weights, nearest
 from dnd_jax.config import Config
 from dnd_jax.files import read_json, write_json
 from dnd_jax.forms import condition_texts
@@ -72,7 +72,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         return condition_texts(dataset.train, config.condition.form, config.seed)
 
     def pooled(prompts: list[str]) -> np.ndarray:
-        return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
+        return encoder.cached_means(prompts, workdir / "embeddings")
 
     training = {d.name: pooled(texts(d)) for d in suite.train}
     mean_folder = workdir / "competitors" / "mean_adapter"
