@@ -2,7 +2,8 @@
 
     dnd train --config=configs/qwen2_5_vl_3b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 
-LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset.
+LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset: a warning says that from one the
+generator cannot learn what prompts mean. The embeddings of one text take 2.4 MB on the disk.
 7308 tokens of 18 x 258; a generator of 2409.6M parameters; 28.90 TFLOP a sample forward by the direct method; 5000 steps of 64.
 """
 

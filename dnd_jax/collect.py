@@ -24,6 +24,7 @@ from dnd_jax.files import read_json, write_json
 from dnd_jax.lm_data import encode
 from dnd_jax.models import hf
 from dnd_jax.models.base_lm import BaseLM
+from dnd_jax.models.placement import batch_ways
 from dnd_jax.pretrain import answer_loss, shuffled_rows
 from dnd_jax.suite import Suite
 
@@ -47,8 +48,17 @@ def make_optimizer(config: config_lib.Lora) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(config.learning_rate, weight_decay=config.weight_decay))
 
 
-def make_collect_step(module: BaseLM, optimizer: optax.GradientTransformation, lora_scale: float):
-    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) -> (state, metrics)."""
+def make_collect_step(
+    module: BaseLM,
+    optimizer: optax.GradientTransformation,
+    lora_scale: float,
+    over_tasks: jax.sharding.NamedSharding | None = None,
+):
+    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) -> (state, metrics).
+
+    over_tasks: where the tasks lie while they are computed. The batch may have more entries than K, copies of the first ones that
+    make them divide; nothing of what is returned depends on them.
+    """
 
     def one(params, state, batch):
         def loss_of(lora):
@@ -59,7 +69,12 @@ def make_collect_step(module: BaseLM, optimizer: optax.GradientTransformation, l
         return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
 
     def step(params, state, batch):
-        state, losses, accuracies = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        tasks, entries = (len(jax.tree.leaves(tree)[0]) for tree in (state, batch))
+        if entries > tasks:
+            state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
+            state = jax.lax.with_sharding_constraint(state, over_tasks)
+        found = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
         return state, {"loss": losses.mean(), "accuracy": accuracies.mean(), "worst_loss": losses.max()}
 
     return step
@@ -102,16 +117,20 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     test = [encode(tokenizer, d.test, config.base.max_length) for d in suite.datasets]
     width = max(t.response_width for t in train)
     pad = tokenizer.pad_token_id
+    # A number of tasks that the mesh does not divide is filled up with copies inside the step alone. The state, then whole on
+    # every device, has none of them: a stopped run goes on with any number of devices.
+    tasks, ways = len(train), batch_ways(mesh)
+    entries = np.arange(-(-tasks // ways) * ways) % tasks
+    over_tasks = sharding.leading(mesh, len(entries), "the number of tasks")
+    kept = over_tasks if len(entries) == tasks else sharding.replicated(mesh)
 
     def batch_at(i: int):
         rows = [data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width) for data in train]
         length = max(batch["ids"].shape[1] for batch in rows)
         for batch in rows:
             batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, length - batch["ids"].shape[1])), constant_values=pad)
-        return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows), over_tasks)
+        return jax.device_put(jax.tree.map(lambda *x: np.stack(x)[entries], *rows), over_tasks)
 
-    tasks = len(suite.datasets)
-    over_tasks = sharding.leading(mesh, tasks, "the number of datasets")
     optimizer = make_optimizer(c)
 
     def init(key):
@@ -120,8 +139,8 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     step = jax.jit(
-        make_collect_step(module, optimizer, adapter.scale),
-        out_shardings=(over_tasks, sharding.replicated(mesh)),
+        make_collect_step(module, optimizer, adapter.scale, over_tasks),
+        out_shardings=(kept, sharding.replicated(mesh)),
         donate_argnums=1,
     )
 
@@ -137,7 +156,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     state = loop.run(
         "collect",
         workdir / "collect",
-        jax.jit(init, out_shardings=over_tasks)(key),
+        jax.jit(init, out_shardings=kept)(key),
         lambda state, batch: step(params, state, batch),
         batch_at,
         steps=c.steps,

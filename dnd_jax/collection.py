@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 from dnd_jax.adapters import checkpoint_folders, config_file, load_adapter, load_adapter_config, read_shapes, weights_file
 from dnd_jax.config import Config
-from dnd_jax.errors import InputError, listed
-from dnd_jax.files import read_json, replacing
+from dnd_jax.errors import listed
+from dnd_jax.files import need_space, read_json, replacing, write_array
 from dnd_jax.layout import Importance, LoraLayout
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.stopping import stop
@@ -138,32 +139,28 @@ def token_array(checkpoints: Checkpoints, dataset: str, target: Target, cache: p
 
 
 def _write_tokens(checkpoints: Checkpoints, dataset: str, target: Target, folder: pathlib.Path, importance: bool) -> None:
-    shape = len(checkpoints.folders[dataset]), *target.shape
-    size = 4 * int(np.prod(shape, dtype=np.int64))
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    paths = [str(path) for path in checkpoints.folders[dataset]]
+    shape = len(paths), *target.shape
     for stale in folder.parent.glob("[0-9a-f]*"):  # of other checkpoints or another target
         shutil.rmtree(stale, ignore_errors=True)
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        raise InputError(
-            f"{folder}: the tokens of {dataset} need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; use another --workdir"
-        )
+    need_space(folder.parent, 4 * math.prod(shape), f"the tokens of {dataset}")
     spread = Importance()
+
+    def tokens(reader: concurrent.futures.Executor) -> Iterator[np.ndarray]:
+        ahead = reader.submit(load_adapter, paths[0])  # the next one is read while this one is encoded
+        for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
+            stop.check()
+            tensors = ahead.result()
+            if i + 1 < len(paths):
+                ahead = reader.submit(load_adapter, paths[i + 1])
+            encoded = np.ascontiguousarray(target.encode(tensors, path), "<f4")
+            del tensors
+            yield encoded
+            if importance:
+                spread.add(encoded)
+
     with replacing(folder, directory=True) as temporary:
-        with open(temporary / TOKENS, "wb") as file, concurrent.futures.ThreadPoolExecutor(1) as reader:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            paths = [str(path) for path in checkpoints.folders[dataset]]
-            ahead = reader.submit(load_adapter, paths[0])  # the next one is read while this one is encoded
-            for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
-                stop.check()
-                tensors = ahead.result()
-                if i + 1 < len(paths):
-                    ahead = reader.submit(load_adapter, paths[i + 1])
-                tokens = np.ascontiguousarray(target.encode(tensors, path), "<f4")
-                del tensors
-                file.write(tokens.data)
-                if importance:
-                    spread.add(tokens)
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            write_array(temporary / TOKENS, shape, np.float32, tokens(reader))
         if importance:
             np.save(temporary / IMPORTANCE, spread.weights(dataset))

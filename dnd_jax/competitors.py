@@ -15,12 +15,6 @@ from dnd_jax.targets import BLOCK, ElementTarget
 RIDGE_STRENGTHS = tuple(10.0**p for p in range(-3, 5))  # times the mean squared norm of a centred embedding
 
 
-def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Embeddings (n, L, C) and masks (n, L) -> (n, C), the mean over each prompt's real tokens."""
-    weight = valid[..., None].astype(np.float32)
-    return (condition * weight).sum(axis=1) / weight.sum(axis=1)
-
-
 def nearest(prompts: np.ndarray, datasets: Mapping[str, np.ndarray]) -> str:
     """The dataset whose mean embedding (of n_d, C) has the highest cosine with that of the prompts (n, C), after centring."""
     means = {name: pooled.mean(axis=0) for name, pooled in datasets.items()}

@@ -34,7 +34,7 @@ from dnd_jax.adapters import (
 )
 from dnd_jax.card import digest
 from dnd_jax.collection import Checkpoints
-from dnd_jax.competitors import Ridge, mean_pooled, mean_weights, nearest, running_mean
+from dnd_jax.competitors import Ridge, mean_weights, nearest, running_mean
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
 from dnd_jax.files import read_json, write_json
@@ -100,7 +100,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         return condition_texts(dataset.train, config.condition.form, config.seed)
 
     def pooled(prompts: list[str]) -> np.ndarray:
-        return mean_pooled(encoder.cached(prompts, workdir / "embeddings"), encoder.tokenize(prompts)[1])
+        return encoder.cached_means(prompts, workdir / "embeddings")
 
     training = {d.name: pooled(texts(d)) for d in suite.train}
     mean_card = f"The mean of the training LoRA checkpoints (sha256 {loras}).\n"

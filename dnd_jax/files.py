@@ -6,9 +6,10 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from dnd_jax.errors import InputError
@@ -46,6 +47,23 @@ def check_free(folder: str | os.PathLike, flag: str) -> None:
     folder = pathlib.Path(folder)
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--{flag}={folder}: exists already; choose another --{flag}")
+
+
+def need_space(folder: pathlib.Path, size: int, what: str, instead: str = "use another --workdir") -> None:
+    """Makes a folder to write `size` bytes to. Raises InputError naming `what` needs them when the disk has fewer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(f"{folder}: {what} need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {instead}")
+
+
+def write_array(path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
+    """A .npy file of this shape from its parts along axis 0, held one at a time."""
+    dtype = np.dtype(dtype).newbyteorder("<")
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).data)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -1,27 +1,34 @@
 """Stage `generate`: prompts of an unseen task -> a PEFT adapter (METHOD.md section 7). No template adapter, no training.
 
 dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1] [--dtype=bfloat16] [--merge=MODEL]
+             [--config.mesh.fsdp=8]
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax import targets
+from dnd_jax import config as config_lib
+from dnd_jax import sharding, targets
 from dnd_jax.adapters import save_adapter, verify_adapter
 from dnd_jax.card import card
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
 from dnd_jax.forms import condition_texts
 from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, read_description
+from dnd_jax.models.generator import Generator, param_shapes
 from dnd_jax.models.hf import read_safetensors
+from dnd_jax.models.hyperconv import Features
+from dnd_jax.models.placement import Placement
 from dnd_jax.ops import compiler_options
 from dnd_jax.sources import read_jsonl, read_prompts
 from dnd_jax.train import make_generator
@@ -38,34 +45,87 @@ def draw_prompts(prompts: Sequence[str], count: int, seed: int, source: str = "p
     return [prompts[i] for i in chosen]
 
 
+ONE_DEVICE = config_lib.Mesh(slices=1, data=1, fsdp=1, tensor=1, rules=((r".", ()),))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedGeneration:
+    """The generation step as it runs on a mesh."""
+
+    module: Generator
+    shapes: dict  # of the parameters
+    shardings: dict  # of the parameters
+    over_batch: jax.sharding.NamedSharding  # of conditions and tokens
+    step: Callable  # (params, condition (B, N, L, C)) -> tokens (B, T, h, w) float32, jitted
+
+
+def shard_generation(
+    config: config_lib.Generator,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    rules: tuple,
+    features: Sequence[Features],
+    condition_shape: tuple[int, int, int],
+    batch: int = 1,
+) -> ShardedGeneration:
+    """The one generation step of a configuration, for use and ahead-of-time compilation. condition_shape: (N, L, C); batch:
+    adapters at once, which every device makes by itself where the mesh does not divide them.
+
+    Raises InputError for a parameter without a rule.
+    """
+    place = Placement(mesh)
+    module = make_generator(features, config, dtype, place)
+    shapes = param_shapes(module, condition_shape)
+    shardings = sharding.shard_by_rules(mesh, rules, shapes)
+    over_batch = sharding.leading(mesh, batch, "the adapters") if place.batch_ways(batch) > 1 else sharding.replicated(mesh)
+
+    def generate(params, condition):
+        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
+
+    step = jax.jit(
+        generate,
+        in_shardings=(shardings, over_batch),
+        out_shardings=over_batch,
+        compiler_options=compiler_options(place.platform),
+    )
+    return ShardedGeneration(module, shapes, shardings, over_batch, step)
+
+
 class TrainedGenerator:
     """A generator folder loaded for use: prompts -> LoRA tensors."""
 
-    def __init__(self, run_dir: str | os.PathLike):
-        """run_dir: a generator folder, or the workdir that has one. Raises InputError naming the missing or damaged file."""
+    def __init__(self, run_dir: str | os.PathLike, mesh: config_lib.Mesh = ONE_DEVICE):
+        """run_dir: a generator folder, or the workdir that has one. mesh: for a generator or text encoder too large for one device,
+        over whose fsdp and tensor they are split; an adapter is no batch to split over slice and data, which are left out.
+
+        Raises InputError naming the missing or damaged file, and for a mesh that does not fit the devices.
+        """
         self.folder = folder = find_generator(run_dir)
         description = read_description(folder)
         self.condition, self.adapter, self.layout = description.condition, description.adapter, description.layout
         self._seed = description.seed
         self.target = targets.from_statistics(description.generator.target, self.layout, read_safetensors(folder / STATISTICS))
-        self.module = make_generator(description.features, description.generator, description.dtype)
+        count = mesh.fsdp * mesh.tensor
+        devices = jax.local_devices()[: count if count > 0 else None]
+        self._mesh = sharding.make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
+        features = description.features
+        condition = self.condition.num_prompts, self.condition.max_text_length, features[0][2]
+        how = description.generator, description.dtype, self._mesh, mesh.rules
+        generation = shard_generation(*how, features, condition)
+        self.module, self._step = generation.module, generation.step
         flat = read_safetensors(folder / MODEL)
-        self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))
+        self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"), generation.shardings)
         fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes())
         with open(folder / MODEL, "rb") as file:
             fingerprint.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = fingerprint.hexdigest()
         self.config_hash = hashlib.sha256(json.dumps(description.settings, sort_keys=True).encode()).hexdigest()
         self._encoder_fingerprint = description.encoder_fingerprint
-        self._apply = jax.jit(
-            lambda params, condition: self.module.apply({"params": params}, condition),
-            compiler_options=compiler_options(jax.default_backend()),
-        )
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
         """The text encoder it was trained with, loaded when first needed."""
-        encoder = PromptEncoder(self.condition)
+        encoder = PromptEncoder(self.condition, self._mesh)
         if encoder.fingerprint != self._encoder_fingerprint:
             raise InputError(f"{self.condition.encoder}: not the encoder that {self.folder} was trained with (its files differ)")
         return encoder
@@ -78,7 +138,7 @@ class TrainedGenerator:
 
     def tokens(self, condition: np.ndarray) -> np.ndarray:
         """Condition embeddings (N, L, C) -> predicted token grid, float32 (T, h, w)."""
-        return np.asarray(self._apply(self.params, condition[None])[0], np.float32)
+        return np.asarray(self._step(self.params, condition[None])[0])
 
     def tensors(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Exactly N prompts -> LoRA tensors under PEFT's keys without its prefix."""

@@ -166,6 +166,9 @@ def findings(suite: Suite) -> list[Finding]:
     """All that is to be said about a suite, faults first."""
     asked = {d.name: ({normal(e.prompt) for e in d.train}, {question(e.prompt) for e in d.train}) for d in suite.train}
     found = list(_same_files(suite))
+    if len(suite.train) == 1:
+        lesson = "the generator cannot learn what prompts mean; wrong prompts will do as well"
+        found.append(Finding(suite.train[0].name, f"is the only training dataset: {lesson}"))
     for dataset in suite.train + suite.unseen:
         own = {normal(e.prompt) for e in dataset.train}, {question(e.prompt) for e in dataset.train}
         found += _duplicates(dataset)

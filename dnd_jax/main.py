@@ -200,7 +200,7 @@ def _run(stage: str, arguments: list[str]) -> None:
         "suite": lambda: _suite(values, config),
         "data-report": lambda: _data_report(values, config, workdir),
         "quickstart": lambda: _quickstart(values, config, workdir),
-        "generate": lambda: _generate(values),
+        "generate": lambda: _generate(values, config),
         "import-generator": lambda: _import_generator(values, config, argument),
         "export-generator": lambda: _export_generator(values, argument),
         "verify-adapter": lambda: _verify_adapter(values, argument),
@@ -240,7 +240,7 @@ def _quickstart(values, config, workdir: pathlib.Path) -> None:
     quickstart(config, workdir, _seeds(values, config), values.strict)
 
 
-def _generate(values) -> None:
+def _generate(values, config) -> None:
     from dnd_jax.adapters import DTYPES
     from dnd_jax.card import is_generated
     from dnd_jax.files import check_free
@@ -269,7 +269,7 @@ def _generate(values) -> None:
         check_free(folder, "merge")
         if any(out.resolve().is_relative_to(folder.resolve()) for out in folders):
             raise InputError(f"--merge={values.merge}: would replace the adapter in --out={values.out}; choose another --merge")
-    generator = TrainedGenerator(values.generator)
+    generator = TrainedGenerator(values.generator, config.mesh)
     prompts = generator.read(values.prompts)
     base = resolve(values.base or generator.adapter.base) if values.merge else None
     for sample, folder in enumerate(folders):

@@ -26,14 +26,13 @@ from dnd_jax import hlo, sharding
 from dnd_jax.chips import Chip, chip_of
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError, first_line
+from dnd_jax.generate import shard_generation
 from dnd_jax.loop import AHEAD
-from dnd_jax.models.generator import param_shapes
 from dnd_jax.models.hyperconv import forward_macs
 from dnd_jax.models.placement import Placement, batch_ways
-from dnd_jax.ops import compiler_options
 from dnd_jax.ops.plan import describe
 from dnd_jax.shapes import condition_shape, encoder_module, features_of
-from dnd_jax.train import device_problems, make_generator, make_optimizer, shard_train_step
+from dnd_jax.train import device_problems, make_optimizer, shard_train_step
 
 FAST = -1.0  # the compiler's least effort: several times faster, and neither its estimate nor its memory differs much
 REPEATS = 3
@@ -76,7 +75,7 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
     encoder = None
     if config.condition.in_graph:
         module = encoder_module(config)
-        ids = jax.ShapeDtypeStruct((1, config.condition.max_text_length), jnp.int32)
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)  # its parameters know no length; longer texts than its window are cut
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     importance = np.ones(features[-1][0], np.float32)
     sharded = shard_train_step(config, mesh, features, condition, importance, encoder)
@@ -92,20 +91,11 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
 
 
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """(the jitted decoder, the shapes of its arguments): one adapter for each part of the mesh that a batch is split into."""
-    features, place = features_of(config), Placement(mesh)
-    module = make_generator(features, config.generator, config.train.dtype, place)
-    batch = batch_ways(mesh)
-    shapes = param_shapes(module, condition_shape(config))
-    shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
-    over_batch = sharding.leading(mesh, batch, "the adapters")
-
-    def generate(params, condition):
-        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
-
-    step = jax.jit(generate, out_shardings=over_batch, compiler_options=compiler_options(place.platform))
-    condition = jax.ShapeDtypeStruct((batch, *condition_shape(config)), jnp.float32, sharding=over_batch)
-    return step, (sharding.shaped(shapes, shardings), condition)
+    """(the jitted generation step, the shapes of its arguments): an adapter for each part of the mesh that splits a batch."""
+    one, batch = condition_shape(config), batch_ways(mesh)
+    sharded = shard_generation(config.generator, config.train.dtype, mesh, config.mesh.rules, features_of(config), one, batch)
+    condition = jax.ShapeDtypeStruct((batch, *one), jnp.float32, sharding=sharded.over_batch)
+    return sharded.step, (sharding.shaped(sharded.shapes, sharded.shardings), condition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +241,9 @@ def _link_seconds(traffic: dict[str, hlo.Traffic], chip: Chip) -> float:
 
 
 def _measured(compiled, arguments: tuple) -> float:
-    """Seconds of the fastest of REPEATS runs with arrays of zeros and ones; the first argument of a train step is given away."""
+    """Seconds of the fastest of REPEATS runs with arrays of ones; the first argument of a train step is given away."""
 
-    def fill(x):
-        return jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
-
-    state, *others = jax.tree.map(fill, arguments)
+    state, *others = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype, device=x.sharding), arguments)
     trains = isinstance(state, dict) and "opt" in state
     times = []
     for _ in range(REPEATS + 1):

@@ -137,7 +137,9 @@ def curves(workdir: pathlib.Path) -> str:
 
 
 def projection(workdir: pathlib.Path, results: Mapping, training: Mapping[str, pathlib.Path]) -> str:
-    """Training, tuned and generated adapters on the first two principal components of the training adapters."""
+    """Training, tuned and generated adapters on the first two principal components of the training adapters; not of one."""
+    if len(training) == 1:
+        return "<p>One training adapter spans no plane to show the others in.</p>"
 
     def vector(folder: pathlib.Path) -> np.ndarray:
         return np.concatenate([value.ravel() for _, value in sorted(load_adapter(folder).items())])

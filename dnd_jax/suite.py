@@ -108,8 +108,8 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
         )
     read = _listed(path, raw, least_prompts) if "datasets" in raw else _in_places(path, raw, least_prompts)
     names = {role: [name for name, (its, _) in read.items() if its == role] for role in ("train", "unseen")}
-    if len(names["train"]) < 2:
-        raise InputError(f"{path}: train names {len(names['train'])} dataset(s), at least 2 needed to learn a mapping from prompts")
+    if not names["train"]:
+        raise InputError(f"{path}: train names no dataset, so there is nothing to learn from; add one")
     kinds = raw.get("kinds", {})
     if not isinstance(kinds, dict) or not kinds.keys() <= set(names["unseen"]):
         raise InputError(f"{path}: kinds must map names of unseen datasets to a word")

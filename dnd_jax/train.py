@@ -242,10 +242,11 @@ def train(
     if multihost.agreed(finished):
         return folder
 
+    mesh = sharding.make_mesh(config.mesh)
     with multihost.lead_first():  # who finds its files made by process 0 where the workdir is shared
         checkpoints = Checkpoints(config, suite, workdir)
         target = make_target(config, checkpoints, workdir / "targets")
-        encoder = PromptEncoder(config.condition)
+        encoder = PromptEncoder(config.condition, None if multihost.several() else mesh)  # here one process encodes by itself
         datasets, spreads = [], []
         for dataset in tqdm(suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not multihost.lead()):
             prompts = condition_texts(dataset.train, config.condition.form, config.seed)
@@ -264,7 +265,6 @@ def train(
 
     condition_shape = (config.condition.num_prompts, config.condition.max_text_length, encoder.width)
     features = resolve_features(config.generator, condition_shape, target.shape)
-    mesh = sharding.make_mesh(config.mesh)
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     problems = device_problems(config, features, mesh, c.batch_size, c.micro_batches)
     if config.generator.convolution == "tuned":

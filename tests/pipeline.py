@@ -34,16 +34,17 @@ def random_loras(root: pathlib.Path, suite: pathlib.Path, config: Config, checkp
     return root
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """`dnd ARGUMENTS` in a process of its own, output piped as text, one device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"}
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+    """`dnd ARGUMENTS` in a process of its own with so many virtual devices, output piped as text."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"}
     command = [sys.executable, "-m", "dnd_jax", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def dnd(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+def dnd(*arguments: str, timeout: float = 600, devices: int = 1) -> subprocess.CompletedProcess:
     """Runs `dnd ARGUMENTS` to its end."""
-    process = start(*arguments)
+    process = start(*arguments, devices=devices)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

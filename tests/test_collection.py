@@ -19,11 +19,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from small_models import write_qwen
 from test_layout import qwen_shapes
+from test_text_encoder import settings as condition
+from test_text_encoder import write_vectors
 from transformers import AutoModelForCausalLM
 
 from dnd_jax import collection
 from dnd_jax.adapters import AdapterConfig, as_folder, checkpoint_folders, load_adapter, load_adapter_config, save_adapter
 from dnd_jax.collection import Checkpoints, make_target, token_array
+from dnd_jax.condition import PromptEncoder
 from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
 from dnd_jax.layout import PEFT_PREFIX, Importance, LoraLayout
@@ -368,6 +371,11 @@ def test_a_disk_too_small_is_said_before_anything_is_read(tmp_path):
         with pytest.raises(InputError, match="the tokens of birds need 0.0 GB, 0.0 GB are free; use another --workdir"):
             token_array(found, "birds", ChunkTarget(found.layout), disk / "cache")
         assert list((disk / "cache" / "birds").iterdir()) == []
+        encoder = PromptEncoder(condition(write_vectors(tmp_path)))
+        message = r"the states of 100 prompts need 0.0 GB, 0.0 GB are free; .* --config.condition.in_graph=true, which keeps none"
+        with pytest.raises(InputError, match=message):
+            encoder.cached(["the sea"] * 100, disk / "embeddings")
+        assert list((disk / "embeddings").iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
 

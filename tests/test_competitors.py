@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnd_jax.competitors import RIDGE_STRENGTHS, Ridge, mean_pooled, mean_weights, nearest, running_mean
+from dnd_jax.competitors import RIDGE_STRENGTHS, Ridge, mean_weights, nearest, running_mean
+from dnd_jax.condition import mean_pooled
 from dnd_jax.layout import LoraLayout
 from dnd_jax.targets import ElementTarget
 

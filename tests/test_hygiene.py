@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dnd_jax import hygiene
+from dnd_jax.errors import InputError
 from dnd_jax.hygiene import choices, findings, question, shape
 from dnd_jax.main import main
 from dnd_jax.suite import load_suite
@@ -52,6 +53,23 @@ def files(tmp_path):
 
 def faults(write) -> list[str]:
     return [str(f) for f in findings(load_suite(write())) if f.fault]
+
+
+def test_one_training_dataset_is_warned_of_and_none_refused(files, capsys):
+    path = files[1]()
+    described = json.loads(path.read_text())
+    for role, name in (("unseen", "two"), ("unseen", "one")):
+        for entry in described["datasets"]:
+            entry["role"] = role if entry["name"] == name and entry["role"] == "train" else entry["role"]
+        path.write_text(json.dumps(described))
+        if name == "two":
+            message = (
+                "one: is the only training dataset: the generator cannot learn what prompts mean; wrong prompts will do as well"
+            )
+            assert main(["data-report", f"--suite={path}"]) == 0 and message in capsys.readouterr().out
+            assert main(["data-report", f"--suite={path}", "--strict"]) == 2 and message in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"mine.json: train names no dataset, so there is nothing to learn from; add one"):
+        load_suite(path)
 
 
 def test_nothing_in_clean_suites(files, tmp_path):

@@ -15,7 +15,7 @@ from small_models import write_qwen
 from dnd_jax import hlo, sharding, sweep
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError
-from dnd_jax.plan import Plan, make_plan, what_would_help
+from dnd_jax.plan import Plan, make_plan, train_arguments, what_would_help
 from dnd_jax.shapes import features_of
 
 FEATURES = ((4, 8, 8), (8, 8, 8))
@@ -128,6 +128,19 @@ def test_a_plan_of_virtual_devices_is_measured_and_adds_up():
     assert train.collectives["all-gather"]["count"] > generate.collectives["all-gather"]["count"] > 0
     assert make_plan(config, jax.devices()).hash == train.hash
     assert make_plan(settings(mesh__fsdp=2, mesh__tensor=2, train__micro_batches=2), jax.devices()).hash != train.hash
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_1_5b_code", "qwen2_5_7b_math"])
+def test_the_step_of_long_texts_can_encode_them(name):
+    """26624 and 4608 tokens are beyond the encoder's window of 512; by shape alone."""
+    raw = load_file(str(SETTINGS / f"{name}.py"))
+    raw.condition.in_graph = True
+    raw.mesh.update(data=1, fsdp=8)
+    step, (state, batch, encoder) = train_arguments(freeze(raw), sharding.make_mesh(freeze(raw).mesh))
+    assert batch.keys() == {"ids", "valid", "target"} and batch["ids"].shape == (48, 16, raw.condition.max_text_length)
+    new, metrics = jax.eval_shape(step, state, batch, encoder)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["sample_loss"].shape == (48,)
 
 
 def test_more_chips_hold_less_each():

@@ -1,5 +1,6 @@
 """The whole pipeline as a user runs it: real processes, real MiniLM, transformers and PEFT, on a tiny setting."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,7 +13,8 @@ from other_world import write_other_world
 from pipeline import TINY, dnd, start, tiny_suite, when
 
 from dnd_jax.adapters import load_adapter
-from dnd_jax.generate import generate_adapter
+from dnd_jax.config import freeze, load_file
+from dnd_jax.generate import ONE_DEVICE, TrainedGenerator, generate_adapter
 from dnd_jax.layout import LoraLayout
 from dnd_jax.results import METHODS
 from dnd_jax.suite import load_suite
@@ -130,6 +132,39 @@ def test_generate_command_and_function(suite, finished, tmp_path):
     assert any(np.abs(other[key] - value).max() > 1e-5 for key, value in first.items())
     manifest = json.loads((workdir / "generator" / "generator.json").read_text())["layout"]
     assert LoraLayout.from_json(manifest).num_tokens == manifest["num_tokens"]
+
+
+def test_any_number_of_devices_makes_the_same_loras(suite, finished, tmp_path):
+    """Six tasks on four devices, which they do not divide over; and a run that goes on with another number of devices."""
+    workdir = tmp_path / "w"
+    shutil.copytree(finished[0] / "base", workdir / "base")
+    for devices, stopped_at in ((4, None), (1, "6")):
+        if stopped_at:
+            shutil.rmtree(workdir / "collect" / "checkpoints" / stopped_at)
+            (workdir / "loras" / "collect.json").unlink()
+        done = dnd("collect", TINY, f"--suite={suite}", f"--workdir={workdir}", devices=devices)
+        assert done.returncode == 0, done.stderr[-2000:]
+        expected = sorted((finished[0] / "loras").glob("*/*"))
+        assert len(expected) == 3 * 4 + 3  # four checkpoints of each training dataset, one of each unseen one
+        for folder in expected:
+            ours = load_adapter(workdir / folder.relative_to(finished[0]))
+            for key, value in load_adapter(folder).items():
+                np.testing.assert_allclose(ours[key], value, atol=1e-5, err_msg=f"{folder} {key}")
+    scores = [json.loads((w / "loras" / "collect.json").read_text())["exact_match"] for w in (workdir, finished[0])]
+    assert scores[0] == scores[1]
+    lines = [[json.loads(x) for x in (w / "collect" / "metrics.jsonl").read_text().splitlines()] for w in (workdir, finished[0])]
+    assert [x["loss"] for x in lines[0][:6]] == pytest.approx([x["loss"] for x in lines[1]], rel=1e-4)
+
+
+def test_a_generator_split_over_devices_makes_the_same_adapter(suite, finished):
+    workdir, mesh = finished[0], freeze(load_file("configs/default.py")).mesh
+    one, split = (TrainedGenerator(workdir, m) for m in (ONE_DEVICE, dataclasses.replace(mesh, fsdp=2, tensor=2)))
+    kernel, part = (g.params["decoder"]["stage_0"]["conv1w"].addressable_shards for g in (one, split))
+    assert len(part) == 4 and part[0].data.size < kernel[0].data.size
+    drawn = one.draw([e.prompt for e in load_suite(suite).unseen[0].train], 0)
+    expected = one.tensors(drawn)
+    for key, value in split.tensors(drawn).items():
+        np.testing.assert_allclose(value, expected[key], atol=1e-6 * np.abs(expected[key]).max(), err_msg=key)
 
 
 def interrupted_runs(suite, workdir, signals) -> int:
@@ -261,3 +296,21 @@ def test_chunk_target_and_encoder_in_the_graph(suite, tmp_path):
     )
     done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}", *options)
     assert done.returncode == 0, done.stderr[-2000:]
+    kinds = {path.name.split("_")[0] for path in (tmp_path / "w" / "embeddings").iterdir()}
+    assert kinds == {"ids", "means"}  # no states are kept
+
+
+@pytest.mark.slow
+def test_four_devices_and_one_training_dataset(suite, tmp_path):
+    """The paper's visual setting has one: a warning, and every stage goes through. Three tasks do not divide over four devices."""
+    small = shutil.copytree(suite, tmp_path / "small")
+    described = json.loads((small / "suite.json").read_text())
+    described |= {"train": described["train"][:1], "unseen": described["unseen"][:2]}
+    (small / "suite.json").write_text(json.dumps(described))
+    done = dnd("quickstart", TINY, f"--suite={small}", f"--workdir={tmp_path / 'w'}", devices=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    warning = f"warning: {described['train'][0]}: is the only training dataset: the generator cannot learn what prompts mean"
+    assert warning in done.stderr
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert [set(METHODS) - set(entry) for entry in results["unseen"].values()] == [{"ridge"}] * 2
+    assert {entry["nearest_dataset"] for entry in results["unseen"].values()} == {described["train"][0]}

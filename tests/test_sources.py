@@ -266,7 +266,6 @@ def test_listed_suite(listed):
         (2, {"holdout": 0}, "b needs either an entry of role test or a holdout"),
         (2, {"holdout": 12}, "holdout = 12 of 12 different prompts leaves none"),
         (2, {"holdout": 11}, "1 example(s) beside the 11 held out, at least 2 needed"),
-        (2, {"role": "unseen"}, "train names 1 dataset(s), at least 2 needed"),
         (3, {"name": "a"}, "datasets[3] (a) is there twice"),
         (6, {"name": "e"}, "e has a test, but no entry of role train or unseen"),
         (6, {"source": "pool.jsonl"}, "pool.jsonl:4: response must be given"),

@@ -1,6 +1,7 @@
 """Every text encoder against transformers, padding included; word vectors; the one interface to conditions and the train step."""
 
 import json
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from dnd_jax import sharding
-from dnd_jax.condition import PromptEncoder
+from dnd_jax.condition import PromptEncoder, mean_pooled
 from dnd_jax.config import Condition, Mesh, freeze
 from dnd_jax.config import load_file as load_file_config
 from dnd_jax.errors import InputError
@@ -381,14 +382,38 @@ def settings(encoder, **changes) -> Condition:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_encoder_serves_prompts(kind, tmp_path):
     path = KINDS[kind](tmp_path)
-    encoder = PromptEncoder(settings(path, layer=2 if kind == "lm" else -1))
+    how = settings(path, layer=2 if kind == "lm" else -1)
+    encoder = PromptEncoder(how)
     condition = encoder.encode(PROMPTS)
     assert condition.shape == (6, 9, encoder.width) and condition.dtype == np.float32 and np.abs(condition).max() > 0.1
-    np.testing.assert_array_equal(encoder.cached(PROMPTS, tmp_path / "cache"), condition)
     ids, valid = encoder.tokenize(PROMPTS)
+    means = encoder.cached_means(PROMPTS, tmp_path / "means")
+    assert len(list((tmp_path / "means").iterdir())) == 1, "no states are kept"
+    np.testing.assert_allclose(means, mean_pooled(condition, valid), atol=1e-6)
+    states = encoder.cached(PROMPTS, tmp_path / "cache")
+    assert isinstance(states, np.memmap)
+    np.testing.assert_array_equal(states, condition)
+    np.testing.assert_allclose(encoder.cached_means(PROMPTS, tmp_path / "cache"), means, atol=1e-6)
+    for got, expected in zip(encoder.cached_tokens(PROMPTS, tmp_path / "cache"), (ids, valid), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    split = PromptEncoder(how, sharding.make_mesh(Mesh(1, 2, 2, 2, ())))  # six texts are filled up to eight
+    np.testing.assert_allclose(split.encode(PROMPTS), condition, atol=TOLERANCE)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(split.params)) or encoder.width % 2
     assert ids.dtype == valid.dtype == np.int32 and (np.diff(valid, axis=1) <= 0).all(), "padded on the right"
     lengths = valid.sum(axis=1)
     assert 1 <= min(lengths) < max(lengths) == 9
+
+
+def test_states_go_to_the_disk_batch_by_batch(tmp_path):
+    """Of 20000 texts no more than a batch is in memory."""
+    encoder, prompts = PromptEncoder(settings(write_vectors(tmp_path))), PROMPTS * 3333
+    encoder.encode(prompts[:1000])  # compiled
+    tracemalloc.start()
+    states = encoder.cached(prompts, tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert states.nbytes > 2e6 and peak < states.nbytes / 2, peak
+    np.testing.assert_array_equal(states[-6:], encoder.encode(PROMPTS))
 
 
 @pytest.mark.parametrize("kind", ["lm", "vectors"])

@@ -27,6 +27,7 @@ from dnd_jax.models.weights import StoredWeights, load_params
 from dnd_jax.sharding import shard_by_rules
 
 LAST = -1  # layer
+WHOLE = (r".", ())  # the rule of what an encoder's own ones do not divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Encoder:
 
 
 def load_encoder(name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.Mesh | None = None) -> Encoder:
-    """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules where one is given.
+    """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules where one is given; a parameter
+    that the mesh does not divide is whole on every device.
 
     layer: of a decoder-only LM, 0 for its embeddings. Raises InputError for an architecture or layer that does not exist.
     """
@@ -51,7 +53,7 @@ def load_encoder(name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.
     module, rules, table, rename = _architecture(folder, layer)
     ids = np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    params = load_params(StoredWeights(folder, rename), table, shapes, rules, mesh)
+    params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = hf.load_tokenizer(folder)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model"))
     return Encoder(module, params, rules, functools.partial(_tokenize, tokenizer), tuple(files))
@@ -66,12 +68,21 @@ def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
 
 def encode_windows(module: nn.Module, params: Mapping, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
     """Hidden states (B, L, C) for any L: ids beyond the module's window are cut into windows that are encoded independently."""
-    window = module.window or ids_BxL.shape[1]
-    parts = [
-        module.apply({"params": params}, ids_BxL[:, i : i + window], valid_BxL[:, i : i + window])
-        for i in range(0, ids_BxL.shape[1], window)
-    ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    batch, length = ids_BxL.shape
+    window = module.window or length
+    whole = length // window * window
+
+    def encode(ids_and_valid) -> jax.Array:
+        return module.apply({"params": params}, *ids_and_valid)
+
+    if length <= window:
+        return encode((ids_BxL, valid_BxL))
+    # One window after the other, in a loop that is compiled once: the paper's longest texts have 52.
+    cut = [x[:, :whole].reshape(batch, -1, window).swapaxes(0, 1) for x in (ids_BxL, valid_BxL)]
+    states = jax.lax.map(encode, cut).swapaxes(0, 1).reshape(batch, whole, -1)
+    if whole == length:
+        return states
+    return jnp.concatenate([states, encode((ids_BxL[:, whole:], valid_BxL[:, whole:]))], axis=1)
 
 
 def _architecture(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, names.Table, Callable[[str], str | None]]:
@@ -120,7 +131,7 @@ def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None
     vocabulary, vectors = word_vectors.read_vectors(path)
     module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
     params = {"vectors": vectors}
-    params = jax.device_put(params, mesh and shard_by_rules(mesh, word_vectors.RULES, params))
+    params = jax.device_put(params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params))
     return Encoder(module, params, word_vectors.RULES, functools.partial(word_vectors.tokenize, vocabulary), (path,))
 
 
