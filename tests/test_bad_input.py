@@ -76,7 +76,7 @@ def test_byte_order_mark_and_blank_lines_are_fine(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"train": ["bird-colon"]}, "at least 2"),
+        ({"train": []}, "train names no dataset"),
         ({"train": ["bird-colon", "bird-rank", "bird-rank"]}, "named twice: bird-rank"),
         ({"unseen": ["../bird-colon"]}, "unseen must be a list of dataset names"),
         ({"tarin": []}, "unknown key(s) tarin"),
