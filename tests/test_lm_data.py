@@ -149,7 +149,7 @@ def test_texts_in_full_rows(tokenizer_of):
 def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
     """One long question costs its own batch alone; the loss is that of rows padded to it."""
     tokenizer = tokenizer_of(None)
-    data = encode(tokenizer, [*EXAMPLES, Example("Why? " * 120, "[B]")], 2000)
+    data = encode(tokenizer, [*EXAMPLES, Example("Why? " * 200, "[B]")], 2000)
     assert data.ids.shape[1] > 256
     short, long = data.batch(np.array([0, 1]), 6), data.batch(np.array([1, 2]), 6)
     assert short["ids"].shape[1] == 64 and long["ids"].shape[1] == data.ids.shape[1]

@@ -134,6 +134,7 @@ def test_generate_command_and_function(suite, finished, tmp_path):
     assert LoraLayout.from_json(manifest).num_tokens == manifest["num_tokens"]
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_makes_the_same_loras(suite, finished, tmp_path):
     """Six tasks on four devices, which they do not divide over; and a run that goes on with another number of devices."""
     workdir = tmp_path / "w"
