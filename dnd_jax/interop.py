@@ -327,6 +327,6 @@ def save_reference_generator(
         state[key] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(value)
     if leaves:
         raise listed("parameters that the original has no name for", sorted(leaves))
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # given a name, torch.save writes it into the file
+        torch.save(state, file)
     return pathlib.Path(path)

@@ -145,13 +145,15 @@ def compare(generation: Mapping, tuning: Mapping) -> dict:
     ratio = t["tune_seconds"] / g["generate_seconds"]
     cold = t["tune_cold_seconds"] / g["generate_cold_seconds"]
     parts = {"the text encoder": g["encode_seconds"], "the decoder": g["decode_seconds"], "writing the file": g["write_seconds"]}
+    times = lambda x: f"{x:.0f}" if x >= 10 else f"{x:.2g}"
     steps, a_step = t["steps"], t["tune_seconds"] / t["steps"]
     timed = "" if t["timed_steps"] == steps else f", {t['timed_steps']} of them timed"
     note = (
         f"Tuning one LoRA takes {t['tune_seconds']:.2f} s ({steps} steps of {t['batch_size']} at {a_step * 1e3:.1f} ms{timed}), "
         f"generating one {g['generate_seconds']:.3f} s (prompts {g['encode_seconds']:.3f}, weights {g['decode_seconds']:.3f}, file "
-        f"{g['write_seconds']:.3f}): a ratio of {ratio:.0f}, from a cold start {cold:.1f}. The paper reports {PAPER}. What decides "
-        f"it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP (4 x {t['base_weights'] / 1e6:.3g}M weights of the base x "
+        f"{g['write_seconds']:.3f}): a ratio of {times(ratio)} ({times(cold)} when both start cold). The paper reports {PAPER}. "
+        f"What decides it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP "
+        f"(4 x {t['base_weights'] / 1e6:.3g}M weights of the base x "
         f"{t['batch_size']} x {t['sequence_length']} tokens) against one pass of {g['encode_flop'] / 1e12:.3g} TFLOP in the text "
         f"encoder and {g['decode_flop'] / 1e12:.3g} in the decoder, where most of the time goes to {max(parts, key=parts.get)}. A "
         "larger base or more steps raise the ratio in proportion; the pass grows with the tokens of the adapter alone."

@@ -81,6 +81,9 @@ def test_every_released_version_and_back(kind, folders, tmp_path):
             np.testing.assert_allclose(generator.tokens(condition), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     assert main(["export-generator", str(tmp_path / "g"), f"--out={tmp_path / 'back.pth'}"]) == 0
+    assert import_it(folders, tmp_path / "back.pth", tmp_path / "h", projection, f"--adapter={folders / 'adapter'}") == 0
+    assert main(["export-generator", str(tmp_path / "h"), f"--out={tmp_path / 'again.pth'}"]) == 0
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "again.pth").read_bytes()
     before, after = state_of(path), state_of(tmp_path / "back.pth")
     assert before.keys() == after.keys()
     for key, value in before.items():
