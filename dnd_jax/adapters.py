@@ -1,7 +1,6 @@
 """PEFT adapter folders: adapter_model.safetensors + adapter_config.json, written whole, read back and compared."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dnd_jax.errors import InputError, listed
-from dnd_jax.files import read_json, replacing
+from dnd_jax.files import digest_of, read_json, replacing
 from dnd_jax.layout import PEFT_PREFIX, canonical
 from dnd_jax.models.hf import read_safetensors
 from dnd_jax.models.weights import opened
@@ -227,11 +226,8 @@ def checkpoint_folders(root: str | os.PathLike, datasets: Sequence[str]) -> dict
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """sha256 of a checkpoint's tensors and settings, as they are stored."""
-    digest = hashlib.sha256(config_file(path).read_bytes())
-    with open(weights_file(path), "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """sha256 of a checkpoint's settings and tensors, as they are stored."""
+    return digest_of(config_file(path), weights_file(path))
 
 
 def is_made_from(folder: pathlib.Path, card: str) -> bool:

@@ -1,6 +1,7 @@
 """Files that are whole or absent: outputs are written under a temporary name and renamed; JSON is read with clear errors."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -40,6 +41,14 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digest_of(description: pathlib.Path, weights: pathlib.Path) -> str:
+    """sha256 of a folder's JSON description and its safetensors file, as they are stored."""
+    digest = hashlib.sha256(description.read_bytes())
+    with open(weights, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_free(folder: str | os.PathLike, flag: str) -> None:

@@ -23,6 +23,7 @@ from dnd_jax.adapters import save_adapter, verify_adapter
 from dnd_jax.card import card
 from dnd_jax.condition import PromptEncoder
 from dnd_jax.errors import InputError
+from dnd_jax.files import digest_of
 from dnd_jax.forms import condition_texts
 from dnd_jax.generator_folder import DESCRIPTION, MODEL, STATISTICS, find_generator, read_description
 from dnd_jax.models.generator import Generator, param_shapes
@@ -115,10 +116,7 @@ class TrainedGenerator:
         self.module, self._step = generation.module, generation.step
         flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(traverse_util.unflatten_dict(flat, sep="/"), generation.shardings)
-        fingerprint = hashlib.sha256((folder / DESCRIPTION).read_bytes())
-        with open(folder / MODEL, "rb") as file:
-            fingerprint.update(hashlib.file_digest(file, "sha256").digest())
-        self.fingerprint = fingerprint.hexdigest()
+        self.fingerprint = digest_of(folder / DESCRIPTION, folder / MODEL)
         self.config_hash = hashlib.sha256(json.dumps(description.settings, sort_keys=True).encode()).hexdigest()
         self._encoder_fingerprint = description.encoder_fingerprint
 

@@ -36,7 +36,6 @@ class Encoder:
 
     module: nn.Module
     params: dict
-    rules: tuple  # sharding of its parameters
     tokenize: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]  # texts, L -> (ids, valid), int32 (n, L), padded right
     files: tuple[pathlib.Path, ...]  # whatever its output depends on
 
@@ -56,7 +55,7 @@ def load_encoder(name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.
     params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = hf.load_tokenizer(folder)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model"))
-    return Encoder(module, params, rules, functools.partial(_tokenize, tokenizer), tuple(files))
+    return Encoder(module, params, functools.partial(_tokenize, tokenizer), tuple(files))
 
 
 def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
@@ -132,7 +131,7 @@ def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None
     module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
     params = {"vectors": vectors}
     params = jax.device_put(params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params))
-    return Encoder(module, params, word_vectors.RULES, functools.partial(word_vectors.tokenize, vocabulary), (path,))
+    return Encoder(module, params, functools.partial(word_vectors.tokenize, vocabulary), (path,))
 
 
 def _only_last(name: pathlib.Path, layer: int) -> None:
