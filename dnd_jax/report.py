@@ -50,8 +50,7 @@ def table(results: Mapping, measure: str = "exact") -> str:
     """The scores of every unseen dataset, by kind and over all, as aligned text; under the means their intervals."""
     methods = _methods(results, measure)
     widths = [max(len(TITLES[m]), 9) for m in methods]
-    kinds = results["mean"]["by_kind"]
-    names = list(results["unseen"]) + [f"mean of {k}" for k in kinds] + ["mean of all unseen"]
+    names = list(results["unseen"]) + [f"mean of {k}" for k in results["mean"]["by_kind"]] + ["mean of all unseen"]
     first = max(map(len, names))
     rule = "-" * (first + sum(w + 2 for w in widths))
     lines = [" " * first + "".join(f"  {TITLES[m]:>{w}}" for m, w in zip(methods, widths, strict=True)), rule]
@@ -65,9 +64,9 @@ def table(results: Mapping, measure: str = "exact") -> str:
         cells = (_interval(found.get(m)).rjust(w) for m, w in zip(methods, widths, strict=True))
         return [f"{f'  {LEVEL:.0%} interval':<{first}}  " + "  ".join(cells)] if found else []
 
-    for kind, mean in kinds.items():
+    for kind, mean in results["mean"]["by_kind"].items():
         lines += [row(name, scores) for name, scores in results["unseen"].items() if scores["kind"] == kind]
-        lines += [row(f"mean of {kind}", mean), *interval(mean), rule] if len(kinds) > 1 else [rule]
+        lines += [row(f"mean of {kind}", mean), *interval(mean), rule]
     lines += [row("mean of all unseen", results["mean"]), *interval(results["mean"])]
     return "\n".join(lines)
 
@@ -182,10 +181,10 @@ def _html_table(results: Mapping, measure: str) -> str:
         cells = "".join(f'<td class="{m}">{_cell(values.get(m))}<small>{bounds.get(m, "")}</small></td>' for m in methods)
         return f'<tr class="{css}"><th>{html.escape(name)}</th>{cells}</tr>'
 
-    body, kinds = "", results["mean"]["by_kind"]
-    for kind, mean in kinds.items():
+    body = ""
+    for kind, mean in results["mean"]["by_kind"].items():
         body += "".join(row(n, s) for n, s in results["unseen"].items() if s["kind"] == kind)
-        body += row(f"mean of {kind}", mean, "mean") if len(kinds) > 1 else ""
+        body += row(f"mean of {kind}", mean, "mean")
     return f"<table><tr><th></th>{head}</tr>{body}{row('mean of all unseen', results['mean'], 'mean')}</table>"
 
 

@@ -141,14 +141,6 @@ def test_table_with_a_method_that_some_datasets_lack(config):
     assert "tuned" not in results["mean"]
 
 
-def test_the_only_kind_has_no_mean_of_its_own(config):
-    results = combine(runs_of((5,)), config)
-    assert len([line for line in table(results).splitlines() if line.startswith("mean of ")]) == 3
-    kinds = results["mean"]["by_kind"]
-    one = {**results, "mean": {**results["mean"], "by_kind": dict([next(iter(kinds.items()))])}}
-    assert [line[:18] for line in table(one).splitlines() if line.startswith("mean of ")] == ["mean of all unseen"]
-
-
 def test_rule_says_what_was_read(config):
     assert rule(config).startswith("No selection: mean of all samples. 5 adapters a dataset from 5 seeded draws of 8 prompts")
     assert "answers" not in rule(config)
