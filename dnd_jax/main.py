@@ -367,7 +367,8 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
         config = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, topologies=(values.topology,)))
     if values.sweep:
         plans = sweep.sweep(config, workdir, values.measure)
-        print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}", flush=True)
+        more = ", scaling.png" if sweep.scaling(plans) else ""
+        print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}{more}", flush=True)
     else:
         devices = plan.devices_of(values.topology, config.mesh.slices)
         plans = [plan.make_plan(config, devices, step, values.measure) for step in STEPS]

@@ -2,7 +2,8 @@
 
     dnd plan --sweep --config=configs/ablate_sharding.py --workdir=runs/sharding
 
-WORKDIR gets plans.json, plans.csv, plans.md and plans.png. A combination that was compiled before is not compiled again.
+WORKDIR gets plans.json, plans.csv, plans.md, plans.png and, where the combinations differ in the number of devices, scaling.png. A
+combination that was compiled before is not compiled again.
 """
 
 import csv
@@ -94,7 +95,8 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
             continue
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"
         if path.is_file():
-            found.append(Plan(**read_json(path)))
+            plan = Plan(**read_json(path))
+            found += [plan] if plan not in found else []  # 64 samples and 8 a chip are the same on eight chips
             continue
         try:
             plan = make_plan(variant, devices, step, measure)
@@ -110,6 +112,7 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
         with replacing(workdir / name) as temporary:
             temporary.write_text(text)
     plot(found, workdir / "plans.png")
+    plot_scaling(found, workdir / "scaling.png")
     return found
 
 
@@ -221,6 +224,70 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
     right.set_xlabel("GiB a device (green fits, line: the chip's)")
     title = " ".join(f"{names[n]}{getattr(shown[0], n)}" for n in names if same[n])
     figure.suptitle(f"{shown[0].step} step, mesh data x fsdp x tensor; {title}")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
+    """Fitting train steps that differ in nothing but the number of devices, from few to many: {"64 samples a step": plans, ...}
+    where the batch is the same (strong scaling), {"8 samples a device": plans, ...} where a device's share is (weak scaling)."""
+    shown = sorted((p for p in plans if p.step == "train" and p.fits), key=_size)
+
+    def settings(p: Plan) -> tuple[str, ...]:
+        kind = p.devices.split(" ", 1)[1]  # "8 TPU v5p"
+        fsdp, tensor = (f"{axis} {p.mesh[axis]}" for axis in ("fsdp", "tensor"))
+        return kind, fsdp, tensor, f"rules {p.rules}", f"remat {p.remat}", f"parts {p.micro_batches}", p.method
+
+    differing = [len(set(values)) > 1 for values in zip(*map(settings, shown), strict=True)]
+    lines: dict[str, list[Plan]] = {}
+    for share in (False, True):
+        for p in shown:
+            samples = f"{p.batch / _size(p):g} samples a device" if share else f"{p.batch} samples a step"
+            notes = (note for note, differs in zip(settings(p), differing, strict=True) if differs)
+            lines.setdefault(", ".join([samples, *notes]), []).append(p)
+    return {name: line for name, line in lines.items() if len({_size(p) for p in line}) > 1}
+
+
+def plot_scaling(plans: Sequence[Plan], path: pathlib.Path) -> None:
+    """Samples a second and milliseconds a step over the number of devices, a line for each of `scaling`'s. Nothing without
+    matplotlib, without times or with one number of devices."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    lines = scaling([p for p in plans if p.samples_per_second])
+    if not lines:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for number, (name, line) in enumerate(lines.items()):
+        sizes, color = [_size(p) for p in line], f"C{number}"
+        left.plot(sizes, [p.samples_per_second for p in line], "o-", color=color, label=name)
+        left.plot(sizes, [line[0].samples_per_second * n / sizes[0] for n in sizes], ":", color=color)
+        for what, style, field in (
+            ("compute", "o-", "estimate_seconds"),
+            ("links", "s--", "link_seconds"),
+            ("measured", "x-.", "measured_seconds"),
+        ):
+            if any(getattr(p, field) for p in line):
+                ms = [(getattr(p, field) or float("nan")) * 1e3 for p in line]
+                right.plot(sizes, ms, style, color=color, label=f"{what}, {name}")
+    left.set_ylabel("samples a second (dotted: perfect)")
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter(ScalarFormatter())
+    right.set_ylabel("ms a step; links if nothing overlapped")
+    right.set_ylim(bottom=0)
+    ticks = sorted({_size(p) for line in lines.values() for p in line})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, ticks)
+        axes.set_xlabel(f"devices ({plans[0].devices.split(' ', 1)[1]})")
+        axes.grid(alpha=0.3)
+        axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

@@ -166,6 +166,7 @@ def test_a_sweep_writes_its_tables_and_goes_on_where_it_was(tmp_path):
     table = (tmp_path / "plans.md").read_text()
     assert table.count("\n| ") == 8 and "**" in table and "2x2x2" in table
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "scaling.png").exists()  # one number of devices
 
 
 def test_parts_that_do_not_divide_a_batch_are_left_out(tmp_path, capsys):
@@ -192,6 +193,26 @@ def plan_of(**changes) -> Plan:
         flops=1e12, estimate_seconds=0.1,
     )  # fmt: skip
     return Plan(**usual | changes)
+
+
+def test_scaling_compares_what_differs_in_the_number_of_devices_alone(tmp_path):
+    def of(size, batch, **changes):
+        mesh = {"slice": 1, "data": size, "fsdp": 1, "tensor": 1}
+        return plan_of(devices=f"{size} TPU v5e", mesh=mesh, batch=batch, **{"peak_bytes": 2**30, "link_seconds": 0.05} | changes)
+
+    small, strong, weak, big = of(8, 64), of(16, 64), of(16, 128), of(256, 2048)
+    other = [of(32, 64, remat="stages"), of(32, 64, step="generate"), of(32, 64, peak_bytes=2**40)]
+    lines = {"64 samples a step": [small, strong], "8 samples a device": [small, weak, big]}
+    assert sweep.scaling([big, strong, small, weak, *other[1:]]) == lines
+    assert sweep.scaling([big, strong, small, weak, *other]) == {f"{name}, remat none": line for name, line in lines.items()}
+    assert sweep.scaling([small, *other]) == sweep.scaling([]) == {}
+    sweep.plot_scaling([big, strong, small], tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_that_come_to_the_same_are_one_plan(tmp_path):
+    plans = sweep.sweep(settings(sweep__batches=(16, -2)), tmp_path)
+    assert [p.batch for p in plans] == [16]
 
 
 def test_the_nearest_miss_says_what_would_make_it_fit():
