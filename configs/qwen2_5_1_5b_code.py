@@ -15,7 +15,8 @@ def get_config():
     """default.py with this setting's sizes."""
     config = default.get_config()
     config.base.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    config.lora.update(rank=16, alpha=32.0)
+    config.base.max_length = 32768
+    config.lora.update(rank=16, alpha=32.0, steps=705, checkpoints=80)
     config.condition.update(num_prompts=16, max_text_length=26624)
     config.generator.features = (
         (16, 1000, 384),

@@ -15,5 +15,7 @@ def get_config():
     """The code setting on the other base, with shorter texts."""
     config = qwen2_5_7b_code.get_config()
     config.base.path = "Qwen/Qwen2.5-7B-Instruct"
+    config.base.max_length = 8192
+    config.lora.update(steps=705, checkpoints=80)
     config.condition.max_text_length = 4608
     return config

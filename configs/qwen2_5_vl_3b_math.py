@@ -14,7 +14,7 @@ def get_config():
     """default.py with this setting's sizes."""
     config = default.get_config()
     config.base.path = "Qwen/Qwen2.5-VL-3B-Instruct"
-    config.lora.update(rank=16, alpha=32.0)
+    config.lora.update(rank=16, alpha=32.0, steps=725, checkpoints=100)
     config.condition.update(num_prompts=16, max_text_length=1536)
     config.generator.features = (
         (16, 1536, 384),

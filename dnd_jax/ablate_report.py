@@ -107,8 +107,9 @@ def as_markdown(report: Mapping) -> str:
     for entry in report["variants"]:
         rules.setdefault(entry["rule"], []).append(entry["name"])
     of_rule = [rule if len(rules) == 1 else f"{', '.join(names)}: {rule}" for rule, names in rules.items()]
-    lines += ["", f"Means over all unseen datasets, of the generated adapters where no other is named; ± is over {over}. {CONTROL}"]
-    lines += ["", *of_rule, "", report["intervals"], "", "Minutes: of what a variant does not share with the default."]
+    spread = f"± is the population standard deviation over {over}"
+    lines += ["", f"Means over all unseen datasets, of the generated adapters where no other is named; {spread}. {CONTROL}"]
+    lines += ["", *of_rule, "", report["intervals"], "", "Minutes: wall time of what a variant does not share with the default."]
     return "\n".join(lines)
 
 

@@ -118,6 +118,14 @@ def config_file(path: str | os.PathLike) -> pathlib.Path:
     )
 
 
+# Settings of PEFT under which an adapter is not W + scale * B A alone, or not on the modules that it names.
+_OTHER_METHODS = (
+    "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
+)  # fmt: skip
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if missing or damaged."""
     with opened(weights_file(path)) as file:
@@ -154,9 +162,14 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else raw
         raise InputError(f"{file}: peft_type {kind!r}, only LORA is supported")
-    for key in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters"):
+    for key in _OTHER_METHODS:
         if raw.get(key):
             raise InputError(f"{file}: {key} = {raw[key]!r} is not supported")
+    if str(raw.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
+        raise InputError(
+            f"{file}: init_lora_weights = {raw['init_lora_weights']!r}: the matrices belong to a base that PEFT changes when it "
+            "loads them; convert it by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     if raw.get("bias", "none") != "none":
         raise InputError(f"{file}: bias = {raw['bias']!r} is not supported")
     ranks = {key.removesuffix(_A): shape[0] for key, shape in read_shapes(path).items() if key.endswith(_A)}
@@ -174,7 +187,9 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             raise listed(f"{path}: tokens need one rank for all modules; most have {common}", mixed)
         rank, alpha, targets = next(iter(ranks.values()), int(raw["r"])), float(raw["lora_alpha"]), raw["target_modules"]
         # A pattern or a choice of layers is written out as whole paths: what we write then names exactly these modules.
-        whole = isinstance(targets, str) or any(raw.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+        whole = isinstance(targets, str) or any(
+            raw.get(k) not in (None, [], "") for k in ("layers_to_transform", "layers_pattern", "exclude_modules")
+        )
         return AdapterConfig(
             base=str(raw.get("base_model_name_or_path") or ""),
             rank=rank,

@@ -80,8 +80,9 @@ def make_collect_step(
     return step
 
 
-def score_loras(module: BaseLM, params, lora, lora_scale: float, data, chunk: int = 512) -> np.ndarray:
-    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one entry a task."""
+def score_loras(module: BaseLM, params, lora, lora_scale: float, data, batch_size: int) -> np.ndarray:
+    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one entry a task. Memory: one batch,
+    less than a training step's."""
 
     @jax.jit
     def score(params, lora, batch):
@@ -90,7 +91,7 @@ def score_loras(module: BaseLM, params, lora, lora_scale: float, data, chunk: in
     scores = []
     for k, sequences in enumerate(data):
         one = {name: value[k] for name, value in lora.items()}
-        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // chunk))
+        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // batch_size))
         right = [float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part) for part in parts]
         scores.append(sum(right) / len(sequences))
     return np.array(scores)
@@ -164,7 +165,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
         record=record,
         after_step=keep,
     )
-    scores = score_loras(module, params, jax.device_get(state["lora"]), adapter.scale, test)
+    scores = score_loras(module, params, jax.device_get(state["lora"]), adapter.scale, test, c.batch_size)
     exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
     write_json(folder / DONE, {"settings": record, "exact_match": exact})
     return folder

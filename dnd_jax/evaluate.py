@@ -40,6 +40,7 @@ from dnd_jax.errors import InputError
 from dnd_jax.files import read_json, write_json
 from dnd_jax.forms import condition_texts
 from dnd_jax.generate import TrainedGenerator, draw_prompts
+from dnd_jax.generator_folder import read_record
 from dnd_jax.models import hf
 from dnd_jax.overhead import measure_overhead
 from dnd_jax.results import METHODS, pack, unpack
@@ -78,11 +79,24 @@ class Candidates:
     nearest: dict[str, str]  # unseen dataset -> training dataset
 
 
+def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
+    """Raises InputError unless the configuration gives a generator what it was trained on, listing what differs; another suite may
+    be asked of it."""
+    asked = ("num_prompts", "max_text_length", "layer", "form")
+    datasets = read_record(generator.folder)["train"].get("datasets", config.train.datasets)  # an imported one does not say
+    then, now = (
+        {"condition": {key: getattr(condition, key) for key in asked}, "train": {"datasets": number}}
+        for condition, number in ((generator.condition, datasets), (config.condition, config.train.datasets))
+    )
+    loop.check_same_run(generator.folder, then, now)
+
+
 def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
     """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders; those that are there and were
     made from this generator, these prompts and checkpoints are kept."""
     suite = suite.with_training(config.train.datasets, config.seed)
     generator = TrainedGenerator(workdir / "generator")
+    check_asked_alike(config, generator)
     checkpoints = Checkpoints(config, suite, workdir)
     loras = hashlib.sha256(json.dumps(checkpoints.identity()).encode()).hexdigest()
     encoder, adapter, competitors = generator.encoder, generator.adapter, workdir / "competitors"
@@ -97,12 +111,12 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         return folder
 
     def texts(dataset: Dataset) -> list[str]:
-        return condition_texts(dataset.train, config.condition.form, config.seed)
+        return condition_texts(dataset.pool, config.condition.form, config.seed)
 
     def pooled(prompts: list[str]) -> np.ndarray:
         return encoder.cached_means(prompts, workdir / "embeddings")
 
-    training = {d.name: pooled(texts(d)) for d in suite.train}
+    training = {d.name: pooled(condition_texts(d.train, config.condition.form, config.seed)) for d in suite.train}
     mean_card = f"The mean of the training LoRA checkpoints (sha256 {loras}).\n"
     mean_folder = kept(
         competitors / "mean_adapter",
@@ -176,10 +190,12 @@ def scored_on(candidates: Candidates, name: str) -> list[str]:
     return ["base", *map(str, candidates.training.values()), *map(str, sum(candidates.by_dataset[name].values(), []))]
 
 
-def score_keys(candidates: Candidates) -> dict[str, str]:
-    """{label: what its scores are kept under}, a hash of the adapter's files, so that another adapter in its place is not it."""
+def score_keys(candidates: Candidates, base_path) -> dict[str, str]:
+    """{label: what its scores are kept under}, hashes of the base's and the adapter's files, so that another one in the place of
+    either is not it."""
     labels = dict.fromkeys(label for name in candidates.by_dataset for label in scored_on(candidates, name))
-    return {label: "base" if label == "base" else fingerprint(label) for label in labels}
+    base = hf.base_digest(base_path)
+    return {label: base if label == "base" else f"{fingerprint(label)} on {base}" for label in labels}
 
 
 def read_kept(path: pathlib.Path, settings: dict) -> dict:
@@ -302,7 +318,7 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
     path = workdir / EVALUATION
     settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, workdir)
-    keys = score_keys(candidates)
+    keys = score_keys(candidates, base_path)
     adapters = [keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)]
     stored = read_kept(path, settings)
     if stored.get("adapters") == adapters:

@@ -12,6 +12,7 @@ Columns, rule and intervals are those of results.json; WORKDIR/lm_eval.json hold
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from dnd_jax.results import add_intervals, pack, rule, summarise, unpack
 from dnd_jax.stopping import stop
 from dnd_jax.suite import Dataset, Suite
 
-SCORES = "lm_eval/scores.json"
+SCORES = "lm_eval/scores{}.json"  # a file for each --limit
 NAMES = {
     "ARC-c": "arc_challenge",
     "ARC-e": "arc_easy",
@@ -57,7 +58,8 @@ class Wanted:
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}:{self.task}" if self.task else self.dataset
+        task = f"{self.dataset}:{self.task}" if self.task else self.dataset
+        return f"{task}@{self.data}" if self.data else task
 
 
 def parse_tasks(texts: Sequence[str], suite: Suite) -> list[Wanted]:
@@ -132,14 +134,16 @@ def load_tasks(wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool
     for w in wanted:
         spec = w.task or str(folder.absolute() / f"{w.dataset}.yaml")
         if w.data:
-            spec = str(folder.absolute() / f"{w.dataset}_{w.task}.yaml")
-            of_harness = {"include": str(manager.task_index[w.task].yaml_path), "task": f"dnd_{w.dataset}_{w.task}"}
-            write_json(spec, of_harness | {"dataset_path": str(pathlib.Path(w.data).absolute()), "dataset_name": None})
+            data = str(pathlib.Path(w.data).absolute())
+            name = f"{w.dataset}_{w.task}_{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+            spec = str(folder.absolute() / f"{name}.yaml")
+            of_harness = {"include": str(manager.task_index[w.task].yaml_path), "task": f"dnd_{name}"}
+            write_json(spec, of_harness | {"dataset_path": data, "dataset_name": None})
         try:
             task = next(iter(manager.load([spec])["tasks"].values()))
         except Exception as error:  # datasets, its readers, the hub client and the tasks' own code all raise their own
             reason = first_line(error)
-            raise InputError(f"{w.title}: its data cannot be had ({reason}); give a folder: {w.title}@FOLDER") from None
+            raise InputError(f"{w.title}: its data cannot be had ({reason}); give a folder: {w.dataset}:{w.task}@FOLDER") from None
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -224,9 +228,9 @@ def lm_eval_stage(
     loaded = load_tasks(wanted, folder, unsafe_code)
     candidates = make_candidates(config, suite, workdir)
 
-    path = workdir / SCORES
-    settings = evaluation_settings(config, suite.fingerprint) | {"limit": limit, "lm_eval": lm_eval.__version__}
-    scores, keys = read_kept(path, settings)["scores"], score_keys(candidates)
+    path = workdir / SCORES.format(f"_{limit}" if limit else "")
+    settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
+    scores, keys = read_kept(path, settings)["scores"], score_keys(candidates, base_path)
     jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
         for label in scored_on(candidates, w.dataset):

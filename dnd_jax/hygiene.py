@@ -23,7 +23,9 @@ MAJORITY = 0.9  # share of one answer in a test set that is worth a note
 CHANCE = 10  # fewer answers may be alike by chance
 SHOWN = 3
 _CHOICE = re.compile(r"^[ \t]*\(?([A-Za-z]|\d{1,2})[:.)][ \t]+\S", re.MULTILINE)
+_FIRST_TWO = (["a", "b"], ["1", "2"], ["0", "1"])  # labels that choices begin with
 _INNER = re.compile(r"\w+")
+_TOLD_APART = re.compile(r"\w+|[-+*/=<>^%|&~]")  # "3 + 4" and "3 - 4" are two questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +41,20 @@ class Finding:
 
 
 def normal(text: str) -> str:
-    """Words alone, in lower case: what is compared when texts are called the same."""
-    return " ".join(_INNER.findall(text.casefold()))
+    """Words and operators alone, in lower case: what is compared when texts are called the same."""
+    return " ".join(_TOLD_APART.findall(text.casefold()))
 
 
 def question(prompt: str) -> str:
     """A prompt without its choices (lines such as "A: iron", from the first on), normalised."""
-    first = _CHOICE.search(prompt)
+    first = _CHOICE.search(prompt) if choices(prompt) else None
     return normal(prompt[: first.start()] if first and normal(prompt[: first.start()]) else prompt)
 
 
 def choices(prompt: str) -> list[str]:
-    """The labels of a prompt's choices: ["A", "B", ...]; fewer than two are none."""
+    """The labels of a prompt's choices: ["A", "B", ...]; none where lines do not begin as such (code may have "x: int")."""
     found = _CHOICE.findall(prompt)
-    return found if len(found) > 1 else []
+    return found if [label.casefold() for label in found[:2]] in _FIRST_TWO else []
 
 
 def is_label(response: str) -> bool:

@@ -1,8 +1,8 @@
 """Confidence intervals: a percentile bootstrap over test questions, drawn from the seed.
 
-Questions of a dataset are drawn with replacement, the same ones for all methods. A mean over datasets (and seeds) draws in each of
-them on its own. The interval says how much a score depends on which questions were asked, not on the seed of the training. Where
-all questions score alike it has no width.
+Questions of a dataset are drawn with replacement, the same ones for all methods and for all seeds that were asked the same ones. A
+mean over datasets (and over seeds with questions of their own) draws in each of them on its own. The interval says how much a score
+depends on which questions were asked, not on the seed of the training. Where all questions score alike it has no width.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

@@ -17,6 +17,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
 ROLES = ("<system>", "<user>", "<assistant>")
+DATE = "26 Jul 2024"  # for chat templates that name the day, and would render other texts tomorrow
 SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
 
 
@@ -49,7 +50,8 @@ def render(tokenizer, prompt: str, system: str = "") -> str:
     """The text that precedes the response, special tokens included: the base's chat template, or prompt and a line break (after
     the begin token, where the tokenizer sets one) where it has none.
 
-    A template that knows no system role gets the system text before the prompt; one that can think aloud is told not to.
+    A template that knows no system role gets the system text before the prompt; one that can think aloud is told not to; one
+    that says what day it is (Llama 3.2's) always says the same.
     """
     if tokenizer.chat_template is None:
         ids = tokenizer("")["input_ids"]
@@ -57,7 +59,8 @@ def render(tokenizer, prompt: str, system: str = "") -> str:
         return f"{begin}{system}\n{prompt}\n" if system else f"{begin}{prompt}\n"
 
     def apply(messages: list[dict]) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        options = {"enable_thinking": False, "date_string": DATE}
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     if not system:
         return apply([{"role": "user", "content": prompt}])

@@ -83,7 +83,7 @@ def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dic
         train(config, suite, workdir)
     with timed(workdir, "evaluate"):
         evaluation = evaluate(config, suite, base, workdir)
-    return {"suite": suite.name, **evaluation, "seconds": read_json(workdir / SECONDS)}
+    return {"suite": suite.name, "fingerprint": suite.fingerprint, **evaluation, "seconds": read_json(workdir / SECONDS)}
 
 
 def finish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict:

@@ -13,8 +13,8 @@ from dnd_jax.config import Config
 PARTS = ("content", "format")  # measures that stand in an entry under their names, beside its exact match
 METHODS = ("base", "train_mean", "train_best", "mean_adapter", "nearest", "ridge", "generated", "wrong_prompts", "tuned")
 RULE = (
-    "No selection: mean of all samples. {samples} adapters a dataset from {samples} seeded draws of {prompts}, mean and spread "
-    "over them; the generator is the one after its last step."
+    "No selection: mean of all samples. {samples} adapters a dataset from {samples} seeded draws of {prompts}, mean and "
+    "population standard deviation over them; the generator is the one after its last step."
 )
 FEW_RULE = " They are repeated until the generator has its {n}."
 FORM_RULE = " The condition is of the form {form!r}: it reads the answers of the unseen pools too."
@@ -67,13 +67,16 @@ def unpack(text: str) -> list[float]:
 def add_intervals(unseen: Mapping[str, dict], mean: dict, runs: Mapping[int, Mapping]) -> None:
     """Adds "interval": {method: [low, high]} beside every measure's scores, from the runs' "questions".
 
-    unseen, mean: the parts of results.json; a mean's interval is that of the mean over seeds of the mean over datasets.
+    unseen, mean: the parts of results.json; a mean's interval is that of the mean over seeds of the mean over datasets. Seeds with
+    one "fingerprint" of their suite were asked the same questions, and draw the same ones.
     """
+    prints = {seed: run.get("fingerprint", seed) for seed, run in runs.items()}
+    draw = {seed: next(first for first in runs if prints[first] == prints[seed]) for seed in runs}
 
     def of_dataset(seed: int, name: str) -> dict:
         packed = runs[seed]["questions"][name]
         flat = {(measure, method): np.array(unpack(text)) for measure, of in packed.items() for method, text in of.items()}
-        return intervals.replicates(flat, seed, name)
+        return intervals.replicates(flat, draw[seed], name)
 
     drawn = {seed: {name: of_dataset(seed, name) for name in run["unseen"]} for seed, run in runs.items()}
 

@@ -58,6 +58,12 @@ class Dataset:
         """Whether its train examples have responses, to tune on."""
         return all(e.response for e in self.train)
 
+    @property
+    def pool(self) -> tuple[Example, ...]:
+        """The train examples whose prompts are no test questions: those that generation may see (METHOD.md section 7)."""
+        asked = {e.prompt.strip() for e in self.test}
+        return tuple(e for e in self.train if e.prompt.strip() not in asked)
+
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
@@ -229,4 +235,7 @@ def _dataset(name: str, role: str, pool: Source, test: Source | None, holdout: i
         for split, r in read.items()
         if r.longer_conversations
     ]
-    return Dataset(name, read["train"].examples, read["test"].examples, tuple(notes))
+    dataset = Dataset(name, read["train"].examples, read["test"].examples, tuple(notes))
+    if role == "unseen" and len(dataset.pool) < least:
+        raise InputError(f"{pool.source}: {len(dataset.pool)} example(s) beside the test questions in it, at least {least} needed")
+    return dataset

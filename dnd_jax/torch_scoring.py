@@ -2,13 +2,15 @@
 
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dnd_jax.errors import InputError, first_line
 from dnd_jax.lm_data import render
@@ -17,17 +19,27 @@ from dnd_jax.scoring import pad_left
 from dnd_jax.sources import Example
 
 _SLOT = "scored"
+# PEFT 0.21 asks transformers 5 for it at every adapter, which would print into the progress bars.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def load_torch_base(base: str | os.PathLike) -> torch.nn.Module:
-    """The transformers model of a folder, package or hub id: float32, on the GPU where there is one.
+    """The transformers model of a folder, package or hub id: float32, on the GPU where there is one. Vision-language models are
+    asked for text alone. Of the folder's generation settings none stays but its special tokens: greedy is greedy (Qwen2.5's own
+    settings punish every token of the prompt).
 
     Raises InputError when it has no usable configuration or weights, or no room.
     """
     folder = resolve(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        text = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        special = {key: value for key, value in model.generation_config.to_dict().items() if key.endswith("_token_id")}
+        model.generation_config = GenerationConfig(**special)
+        missing = sorted(report["missing_keys"])
+        if not missing:
+            return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"{folder}: no room for it on the GPU ({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
@@ -36,6 +48,8 @@ def load_torch_base(base: str | os.PathLike) -> torch.nn.Module:
     except Exception as error:  # transformers, safetensors and the model's own code raise whatever a damaged folder makes of them
         why = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: transformers cannot load it ({why}); give a whole model folder") from None
+    # transformers makes these up at random, with a warning only.
+    raise InputError(f"{folder}: its files lack {len(missing)} of the model's tensors ({missing[0]}); give a whole model folder")
 
 
 class TorchBase:

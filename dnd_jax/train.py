@@ -215,6 +215,8 @@ def first_state(config: Config, sharded: ShardedStep) -> dict:
     of = sharded.shapes["params"], sharded.shardings["params"]
     params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
     opt = jax.jit(make_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(params)
+    if multihost.lead():
+        print(f"starting from the parameters of {config.train.init_from}", flush=True)
     return {"params": params, "opt": opt, "step": jax.device_put(np.int32(0), sharded.shardings["step"])}
 
 

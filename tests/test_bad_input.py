@@ -10,6 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 from pipeline import TINY, tiny_suite
+from safetensors.numpy import load_file as load_tensors
+from safetensors.numpy import save_file
 from small_models import write_qwen
 
 from dnd_jax import loop
@@ -214,6 +216,12 @@ def test_bases_with_faults(tmp_path):
         load_base_config("package:no.such/x")
     (base / "config.json").write_text(json.dumps(raw))
     weights = base / "model.safetensors"
+    tensors = load_tensors(weights)
+    save_file({key: value for key, value in tensors.items() if "layers.1.mlp" not in key}, weights, {"format": "pt"})
+    lacking = r"its files lack 3 of the model's tensors \(model.layers.1.mlp.down_proj.weight\)"
+    with pytest.raises(InputError, match=f"{base}: {lacking}; give a whole model folder"):
+        TorchBase(base, 4, 4)
+    save_file(tensors, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-20])
     with pytest.raises(InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"):
         TorchBase(base, 4, 4)

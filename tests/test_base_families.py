@@ -162,6 +162,12 @@ def test_config_json_as_it_was_written_before(tmp_path):
     hf.load_base(tmp_path)
 
 
+def test_a_window_without_a_size_has_transformers_own(tmp_path):
+    raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 3}
+    theirs = Qwen2Config(**{key: value for key, value in raw.items() if key != "model_type"})
+    assert hf._windows(raw, 3) == (None, theirs.sliding_window, theirs.sliding_window) == (None, 4096, 4096)
+
+
 # --- On a mesh ----------------------------------------------------------------------------------------------------------------
 
 

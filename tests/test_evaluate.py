@@ -179,6 +179,18 @@ def test_what_is_of_another_generator_is_made_anew(made, suite, tmp_path, capsys
     assert of_generated[0] != of_generated[1] == of_generated[2] and of_others[0] == of_others[1] != of_others[2]
     assert harness(workdir) == harness(fresh)
 
+    # Another base at the same path: every score is of it.
+    weights = pathlib.Path(base) / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        save_file({key: -value for key, value in load_tensors(weights).items()}, weights, {"format": "pt"})
+        fourth, said = evaluated(workdir)
+        assert not said and fourth["unseen"] != third["unseen"]
+        fresh = copied(workdir, tmp_path / "other_base")
+        assert fourth == evaluated(fresh)[0] and harness(workdir) == harness(fresh)
+    finally:
+        weights.write_bytes(kept)
+
 
 @only("gemma")
 def test_a_base_that_only_pytorch_runs(made, suite, tmp_path, capsys):
@@ -196,6 +208,24 @@ def test_a_base_that_only_pytorch_runs(made, suite, tmp_path, capsys):
     assert page.count("Not measured, because only PyTorch runs this base.") == 2
     assert "the likeliest label" in page and "greedy decoding" not in page
     assert "Not measured, because only PyTorch" in capsys.readouterr().out
+
+
+@only("gemma")
+def test_a_generator_is_asked_what_it_was_trained_on(made, suite, tmp_path):
+    config, _, run = made
+    workdir = copied(run, tmp_path / "w")
+    for section, changes, expected in (
+        (
+            "condition",
+            {"form": "both", "max_text_length": 9},
+            r"condition.form: 'prompt' -> 'both'; condition.max_text_length: \d+ -> 9",
+        ),
+        ("condition", {"num_prompts": 3}, r"condition.num_prompts: \d -> 3"),
+        ("train", {"datasets": 2}, "train.datasets: 0 -> 2"),
+    ):
+        other = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+        with pytest.raises(InputError, match=f"{workdir}/generator was made with other settings; .*{expected}"):
+            stage.make_candidates(other, suite, workdir)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "lm-eval", "quickstart"])

@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import write_encoder, write_qwen
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from small_models import fill, write_encoder, write_qwen
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dnd_jax.adapters import AdapterConfig, load_adapter, save_adapter, verify_adapter
 from dnd_jax.bench import torch_generator
@@ -31,6 +31,7 @@ from dnd_jax.layout import MODULE_ORDER, PEFT_PREFIX
 from dnd_jax.main import main
 from dnd_jax.merge import merge_adapter
 from dnd_jax.models.hf import load_base_config
+from dnd_jax.torch_scoring import load_torch_base
 
 PROMPTS = ["where is the bird ?", "who is six ?", "what is ten ?", "where is one ?"]
 IDS = torch.tensor([[3, 5, 7, 9, 11, 4], [8, 8, 2, 1, 12, 6]])
@@ -382,6 +383,25 @@ def test_other_numbers_than_the_matrices_say_are_found_out(made, tmp_path, capsy
             monkeypatch.setattr(cls, "update_layer", update_layer)
     status, text = verified(capsys, folder)
     assert status == 1 and "not what its matrices say" in text, text
+
+
+def test_a_vision_language_base(tmp_path, capsys):
+    """Qwen2.5-VL's architecture, asked for text alone: as transformers and PEFT name its modules."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 40, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
+    vision = {**sizes, "depth": 1, "num_heads": 4, "out_hidden_size": 16}
+    settings = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    fill(Qwen2_5_VLForConditionalGeneration(settings)).save_pretrained(tmp_path / "base")
+    model = load_torch_base(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=r".*language_model.*\.(q_proj|up_proj)"))
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if ".lora_B." in name:
+                value.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    status, text = verified(capsys, tmp_path / "adapter", f"--base={tmp_path / 'base'}")
+    assert status == 0 and "modules attached: 4 of 4, rank 2, scale 2" in text, text
 
 
 def test_verify_needs_a_base_that_is_there(made, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import datasets
 import numpy as np
@@ -97,11 +98,11 @@ def test_a_task_of_the_harness_on_local_data(base, adapters, tmp_path):
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "arc" / f"{split}.parquet")
     suite = Suite("s", tmp_path, (), (), (Dataset("mine", (), ()),), {"mine": "unseen"}, "")
     wanted = parse_tasks([f"mine:ARC-e@{tmp_path / 'arc'}"], suite)
-    assert wanted == [Wanted("mine", "arc_easy", str(tmp_path / "arc"))] and wanted[0].title == "mine:arc_easy"
+    assert wanted == [Wanted("mine", "arc_easy", str(tmp_path / "arc"))] and wanted[0].title == f"mine:arc_easy@{tmp_path / 'arc'}"
     tasks = load_tasks(wanted, tmp_path, unsafe_code=False)
     for adapter in adapters[:2]:
         base.use(adapter)
-        metric, theirs = score(base, tasks, set(), 4, 0, False)["mine:arc_easy"]
+        metric, theirs = score(base, tasks, set(), 4, 0, False)[wanted[0].title]
         expected = []
         for i, row in enumerate(rows):
             asked = render(base.tokenizer, f"Question: {row['question']}\nAnswer:")
@@ -114,6 +115,9 @@ def test_a_task_of_the_harness_on_local_data(base, adapters, tmp_path):
                 scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()) / len(text))
             expected.append(float(np.argmax(scores) == i % 3))
         assert metric == "acc_norm" and theirs == expected
+    other = shutil.copytree(tmp_path / "arc", tmp_path / "other")
+    both = load_tasks([*wanted, Wanted("mine", "arc_easy", str(other))], tmp_path, unsafe_code=False)
+    assert len({task.get_config("dataset_path") for task in both.values()}) == 2  # other data is another task
     with pytest.raises(InputError, match="mine:openbookqa: its data cannot be had .*give a folder: mine:openbookqa@FOLDER"):
         load_tasks([Wanted("mine", "openbookqa")], tmp_path, False)
     with pytest.raises(InputError, match="humaneval runs code that a model wrote; allow it here by --unsafe-code"):

@@ -154,6 +154,9 @@ def test_parts_of_a_prompt():
     assert question("Why?\nA: iron\nB: wood") == question("why ?\n(A) gold\n(B) tin") == "why"
     assert question("A. iron\nB. wood") == "a iron b wood"  # nothing precedes: all of it is the question
     assert choices("Why?\n1. iron\n2. wood") == ["1", "2"] and choices("Why?\nA: iron") == [] == choices("I: am")
+    assert question("What is 3 + 4 ?") != question("What is 3 - 4 ?") and question("Is x<y?") != question("Is x>y?")
+    code = "def f(\n  x: int,\n  y: int):\n  return x"
+    assert choices(code) == [] and question(code).endswith("return x")
     assert [shape(s) for s in ("[A]", "(b)", "[12]", "True", "YES", "no.")] == ["[X]", "(x)", "[0]", "Word", "WORD", "word."]
 
 

@@ -288,6 +288,8 @@ SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass, t
     "qwen2_5_vl_3b_math": (2409.6, 28.90, (7308, 18, 258)),
 }
 
+CHECKPOINTS = dict(zip(SETTINGS, (50, 80, 80, 100, 80, 100), strict=True))  # of a dataset, after an epoch of 625 steps: CONFIGS.md
+
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sizes_and_cost_of_the_original_settings(name):
@@ -304,6 +306,8 @@ def test_sizes_and_cost_of_the_original_settings(name):
     assert 2 * forward_macs(features, kernel_size) / 1e12 == pytest.approx(tera, abs=0.005)
     assert millions == pytest.approx(float(re.search(r"([0-9.]+)M parameters", config_text(name))[1]))
     assert "{} tokens of {} x {};".format(*tokens) in config_text(name)
+    kept = int(re.search(r"projections,\s+(\d+) of", config_text(name))[1])
+    assert (config.lora.checkpoints, config.lora.steps) == (kept, 625 + kept) and kept == CHECKPOINTS[name]
     assert tera == pytest.approx(float(re.search(r"([0-9.]+) TFLOP a sample", config_text(name))[1]))
 
 

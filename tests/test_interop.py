@@ -157,6 +157,7 @@ def test_training_starts_from_it(folders, tmp_path):
     )
     done = dnd("train", TINY, *(f"--{option}" for option in options))
     assert done.returncode == 0, done.stderr[-2000:]
+    assert f"starting from the parameters of {tmp_path / 'g'}" in done.stdout
     released, trained = (load_file(tmp_path / p / "model.safetensors") for p in ("g", "w/generator"))
     assert released.keys() == trained.keys()
     for key, value in released.items():

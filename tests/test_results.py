@@ -131,6 +131,16 @@ def test_intervals_of_means(config):
                     np.testing.assert_allclose([low, high], resampled(names, method), atol=0.015)
 
 
+def test_the_same_questions_in_every_seed_are_drawn_once(config):
+    """Three seeds on one suite know no more of its questions than one."""
+    one = runs_of((5,))
+    same = {seed: {**one[5], "fingerprint": "a"} for seed in (5, 6, 7)}
+    assert combine(same, config)["mean"]["interval"] == combine(one, config)["mean"]["interval"]
+    own = {seed: {**one[5], "fingerprint": str(seed)} for seed in (5, 6, 7)}
+    (low, high), (narrow_low, narrow_high) = (combine(runs, config)["mean"]["interval"]["base"] for runs in (same, own))
+    assert low < narrow_low < narrow_high < high
+
+
 def test_table_with_a_method_that_some_datasets_lack(config):
     results = combine(runs_of((5,), without_tuned=("x", "z")), config)
     lines = {line[:14].strip(): line for line in table(results).splitlines()}

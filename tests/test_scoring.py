@@ -1,5 +1,7 @@
 """Scores of answers on small cases, and greedy decoding in JAX against transformers' own."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -102,6 +104,23 @@ def test_the_likeliest_label_equals_transformers(tmp_path):
             scores.append(float(logits[at].log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()))
         expected.append(labels[int(np.argmax(scores))])
     assert chosen == expected and len(set(expected)) > 1
+
+
+def test_generation_settings_of_the_base_do_not_bend_greedy_answers(tmp_path):
+    """Qwen2.5-Instruct's folder has a repetition penalty, which transformers applies to greedy decoding as well."""
+    examples = [Example(f"question {'very ' * (i % 4)}number {i} ?", "yes") for i in range(9)]
+    tokenizer = build_tokenizer([e.prompt for e in examples], 300)
+    model = random_qwen2(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = TorchBase(tmp_path, 5, 8)
+    expected = plain.answer_ids(examples)
+    settings = {"repetition_penalty": 1.5, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [1, 2]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    base = TorchBase(tmp_path, 5, 8)
+    assert base.answer_ids(examples) == expected and base.model.generation_config.eos_token_id == [1, 2]
+    plain.model.generation_config.repetition_penalty = 1.5
+    assert plain.answer_ids(examples) != expected  # they would
 
 
 def test_greedy_equals_transformers(tmp_path):

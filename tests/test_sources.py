@@ -113,6 +113,22 @@ def documented(page: str, name: str) -> str:
     return next(block for block in blocks if f'"name": "{name}' in block)
 
 
+def test_no_test_question_is_in_the_pool(tmp_path):
+    """METHOD.md section 7: what generation draws from and what is scored are disjoint, whatever the files are."""
+    for name, prompts in (("own", "abcdef"), ("pool", ["a", "b ", "c", "d", "e"]), ("test", "bxd")):
+        lines(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "response": "r"} for prompt in prompts])
+    entries = [
+        {"name": "one", "role": "train", "source": "own.jsonl", "holdout": 1},
+        {"name": "two", "role": "unseen", "source": "pool.jsonl"},
+        {"name": "two", "role": "test", "source": "test.jsonl"},
+    ]
+    (tmp_path / "s.json").write_text(json.dumps({"datasets": entries}))
+    (dataset,) = load_suite(tmp_path / "s.json", 3).unseen
+    assert [e.prompt for e in dataset.pool] == ["a", "c", "e"] and len(dataset.train) == 5
+    with pytest.raises(InputError, match=r"pool.jsonl: 3 example\(s\) beside the test questions in it, at least 4 needed"):
+        load_suite(tmp_path / "s.json", 4)
+
+
 def test_the_suite_of_real_text(tmp_path):
     """docs/REAL_TEXT.md's, on files of its format: questions alone for the base, no system text anywhere."""
     for name in (

@@ -1,6 +1,7 @@
 """Hugging Face folders (config.json, *.safetensors, tokenizer files) <-> our base LM; resolving names, tokenizers."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -56,6 +57,18 @@ def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Pa
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
         reason = first_line(error)
         raise InputError(f"{name}: neither a folder here nor reachable on the hub ({reason})") from None
+
+
+def base_digest(path: str | os.PathLike) -> str:
+    """sha256 of all that a base is: configuration, weights, tokenizer. Its path may come to hold another. Raises InputError as
+    `resolve`."""
+    folder = resolve(path)
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in (*FILES, "*.bin") for file in folder.glob(pattern)}):
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -138,7 +151,7 @@ def _rope(file: pathlib.Path, raw: Mapping) -> tuple[float | None, RopeScaling |
 def _windows(raw: Mapping, layers: int) -> tuple[int | None, ...]:
     """Each layer's attention window; () when none slides."""
     kind = raw["model_type"]
-    size = raw.get("sliding_window", 4096 if kind == "mistral" else None)
+    size = raw.get("sliding_window", 4096)  # transformers' default
     if size is None or kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window")):
         return ()
     if kind == "mistral":
