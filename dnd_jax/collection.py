@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
+from dnd_jax import multihost
 from dnd_jax.adapters import checkpoint_folders, config_file, load_adapter, load_adapter_config, read_shapes, weights_file
 from dnd_jax.config import Config
 from dnd_jax.errors import listed
@@ -103,6 +104,7 @@ def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -
     if path.is_file():
         stored = read_safetensors(path)
         return ElementTarget(checkpoints.layout, stored["mean"], stored["scale"])
+    multihost.check_writes(path)
     total = sum(len(paths) for paths in checkpoints.folders.values())
     read = tqdm(checkpoints.tensors(), desc="statistics", unit="checkpoint", total=total, dynamic_ncols=True)
     target = ElementTarget.fit(checkpoints.layout, lambda: read)
@@ -132,6 +134,7 @@ def token_array(checkpoints: Checkpoints, dataset: str, target: Target, cache: p
     key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
     folder = cache / dataset / key
     if not folder.is_dir():
+        multihost.check_writes(folder)
         _write_tokens(checkpoints, dataset, target, folder, importance)
     return TokenArray(
         np.load(folder / TOKENS, mmap_mode="r"), np.load(folder / IMPORTANCE) if (folder / IMPORTANCE).is_file() else None

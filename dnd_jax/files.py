@@ -1,11 +1,14 @@
 """Files that are whole or absent: outputs are written under a temporary name and renamed; JSON is read with clear errors."""
 
 import contextlib
+import functools
+import glob
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,7 +29,11 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        mine = f".{path.name}.{socket.gethostname()}-"
+        for abandoned in path.parent.glob(f"{glob.escape(mine)}*"):  # by a process that was killed
+            if not _alive(abandoned.name.removeprefix(mine).split("-")[0]):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
         target = temporary / path.name
         if directory:
             target.mkdir()
@@ -43,11 +50,31 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _alive(pid: str) -> bool:
+    """Whether this machine has such a process, or may have."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
+
+
 def digest_of(description: pathlib.Path, weights: pathlib.Path) -> str:
     """sha256 of a folder's JSON description and its safetensors file, as they are stored."""
     digest = hashlib.sha256(description.read_bytes())
     with open(weights, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def program_digest() -> str:
+    """sha256 of this program's own code."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

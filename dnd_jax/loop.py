@@ -31,7 +31,7 @@ from dnd_jax.metrics import Metrics, Profiler
 from dnd_jax.stopping import Stopped, stop
 
 CHECKPOINTS = "checkpoints"
-AHEAD = 2  # batches made before they are needed
+AHEAD = 1  # batches made before they are needed, while the next step, dispatched already, has its own
 SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
 
 
@@ -76,9 +76,32 @@ def open_checkpoints(directory: os.PathLike, keep_last: int = 2, keep_every: int
     return ocp.CheckpointManager(epath.Path(directory), options=options)
 
 
+def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
+    """What this process reads checkpoints with by itself: in a restore by all, one that fails leaves the others waiting."""
+    if not multihost.several():
+        return manager
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}")
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(manager.directory, options=options)
+
+
 def _address(folder: str | os.PathLike) -> str:
     """A gs:// address as it is, a folder as an absolute path."""
     return str(folder) if "://" in str(folder) else str(pathlib.Path(folder).absolute())
+
+
+def check_newest(directory: pathlib.Path, checkpoint_dir: str, record: Mapping, allowed: Collection[str] | None = None) -> None:
+    """For before long preparations: raises InputError where the newest checkpoint of a `run` in `directory` was made with other
+    settings, of those that `record` has. What cannot be read is left to `restore`."""
+    folder = epath.Path(_address(checkpoint_dir or directory / CHECKPOINTS))
+    try:
+        newest = max((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+        then = json.loads((newest / "record" / "metadata").read_text())["settings"]
+        then = {key: then.get(key) for key in record}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    check_same_run(newest, then, record, allowed)
 
 
 def restore(
@@ -91,11 +114,11 @@ def restore(
     its record (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none can be read.
     """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes)
-    faults = []
+    faults, reader = [], _reader(manager)
     for step in sorted(manager.all_steps(), reverse=True):
         stored = state = error = None
         try:
-            stored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            stored = reader.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         except Exception as fault:  # whatever a damaged file makes of itself
             error = fault
         if multihost.all_of(error is None):
@@ -103,7 +126,7 @@ def restore(
                 raise InputError(f"{manager.directory}/{step}: its record has no settings: not made by dnd; use another folder")
             check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
             try:
-                state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+                state = reader.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
             except Exception as fault:
                 error = fault
                 if "RESOURCE_EXHAUSTED" in str(fault):

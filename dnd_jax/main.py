@@ -7,11 +7,10 @@ import json
 import os
 import pathlib
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 
-from dnd_jax.errors import CheckFailed, InputError, Missing
+from dnd_jax.errors import CheckFailed, InputError, Missing, first_line
 
 STAGES: dict[str, str] = {
     "quickstart": "the whole pipeline on a suite: table, results.json, report.html",
@@ -93,7 +92,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM or a preemption notice (75 with DND_REQUEUE=1), 1 a check
-    failed or nothing fits, 2 bad input, 3 lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
+    failed, nothing fits or a device has no room, 2 bad input, 3 lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):  # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from dnd_jax.stopping import Stopped, stop
+    from dnd_jax.stopping import Stopped, exit_status, requeued, stop
 
     stop.install()
     try:
@@ -115,22 +114,23 @@ def main(argv: list[str] | None = None) -> int:
         _run(argv[0], argv[1:])
     except (InputError, CheckFailed) as error:
         print(f"dnd: {error}", file=sys.stderr)
-        if isinstance(error, Missing) and _requeued():
+        if isinstance(error, Missing) and requeued():
             return 3  # as for a peer that is lost later: GKE starts all again, which it does not after bad input
         return 2 if isinstance(error, InputError) else 1
     except (Stopped, KeyboardInterrupt) as error:
         print(f"\nstopped by {str(error) or 'SIGINT'}; resume with: dnd {shlex.join(argv)}", file=sys.stderr)
-        return (os.EX_TEMPFAIL if _requeued() else 0) if getattr(error, "signum", None) == signal.SIGTERM else 130
+        return exit_status(getattr(error, "signum", None))
+    except RuntimeError as error:  # as JAX's and PyTorch's own are
+        if "RESOURCE_EXHAUSTED" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        hint = "a smaller batch, train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` says what fits"
+        print(f"dnd: no room on the device ({first_line(error)}); take {hint}", file=sys.stderr)
+        return 1
     except OSError as error:
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2
     return 0
-
-
-def _requeued() -> bool:
-    """Whether SLURM or Kubernetes (launch/) start this again when it did not end well."""
-    return os.environ.get("DND_REQUEUE") == "1"
 
 
 def _parse(stage: str, arguments: list[str]):
@@ -399,6 +399,8 @@ def _train(values, config, workdir: pathlib.Path, arguments: list[str]) -> None:
     address = values.coordinator, values.processes, values.process
     with multihost.joined(*address, values.multihost, values["start-timeout"].value, same):
         multihost.check_shared(workdir)
+        if config.train.checkpoint_dir and "://" not in config.train.checkpoint_dir:
+            multihost.check_shared(pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir")
         workdir.mkdir(parents=True, exist_ok=True)
         with multihost.lead_first():
             suite = q.open_suite(config, workdir, values.strict)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,13 +23,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dnd_jax.errors import InputError, Missing, first_line
-from dnd_jax.stopping import Stopped, stop
+from dnd_jax.files import program_digest
+from dnd_jax.stopping import Stopped, exit_status, stop
 
 BEAT, SILENCE = 5.0, 40.0  # seconds between signs of life, and without one until a peer counts as gone
 LOST = 3  # exit status
 _GIVE = "give --coordinator, --processes and --process"
 _RESUME = "start every process again with the same command to resume"
 _peers: "Peers | None" = None  # of this process, while it is one of several
+_asked = 0.0  # when JAX's preemption service was asked last
 
 
 def lead() -> bool:
@@ -51,6 +53,19 @@ class _Line:
     def send(self, **message) -> None:
         with self._lock, contextlib.suppress(OSError):  # a closed connection is noticed by who reads it
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def closed(self) -> bool:
+        """Whether the other side has left. Not while another thread receives."""
+        before = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(0)
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._socket.settimeout(before)
 
     def receive(self, seconds: float) -> dict | None:
         """The next message; None when the connection is closed or speaks no JSON objects. Raises TimeoutError."""
@@ -106,17 +121,17 @@ class Peers:
             if "turn" in message:
                 self._turn.release()
             if "why" in message:
-                return self._lost(message.get("peer", peer), message["why"])
+                return self._lost(message.get("peer", peer), message["why"], message.get("status", LOST))
 
-    def _lost(self, peer: int, why: str) -> None:
+    def _lost(self, peer: int, why: str, status: int = LOST) -> None:
         """Tells the others and this user, and ends the process, whatever it hangs in."""
         if self._over.is_set():
             return
         self._over.set()
-        self._tell(peer=peer, why=why)
+        self._tell(peer=peer, why=why, status=status)
         name = self._names.get(peer, f"process {peer}")
         print(f"\ndnd: {name} {why}; process {self.process} stops; {_RESUME}", file=sys.stderr, flush=True)
-        os._exit(LOST)
+        os._exit(status)
 
     def pass_turn(self) -> None:
         """Process 0 lets all others go on that wait for it."""
@@ -124,13 +139,14 @@ class Peers:
 
     def wait_turn(self) -> None:
         """Waits for process 0, however long it takes."""
-        self._turn.acquire()
+        while not self._turn.acquire(timeout=1.0):
+            stop.check()
 
-    def leave(self, why: str = "") -> None:
-        """The end of this process' part: done, or why it stops early, which ends all others."""
+    def leave(self, why: str = "", status: int = LOST) -> None:
+        """The end of this process' part: done, or why it stops early, which ends all others with this status."""
         self._over.set()
         if why:
-            self._tell(peer=self.process, why=f"stopped: {why}")
+            self._tell(peer=self.process, why=f"stopped: {why}", status=status)
         else:
             self._tell(done=True)
 
@@ -215,6 +231,8 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
     with server:
         while len(joined) < processes:
             stop.check()
+            for number in [number for number, line in lines.items() if line.closed()]:
+                del joined[number], lines[number]  # it may be started again
             try:
                 server.settimeout(min(0.5, max(0.01, deadline - time.monotonic())))
                 connection, _ = server.accept()
@@ -318,7 +336,7 @@ def joined(
             found = _meeting_of_lead(), jax.process_count(), jax.process_index()
         meeting, processes, process = found
         print(f"process {process} of {processes}: waiting for the others", flush=True)
-        digest = hashlib.sha256("\0".join([*run, jax.__version__]).encode()).hexdigest()
+        digest = hashlib.sha256("\0".join([*run, jax.__version__, program_digest()]).encode()).hexdigest()
         if process == 0:
             _peers = _gather(meeting, processes, start_timeout, digest)
         else:
@@ -327,6 +345,7 @@ def joined(
         stop.shared = True
         if not jax.distributed.is_initialized():
             jax.distributed.initialize(*given, initialization_timeout=int(start_timeout))
+        stop.heard = _heard_sigterm
     except InputError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -351,7 +370,7 @@ def joined(
         if isinstance(error, Stopped) and error.agreed:
             peers.leave()
             raise
-        _end(process, str(error) or "Ctrl-C")
+        _end(process, str(error) or "Ctrl-C", exit_status(error.signum) if isinstance(error, Stopped) else LOST)
     except Exception as error:
         reason = first_line(error)
         if "RESOURCE_EXHAUSTED" not in reason:
@@ -361,11 +380,26 @@ def joined(
     peers.leave()
 
 
-def _end(process: int, why: str) -> None:
+def _end(process: int, why: str, status: int = LOST) -> None:
     """Ends this process, and with it all others."""
-    _peers.leave(why)
+    _peers.leave(why, status)
     print(f"\ndnd: process {process} stops: {why}; {_RESUME}", file=sys.stderr, flush=True)
-    os._exit(LOST)
+    os._exit(status)
+
+
+def _heard_sigterm() -> bool:
+    """Whether JAX's preemption service has had a SIGTERM in any process. Before there are steps to agree on, JAX has no public call
+    that says so; False when the private one is gone."""
+    global _asked
+    if time.monotonic() - _asked < 1.0:
+        return False
+    _asked = time.monotonic()
+    try:
+        from jax._src.distributed import global_state
+
+        return bool(global_state.client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))
+    except Exception:  # no such key yet, or no such call
+        return False
 
 
 @contextlib.contextmanager
@@ -378,8 +412,8 @@ def lead_first() -> Iterator[None]:
         _peers.pass_turn()
 
 
-def check_shared(folder: pathlib.Path) -> None:
-    """Raises InputError in the processes that do not see the folder of process 0."""
+def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:
+    """Raises InputError in the processes that do not see the folder of process 0, which --flag gives."""
     if _peers is None:
         return
     mark = folder / ".processes"
@@ -389,9 +423,34 @@ def check_shared(folder: pathlib.Path) -> None:
             mark.write_text(_peers.token)
         elif not mark.is_file() or mark.read_text() != _peers.token:
             raise InputError(
-                f"--workdir={folder}: process {_peers.process} ({socket.gethostname()}) does not see what process 0 wrote there; "
+                f"--{flag}={folder}: process {_peers.process} ({socket.gethostname()}) does not see what process 0 wrote there; "
                 "give a folder that all hosts share"
             )
+
+
+def check_alike(values: Mapping[str, str]) -> None:
+    """Raises InputError in all processes when one has another value than process 0, saying of what and which."""
+    if not several():
+        return
+    digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+    everywhere = multihost_utils.process_allgather(np.asarray(digests, np.uint8))  # (processes, values, 32)
+    other = (everywhere != everywhere[0]).any(axis=2)
+    faults = [
+        f"{name} of process {', '.join(map(str, np.flatnonzero(other[:, i])))} differ from those of process 0"
+        for i, name in enumerate(values)
+        if other[:, i].any()
+    ]
+    if faults:
+        raise InputError(f"{'; '.join(faults)}; copy the same files to all hosts, or share one folder")
+
+
+def check_writes(path: pathlib.Path) -> None:
+    """Raises InputError in all processes but 0, which has made this in the folder that all share, unless its input differs."""
+    if not lead():
+        raise InputError(
+            f"{path}: not there, though process 0 is through; process {jax.process_index()} ({socket.gethostname()}) reads other "
+            "files, or copies with other times: share the folder of the LoRA checkpoints, or copy it with its times (rsync -a)"
+        )
 
 
 def all_of(flag: bool) -> bool:

@@ -30,7 +30,7 @@ from dnd_jax.generate import shard_generation
 from dnd_jax.loop import AHEAD
 from dnd_jax.models.hyperconv import forward_macs
 from dnd_jax.models.placement import Placement, batch_ways
-from dnd_jax.ops.plan import describe
+from dnd_jax.ops.plan import choose, describe
 from dnd_jax.shapes import condition_shape, encoder_module, features_of
 from dnd_jax.train import device_problems, make_optimizer, shard_train_step
 
@@ -112,6 +112,7 @@ class Plan:
     rules: str  # a short hash of the sharding rules
     convolutions: str  # how many go which way, output / gradients
     state_bytes: int
+    looped: int = 0  # convolutions whose loops the compiler counts once, in operations and bytes (not on a TPU)
     argument_bytes: int | None = None
     temporary_bytes: int | None = None
     output_bytes: int | None = None  # beyond what the arguments give away
@@ -166,6 +167,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     batch = jax.tree.leaves(arguments[1])[0].shape[0]
     parts = config.train.micro_batches if step == "train" else 1
     features, g = features_of(config), config.generator
+    problems = list(device_problems(config, features, mesh, batch, parts).values())
     _, state = sharding.bytes_per_device(arguments[0], jax.tree.map(lambda x: x.sharding, arguments[0]))
     plan = Plan(
         step=step,
@@ -176,7 +178,8 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
         remat=config.train.remat if step == "train" else "none",
         method=g.convolution,
         rules=hashlib.sha256(repr(config.mesh.rules).encode()).hexdigest()[:6],
-        convolutions=describe(device_problems(config, features, mesh, batch, parts).values(), g.convolution),
+        convolutions=describe(problems, g.convolution),
+        looped=sum(plan.looped and not plan.direct for plan in (choose(problem, g.convolution) for problem in problems)),
         state_bytes=state,
         limit_bytes=int(chip.memory) if chip else None,
         direct_flops=(6 if step == "train" else 2) * batch * forward_macs(features, g.kernel_size) / len(devices),
@@ -196,7 +199,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
     traffic = hlo.collectives(text, len(devices), mesh.shape["slice"])
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    ahead = AHEAD * sharding.bytes_per_device(arguments[1], jax.tree.map(lambda x: x.sharding, arguments[1]))[1]
+    ahead = (AHEAD + 1) * sharding.bytes_per_device(arguments[1], jax.tree.map(lambda x: x.sharding, arguments[1]))[1]
     ahead = ahead if step == "train" else 0
     once = _update_cost(config, arguments[0], effort) if parts > 1 else {}
 
@@ -310,6 +313,10 @@ def describe_plan(plan: Plan) -> str:
         f"  operations                      {plan.flops / 1e12:>10.4g} TFLOP ({plan.direct_flops / 1e12:.4g} by the direct method)",
         f"  bytes moved                     {plan.bytes / 1e9:>10.4g} GB",
     ]
+    if plan.looped:
+        lines.append(
+            f"  (both too low: {plan.looped} convolutions loop over frequencies, and the compiler counts a loop's body once)"
+        )
     for kind, t in sorted(plan.collectives.items()):
         network = f", {t['network_bytes'] / 1e9:.3g} GB between slices" if t["network_bytes"] else ""
         lines.append(

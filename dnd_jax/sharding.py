@@ -69,12 +69,11 @@ def _working(sizes: dict[str, int], devices: int) -> dict[str, int]:
 
 def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     """The devices in an order that keeps neighbours on the mesh neighbours in the network."""
-    slices = shape[0]
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    reported = len({_slice(d) for d in devices})
+    slices, reported = shape[0], len({_slice(d) for d in devices})
     if reported not in (1, slices):
         raise InputError(f"config.mesh.slices = {slices}, but the devices are in {reported} slices; leave it at 0")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if reported == 1:  # no slices of their own: equal runs of processes, such as the hosts of a GPU cluster
         ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
         per_slice = len(devices) // slices

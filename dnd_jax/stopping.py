@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 
 # Keys of the metadata server, the value that announces the machine's end, and its name for the user.
 NOTICES = (
@@ -40,6 +41,7 @@ class StopRequest:
         self.signum: int | None = None
         self.notice = ""  # the name of the one that sent SIGTERM
         self.shared = False  # whether processes stop together, which JAX's preemption service takes care of, with SIGTERM too
+        self.heard: Callable[[], bool] = lambda: False  # whether that service has had a SIGTERM, in any process
 
     def install(self) -> None:
         """Takes over both signals and watches for notices (main thread only). A second Ctrl-C interrupts at once."""
@@ -65,8 +67,22 @@ class StopRequest:
 
     def check(self) -> None:
         """Raises Stopped if a stop was asked for: call it where nothing is half done."""
+        if self.signum is None and self.shared and self.heard():
+            self.signum = signal.SIGTERM
         if self.signum is not None:
             raise Stopped(self.signum, self.notice)
+
+
+def requeued() -> bool:
+    """Whether SLURM or Kubernetes (launch/) start this again when it did not end well."""
+    return os.environ.get("DND_REQUEUE") == "1"
+
+
+def exit_status(signum: int | None) -> int:
+    """Of a program that was stopped and can go on."""
+    if signum != signal.SIGTERM:
+        return 128 + signal.SIGINT
+    return os.EX_TEMPFAIL if requeued() else os.EX_OK
 
 
 def metadata_host() -> str:

@@ -8,7 +8,6 @@ combination that was compiled before is not compiled again.
 
 import csv
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from dnd_jax.config import Config
 from dnd_jax.errors import InputError
-from dnd_jax.files import read_json, replacing, write_json
+from dnd_jax.files import program_digest, read_json, replacing, write_json
 from dnd_jax.plan import Plan, devices_of, make_plan, what_would_help
 from dnd_jax.stopping import stop
 
@@ -41,7 +40,7 @@ def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
         s.methods or (config.generator.convolution,),
         s.steps,
     ):
-        slices, data, fsdp, tensor = mesh if len(mesh) == 4 else (0, *mesh)
+        slices, data, fsdp, tensor = mesh if len(mesh) == 4 else (m.slices, *mesh)
         yield (
             topology,
             step,
@@ -52,15 +51,6 @@ def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
                 generator=dataclasses.replace(config.generator, convolution=method),
             ),
         )
-
-
-@functools.cache
-def _sources() -> str:
-    """A hash of this program's own code and of its compilers' versions."""
-    digest = hashlib.sha256(json.dumps([jax.__version__, *map(_version, ("jaxlib", "libtpu"))]).encode())
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _version(package: str) -> str:
@@ -76,7 +66,8 @@ def _key(topology: str, step: str, config: Config, measure: bool) -> str:
         key: value for key, value in config.to_json().items() if key in ("condition", "generator", "train", "mesh", "base", "lora")
     }
     devices = topology or [jax.device_count(), jax.devices()[0].device_kind]
-    text = json.dumps([devices, step, settings, measure, _sources()], sort_keys=True)
+    compilers = jax.__version__, *map(_version, ("jaxlib", "libtpu"))
+    text = json.dumps([devices, step, settings, measure, compilers, program_digest()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -177,11 +168,12 @@ def as_markdown(plans: Sequence[Plan]) -> str:
 
     for p in sorted(plans, key=lambda p: (p.step != "train", not p.fits, -(p.samples_per_second or 0) / _size(p))):
         links = sum(t["link_bytes"] + t["network_bytes"] for t in p.collectives.values()) if p.flops else None
+        flops, moved = (None, None) if p.looped else (p.flops, p.bytes)
         batch = f"{p.batch} / {p.micro_batches}" if p.micro_batches > 1 else str(p.batch)
         cells = [
             p.step, p.devices, mesh_name(p), p.rules, batch, p.remat, p.method,
             shown(p.peak_bytes, 2**30), shown(p.limit_bytes, 2**30),
-            shown(p.flops, 1e12), shown(p.bytes, 1e9), shown(links, 1e9, 3), shown(p.estimate_seconds, 1e-3),
+            shown(flops, 1e12), shown(moved, 1e9), shown(links, 1e9, 3), shown(p.estimate_seconds, 1e-3),
             shown(p.link_seconds, 1e-3, 3), shown(p.measured_seconds, 1e-3), shown(p.samples_per_second),
             "yes" if p.fits else "NO",
         ]  # fmt: skip

@@ -191,8 +191,7 @@ def shard_train_step(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.shard_by_rules(mesh, config.mesh.rules, shapes)
-    over_batch = sharding.leading(mesh, c.batch_size, "config.train.batch_size")
-    sharding.leading(mesh, c.batch_size // c.micro_batches, "config.train.batch_size / config.train.micro_batches")
+    over_batch = check_batch(config, mesh)
     encoder_module, encoder_shapes = encoder or (None, None)
     encoder_shardings = encoder and sharding.shard_by_rules(mesh, config.mesh.rules, {"encoder": encoder_shapes})["encoder"]
     step = jax.jit(
@@ -203,6 +202,13 @@ def shard_train_step(
         compiler_options=compiler_options(place.platform),
     )
     return ShardedStep(shapes, shardings, over_batch, encoder_shardings, jax.jit(init, out_shardings=shardings), step)
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """The sharding of a batch. Raises InputError unless the mesh divides it, and each of its parts."""
+    c = config.train
+    sharding.leading(mesh, c.batch_size // c.micro_batches, "config.train.batch_size / config.train.micro_batches")
+    return sharding.leading(mesh, c.batch_size, "config.train.batch_size")
 
 
 def first_state(config: Config, sharded: ShardedStep) -> dict:
@@ -245,8 +251,15 @@ def train(
         return folder
 
     mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    if config.generator.convolution == "tuned" and multihost.several():
+        raise InputError("config.generator.convolution = 'tuned' measures in one process; with several use auto, dft or direct")
+    # Now, not after everything is encoded.
+    checkpoints = Checkpoints(config, suite, workdir)
+    record = {**_settings(config, suite), "checkpoints": checkpoints.digest()}
+    multihost.check_alike({"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]})
+    loop.check_newest(folder, c.checkpoint_dir, record, allowed)
     with multihost.lead_first():  # who finds its files made by process 0 where the workdir is shared
-        checkpoints = Checkpoints(config, suite, workdir)
         target = make_target(config, checkpoints, workdir / "targets")
         encoder = PromptEncoder(config.condition, None if multihost.several() else mesh)  # here one process encodes by itself
         datasets, spreads = [], []
@@ -260,6 +273,7 @@ def train(
             tokens = token_array(checkpoints, dataset.name, target, workdir / "targets", config.generator.importance)
             datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
             spreads.append(tokens.importance)
+    multihost.check_alike({"the text encoder's files": encoder.fingerprint})
     pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
     importance = np.ones(checkpoints.layout.num_tokens, np.float32)
     if config.generator.importance:
@@ -270,8 +284,6 @@ def train(
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     problems = device_problems(config, features, mesh, c.batch_size, c.micro_batches)
     if config.generator.convolution == "tuned":
-        if multihost.several():
-            raise InputError("config.generator.convolution = 'tuned' measures in one process; with several use auto, dft or direct")
         tune(problems.values())
     sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
     encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
@@ -298,7 +310,7 @@ def train(
         lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
-        record={**_settings(config, suite), "checkpoints": checkpoints.digest()},
+        record={**record, "encoder": encoder_fingerprint},
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
         init=lambda: first_state(config, sharded),
         row_of=lambda step, values, seconds: _row(values, pairs.names(step - 1), seconds, 3 * flop * c.batch_size, mesh),

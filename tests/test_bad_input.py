@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 from pipeline import TINY, tiny_suite
@@ -130,6 +131,18 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
 def test_command_line_faults(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
     assert expected in refused(capsys, *arguments)
+
+
+def test_a_device_without_room_is_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace ...")
+
+    monkeypatch.setattr("dnd_jax.main._run", full)
+    assert main(["train"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "dnd: no room on the device (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); take a smaller batch"
+    )
 
 
 def test_documented_commands_use_what_their_stage_reads():

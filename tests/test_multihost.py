@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pipeline import ROOT, TINY, dnd, random_loras, tiny_suite, when
 from dnd_jax.config import freeze, load_file
 
 STEPS = 60
-ARGUMENTS = (TINY, f"--config.train.steps={STEPS}", "--config.train.save_every=5")
+ARGUMENTS = (f"--config={ROOT / 'tests/tiny.py'}", f"--config.train.steps={STEPS}", "--config.train.save_every=5")
 TWO = ("--config.mesh.data=2",)
 
 
@@ -37,7 +38,9 @@ def free_port() -> int:
     return local_multiprocess.free_port()
 
 
-def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1, **variables: str) -> subprocess.Popen:
+def start(
+    inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1, cwd: pathlib.Path = ROOT, **variables: str
+) -> subprocess.Popen:
     """`dnd train` in a process of its own with so many devices and environment variables, its output in one pipe."""
     environment = {
         **os.environ,
@@ -50,7 +53,7 @@ def start(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int 
     }
     data = (f"--suite={inputs / 'suite'}", f"--config.train.checkpoints={inputs / 'loras'}", f"--workdir={workdir}")
     command = [sys.executable, "-m", "dnd_jax", "train", *ARGUMENTS, *data, *more]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def start_two(inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
@@ -155,6 +158,45 @@ def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_p
     assert [status for status, _ in ended] == [0, 0], ended
     assert model(tmp_path) == model(uninterrupted)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_what_only_one_process_cannot_read_sends_both_to_the_step_before(inputs, tmp_path):
+    """Files of the newest checkpoint that hold what process 1 keeps alone are cut short."""
+    sharded, folder = ("--config.mesh.data=1", "--config.mesh.fsdp=2"), tmp_path / "generator"
+    assert all(status == 0 for status, _ in finish(*start_two(inputs, tmp_path, *sharded)))
+    done = model(tmp_path)
+    (folder / "generator.json").unlink()  # else there is nothing to do
+    damaged = list((folder / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_1" / "d").iterdir())
+    for path in damaged:
+        os.truncate(path, path.stat().st_size // 2)
+    (status, out), (other, _) = finish(*start_two(inputs, tmp_path, *sharded))
+    assert damaged and status == other == 0, out
+    assert f"checkpoints/{STEPS} is damaged" in out and f"going on from step {STEPS - 5}" in out
+    assert model(tmp_path) == done and (folder / "checkpoints" / f"{STEPS}.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_hosts_with_other_files_are_named(inputs, tmp_path):
+    """Folders of their own under one name: without one of the checkpoints, then with all of them and other times."""
+    for lacking, expected in ((1, "the LoRA checkpoints of process 1 differ from those of process 0"), (0, "(rsync -a)")):
+        hosts = [tmp_path / f"host{i}_{lacking}" for i in range(2)]
+        for host, copy in zip(hosts, (shutil.copy2, shutil.copy), strict=True):
+            shutil.copytree(inputs / "loras", host / "loras", copy_function=copy)
+        if lacking:
+            shutil.rmtree(next((hosts[1] / "loras").iterdir()) / "step_2")
+        address = (
+            f"--coordinator=127.0.0.1:{free_port()}",
+            "--processes=2",
+            "--start-timeout=120",
+            "--config.train.checkpoints=loras",
+        )
+        workdir, more = tmp_path / f"w{lacking}", (*TWO, *address)
+        runs = [start(inputs, workdir, *more, f"--process={i}", cwd=host) for i, host in enumerate(hosts)]
+        ended = finish(*runs)
+        assert any(status == 2 and expected in out for status, out in ended) and all(status for status, _ in ended), ended
+        tokens = [path for path in (workdir / "targets").glob("*/*") if path.is_dir()]
+        assert len(tokens) == (0 if lacking else 3)  # what process 0 has made stays
 
 
 @pytest.mark.slow
@@ -298,6 +340,30 @@ def test_two_processes_go_on_as_one(inputs, uninterrupted, tmp_path, monkeypatch
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+def test_sigterm_before_the_first_step_ends_all(inputs, tmp_path):
+    """While prompts are encoded, which may take hours; process 1 waits for its turn."""
+    runs = start_two(inputs, tmp_path, *TWO)
+    assert when(runs[0], (tmp_path / ".processes").is_file), finish(*runs)
+    runs[1].send_signal(signal.SIGTERM)
+    ended = finish(*runs, timeout=120)
+    assert [status for status, _ in ended] == [0, 0] and not rows(tmp_path), ended
+    assert all("stopped: SIGTERM" in out or "stops: SIGTERM" in out for _, out in ended), ended
+    assert all(status == 0 for status, _ in finish(*start_two(inputs, tmp_path, *TWO))) and len(rows(tmp_path)) == STEPS
+
+
+@pytest.mark.slow
+def test_a_process_that_died_while_others_were_awaited_may_join_again(inputs, tmp_path):
+    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=3", "--start-timeout=120", "--config.train.steps=2")
+    more = (*address, "--config.mesh.data=3", "--config.train.batch_size=6")
+    first = start(inputs, tmp_path, *more, "--process=0")
+    dies = start(inputs, tmp_path, *more, "--process=1")
+    time.sleep(8)
+    dies.kill()
+    finish(dies)
+    ended = finish(first, *(start(inputs, tmp_path, *more, f"--process={i}") for i in (1, 2)))
+    assert [status for status, _ in ended] == [0, 0, 0], ended
+
+
 @pytest.mark.slow
 def test_a_single_process_of_a_cluster_stops_as_well(inputs, tmp_path):
     """JAX has its SIGTERM, as it has that of several."""
@@ -316,15 +382,24 @@ def test_ten_kills_at_random_moments_change_nothing(inputs, tmp_path):
     settings = ("--config.train.steps=400", "--config.train.save_every=2")
     assert finish(start(inputs, tmp_path / "whole", *settings))[0][0] == 0
     rng, workdir = random.Random(0), tmp_path / "killed"
-    kills = 0
-    for goal in sorted(rng.sample(range(5, 390), 10)):
+    kills = saves = 0
+
+    def saving() -> bool:
+        folder = workdir / "generator/checkpoints"
+        return folder.is_dir() and any("checkpoint-tmp" in path.name for path in folder.iterdir())
+
+    for number, goal in enumerate(sorted(rng.sample(range(5, 390), 10))):
         run = start(inputs, workdir, *settings)
         if when(run, lambda goal=goal: len(rows(workdir)) >= goal):
-            time.sleep(rng.uniform(0, 0.05))
+            if number % 3 == 0:
+                when(run, saving)
+            else:
+                time.sleep(rng.uniform(0, 0.05))
             kills += run.poll() is None
         run.kill()
+        saves += saving()
         finish(run)
-    assert kills == 10
+    assert kills == 10 and saves > 0
     [(status, out)] = finish(start(inputs, workdir, *settings))
     assert status == 0 and "damaged" not in out, out
     assert model(workdir) == model(tmp_path / "whole")

@@ -15,7 +15,7 @@ from small_models import write_qwen
 from dnd_jax import hlo, sharding, sweep
 from dnd_jax.config import Config, freeze, load_file
 from dnd_jax.errors import InputError
-from dnd_jax.plan import Plan, make_plan, train_arguments, what_would_help
+from dnd_jax.plan import Plan, describe_plan, make_plan, train_arguments, what_would_help
 from dnd_jax.shapes import features_of
 
 FEATURES = ((4, 8, 8), (8, 8, 8))
@@ -141,6 +141,20 @@ def test_the_step_of_long_texts_can_encode_them(name):
     new, metrics = jax.eval_shape(step, state, batch, encoder)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["sample_loss"].shape == (48,)
+
+
+def test_operations_in_loops_are_said_to_be_counted_once():
+    fourier = make_plan(settings(generator__convolution="dft"), jax.devices())
+    assert fourier.looped == 5 and "both too low: 5 convolutions loop" in describe_plan(fourier)
+    row = sweep.as_markdown([fourier]).splitlines()[2].split("|")
+    assert row[10].strip("* ") == row[11].strip("* ") == "-"
+    direct = make_plan(settings(generator__convolution="direct"), jax.devices())
+    assert direct.looped == 0 and "too low" not in describe_plan(direct)
+
+
+def test_slices_of_the_configuration_stay_in_a_sweep():
+    config = settings(mesh__slices=2, mesh__data=4, sweep__meshes=((4, 1, 1), (1, 2, 2, 2)))
+    assert [variant.mesh.slices for _, _, variant in sweep.variants(config)] == [2, 1]
 
 
 def test_more_chips_hold_less_each():
