@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from dnd_jax import loop
 from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
 from dnd_jax.config import freeze, load_file
 from dnd_jax.errors import InputError
+from dnd_jax.files import replacing
 from dnd_jax.generate import draw_prompts
 from dnd_jax.lm_data import build_tokenizer, encode
 from dnd_jax.main import FLAGS, STAGES, main
@@ -398,3 +400,32 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     step = jax.jit(lambda state, batch: (state, {"loss": jnp.log(batch)}))
     with pytest.raises(InputError, match=r"loss is -?(nan|inf) at step 4 with pair 3; last good checkpoint: .*/2"):
         loop.run("t", tmp_path, {"x": jnp.zeros(2)}, step, lambda i: 3.0 - i, 6, 2, {}, blame=lambda i: f" with pair {i}")
+
+
+def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
+    """SIGKILL in the middle of an output: its temporary folder goes with the next writer of that name."""
+    write = (
+        "import os, sys, time, dnd_jax.files as f\nwith f.replacing(sys.argv[1]) as t:\n    t.write_text('x'); print(t, flush=True)"
+    )
+    dead, living = (
+        subprocess.Popen(
+            [sys.executable, "-c", f"{write}; time.sleep(600)", tmp_path / "out"],
+            env={**os.environ, "PYTHONPATH": f"{pathlib.Path(__file__).parent.parent}"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    )
+    try:
+        left, kept = (pathlib.Path(process.stdout.readline().strip()) for process in (dead, living))
+        dead.kill()
+        dead.wait()
+        assert left.read_text() == "x" and not (tmp_path / "out").exists()
+        (tmp_path / ".out.elsewhere-1-x").mkdir()  # another host's
+        with replacing(tmp_path / "out") as temporary:
+            temporary.write_text("y")
+        assert not left.parent.exists() and kept.is_file() and (tmp_path / ".out.elsewhere-1-x").is_dir()
+        assert (tmp_path / "out").read_text() == "y"
+    finally:
+        living.kill()
+        living.wait()
