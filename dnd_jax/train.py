@@ -207,8 +207,9 @@ def shard_train_step(
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """The sharding of a batch. Raises InputError unless the mesh divides it, and each of its parts."""
     c = config.train
+    over_batch = sharding.leading(mesh, c.batch_size, "config.train.batch_size")
     sharding.leading(mesh, c.batch_size // c.micro_batches, "config.train.batch_size / config.train.micro_batches")
-    return sharding.leading(mesh, c.batch_size, "config.train.batch_size")
+    return over_batch
 
 
 def first_state(config: Config, sharded: ShardedStep) -> dict:

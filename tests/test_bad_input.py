@@ -337,7 +337,8 @@ def test_adapters_of_another_base_are_listed(suite, tmp_path, capsys):
             tensors = {key: rng.normal(size=shape).astype(np.float32) for key, shape in layout.items()}
             base = "other" if (i, step) == (1, 2) else "ours"
             save_adapter(tmp_path / "w/loras" / dataset.name / f"step_{step}", tensors, AdapterConfig(base, 2, 4.0, ("q_proj",)))
-    message = refused(capsys, "train", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
+    eight = "--config.train.batch_size=8"  # for the devices of these tests
+    message = refused(capsys, "train", TINY, eight, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
     assert "of another layout, base or scale" in message and "step_2 has base 'other' instead of 'ours'" in message
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
 
