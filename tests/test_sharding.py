@@ -175,7 +175,7 @@ def test_fsdp_divides_the_state_of_the_papers_settings(name, limit):
     assert held <= 1.005 * total / 4
 
 
-@pytest.mark.parametrize("name", [*PAPER, "mini"])
+@pytest.mark.parametrize("name", [*PAPER, "mini", "real_text_small"])
 def test_the_shardings_of_all_settings_are_these(name, update_golden):
     sharded = sharded_setting(name, 4, 2)
     table = "\n".join(sharding.sharding_table(sharded.shapes, sharded.shardings)) + "\n"
