@@ -71,10 +71,12 @@ _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 class Profiler:
-    """Traces the steps first < i <= last of a run into DIRECTORY/profile, for TensorBoard's or Perfetto's viewer."""
+    """Traces the steps first < i <= last of a run into DIRECTORY/profile, for TensorBoard's or Perfetto's viewer; each of several
+    processes into a folder of its own there, since those of one host would write the same file."""
 
     def __init__(self, directory: pathlib.Path, window: tuple[int, int] | None):
-        self._directory, self._window, self._running = directory / "profile", window or (-1, -1), False
+        own = f"profile/process_{jax.process_index()}" if jax.process_count() > 1 else "profile"
+        self._directory, self._window, self._running = directory / own, window or (-1, -1), False
 
     def at(self, done: int, wait_for: Any) -> None:
         """Starts or stops after `done` steps; wait_for: what the last traced step computes."""
