@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -91,6 +92,21 @@ def _address(folder: str | os.PathLike) -> str:
     return str(folder) if "://" in str(folder) else str(pathlib.Path(folder).absolute())
 
 
+@jax.jit
+def _sums_on_device(state: Any) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.stack([of(x) for x in jax.tree.leaves(state)])
+
+
+def sums(state: Any) -> list[int]:
+    """The sum of each array's bits, read as unsigned numbers, modulo 2^32: the same on any mesh, and another one when bytes of a
+    checkpoint have changed on the disk, which its format does not notice."""
+    return np.asarray(_sums_on_device(state)).tolist()
+
+
 def check_newest(directory: pathlib.Path, checkpoint_dir: str, record: Mapping, allowed: Collection[str] | None = None) -> None:
     """For before long preparations: raises InputError where the newest checkpoint of a `run` in `directory` was made with other
     settings, of those that `record` has. What cannot be read is left to `restore`."""
@@ -110,8 +126,9 @@ def restore(
     """(step, state) of the newest readable checkpoint, on the shardings of `shapes` (arrays or shapes that have one); (0, None)
     when there is none.
 
-    A newer one that cannot be read is moved aside to "STEP.damaged". Several processes agree on the step. Raises InputError when
-    its record (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none can be read.
+    A newer one that cannot be read, or whose numbers have changed since, is moved aside to "STEP.damaged". Several processes agree
+    on the step. Raises InputError when its record (settings) differs from `record` in what is not allowed to, or when checkpoints
+    exist and none can be read.
     """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes)
     faults, reader = [], _reader(manager)
@@ -131,7 +148,10 @@ def restore(
                 error = fault
                 if "RESOURCE_EXHAUSTED" in str(fault):
                     raise
-        if not multihost.all_of(error is None):
+        readable = multihost.all_of(error is None)
+        if readable and stored.get("sums", now := sums(state)) != now:
+            readable, error = False, ValueError("its numbers are not those that were saved")
+        if not readable:
             faults.append((step, error or OSError("another process cannot read it")))
             continue
         if faults:
@@ -242,7 +262,9 @@ def run(
         if step != last_saved:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave({"settings": record, "step": step, "data_position": step, **options.notes}),
+                record=ocp.args.JsonSave(
+                    {"settings": record, "step": step, "data_position": step, "sums": sums(state), **options.notes}
+                ),
             )
             manager.save(step, args=args)
             last_saved = step
