@@ -180,7 +180,7 @@ def forward(x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, ordered: bool) ->
 def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, ordered: bool) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
     # The kernel's planes may be those of the forward pass: without a barrier the compiler keeps these of all convolutions until
-    # here, a quarter of the memory for 4% of the time. Those of x are smaller and cost more to make again (docs/PERFORMANCE.md).
+    # here, a fifth of the memory for 4% of the time. Those of x are smaller and cost more to make again (docs/PERFORMANCE.md).
     kernel, dy = lax.optimization_barrier((kernel, dy))
     turned, kernel, h, w = _turned(kernel, h, w)
     maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
