@@ -283,7 +283,8 @@ def test_variants_are_ordinary_runs_and_a_killed_ablation_goes_on(tmp_path):
     assert model(fixed) == model(tmp_path / "alone")
     run, by_itself = (read_json(folder / EVALUATION)["result"] for folder in (fixed, tmp_path / "alone"))
     assert scores_of(run) == scores_of(by_itself)
-    assert read_json(fixed / ablate.DONE)["run"] == {"suite": "towns", **run, "seconds": read_json(fixed / "seconds.json")}
+    of_suite = {"suite": "towns", "fingerprint": load_suite(suite).fingerprint}
+    assert read_json(fixed / ablate.DONE)["run"] == {**of_suite, **run, "seconds": read_json(fixed / "seconds.json")}
 
     made = {p: p.stat().st_mtime_ns for p in workdir.glob("*/seed_0/*.json")}
     again = dnd(*command)
