@@ -241,7 +241,8 @@ def test_who_joined_is_said_when_not_all_do(inputs, tmp_path):
     assert status == 2 and f"dnd: {named(1, alone)} of 3 is here, but {fault}" in out, out
 
 
-@pytest.mark.parametrize("cluster", ["slurm", *(pytest.param(c, marks=pytest.mark.slow) for c in ("multislice", "another JAX"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["slurm", "multislice", "another JAX"])
 def test_two_processes_of_a_detected_cluster_train(inputs, tmp_path, cluster):
     mesh = ("--config.mesh.slices=2", "--config.mesh.data=2")
     more, job = ("--multihost", "--start-timeout=120", "--config.train.steps=3", *mesh), random.Random().randrange(2**20)
@@ -340,6 +341,7 @@ def test_two_processes_go_on_as_one(inputs, uninterrupted, tmp_path, monkeypatch
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_before_the_first_step_ends_all(inputs, tmp_path):
     """While prompts are encoded, which may take hours; process 1 waits for its turn."""
     runs = start_two(inputs, tmp_path, *TWO)
