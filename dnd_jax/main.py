@@ -367,7 +367,7 @@ def _plan(values, config, workdir: pathlib.Path) -> None:
         config = dataclasses.replace(config, sweep=dataclasses.replace(config.sweep, topologies=(values.topology,)))
     if values.sweep:
         plans = sweep.sweep(config, workdir, values.measure)
-        more = ", scaling.png" if sweep.scaling(plans) else ""
+        more = ", scaling.png" if (workdir / "scaling.png").is_file() else ""
         print(f"\n{sweep.as_markdown(plans)}\n\nplans: {workdir.absolute()}/plans.{{json,csv,md,png}}{more}", flush=True)
     else:
         devices = plan.devices_of(values.topology, config.mesh.slices)

@@ -335,7 +335,7 @@ def train(
             {"importance": importance, **target.statistics()},
             {
                 "settings": _settings(config, suite),
-                "checkpoints": checkpoints.digest(),
+                "checkpoints": record["checkpoints"],
                 "features": features,
                 "layout": checkpoints.layout.to_json(),
                 "adapter": dataclasses.asdict(checkpoints.adapter),
