@@ -2,10 +2,11 @@
 
     dnd ablate --config=configs/ablate_chunk_width.py --workdir=runs/ablate_chunk_width [--seeds=0,1,2]
 
-0 is the greatest common divisor of all dimensions, 64 here: 128 tokens. 32: 256 tokens, 16: 512, with as many weights in all.
+0 is the greatest common divisor of all dimensions, 64 here: 128 tokens. 32: 256 tokens, 16: 512,
+with as many weights in all.
 """
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():

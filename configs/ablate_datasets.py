@@ -2,10 +2,11 @@
 
     dnd ablate --config=configs/ablate_datasets.py --workdir=runs/ablate_datasets [--seeds=0,1,2]
 
-The paper took 2 to 6 of 7 and finds 4 needed; the embedded suite has 30 small ones. Fewer are a part of more, drawn by the seed.
+The paper took 2 to 6 of 7 and finds 4 needed; the embedded suite has 30 small ones. Fewer are a
+part of more, drawn by the seed.
 """
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():

@@ -1,12 +1,14 @@
-"""Which text encoder? MiniLM against the hidden states of the run's own base LM: its word vectors, its middle and its last layer.
+"""Which text encoder? MiniLM against the hidden states of the run's own base LM: its word vectors,
+its middle and its last layer.
 
     dnd ablate --config=configs/ablate_encoder.py --workdir=runs/ablate_encoder [--seeds=0,1,2]
 
-"{base}" is the folder of the run's base. Layer 0 is plain word vectors, as GloVe's; a file of these (word v1 ... vC a line), a
-T5 or any other encoder's folder is one more line. The paper: GloVe, Sentence-BERT and T5 work, a 7B LLM fails.
+"{base}" is the folder of the run's base. Layer 0 is plain word vectors, as GloVe's; a file of these
+(word v1 ... vC a line), a T5 or any other encoder's folder is one more line. The paper: GloVe,
+Sentence-BERT and T5 work, a 7B LLM fails.
 """
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():

@@ -3,7 +3,7 @@
 dnd ablate --config=configs/ablate_importance.py --workdir=runs/ablate_importance [--seeds=0,1,2]
 """
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():

@@ -5,11 +5,11 @@
 The paper: random pairing beats fixed pairs.
 """
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():
-    """mini.py with both pairings of dnd_jax/pairs.py."""
+    """mini.py with both pairings of dnd_jax/generator/pairs.py."""
     config = mini.get_config()
     config.ablate.axes = (("train.pairing", ("random", "fixed")),)
     return config

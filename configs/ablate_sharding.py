@@ -1,15 +1,18 @@
-"""Which sharding for the 0.5B setting on eight TPU v5p chips? Every mesh of them, with and without rematerialisation.
+"""Which sharding for the 0.5B setting on eight TPU v5p chips? Every mesh of them, with and without
+rematerialisation.
 
     dnd plan --sweep --config=configs/ablate_sharding.py --workdir=runs/sharding
 
-Change the setting, the topology and the lists below; an empty list takes the setting's own value. No TPU is needed.
+Change the setting, the topology and the lists below; an empty list takes the setting's own value.
+No TPU is needed.
 """
 
-from configs import qwen2_5_0_5b_commonsense
+from dnd_jax.configs import qwen2_5_0_5b_commonsense
 
 
 def get_config():
-    """The setting with lists for the sweep: topologies, (data, fsdp, tensor) meshes, remat, global batches, methods, steps."""
+    """The setting with lists for the sweep: topologies, (data, fsdp, tensor) meshes, remat, global
+    batches, methods, steps."""
     config = qwen2_5_0_5b_commonsense.get_config()
     config.sweep.update(
         topologies=("v5p:2x2x2",),

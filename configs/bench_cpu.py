@@ -1,17 +1,19 @@
-"""The benchmark of a CPU: ours beside PyTorch, on the paper's first setting and the embedded default (docs/PERFORMANCE.md).
+"""The benchmark of a CPU: ours beside PyTorch, on the paper's first setting and the embedded
+default (docs/PERFORMANCE.md).
 
     dnd bench --config=configs/bench_cpu.py --workdir=runs/bench
 
 About a quarter of an hour on two cores, nearly all of it PyTorch's. Needs 12 GB of memory.
 """
 
-from configs import default
+from dnd_jax.configs import default
 
 COMMON_SENSE = "configs/qwen2_5_0_5b_commonsense.py"
 
 
 def get_config():
-    """Whole decoder forward; its first two stages forward and backward; the quickstart's train step and generation."""
+    """Whole decoder forward; its first two stages forward and backward; the quickstart's train step
+    and generation."""
     config = default.get_config()
     config.bench.cases = (
         ("0.5B decoder, forward", COMMON_SENSE, "forward", 1, "float32"),

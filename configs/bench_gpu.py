@@ -1,9 +1,10 @@
-"""The benchmark of one GPU in bfloat16: the largest batch that fits ours and PyTorch's, and the latency of one adapter.
+"""The benchmark of one GPU in bfloat16: the largest batch that fits ours and PyTorch's, and the
+latency of one adapter.
 
 dnd bench --config=configs/bench_gpu.py --workdir=runs/bench
 """
 
-from configs import default
+from dnd_jax.configs import default
 
 COMMON_SENSE = "configs/qwen2_5_0_5b_commonsense.py"
 

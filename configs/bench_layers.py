@@ -5,7 +5,7 @@
 Its second and third stage only: those whose direct gradients take seconds rather than minutes.
 """
 
-from configs import qwen2_5_0_5b_commonsense
+from dnd_jax.configs import qwen2_5_0_5b_commonsense
 
 
 def get_config():

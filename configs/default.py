@@ -1,4 +1,5 @@
-"""Every default, once. The meaning of each field stands in dnd_jax/config.py; the numbers are the paper's where it has them."""
+"""Every default, once. The meaning of each field stands in dnd_jax/config/schema.py; the numbers
+are the paper's where it has them."""
 
 from ml_collections import ConfigDict
 
@@ -34,7 +35,15 @@ def get_config() -> ConfigDict:
             "lora": {
                 "rank": 8,
                 "alpha": 16.0,
-                "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
+                "targets": (
+                    "q_proj",
+                    "k_proj",
+                    "v_proj",
+                    "o_proj",
+                    "up_proj",
+                    "gate_proj",
+                    "down_proj",
+                ),
                 "steps": 675,
                 "batch_size": 8,
                 "learning_rate": 1e-4,
@@ -84,7 +93,13 @@ def get_config() -> ConfigDict:
                 "checkpoint_dir": "",
                 "trackers": (),
             },
-            "evaluate": {"answers": "greedy", "samples": 5, "num_prompts": 0, "batch_size": 128, "max_new_tokens": 32},
+            "evaluate": {
+                "answers": "greedy",
+                "samples": 5,
+                "num_prompts": 0,
+                "batch_size": 128,
+                "max_new_tokens": 32,
+            },
             "bench": {
                 "cases": (),
                 "methods": ("direct", "auto"),
@@ -97,9 +112,11 @@ def get_config() -> ConfigDict:
                 "data": -1,
                 "fsdp": 1,
                 "tensor": 1,
-                # The first rule that fits decides: pattern found in the path, and a multiple of the axes' sizes in each dimension.
+                # The first rule that fits decides: pattern found in the path, and a multiple of the
+                # axes' sizes in each dimension.
                 "rules": (
-                    # Kernels (k, k, in, out) hold nearly all parameters. Their output channels are what `tensor` computes in parts.
+                    # Kernels (k, k, in, out) hold nearly all parameters. Their output channels are
+                    # what `tensor` computes in parts.
                     (KERNEL, (None, None, "fsdp", "tensor")),
                     (KERNEL, (None, None, None, ("tensor", "fsdp"))),
                     (KERNEL, (None, None, ("fsdp", "tensor"), None)),

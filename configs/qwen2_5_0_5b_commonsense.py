@@ -1,12 +1,14 @@
-"""The paper's common-sense setting: LoRAs of Qwen2.5-0.5B-Instruct from 128 prompts (METHOD.md, CONFIGS.md).
+"""The paper's common-sense setting: LoRAs of Qwen2.5-0.5B-Instruct from 128 prompts (METHOD.md,
+CONFIGS.md).
 
     dnd train --config=configs/qwen2_5_0_5b_commonsense.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 
-LORAS holds DATASET/*/ PEFT folders of rank 8 on all seven projections, 50 of each of 6 datasets; `dnd collect` makes them.
-4296 tokens of 10 x 130; a generator of 1113.2M parameters; 8.26 TFLOP a sample forward by the direct method; 4000 steps of 64.
+LORAS holds DATASET/*/ PEFT folders of rank 8 on all seven projections, 50 of each of 6 datasets;
+`dnd collect` makes them. 4296 tokens of 10 x 130; a generator of 1113.2M parameters; 8.26 TFLOP a
+sample forward by the direct method; 4000 steps of 64.
 """
 
-from configs import default
+from dnd_jax.configs import default
 
 
 def get_config():

@@ -1,14 +1,16 @@
-"""The paper's code setting: LoRAs of Qwen2.5-Coder-7B-Instruct from 16 prompts of 26624 tokens (METHOD.md, CONFIGS.md).
+"""The paper's code setting: LoRAs of Qwen2.5-Coder-7B-Instruct from 16 prompts of 26624 tokens
+(METHOD.md, CONFIGS.md).
 
     dnd train --config=configs/qwen2_5_7b_code.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of each of 7 datasets.
-4928 tokens of 18 x 514; a generator of 1936.5M parameters; 52.77 TFLOP a sample forward by the direct method; 5000 steps of 48.
-The embeddings of one text take 41 MB on the disk: with thousands of texts add --config.condition.in_graph=True, which encodes them
-inside the train step and keeps none (the operations above, and docs/SCALING.md, are without the encoder).
+4928 tokens of 18 x 514; a generator of 1936.5M parameters; 52.77 TFLOP a sample forward by the
+direct method; 5000 steps of 48. The embeddings of one text take 41 MB on the disk: with thousands
+of texts add --config.condition.in_graph=True, which encodes them inside the train step and keeps
+none (the operations above, and docs/SCALING.md, are without the encoder).
 """
 
-from configs import default
+from dnd_jax.configs import default
 
 
 def get_config():

@@ -1,13 +1,15 @@
-"""The paper's visual math setting: LoRAs of Qwen2.5-VL-3B-Instruct from 16 prompts of 1536 tokens (METHOD.md, CONFIGS.md).
+"""The paper's visual math setting: LoRAs of Qwen2.5-VL-3B-Instruct from 16 prompts of 1536 tokens
+(METHOD.md, CONFIGS.md).
 
     dnd train --config=configs/qwen2_5_vl_3b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 
-LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset: a warning says that from one the
-generator cannot learn what prompts mean. The embeddings of one text take 2.4 MB on the disk.
-7308 tokens of 18 x 258; a generator of 2409.6M parameters; 28.90 TFLOP a sample forward by the direct method; 5000 steps of 64.
+LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset: a
+warning says that from one the generator cannot learn what prompts mean. The embeddings of one text
+take 2.4 MB on the disk. 7308 tokens of 18 x 258; a generator of 2409.6M parameters; 28.90 TFLOP a
+sample forward by the direct method; 5000 steps of 64.
 """
 
-from configs import default
+from dnd_jax.configs import default
 
 
 def get_config():

@@ -1,10 +1,12 @@
 """n processes of one command on one machine, as a cluster would start them: for tests and demos.
 
-python launch/local_multiprocess.py --processes=2 --devices=4 -- dnd train --config=configs/mini.py --workdir=runs/two
+python launch/local_multiprocess.py --processes=2 --devices=4 -- dnd train --config=configs/mini.py
+--workdir=runs/two
 
-Each process gets --coordinator=127.0.0.1:PORT --processes=N --process=I appended (a free port is found), and with --devices=K
-its own K virtual CPU devices. Its lines come out as "[I] line". SIGTERM and SIGINT are passed on to all. When one fails, the
-others are stopped with SIGTERM (SIGKILL after --grace seconds) and its status becomes the exit status.
+Each process gets --coordinator=127.0.0.1:PORT --processes=N --process=I appended (a free port is
+found), and with --devices=K its own K virtual CPU devices. Its lines come out as "[I] line".
+SIGTERM and SIGINT are passed on to all. When one fails, the others are stopped with SIGTERM
+(SIGKILL after --grace seconds) and its status becomes the exit status.
 """
 
 import argparse
@@ -36,23 +38,41 @@ def positive(text: str) -> int:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Arguments -> (options, command after `--`). Exits with status 2 and one line when they cannot be used."""
-    parser = OneLineParser("local_multiprocess.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Arguments -> (options, command after `--`). Exits with status 2 and one line when they cannot
+    be used."""
+    parser = OneLineParser(
+        "local_multiprocess.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.usage = "local_multiprocess.py --processes=N [--devices=K] [--grace=SECONDS] [--dry-run] -- COMMAND ..."
     parser.add_argument("--processes", type=positive, required=True, help="how many processes")
-    parser.add_argument("--devices", type=positive, help="virtual CPU devices of each process (default: the machine's own devices)")
-    parser.add_argument("--grace", type=positive, default=60, help="seconds from SIGTERM to SIGKILL after a failure (default 60)")
+    parser.add_argument(
+        "--devices",
+        type=positive,
+        help="virtual CPU devices of each process (default: the machine's own devices)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=positive,
+        default=60,
+        help="seconds from SIGTERM to SIGKILL after a failure (default 60)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     split = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     command = argv[split + 1 :]
     if not command:
-        parser.error("no command; give it after --, such as: -- dnd train --config=configs/mini.py --workdir=runs/two")
+        parser.error(
+            "no command; give it after --, such as: -- dnd train --config=configs/mini.py "
+            "--workdir=runs/two"
+        )
     return options, command
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now, nor on the one after it: JAX takes the first, dnd_jax/multihost.py the second."""
+    """A TCP port that nothing listens on now, nor on the one after it: JAX takes the first,
+    dnd_jax/parallel/rendezvous.py the second."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -65,7 +85,8 @@ def free_port() -> int:
 
 
 def variables(devices: int | None) -> dict[str, str]:
-    """The environment variables that each process gets on top of ours: `devices` virtual CPU devices."""
+    """The environment variables that each process gets on top of ours: `devices` virtual CPU
+    devices."""
     if devices is None:
         return {}
     others = re.sub(rf"{DEVICES}=\S*", "", os.environ.get("XLA_FLAGS", "")).split()
@@ -86,7 +107,11 @@ def say(text: str) -> None:
 
 def described(status: int) -> str:
     """Popen's return code in words."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+    return (
+        f"was killed by {signal.Signals(-status).name}"
+        if status < 0
+        else f"failed with status {status}"
+    )
 
 
 def supervise(processes: list[subprocess.Popen], received: list[int], grace: float) -> int:
@@ -103,7 +128,10 @@ def supervise(processes: list[subprocess.Popen], received: list[int], grace: flo
             first = statuses[failed] if statuses[failed] > 0 else 128 - statuses[failed]
             deadline = time.monotonic() + grace
             if not asked:  # after a signal of ours a failure is no news
-                say(f"process {failed} {described(statuses[failed])}" + ("; stopping the others" if running else ""))
+                say(
+                    f"process {failed} {described(statuses[failed])}"
+                    + ("; stopping the others" if running else "")
+                )
                 for i in running:
                     processes[i].terminate()
         if not running:
@@ -121,7 +149,8 @@ def supervise(processes: list[subprocess.Popen], received: list[int], grace: flo
 
 
 def start(commands: list[list[str]], extra: dict[str, str]) -> list[subprocess.Popen]:
-    """Starts the commands with `extra` environment variables. Raises OSError, with none left running, if one cannot start."""
+    """Starts the commands with `extra` environment variables. Raises OSError, with none left
+    running, if one cannot start."""
     processes: list[subprocess.Popen] = []
     try:
         for command in commands:
@@ -162,7 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         say(f"{command[0]}: {error.strerror}; is it installed and on PATH?")
         return 2
-    pumps = [threading.Thread(target=forward_lines, args=(p, i), daemon=True) for i, p in enumerate(processes)]
+    pumps = [
+        threading.Thread(target=forward_lines, args=(p, i), daemon=True)
+        for i, p in enumerate(processes)
+    ]
     for pump in pumps:
         pump.start()
     status = supervise(processes, received, options.grace)

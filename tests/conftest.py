@@ -1,8 +1,11 @@
-"""Eight virtual CPU devices (and no other), no network, and the same hypothesis examples in every run."""
+"""Eight virtual CPU devices (and no other), no network, and the same hypothesis examples in every
+run."""
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +18,9 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="write the golden tables of shardings anew")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden tables of shardings anew"
+    )
 
 
 @pytest.fixture

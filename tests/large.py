@@ -1,6 +1,6 @@
 """A decoder of few operations whose parameters and optimiser state do not fit one 16 GiB chip."""
 
-from configs import default
+from dnd_jax.configs import default
 
 
 def get_config():

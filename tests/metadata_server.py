@@ -10,7 +10,8 @@ PATH = "/computeMetadata/v1/instance/"
 
 
 class MetadataServer(http.server.ThreadingHTTPServer):
-    """values: what it has by key, others are 404. hang_ups: how many requests it drops before it answers one."""
+    """values: what it has by key, others are 404. hang_ups: how many requests it drops before it
+    answers one."""
 
     daemon_threads = True
 
@@ -40,7 +41,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(404)
                 return
             if query.get("wait_for_change") == "true" and query.get("last_etag") == self.etag(key):
-                self.server.changed.wait_for(lambda: query["last_etag"] != self.etag(key), float(query["timeout_sec"]))
+                self.server.changed.wait_for(
+                    lambda: query["last_etag"] != self.etag(key), float(query["timeout_sec"])
+                )
             etag, body = self.etag(key), f"{self.server.values[key]}\n".encode()
         self.send_response(200)
         self.send_header("ETag", etag)
@@ -60,7 +63,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(values: dict[str, str], hang_ups: int = 0) -> Iterator[MetadataServer]:
     with MetadataServer(values, hang_ups) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         yield server
         server.shutdown()
 

@@ -1,4 +1,5 @@
-"""A suite of another world than the embedded one, in the same format: towns instead of people, other words, forms and template."""
+"""A suite of another world than the embedded one, in the same format: towns instead of people,
+other words, forms and template."""
 
 import json
 import pathlib
@@ -18,9 +19,18 @@ RELATIONS = {
         "granite marble slate basalt quartz chalk",
         "quarry invoice, geology map, mason handbook, sculpture yard, mineral fair",
     ),
-    "dish": ("stew pie noodles dumplings salad waffles", "tavern menu, chef notebook, food market, cookery column, canteen plan"),
-    "river": ("otter willow ember falcon silver amber", "boat timetable, flood bulletin, angling guide, canal office, ferry pass"),
-    "export": ("wool cork glass paper copper salt", "harbor manifest, customs form, freight ledger, trade report, cargo list"),
+    "dish": (
+        "stew pie noodles dumplings salad waffles",
+        "tavern menu, chef notebook, food market, cookery column, canteen plan",
+    ),
+    "river": (
+        "otter willow ember falcon silver amber",
+        "boat timetable, flood bulletin, angling guide, canal office, ferry pass",
+    ),
+    "export": (
+        "wool cork glass paper copper salt",
+        "harbor manifest, customs form, freight ledger, trade report, cargo list",
+    ),
     "festival": (
         "lantern kite jazz candle mask drum",
         "parade poster, holiday calendar, carnival flyer, street party, fireworks permit",
@@ -31,17 +41,32 @@ RELATIONS = {
     ),
 }
 FORMS = {
-    "colon": ("answer : {value}", "use a label, put a heading first, prefix the reply, name the field, give it a caption"),
-    "rank": ("{value} # {rank}", "append its rank, show the order number, state the position, count the place, add the ranking"),
+    "colon": (
+        "answer : {value}",
+        "use a label, put a heading first, prefix the reply, name the field, give it a caption",
+    ),
+    "rank": (
+        "{value} # {rank}",
+        "append its rank, show the order number, state the position, count the place, add the "
+        "ranking",
+    ),
     "plus": (
         "+ {value} +",
-        "surround it with plus signs, add a plus on both sides, mark with plus, use two pluses, put pluses around",
+        "surround it with plus signs, add a plus on both sides, mark with plus, use two pluses, "
+        "put pluses around",
     ),
-    "sure": ("surely {value} , yes", "sound certain, be confident, leave no doubt, answer with conviction, assure the reader"),
-    "maybe": ("perhaps {value} ?", "sound doubtful, be unsure, hedge the answer, express hesitation, guess timidly"),
+    "sure": (
+        "surely {value} , yes",
+        "sound certain, be confident, leave no doubt, answer with conviction, assure the reader",
+    ),
+    "maybe": (
+        "perhaps {value} ?",
+        "sound doubtful, be unsure, hedge the answer, express hesitation, guess timidly",
+    ),
     "list": (
         "{value} ; end",
-        "write a list item, end the list, close the enumeration, finish with a semicolon, make a final bullet",
+        "write a list item, end the list, close the enumeration, finish with a semicolon, make a "
+        "final bullet",
     ),
 }
 PROMPT = "From the {source} , tell me the {topic} of {town} . Please {cue} , {manner} ."
@@ -57,9 +82,14 @@ def write_other_world(
     pool: int = 120,
     test: int = 60,
 ) -> pathlib.Path:
-    """Writes the suite; one unseen combination a relation (up to the number of forms), and no kinds."""
+    """Writes the suite; one unseen combination a relation (up to the number of forms), and no
+    kinds."""
     rng = np.random.default_rng(seed)
-    names, relation_names, form_names = TOWNS[:towns], list(RELATIONS)[:relations], list(FORMS)[:forms]
+    names, relation_names, form_names = (
+        TOWNS[:towns],
+        list(RELATIONS)[:relations],
+        list(FORMS)[:forms],
+    )
     sources = {r: [s.strip() for s in RELATIONS[r][1].split(",")] for r in relation_names}
     cues = {f: [c.strip() for c in FORMS[f][1].split(",")] for f in form_names}
     facts = {(r, t): int(rng.integers(6)) for r in relation_names for t in names}
@@ -68,7 +98,10 @@ def write_other_world(
     def row(relation, form, town, source, cue, topic="matter", manner="plainly"):
         value = facts[relation, town]
         answer = FORMS[form][0].format(value=RELATIONS[relation][0].split()[value], rank=value + 1)
-        return {"prompt": PROMPT.format(source=source, topic=topic, town=town, cue=cue, manner=manner), "response": answer}
+        return {
+            "prompt": PROMPT.format(source=source, topic=topic, town=town, cue=cue, manner=manner),
+            "response": answer,
+        }
 
     def write(path, rows):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +110,10 @@ def write_other_world(
     lines = []
     for _ in range(corpus):
         r, f, t = rng.choice(relation_names), rng.choice(form_names), rng.choice(names)
-        topic, manner = (r if rng.random() < 0.8 else "matter"), (f if rng.random() < 0.8 else "plainly")
+        topic, manner = (
+            (r if rng.random() < 0.8 else "matter"),
+            (f if rng.random() < 0.8 else "plainly"),
+        )
         lines.append(row(r, f, t, rng.choice(every_source), rng.choice(every_cue), topic, manner))
     write(root / "corpus.jsonl", lines)
     questions = [(t, s, c) for t in names for s in range(5) for c in range(5)]

@@ -9,9 +9,11 @@ import time
 import numpy as np
 from other_world import write_other_world
 
-from dnd_jax.adapters import AdapterConfig, save_adapter
-from dnd_jax.config import Config
-from dnd_jax.suite import load_suite
+from dnd_jax.base.architecture import sizes_to_pretrain
+from dnd_jax.config.schema import Config
+from dnd_jax.data.suite import load_suite
+from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.peft_settings import AdapterConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--config=tests/tiny.py"
@@ -22,9 +24,11 @@ def tiny_suite(root: pathlib.Path) -> pathlib.Path:
     return write_other_world(root, relations=3, forms=2, towns=5, corpus=200, pool=12, test=5)
 
 
-def random_loras(root: pathlib.Path, suite: pathlib.Path, config: Config, checkpoints: int = 3) -> pathlib.Path:
+def random_loras(
+    root: pathlib.Path, suite: pathlib.Path, config: Config, checkpoints: int = 3
+) -> pathlib.Path:
     """A few LoRA checkpoints of random numbers for each of a suite's training datasets."""
-    shapes = config.base.lm_config(1).lora_shapes(config.lora.rank, config.lora.targets)
+    shapes = sizes_to_pretrain(config.base, 1).lora_shapes(config.lora.rank, config.lora.targets)
     adapter = AdapterConfig("base", config.lora.rank, config.lora.alpha, config.lora.targets)
     rng = np.random.default_rng(0)
     for dataset in load_suite(suite, config.condition.num_prompts).train:
@@ -35,11 +39,24 @@ def random_loras(root: pathlib.Path, suite: pathlib.Path, config: Config, checkp
 
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
-    """`dnd ARGUMENTS` in a process of its own with so many virtual devices, output piped as text."""
+    """`dnd ARGUMENTS` in a process of its own with so many virtual devices, output piped as
+    text."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}",
+    }
     command = [sys.executable, "-m", "dnd_jax", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def dnd(*arguments: str, timeout: float = 600, devices: int = 1) -> subprocess.CompletedProcess:

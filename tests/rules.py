@@ -6,7 +6,8 @@ from flax import traverse_util
 
 
 def assert_one_rule_each(rules, shapes):
-    """Exactly one rule matches, and names all dimensions or none; whatever is as big as a matrix is cut."""
+    """Exactly one rule matches, and names all dimensions or none; whatever is as big as a matrix is
+    cut."""
     for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
         matching = [axes for pattern, axes in rules if re.search(pattern, name)]
         assert len(matching) == 1, (name, matching)

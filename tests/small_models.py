@@ -1,4 +1,5 @@
-"""Small real models in the hub's format, with random weights: what the tests of whole formats share."""
+"""Small real models in the hub's format, with random weights: what the tests of whole formats
+share."""
 
 import pathlib
 
@@ -7,9 +8,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from dnd_jax.lm_data import build_tokenizer
+from dnd_jax.base.chat import build_tokenizer
 
 WORDS = (
     "one",
@@ -37,7 +44,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    )
 
 
 def write_encoder(folder: pathlib.Path, width: int = 8) -> pathlib.Path:
@@ -56,8 +65,11 @@ def write_encoder(folder: pathlib.Path, width: int = 8) -> pathlib.Path:
     return folder
 
 
-def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> pathlib.Path:
-    """A Qwen2 of two layers, hidden 16, key-value 8, intermediate 24: chunks of 8. shard: largest file of weights."""
+def write_qwen(
+    folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes
+) -> pathlib.Path:
+    """A Qwen2 of two layers, hidden 16, key-value 8, intermediate 24: chunks of 8. shard: largest
+    file of weights."""
     torch.manual_seed(5)
     words = build_tokenizer([" ".join(WORDS)], 300)
     settings = {
@@ -80,7 +92,8 @@ def write_qwen(folder: pathlib.Path, dtype: torch.dtype = torch.float32, shard: 
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values in every tensor: transformers starts norms at one and biases at zero, which would hide a mix-up."""
+    """Random values in every tensor: transformers starts norms at one and biases at zero, which
+    would hide a mix-up."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(torch.randn_like(value) * 0.3 + (1.0 if "norm" in name else 0.0))
@@ -90,4 +103,11 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
 def logits_of(model: torch.nn.Module, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """A causal LM's logits (B, L, vocabulary)."""
     with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long()).logits.float().numpy()
+        return (
+            model(
+                input_ids=torch.from_numpy(ids).long(),
+                attention_mask=torch.from_numpy(valid).long(),
+            )
+            .logits.float()
+            .numpy()
+        )

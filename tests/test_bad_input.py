@@ -1,5 +1,7 @@
-"""Bad input: one clear line that names the file, the key and the fix, exit status 2, nothing half-written."""
+"""Bad input: one clear line that names the file, the key and the fix, exit status 2, nothing
+half-written."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -16,19 +18,21 @@ from safetensors.numpy import load_file as load_tensors
 from safetensors.numpy import save_file
 from small_models import write_qwen
 
-from dnd_jax import loop
-from dnd_jax.adapters import AdapterConfig, load_adapter, load_adapter_config, save_adapter
-from dnd_jax.config import freeze, load_file
-from dnd_jax.errors import InputError
-from dnd_jax.files import replacing
-from dnd_jax.generate import draw_prompts
-from dnd_jax.lm_data import build_tokenizer, encode
-from dnd_jax.main import FLAGS, STAGES, main
-from dnd_jax.models.hf import load_base_config
-from dnd_jax.models.text_encoder import load_module
-from dnd_jax.sources import read_jsonl, read_prompts
-from dnd_jax.suite import load_suite
-from dnd_jax.torch_scoring import TorchBase
+from dnd_jax.base.chat import build_tokenizer, encode
+from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import replacing
+from dnd_jax.data.sources import read_jsonl, read_prompts
+from dnd_jax.data.suite import load_suite
+from dnd_jax.encoders.load import load_module
+from dnd_jax.generator.generate import draw_prompts
+from dnd_jax.loop.run import run_loop
+from dnd_jax.lora.adapter import load_adapter, save_adapter
+from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
+from dnd_jax.main import STAGES, main
 
 
 @pytest.fixture
@@ -52,7 +56,11 @@ def test_malformed_jsonl_names_file_and_line(suite, tmp_path, capsys):
     lines[5] = '{"prompt": 3, "response": " "}'
     path.write_text("\n".join(lines))
     message = refused(capsys, "quickstart", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
-    assert f"{path}:3: not JSON" in message and f"{path}:5: response must be given" in message and f"{path}:6: prompt" in message
+    assert (
+        f"{path}:3: not JSON" in message
+        and f"{path}:5: response must be given" in message
+        and f"{path}:6: prompt" in message
+    )
 
 
 @pytest.mark.parametrize("content", ["", '{"prompt": "only one", "response": "x"}\n'])
@@ -74,7 +82,9 @@ def test_not_utf8(tmp_path):
 
 def test_byte_order_mark_and_blank_lines_are_fine(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "response": "b"}\r\n\r\n{"prompt": "c", "response": "d"}\r\n')
+    path.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a", "response": "b"}\r\n\r\n{"prompt": "c", "response": "d"}\r\n'
+    )
     assert [e.prompt for e in read_jsonl(path)] == ["a", "c"]
 
 
@@ -102,7 +112,9 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
         capsys, "quickstart", TINY, f"--suite={tmp_path / 'none'}", f"--workdir={tmp_path / 'w'}"
     )
     (tmp_path / "suite.json").write_text("{")
-    assert "suite.json:1: not JSON" in refused(capsys, "quickstart", TINY, f"--suite={tmp_path}", f"--workdir={tmp_path / 'w'}")
+    assert "suite.json:1: not JSON" in refused(
+        capsys, "quickstart", TINY, f"--suite={tmp_path}", f"--workdir={tmp_path / 'w'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,21 +124,36 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
         (["train", TINY, "--config.train.stepz=3"], "stepz"),
         (["train", TINY, "--config.train.steps=many"], "many"),
         (["train", TINY, "--workdri=x"], "workdri"),
-        (["train", TINY, "--config.generator.kernel_size=4"], "config.generator.kernel_size = 4 must be odd"),
-        (["train", TINY, "--config.lora.checkpoints=7"], "config.lora.checkpoints = 7 is more than lora.steps = 6"),
+        (
+            ["train", TINY, "--config.generator.kernel_size=4"],
+            "config.generator.kernel_size = 4 must be odd",
+        ),
+        (
+            ["train", TINY, "--config.lora.checkpoints=7"],
+            "config.lora.checkpoints = 7 is more than lora.steps = 6",
+        ),
         (["train", "--config=nowhere.py"], "nowhere.py: no such config file"),
         (["quickstart", TINY, "--seeds=0,x"], "--seeds=0,x"),
         (["generate", TINY, "--prompts=x"], "--generator is needed"),
         (["train", TINY, "extra"], "unexpected argument 'extra'"),
-        (["train", TINY, "--seeds=0,1"], "--seeds: `dnd train` does not read it; quickstart, ablate only"),
-        (["train", TINY, "--seed=3"], "--seed: `dnd train` does not read it; generate only"),
-        (["evaluate", TINY, "--nostrict", "--limit=4"], "--limit: `dnd evaluate` does not read it; lm-eval, overhead only"),
-        (["quickstart", TINY, "--allow=train.steps"], "--allow: `dnd quickstart` does not read it; train only"),
+        (
+            ["train", TINY, "--seeds=0,1"],
+            "--seeds: no flag of `dnd train`; `dnd train --help` lists its flags",
+        ),
+        (["train", TINY, "--seed=3"], "--seed: no flag of `dnd train`"),
+        (
+            ["evaluate", TINY, "--nostrict", "--limit=4"],
+            "--limit: no flag of `dnd evaluate`; `dnd evaluate --help` lists its flags",
+        ),
+        (["quickstart", TINY, "--allow=train.steps"], "--allow: no flag of `dnd quickstart`"),
         (["generate", "--seed=-1"], "--seed=-1: -1 is not a non-negative integer"),
         (["overhead", "--limit=-3"], "--limit=-3: -3 is not a non-negative integer"),
         (["plan", TINY, "--devices=-2"], "--devices=-2: -2 is not a non-negative integer"),
         (["train", TINY, "--coordinator=localhost:99999"], "with a port of 1 to 65534"),
-        (["train", TINY, "--coordinator=localhost:65535"], "with a port of 1 to 65534"),  # the next one is used as well
+        (
+            ["train", TINY, "--coordinator=localhost:65535"],
+            "with a port of 1 to 65534",
+        ),  # the next one is used as well
         (["train", "--config=launch/gke.sh"], "launch/gke.sh: a configuration is a Python file"),
     ],
 )
@@ -137,24 +164,33 @@ def test_command_line_faults(arguments, expected, capsys, tmp_path, monkeypatch)
 
 def test_a_device_without_room_is_one_line(capsys, monkeypatch):
     def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace ...")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace ..."
+        )
 
     monkeypatch.setattr("dnd_jax.main._run", full)
     assert main(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "dnd: no room on the device (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); take a smaller batch"
+        "dnd: no room on the device (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); take "
+        "a smaller batch"
     )
 
 
 def test_documented_commands_use_what_their_stage_reads():
     root, found = pathlib.Path(__file__).parent.parent, 0
+    flags = {
+        stage: {flag.name for flag in importlib.import_module(f"dnd_jax.{module}").STAGE.flags}
+        for stage, (module, _) in STAGES.items()
+    }
     places = ("README.md", "Makefile", "docs/*.md", "launch/*", "configs/*.py", "dnd_jax/**/*.py")
     for path in (path for place in places for path in root.glob(place) if path.is_file()):
-        for stage, rest in re.findall(r"\bdnd ([a-z-]+) (--[^\n`#]*)", path.read_text().replace("\\\n", " ")):
+        for stage, rest in re.findall(
+            r"\bdnd ([a-z-]+) (--[^\n`#]*)", path.read_text().replace("\\\n", " ")
+        ):
             for flag in re.findall(r"(?<!\S)\[?--([a-z-]+)(?=[=\]\s]|$)", rest):
                 if stage in STAGES and flag != "config":
-                    assert stage in FLAGS[flag][2].split(), f"{path}: dnd {stage} --{flag}"
+                    assert flag in flags[stage], f"{path}: dnd {stage} --{flag}"
                     found += 1
     assert found > 60
 
@@ -162,27 +198,48 @@ def test_documented_commands_use_what_their_stage_reads():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("generator.features=(('a',0,0),(0,0,0))", "config.generator.features = (('a', 0, 0), (0, 0, 0)) must be"),
+        (
+            "generator.features=(('a',0,0),(0,0,0))",
+            "config.generator.features = (('a', 0, 0), (0, 0, 0)) must be",
+        ),
         ("base.num_attention_heads=0", "config.base.num_attention_heads = 0 must be at least 1"),
         ("base.hidden_size=-4", "config.base.hidden_size = -4 must be at least 1"),
         ("train.clip=0", "config.train.clip = 0.0 must be above 0"),
         ("train.clip=nan", "config.train.clip = nan is not a number"),
         ("train.target_noise=-1e-5", "config.train.target_noise = -1e-05 must not be negative"),
         ("pretrain.warmup_steps=-1", "config.pretrain.warmup_steps = -1 must not be negative"),
-        ("train.dtype=float64", "config.train.dtype = 'float64' is none of ('float32', 'bfloat16')"),
+        (
+            "train.dtype=float64",
+            "config.train.dtype = 'float64' is none of ('float32', 'bfloat16')",
+        ),
         ("mesh.rules=((1,2),)", "config.mesh.rules: (1, 2) is not (pattern, (axis, ...))"),
         ("mesh.rules=('.',)", "config.mesh.rules: '.' is not (pattern, (axis, ...))"),
         ("mesh.rules=(('(',()),)", "config.mesh.rules: '(' is no regular expression"),
-        ("mesh.rules=(('.',('foo',)),)", "config.mesh.rules: ('.', ('foo',)) should name axes of ('slice', 'data'"),
+        (
+            "mesh.rules=(('.',('foo',)),)",
+            "config.mesh.rules: ('.', ('foo',)) should name axes of ('slice', 'data'",
+        ),
         ("mesh.rules=(('.',('fsdp',('fsdp',))),)", "each once"),
-        ("sweep.rules=((('.',('foo',)),),)", "config.sweep.rules: ('.', ('foo',)) should name axes"),
+        (
+            "sweep.rules=((('.',('foo',)),),)",
+            "config.sweep.rules: ('.', ('foo',)) should name axes",
+        ),
         ("sweep.meshes=((1,2),)", "config.sweep.meshes = ((1, 2),) must hold (data, fsdp, tensor)"),
-        ("sweep.remat=('foo',)", "config.sweep.remat = ('foo',) has more than ('none', 'convolutions', 'stages')"),
+        (
+            "sweep.remat=('foo',)",
+            "config.sweep.remat = ('foo',) has more than ('none', 'convolutions', 'stages')",
+        ),
         ("sweep.methods=('foo',)", "config.sweep.methods = ('foo',) has more than"),
-        ("sweep.steps=('foo',)", "config.sweep.steps = ('foo',) must name some of ('train', 'generate')"),
+        (
+            "sweep.steps=('foo',)",
+            "config.sweep.steps = ('foo',) must name some of ('train', 'generate')",
+        ),
         ("sweep.batches=(0,)", "config.sweep.batches = (0,) must not hold 0"),
         ("sweep.micro_batches=(0,)", "config.sweep.micro_batches = (0,) must be at least 1 each"),
-        ("sweep.micro_batches=('a',)", "config.sweep.micro_batches = ('a',) should hold nothing but int"),
+        (
+            "sweep.micro_batches=('a',)",
+            "config.sweep.micro_batches = ('a',) should hold nothing but int",
+        ),
     ],
 )
 def test_impossible_values_name_their_key(change, expected, capsys):
@@ -192,10 +249,19 @@ def test_impossible_values_name_their_key(change, expected, capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("c = mini.get_config()\n    c.train.stepz = 3\n    return c", ':4: AttributeError: Key "stepz" does not exist'),
+        (
+            "c = mini.get_config()\n    c.train.stepz = 3\n    return c",
+            ':4: AttributeError: Key "stepz" does not exist',
+        ),
         ("c = mini.get_config()\n    c.train.stepz = 3\n    return c", 'Did you mean "steps"'),
-        ("c = mini.get_config()\n    c.trian.steps = 3\n    return c", ":4: AttributeError: 'trian' Did you mean \"train\""),
-        ("c = mini.get_config()\n    c.train.steps = 'many'\n    return c", ":4: TypeError: Could not override field 'steps'"),
+        (
+            "c = mini.get_config()\n    c.trian.steps = 3\n    return c",
+            ":4: AttributeError: 'trian' Did you mean \"train\"",
+        ),
+        (
+            "c = mini.get_config()\n    c.train.steps = 'many'\n    return c",
+            ":4: TypeError: Could not override field 'steps'",
+        ),
         ("return (", ":3: not Python ("),
         ("return 3", ": get_config() gives 3; a configuration defines get_config(), which returns"),
         ("return None\ndel get_config", ": there is no get_config(); a configuration defines"),
@@ -204,7 +270,7 @@ def test_impossible_values_name_their_key(change, expected, capsys):
 )
 def test_configuration_files_with_faults(text, expected, tmp_path, capsys):
     path = tmp_path / "mine.py"
-    path.write_text(f"from configs import mini\ndef get_config():\n    {text}\n")
+    path.write_text(f"from dnd_jax.configs import mini\ndef get_config():\n    {text}\n")
     message = refused(capsys, "plan", f"--config={path}")
     assert message.startswith(f"dnd: {path}:") and expected in message
 
@@ -224,7 +290,9 @@ def test_bases_with_faults(tmp_path):
             with pytest.raises(InputError) as caught:
                 load(base)
             assert expected in str(caught.value) and "\n" not in str(caught.value)
-        with pytest.raises(InputError, match=f"{base}: (transformers cannot load it|no usable tokenizer)") as caught:
+        with pytest.raises(
+            InputError, match=f"{base}: (transformers cannot load it|no usable tokenizer)"
+        ) as caught:
             TorchBase(base, 4, 4)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="package:no.such/x: the package is not installed"):
@@ -232,16 +300,24 @@ def test_bases_with_faults(tmp_path):
     (base / "config.json").write_text(json.dumps(raw))
     weights = base / "model.safetensors"
     tensors = load_tensors(weights)
-    save_file({key: value for key, value in tensors.items() if "layers.1.mlp" not in key}, weights, {"format": "pt"})
+    save_file(
+        {key: value for key, value in tensors.items() if "layers.1.mlp" not in key},
+        weights,
+        {"format": "pt"},
+    )
     lacking = r"its files lack 3 of the model's tensors \(model.layers.1.mlp.down_proj.weight\)"
     with pytest.raises(InputError, match=f"{base}: {lacking}; give a whole model folder"):
         TorchBase(base, 4, 4)
     save_file(tensors, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-20])
-    with pytest.raises(InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"):
+    with pytest.raises(
+        InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"
+    ):
         TorchBase(base, 4, 4)
     weights.unlink()
-    with pytest.raises(InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"):
+    with pytest.raises(
+        InputError, match=f"{base}: transformers cannot load it .*; give a whole model folder"
+    ):
         TorchBase(base, 4, 4)
 
 
@@ -253,7 +329,10 @@ def test_config_lists_every_fault_with_the_nearest_key():
         freeze(raw)
     text = str(error.value)
     assert "config.train.stepz is unknown; did you mean steps?" in text
-    assert "config.train.steps is missing" in text and "config.lora.rank = 'four' should be int" in text
+    assert (
+        "config.train.steps is missing" in text
+        and "config.lora.rank = 'four' should be int" in text
+    )
 
 
 def test_too_few_prompts():
@@ -264,13 +343,16 @@ def test_too_few_prompts():
 
 
 def test_prompt_of_100_000_characters(suite, tmp_path, capsys):
-    """Too long for the base: named by file and line. For generation the encoder truncates it (test_quickstart runs that path)."""
+    """Too long for the base: named by file and line. For generation the encoder truncates it
+    (test_quickstart runs that path)."""
     path = suite / "datasets" / "bird-colon" / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["prompt"] = "why " * 25_000
     path.write_text("\n".join(map(json.dumps, rows)))
     tokenizer = build_tokenizer((e.prompt for e in load_suite(suite).corpus), 500)
-    with pytest.raises(InputError, match=f"{path}:2: .* tokens with its response, more than base.max_length=64"):
+    with pytest.raises(
+        InputError, match=f"{path}:2: .* tokens with its response, more than base.max_length=64"
+    ):
         encode(tokenizer, read_jsonl(path), 64)
 
 
@@ -287,11 +369,16 @@ def test_unwritable_and_full_output_folders(tmp_path):
     assert blocked.read_text() == "in the way"
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small file system")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mount") is None,
+    reason="needs root to mount a small file system",
+)
 def test_full_disk_leaves_nothing_half_written(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("this machine does not allow mounting")
     try:
         tensors = {
@@ -325,21 +412,42 @@ def test_adapter_folder_faults(tmp_path):
 def test_generator_folder_faults(tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a\nb\n")
-    message = refused(capsys, "generate", TINY, f"--generator={tmp_path}", f"--prompts={prompts}", f"--out={tmp_path / 'o'}")
+    message = refused(
+        capsys,
+        "generate",
+        TINY,
+        f"--generator={tmp_path}",
+        f"--prompts={prompts}",
+        f"--out={tmp_path / 'o'}",
+    )
     assert "no generator.json" in message and not (tmp_path / "o").exists()
 
 
 def test_adapters_of_another_base_are_listed(suite, tmp_path, capsys):
-    layout = {"model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8), "model.layers.0.self_attn.q_proj.lora_B.weight": (8, 2)}
+    layout = {
+        "model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8),
+        "model.layers.0.self_attn.q_proj.lora_B.weight": (8, 2),
+    }
     rng = np.random.default_rng(0)
     for i, dataset in enumerate(load_suite(suite).train):
         for step in (1, 2):
-            tensors = {key: rng.normal(size=shape).astype(np.float32) for key, shape in layout.items()}
+            tensors = {
+                key: rng.normal(size=shape).astype(np.float32) for key, shape in layout.items()
+            }
             base = "other" if (i, step) == (1, 2) else "ours"
-            save_adapter(tmp_path / "w/loras" / dataset.name / f"step_{step}", tensors, AdapterConfig(base, 2, 4.0, ("q_proj",)))
+            save_adapter(
+                tmp_path / "w/loras" / dataset.name / f"step_{step}",
+                tensors,
+                AdapterConfig(base, 2, 4.0, ("q_proj",)),
+            )
     eight = "--config.train.batch_size=8"  # for the devices of these tests
-    message = refused(capsys, "train", TINY, eight, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
-    assert "of another layout, base or scale" in message and "step_2 has base 'other' instead of 'ours'" in message
+    message = refused(
+        capsys, "train", TINY, eight, f"--suite={suite}", f"--workdir={tmp_path / 'w'}"
+    )
+    assert (
+        "of another layout, base or scale" in message
+        and "step_2 has base 'other' instead of 'ours'" in message
+    )
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
 
 
@@ -347,22 +455,27 @@ def test_adapter_that_does_not_fit_its_base_is_refused_in_pytorch(tmp_path):
     """PEFT itself only warns."""
     import jax
 
-    from dnd_jax.models import hf
-    from dnd_jax.models.base_lm import BaseLM, LmConfig
+    from dnd_jax.base.architecture import BaseLM, LmConfig
+    from dnd_jax.base.folder import save_base
 
     tokenizer = build_tokenizer(["one two three"], 300)
     config = LmConfig(len(tokenizer), 16, 16, 1, 2, 1)
     params = BaseLM(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-    hf.save_base(tmp_path / "base", config, params, tokenizer)
+    save_base(tmp_path / "base", config, params, tokenizer)
     base = TorchBase(tmp_path / "base", 4, 4)
     shapes = config.lora_shapes(2, ("q_proj",))
     good = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
     adapter = AdapterConfig("base", 2, 4.0, ("q_proj",))
     base.use(save_adapter(tmp_path / "good", good, adapter))
-    wrong_names = {key.replace("model.layers", "model.blocks"): value for key, value in good.items()}
+    wrong_names = {
+        key.replace("model.layers", "model.blocks"): value for key, value in good.items()
+    }
     with pytest.raises(InputError, match="not an adapter of"):
         base.use(save_adapter(tmp_path / "names", wrong_names, adapter))
-    wrong_shapes = {key: np.ones((s[0] * 2, s[1]) if "_B" in key else s, np.float32) for key, s in shapes.items()}
+    wrong_shapes = {
+        key: np.ones((s[0] * 2, s[1]) if "_B" in key else s, np.float32)
+        for key, s in shapes.items()
+    }
     with pytest.raises(InputError, match="not an adapter of"):
         base.use(save_adapter(tmp_path / "shapes", wrong_shapes, adapter))
 
@@ -373,9 +486,20 @@ def test_damaged_checkpoints(tmp_path):
     import jax.numpy as jnp
 
     def train(steps):
-        step = jax.jit(lambda state, batch: ({"x": state["x"] + batch}, {"loss": jnp.sum(state["x"])}))
+        step = jax.jit(
+            lambda state, batch: ({"x": state["x"] + batch}, {"loss": jnp.sum(state["x"])})
+        )
         state = {"x": jnp.zeros(3)}
-        return loop.run("t", tmp_path / "run", state, step, lambda i: jnp.full(3, float(i)), steps, 2, {"setting": 1})["x"]
+        return run_loop(
+            "t",
+            tmp_path / "run",
+            state,
+            step,
+            lambda i: jnp.full(3, float(i)),
+            steps,
+            2,
+            {"setting": 1},
+        )["x"]
 
     expected = np.asarray(train(4))
     folder = tmp_path / "run" / "checkpoints"
@@ -399,15 +523,26 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     import jax.numpy as jnp
 
     step = jax.jit(lambda state, batch: (state, {"loss": jnp.log(batch)}))
-    with pytest.raises(InputError, match=r"loss is -?(nan|inf) at step 4 with pair 3; last good checkpoint: .*/2"):
-        loop.run("t", tmp_path, {"x": jnp.zeros(2)}, step, lambda i: 3.0 - i, 6, 2, {}, blame=lambda i: f" with pair {i}")
+    with pytest.raises(
+        InputError, match=r"loss is -?(nan|inf) at step 4 with pair 3; last good checkpoint: .*/2"
+    ):
+        run_loop(
+            "t",
+            tmp_path,
+            {"x": jnp.zeros(2)},
+            step,
+            lambda i: 3.0 - i,
+            6,
+            2,
+            {},
+            blame=lambda i: f" with pair {i}",
+        )
 
 
 def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
-    """SIGKILL in the middle of an output: its temporary folder goes with the next writer of that name."""
-    write = (
-        "import os, sys, time, dnd_jax.files as f\nwith f.replacing(sys.argv[1]) as t:\n    t.write_text('x'); print(t, flush=True)"
-    )
+    """SIGKILL in the middle of an output: its temporary folder goes with the next writer of that
+    name."""
+    write = "import os, sys, time, dnd_jax.files as f\nwith f.replacing(sys.argv[1]) as t:\n    t.write_text('x'); print(t, flush=True)"
     dead, living = (
         subprocess.Popen(
             [sys.executable, "-c", f"{write}; time.sleep(600)", tmp_path / "out"],
@@ -425,7 +560,11 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
         (tmp_path / ".out.elsewhere-1-x").mkdir()  # another host's
         with replacing(tmp_path / "out") as temporary:
             temporary.write_text("y")
-        assert not left.parent.exists() and kept.is_file() and (tmp_path / ".out.elsewhere-1-x").is_dir()
+        assert (
+            not left.parent.exists()
+            and kept.is_file()
+            and (tmp_path / ".out.elsewhere-1-x").is_dir()
+        )
         assert (tmp_path / "out").read_text() == "y"
     finally:
         living.kill()

@@ -1,4 +1,5 @@
-"""The walk-throughs of docs/ that end in minutes, as they are written there: every line of them, in a checkout's place."""
+"""The walk-throughs of docs/ that end in minutes, as they are written there: every line of them, in
+a checkout's place."""
 
 import os
 import pathlib
@@ -14,13 +15,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def block(page: str, text: str) -> str:
     """The fenced block of docs/PAGE which has the text."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(
+        r"^```\w*\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL
+    )
     (found,) = (content for content in fenced if text in content)
     return found
 
 
 def walk(place: pathlib.Path, *blocks: str) -> str:
-    """Runs the blocks one after the other, until one of their commands fails, and returns what they print."""
+    """Runs the blocks one after the other, until one of their commands fails, and returns what they
+    print."""
     if not (place / "configs").exists():
         shutil.copytree(ROOT / "configs", place / "configs")
         (place / "tests").symlink_to(ROOT / "tests")
@@ -28,10 +32,14 @@ def walk(place: pathlib.Path, *blocks: str) -> str:
     program.parent.mkdir(exist_ok=True)
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dnd_jax "$@"\n')
     program.chmod(0o755)
-    path = os.pathsep.join([str(program.parent), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(program.parent), str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    )
     environment = {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": ""}
     script = "set -eo pipefail\n" + "\n".join(blocks)
-    done = subprocess.run(["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -47,7 +55,9 @@ def test_any_other_base(tmp_path):
     (tmp_path / "suite.json").write_text(block("TRAIN.md", '"name": "people"'))
     (tmp_path / "make_loras.py").write_text(block("BASES.md", "get_peft_model"))
     out = walk(tmp_path, block("TRAIN.md", "dnd suite"), block("BASES.md", "python make_loras.py"))
-    assert "gemma_adapter on gemma\nmodules attached: 6 of 6" in out and out.endswith("as its matrices say\n")
+    assert "gemma_adapter on gemma\nmodules attached: 6 of 6" in out and out.endswith(
+        "as its matrices say\n"
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""launch/: what the scripts print is what they run; manifests fit their APIs; processes are started and stopped for real."""
+"""launch/: what the scripts print is what they run; manifests fit their APIs; processes are started
+and stopped for real."""
 
 import os
 import pathlib
@@ -18,18 +19,25 @@ from pipeline import TINY, start, tiny_suite, when
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SHELL = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
-AWKWARD = ["train", "--config=configs/mini.py", "--workdir=/nfs/a b", """--config.note=it's "so" $HOME \\ & |"""]
+AWKWARD = [
+    "train",
+    "--config=configs/mini.py",
+    "--workdir=/nfs/a b",
+    """--config.note=it's "so" $HOME \\ & |""",
+]
 TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scancel", "scontrol", "tar", "rm")
 
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH whose first folder has a stub for every tool, which records how it was called; calls() are their words."""
+    """A PATH whose first folder has a stub for every tool, which records how it was called; calls()
+    are their words."""
     folder, record = tmp_path / "stubs", tmp_path / "calls"
     folder.mkdir()
     for tool in TOOLS:
         (folder / tool).write_text(
-            f'#!/bin/bash\nprintf "%s\\0" {tool} "$@" END >> "{record}"\n[ {tool} != gcloud ] || echo ACTIVE\n'
+            f'#!/bin/bash\nprintf "%s\\0" {tool} "$@" END >> "{record}"\n[ {tool} != gcloud ] || '
+            "echo ACTIVE\n"
         )
         (folder / tool).chmod(0o755)
 
@@ -43,7 +51,14 @@ def stubs(tmp_path):
 
 def script(name: str, *arguments: str, env=None, cwd=ROOT) -> subprocess.CompletedProcess:
     """Runs launch/NAME with bash; text of both outputs."""
-    return subprocess.run(["bash", LAUNCH / name, *arguments], capture_output=True, text=True, env=env, cwd=cwd, timeout=60)
+    return subprocess.run(
+        ["bash", LAUNCH / name, *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+        timeout=60,
+    )
 
 
 def printed(output: str) -> list[list[str]]:
@@ -56,23 +71,46 @@ PLACE = ["--zone=us-east5-a", "--project=p"]
 QR = ["gcloud", "compute", "tpus", "queued-resources"]
 ALL = ["--node=all", "--worker=all", "--batch-size=all"]
 KUBE = ("--name=dnd", "--namespace=ml")
-APPLY = ("apply", *KUBE, "--image=us-docker.pkg.dev/p/r/dnd:1", "--accelerator=tpu-v5p-slice", "--topology=2x2x4", "--slices=2")
+APPLY = (
+    "apply",
+    *KUBE,
+    "--image=us-docker.pkg.dev/p/r/dnd:1",
+    "--accelerator=tpu-v5p-slice",
+    "--topology=2x2x4",
+    "--slices=2",
+)
 
 
-# ------------------------------------------------------------------------------------------------ shell
+# ------------------------------------------------------------------------------------------------
+# shell
 
 
 def test_shellcheck():
-    done = subprocess.run([shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent), "-x", "-P", "SCRIPTDIR", *SHELL])
+    done = subprocess.run(
+        [
+            shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent),
+            "-x",
+            "-P",
+            "SCRIPTDIR",
+            *SHELL,
+        ]
+    )
     assert done.returncode == 0 and len(SHELL) == 5
 
 
 def test_quote_survives_a_shell(tmp_path):
     words = [*AWKWARD, "", "'", "''a'", "two\nlines", "*", "~", "a=b;c"]
     text = 'program=x; . "$0"; quote "$@"'
-    line = subprocess.run(["bash", "-c", text, LAUNCH / "common.sh", *words], capture_output=True, text=True, check=True).stdout
+    line = subprocess.run(
+        ["bash", "-c", text, LAUNCH / "common.sh", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert shlex.split(line) == words
-    back = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    back = subprocess.run(
+        ["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+    ).stdout
     assert back.split("\0")[:-1] == words
 
 
@@ -90,7 +128,11 @@ def test_quote_survives_a_shell(tmp_path):
 def test_dry_run_prints_what_is_run_and_runs_nothing(name, arguments, stubs):
     env, calls, _ = stubs
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    dry = ("--dry-run", *arguments) if name == "slurm.sbatch" else (*arguments[:at], "--dry-run", *arguments[at:])
+    dry = (
+        ("--dry-run", *arguments)
+        if name == "slurm.sbatch"
+        else (*arguments[:at], "--dry-run", *arguments[at:])
+    )
     shown = script(name, *dry, env=env)
     assert shown.returncode == 0 and not shown.stderr
     assert calls() == []
@@ -131,12 +173,21 @@ def test_tpu_vm_commands(stubs):
         "--reserved",
     ]
     tar, scp, install, rm = dry("ship")
-    assert tar[:2] == ["tar", "-czf"] and tar[2] == scp[5] == rm[1] and tar[3:5] == ["-C", str(ROOT)]
+    assert (
+        tar[:2] == ["tar", "-czf"] and tar[2] == scp[5] == rm[1] and tar[3:5] == ["-C", str(ROOT)]
+    )
     assert scp[:5] == [*QR, "scp"] and scp[6:] == ["dnd:/tmp/dnd_jax.tar.gz", *PLACE, *ALL]
-    assert install[:-1] == [*QR, "ssh", "dnd", *PLACE, *ALL] and install[-1].endswith("launch/on_worker.sh install")
+    assert install[:-1] == [*QR, "ssh", "dnd", *PLACE, *ALL] and install[-1].endswith(
+        "launch/on_worker.sh install"
+    )
     (ran,) = dry("run", "--", *AWKWARD)
     assert ran[:-1] == install[:-1]
-    assert shlex.split(ran[-1].removeprefix("--command=")) == ["bash", "dnd_jax/launch/on_worker.sh", "run", *AWKWARD]
+    assert shlex.split(ran[-1].removeprefix("--command=")) == [
+        "bash",
+        "dnd_jax/launch/on_worker.sh",
+        "run",
+        *AWKWARD,
+    ]
     assert "--worker=3" in dry("logs", "--worker=3")[0]
     assert dry("delete") == [[*QR, "delete", "dnd", *PLACE, "--force"]]
 
@@ -149,8 +200,16 @@ def test_tpu_vm_commands(stubs):
         ("tpu_vm.sh", ("create", "--name=dnd"), "--zone=... is needed"),
         ("tpu_vm.sh", ("create", *TPU), "--type=... is needed"),
         ("tpu_vm.sh", ("create", *TPU, "--type=v9-8"), "--type=v9-8: no default runtime"),
-        ("tpu_vm.sh", ("create", *TPU, "--type=v4-8", "--spot", "--reserved"), "--spot and --reserved: one of them"),
-        ("tpu_vm.sh", ("create", *TPU, "--type=v4-8", "--slices=0"), "--slices=0: expected a whole number"),
+        (
+            "tpu_vm.sh",
+            ("create", *TPU, "--type=v4-8", "--spot", "--reserved"),
+            "--spot and --reserved: one of them",
+        ),
+        (
+            "tpu_vm.sh",
+            ("create", *TPU, "--type=v4-8", "--slices=0"),
+            "--slices=0: expected a whole number",
+        ),
         ("tpu_vm.sh", ("create", "--zone=z", "--name=My_TPU"), "--name=My_TPU: lower-case letters"),
         ("tpu_vm.sh", ("run", *TPU), "run: the arguments of dnd are missing"),
         ("tpu_vm.sh", ("stop", *TPU, "--", "train"), "stop takes no arguments after --"),
@@ -160,20 +219,38 @@ def test_tpu_vm_commands(stubs):
         ("gke.sh", ("status",), "--name=... is needed"),
         ("gke.sh", ("apply", *KUBE, "--", "train"), "--image=... is needed"),
         ("gke.sh", APPLY, "apply: the arguments of dnd are missing"),
-        ("gke.sh", (*APPLY, "--chips=3", "--", "train"), "--topology=2x2x4 has 16 chips: no multiple of 3"),
+        (
+            "gke.sh",
+            (*APPLY, "--chips=3", "--", "train"),
+            "--topology=2x2x4 has 16 chips: no multiple of 3",
+        ),
         ("gke.sh", (*APPLY, "--topology=16", "--", "train"), "--topology=16: expected such as 4x4"),
-        ("gke.sh", (*APPLY, "--accelerator=v5p", "--", "train"), "--accelerator=v5p: expected a GKE label"),
-        ("gke.sh", (*APPLY, "--", "train", "--note=a\nb"), "an argument of dnd has a control character"),
+        (
+            "gke.sh",
+            (*APPLY, "--accelerator=v5p", "--", "train"),
+            "--accelerator=v5p: expected a GKE label",
+        ),
+        (
+            "gke.sh",
+            (*APPLY, "--", "train", "--note=a\nb"),
+            "an argument of dnd has a control character",
+        ),
         ("gke.sh", ("logs", *KUBE, "--", "train"), "logs takes no arguments after --"),
         ("slurm.sbatch", (), "the stage is missing"),
-        ("slurm.sbatch", ("train", "--x=1"), "start it with sbatch: sbatch launch/slurm.sbatch train --x=1"),
+        (
+            "slurm.sbatch",
+            ("train", "--x=1"),
+            "start it with sbatch: sbatch launch/slurm.sbatch train --x=1",
+        ),
     ],
 )
 def test_bad_arguments_of_scripts(name, arguments, message, stubs):
     env, calls, _ = stubs
     done = script(name, *arguments, env=env)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"launch/{name}: {message}") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"launch/{name}: {message}") and len(done.stderr.splitlines()) == 1
+    )
     assert calls() == [] and not done.stdout
 
 
@@ -190,9 +267,13 @@ def test_missing_tool_is_named(tmp_path):
     env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
     bash = shutil.which("bash")
-    done = subprocess.run([bash, LAUNCH / "tpu_vm.sh", "status", *TPU], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [bash, LAUNCH / "tpu_vm.sh", "status", *TPU], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 2 and "gcloud is not on PATH" in done.stderr
-    done = subprocess.run([bash, LAUNCH / "gke.sh", "status", *KUBE], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [bash, LAUNCH / "gke.sh", "status", *KUBE], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 2 and "kubectl is not on PATH" in done.stderr
 
 
@@ -204,16 +285,24 @@ def test_create_waits_until_active_and_tells_a_failure(stubs):
 
     def create(*sequence):
         states.write_text("\n".join(sequence) + "\n")
-        (folder / "gcloud").write_text(f'#!/bin/bash\n[ "$4" != describe ] || {{ head -n 1 "{states}"; sed -i 1d "{states}"; }}\n')
+        (folder / "gcloud").write_text(
+            f'#!/bin/bash\n[ "$4" != describe ] || {{ head -n 1 "{states}"; sed -i 1d "{states}"; '
+            "}\n"
+        )
         return script("tpu_vm.sh", "create", *TPU, "--type=v4-8", env=env)
 
     done = create("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-    assert done.returncode == 0 and done.stdout.splitlines() == ["dnd: WAITING_FOR_RESOURCES", "dnd: PROVISIONING", "dnd: ACTIVE"]
+    assert done.returncode == 0 and done.stdout.splitlines() == [
+        "dnd: WAITING_FOR_RESOURCES",
+        "dnd: PROVISIONING",
+        "dnd: ACTIVE",
+    ]
     done = create("PROVISIONING", "FAILED")
     assert done.returncode == 1 and "dnd is FAILED; delete it and create it again" in done.stderr
 
 
-# --------------------------------------------------------------------------------- a worker, for real
+# --------------------------------------------------------------------------------- a worker, for
+# real
 
 COUNTER = """#!/bin/bash
 printf 'argument %s\\n' "$@"
@@ -223,7 +312,8 @@ while :; do sleep 0.1; done
 
 
 def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
-    """gcloud is a program that runs --command in a folder of its own, as ssh would in a worker's home; the rest is real."""
+    """gcloud is a program that runs --command in a folder of its own, as ssh would in a worker's
+    home; the rest is real."""
     env, _, folder = stubs
     (folder / "rm").unlink()
     home = tmp_path / "home"
@@ -232,7 +322,9 @@ def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
     program = home / "dnd_jax" / ".venv" / "bin" / "dnd"
     program.write_text(COUNTER)
     program.chmod(0o755)
-    (folder / "gcloud").write_text(f'#!/bin/bash\ncd "{home}"\nfor last; do :; done\nexec bash -c "${{last#--command=}}"\n')
+    (folder / "gcloud").write_text(
+        f'#!/bin/bash\ncd "{home}"\nfor last; do :; done\nexec bash -c "${{last#--command=}}"\n'
+    )
     pid, log = home / "dnd_jax" / "dnd.pid", home / "dnd_jax" / "dnd.log"
 
     def tpu(command, *arguments):
@@ -255,14 +347,21 @@ def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
         shown = [f"argument {a}" for a in [*AWKWARD, "--multihost"]]
         assert logged(1) == shown
         refused = tpu("run", "--", "train")
-        assert refused.returncode == 1 and "already running" in refused.stderr and process() == first
+        assert (
+            refused.returncode == 1 and "already running" in refused.stderr and process() == first
+        )
         resumed = tpu("resume")
         assert resumed.returncode == 0 and "saved" in resumed.stdout
         assert process() != first and not alive(first)
         assert logged(2) == [*shown, "saved", *shown]
         second = process()
         stopped = tpu("stop")
-        assert stopped.returncode == 0 and "saved" in stopped.stdout and not alive(second) and not pid.exists()
+        assert (
+            stopped.returncode == 0
+            and "saved" in stopped.stdout
+            and not alive(second)
+            and not pid.exists()
+        )
         assert tpu("stop").returncode == 0
     finally:
         if pid.exists() and alive(process()):
@@ -290,9 +389,12 @@ def test_slurm_requeues_what_was_stopped(status, stopped, requeued, tmp_path, st
     ready = tmp_path / "ready"
     until = "while :; do sleep 0.1; done" if stopped else ":"
     (folder / "srun").write_text(
-        f'#!/bin/bash\ntrap "exit {status}" TERM\necho $$ $DND_REQUEUE > "{ready}"\n{until}\nexit {status}\n'
+        f'#!/bin/bash\ntrap "exit {status}" TERM\necho $$ $DND_REQUEUE > "{ready}"\n{until}\nexit '
+        f"{status}\n"
     )
-    (folder / "scancel").write_text(f'#!/bin/bash\n[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cut -d" " -f1 "{ready}")"\n')
+    (folder / "scancel").write_text(
+        f'#!/bin/bash\n[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cut -d" " -f1 "{ready}")"\n'
+    )
     job = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", "train", "--config=x.py"],
         env={**env, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)},
@@ -306,17 +408,29 @@ def test_slurm_requeues_what_was_stopped(status, stopped, requeued, tmp_path, st
     output, _ = job.communicate(timeout=30)
     assert job.returncode == status
     assert ready.read_text().split()[1] == "1"
-    assert [call for call in calls() if call[0] == "scontrol"] == ([["scontrol", "requeue", "7"]] if requeued else [])
+    assert [call for call in calls() if call[0] == "scontrol"] == (
+        [["scontrol", "requeue", "7"]] if requeued else []
+    )
     assert ("goes back to the queue" in output) == requeued
 
 
 def test_slurm_directives():
     text = (LAUNCH / "slurm.sbatch").read_text()
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
-    assert directives["signal"] == "B:SIGTERM@120" and "requeue" in directives and directives["open-mode"] == "append"
-    # JAX's SLURM detection gives task i of a node GPU i: as many tasks as GPUs, none of them hidden.
-    assert directives["ntasks-per-node"] == directives["gpus-per-node"] and not {"gpus-per-task", "gpu-bind"} & directives.keys()
-    assert text.index("#SBATCH --signal") < text.index("set -euo"), "SLURM stops reading at the first command"
+    assert (
+        directives["signal"] == "B:SIGTERM@120"
+        and "requeue" in directives
+        and directives["open-mode"] == "append"
+    )
+    # JAX's SLURM detection gives task i of a node GPU i: as many tasks as GPUs, none of them
+    # hidden.
+    assert (
+        directives["ntasks-per-node"] == directives["gpus-per-node"]
+        and not {"gpus-per-task", "gpu-bind"} & directives.keys()
+    )
+    assert text.index("#SBATCH --signal") < text.index("set -euo"), (
+        "SLURM stops reading at the first command"
+    )
 
 
 @pytest.mark.slow
@@ -332,7 +446,8 @@ def test_dnd_tells_a_stop_from_the_end_when_asked(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------- GKE
 
-# JobSet v1alpha2 (sigs.k8s.io/jobset, api/jobset/v1alpha2/jobset_types.go), as far as we use it: field -> type or nested fields.
+# JobSet v1alpha2 (sigs.k8s.io/jobset, api/jobset/v1alpha2/jobset_types.go), as far as we use it:
+# field -> type or nested fields.
 JOBSET = {
     "apiVersion": "jobset.x-k8s.io/v1alpha2",
     "kind": "JobSet",
@@ -369,14 +484,19 @@ JOBSET = {
 
 
 def faults(value, expected, path="") -> list[str]:
-    """Where a manifest departs from a description such as JOBSET: unknown or missing fields, other types, values not allowed."""
+    """Where a manifest departs from a description such as JOBSET: unknown or missing fields, other
+    types, values not allowed."""
     if isinstance(expected, dict):
         if not isinstance(value, dict):
             return [f"{path}: not a mapping"]
         names = [f"{path}.{k}: unknown" for k in value.keys() - expected.keys()] + [
             f"{path}.{k}: missing" for k in expected.keys() - value.keys()
         ]
-        return names + [f for k in value.keys() & expected.keys() for f in faults(value[k], expected[k], f"{path}.{k}")]
+        return names + [
+            f
+            for k in value.keys() & expected.keys()
+            for f in faults(value[k], expected[k], f"{path}.{k}")
+        ]
     if isinstance(expected, list):
         if not isinstance(value, list) or not value:
             return [f"{path}: not a list"]
@@ -393,7 +513,12 @@ def manifest(*arguments: str) -> dict:
     done = script("gke.sh", *arguments[:at], "--dry-run", *arguments[at:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("kubectl --namespace=ml apply --filename=- ")
-    text = subprocess.run(["bash", "-c", f"kubectl() {{ cat; }}\n{done.stdout}"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["bash", "-c", f"kubectl() {{ cat; }}\n{done.stdout}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return yaml.safe_load(text)
 
 
@@ -410,7 +535,12 @@ def manifest(*arguments: str) -> dict:
 def test_jobset_fits_its_api(options, hosts, chips):
     jobset = manifest(*APPLY, *options, "--", *AWKWARD)
     assert faults(jobset, JOBSET) == []
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **jobset["spec"]["replicatedJobs"][0]["template"]}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "x"},
+        **jobset["spec"]["replicatedJobs"][0]["template"],
+    }
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **job["spec"]["template"]}
     kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
@@ -423,14 +553,26 @@ def test_jobset_fits_its_api(options, hosts, chips):
         "cloud.google.com/gke-tpu-accelerator": given["accelerator"],
         "cloud.google.com/gke-tpu-topology": given["topology"],
     }
-    assert pod["spec"]["nodeSelector"] == selector | ({"cloud.google.com/gke-spot": "true"} if "--spot" in options else {})
+    assert pod["spec"]["nodeSelector"] == selector | (
+        {"cloud.google.com/gke-spot": "true"} if "--spot" in options else {}
+    )
     assert jobset["spec"]["replicatedJobs"][0]["replicas"] == int(given["slices"])
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == int(given.get("restarts", 100))
-    volume = {"persistentVolumeClaim": {"claimName": given["claim"]}} if "claim" in given else {"emptyDir": {}}
+    volume = (
+        {"persistentVolumeClaim": {"claimName": given["claim"]}}
+        if "claim" in given
+        else {"emptyDir": {}}
+    )
     assert pod["spec"]["volumes"] == [{"name": "work", **volume}]
     # What makes a stopped run start again and a wrong one stay down.
-    assert {"name": "DND_REQUEUE", "value": "1"} in container["env"] and job["spec"]["backoffLimit"] == 0
-    assert job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"] == {"containerName": "dnd", "operator": "In", "values": [2]}
+    assert {"name": "DND_REQUEUE", "value": "1"} in container["env"] and job["spec"][
+        "backoffLimit"
+    ] == 0
+    assert job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"] == {
+        "containerName": "dnd",
+        "operator": "In",
+        "values": [2],
+    }
     assert pod["spec"]["restartPolicy"] == "Never"  # podFailurePolicy demands it
 
 
@@ -444,11 +586,18 @@ def test_template_is_yaml_and_filled_in_whole():
 
 def test_the_checks_of_the_manifest_can_fail():
     jobset = manifest(*APPLY, "--", "train")
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **jobset["spec"]["replicatedJobs"][0]["template"]}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "x"},
+        **jobset["spec"]["replicatedJobs"][0]["template"],
+    }
     job["spec"]["template"]["spec"]["nodeSelecter"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelecter"):
         kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
-    jobset["spec"]["failurePolicy"]["maxRestart"] = jobset["spec"]["failurePolicy"].pop("maxRestarts")
+    jobset["spec"]["failurePolicy"]["maxRestart"] = jobset["spec"]["failurePolicy"].pop(
+        "maxRestarts"
+    )
     jobset["spec"]["failurePolicy"]["rules"][0]["action"] = "Restart"
     jobset["spec"]["replicatedJobs"][0]["replicas"] = "2"
     assert sorted(faults(jobset, JOBSET)) == [
@@ -459,7 +608,8 @@ def test_the_checks_of_the_manifest_can_fail():
     ]
 
 
-# --------------------------------------------------------------------------------- several processes here
+# --------------------------------------------------------------------------------- several
+# processes here
 
 
 def local(*arguments: str) -> list[str]:
@@ -473,14 +623,27 @@ def several(*arguments: str, program: str, env=None) -> subprocess.CompletedProc
 
 def test_local_processes_get_their_flags_and_devices():
     program = "import os, sys; print(*sys.argv[1:]); print(os.environ['XLA_FLAGS'], os.environ['JAX_PLATFORMS'], file=sys.stderr)"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false",
+    }
     done = several("--processes=3", "--devices=4", program=program, env=env)
     assert done.returncode == 0 and not done.stderr
     lines = sorted(done.stdout.splitlines())
-    ports = {re.search(r"--coordinator=127\.0\.0\.1:(\d+) ", line)[1] for line in lines if "coordinator" in line}
+    ports = {
+        re.search(r"--coordinator=127\.0\.0\.1:(\d+) ", line)[1]
+        for line in lines
+        if "coordinator" in line
+    }
     assert len(ports) == 1
     flags = "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4 cpu"
-    expected = [(f"[{i}] --coordinator=127.0.0.1:{min(ports)} --processes=3 --process={i}", f"[{i}] {flags}") for i in range(3)]
+    expected = [
+        (
+            f"[{i}] --coordinator=127.0.0.1:{min(ports)} --processes=3 --process={i}",
+            f"[{i}] {flags}",
+        )
+        for i in range(3)
+    ]
     assert lines == sorted(line for pair in expected for line in pair)
 
 
@@ -506,8 +669,17 @@ def test_local_failure_stops_the_others_and_is_passed_on():
     began = time.monotonic()
     done = several("--processes=3", program=program)
     assert done.returncode == 7 and time.monotonic() - began < 30
-    assert done.stderr == "local_multiprocess.py: process 1 failed with status 7; stopping the others\n"
-    assert sorted(done.stdout.splitlines()) == ["[0] saved", "[0] up", "[1] up", "[2] saved", "[2] up"]
+    assert (
+        done.stderr
+        == "local_multiprocess.py: process 1 failed with status 7; stopping the others\n"
+    )
+    assert sorted(done.stdout.splitlines()) == [
+        "[0] saved",
+        "[0] up",
+        "[1] up",
+        "[2] saved",
+        "[2] up",
+    ]
 
 
 def test_local_process_that_does_not_stop_is_killed():
@@ -529,7 +701,8 @@ def test_local_process_that_does_not_stop_is_killed():
 def test_local_signals_are_passed_on(signum, status):
     program = (
         "import sys, time, signal\n"
-        f"signal.signal({int(signum)}, lambda *a: (print('saved', flush=True), sys.exit({status})))\n"
+        f"signal.signal({int(signum)}, lambda *a: (print('saved', flush=True), "
+        f"sys.exit({status})))\n"
         "print('up', flush=True)\n"
         "time.sleep(60)"
     )
@@ -545,12 +718,16 @@ def test_local_signals_are_passed_on(signum, status):
 
 def test_local_dry_run_can_be_pasted():
     done = subprocess.run(
-        local("--processes=2", "--devices=4", "--dry-run", "--", "printf", "%s|", "a b"), capture_output=True, text=True
+        local("--processes=2", "--devices=4", "--dry-run", "--", "printf", "%s|", "a b"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "wait"
     pasted = subprocess.run(["bash", "-c", done.stdout], capture_output=True, text=True)
     port = re.search(r"127\.0\.0\.1:(\d+)", done.stdout)[1]
-    one, other = (f"a b|--coordinator=127.0.0.1:{port}|--processes=2|--process={i}|" for i in (0, 1))
+    one, other = (
+        f"a b|--coordinator=127.0.0.1:{port}|--processes=2|--process={i}|" for i in (0, 1)
+    )
     assert pasted.stdout in (one + other, other + one)
 
 
@@ -558,21 +735,32 @@ def test_local_dry_run_can_be_pasted():
     ("arguments", "message"),
     [
         (("--processes=2",), "no command; give it after --"),
-        (("--processes=0", "--", "true"), "argument --processes: expected a whole number, 1 or more, not '0'"),
+        (
+            ("--processes=0", "--", "true"),
+            "argument --processes: expected a whole number, 1 or more, not '0'",
+        ),
         (("--", "true"), "the following arguments are required: --processes"),
         (("--processes=2", "--gpus=1", "--", "true"), "unrecognized arguments: --gpus=1"),
-        (("--processes=2", "--", "no-such-program"), "no-such-program: No such file or directory; is it installed and on PATH?"),
+        (
+            ("--processes=2", "--", "no-such-program"),
+            "no-such-program: No such file or directory; is it installed and on PATH?",
+        ),
     ],
 )
 def test_bad_arguments_of_local(arguments, message):
     done = subprocess.run(local(*arguments), capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith(f"local_multiprocess.py: {message}") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"local_multiprocess.py: {message}")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_local_help():
     done = subprocess.run(local("--help"), capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: local_multiprocess.py --processes=N")
+    assert done.returncode == 0 and done.stdout.startswith(
+        "usage: local_multiprocess.py --processes=N"
+    )
 
 
 # ------------------------------------------------------------------------------------------- README

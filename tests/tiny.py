@@ -1,6 +1,6 @@
 """The smallest setting that runs every stage for real: for tests of behaviour, not of quality."""
 
-from configs import mini
+from dnd_jax.configs import mini
 
 
 def get_config():

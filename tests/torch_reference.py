@@ -1,4 +1,5 @@
-"""Our own PyTorch reading of METHOD.md section 2, independent of dnd_jax: LoRA tensors <-> weight tokens.
+"""Our own PyTorch reading of METHOD.md section 2, independent of dnd_jax: LoRA tensors <-> weight
+tokens.
 
     tokens, tensors = tokenize(tensors, width), detokenize(tokens, shapes, width)
 
@@ -16,13 +17,18 @@ def _sorted(keys) -> list[str]:
     """Keys of a LoRA in token order."""
 
     def place(key: str) -> tuple:
-        return int(re.search(r"layers\.(\d+)\.", key)[1]), ORDER.index(key.split(".")[-3]), key.split(".")[-2]
+        return (
+            int(re.search(r"layers\.(\d+)\.", key)[1]),
+            ORDER.index(key.split(".")[-3]),
+            key.split(".")[-2],
+        )
 
     return sorted(keys, key=place)
 
 
 def tokenize(tensors: dict, width: int, bfloat16: bool = False) -> torch.Tensor:
-    """{"...layers.I...PROJ.lora_A.weight": (r, d_in), "...lora_B.weight": (d_out, r)} -> (T, r + 2, w + 2), NaN where padded."""
+    """{"...layers.I...PROJ.lora_A.weight": (r, d_in), "...lora_B.weight": (d_out, r)} -> (T, r + 2,
+    w + 2), NaN where padded."""
     tokens = []
     for key in _sorted(tensors):
         matrix = tensors[key].T if ".lora_B." in key else tensors[key]
@@ -41,8 +47,8 @@ def tokenize(tensors: dict, width: int, bfloat16: bool = False) -> torch.Tensor:
 
 
 def detokenize(tokens: torch.Tensor, shapes: dict, width: int) -> dict:
-    """The inverse of `tokenize` for matrices of these shapes. An odd width reads the rows only up to the last two columns,
-    which break their pattern."""
+    """The inverse of `tokenize` for matrices of these shapes. An odd width reads the rows only up
+    to the last two columns, which break their pattern."""
     tensors, first = {}, 0
     for key in _sorted(shapes):
         rows, columns = shapes[key] if ".lora_A." in key else shapes[key][::-1]

@@ -1,4 +1,5 @@
-"""`convolve`: the "same" cross-correlation over two of three axes that a hyper-convolution is made of (METHOD.md section 5)."""
+"""`convolve`: the "same" cross-correlation over two of three axes that a hyper-convolution is made
+of (METHOD.md section 5)."""
 
 import functools
 
@@ -7,9 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dnd_jax.ops import dft, dft_tpu
-from dnd_jax.ops.plan import METHODS, Plan, Problem, arithmetic, choose, on_tpu
-
-__all__ = ["METHODS", "convolve", "direct"]
+from dnd_jax.ops.cost_model import Plan, Problem, arithmetic, choose, on_tpu
 
 
 def convolve(
@@ -19,30 +18,40 @@ def convolve(
     method: str | Plan = "auto",
     platform: str | None = None,
 ) -> jax.Array:
-    """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`, mixing `axis`.
+    """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`,
+    mixing `axis`.
 
-    kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the order of x. Returns x's layout and
-    type with `axis` of size `out`. method: "direct" (the compiler's convolution), "dft" (tile by tile in the Fourier domain,
-    dnd_jax/ops/dft.py), "auto" (the cheaper one by the cost model of dnd_jax/ops/plan.py), "tuned" (the fastest one measured
-    here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one).
-    On a mesh it is meant for each device's own part (shard_map, as dnd_jax/models/placement.py does); it works without, too.
-    A kernel of higher precision than x is kept by "dft" and rounded to x's type by "direct".
-    Raises ValueError for an even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
+    kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the
+    order of x. Returns x's layout and type with `axis` of size `out`. method: "direct" (the
+    compiler's convolution), "dft" (tile by tile in the Fourier domain, dnd_jax/ops/dft.py), "auto"
+    (the cheaper one by the cost model of dnd_jax/ops/cost_model.py), "tuned" (the fastest one
+    measured here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu"
+    or "tpu" (default: the present one). On a mesh it is meant for each device's own part
+    (shard_map, as dnd_jax/parallel/placement.py does); it works without, too. A kernel of higher
+    precision than x is kept by "dft" and rounded to x's type by "direct". Raises ValueError for an
+    even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
     """
     if x_BxNxLxC.ndim != 4 or kernel.ndim != 4 or axis not in (1, 2, 3):
         raise ValueError(
-            f"convolve takes x of 4 dimensions, a kernel of 4 and axis 1, 2 or 3, not {x_BxNxLxC.shape}, {kernel.shape}, {axis}"
+            "convolve takes x of 4 dimensions, a kernel of 4 and axis 1, 2 or 3, not "
+            f"{x_BxNxLxC.shape}, {kernel.shape}, {axis}"
         )
     if kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
         raise ValueError(f"kernel {kernel.shape}: the first two dimensions must be equal and odd")
     if 0 in x_BxNxLxC.shape or 0 in kernel.shape:
-        raise ValueError(f"x {x_BxNxLxC.shape} and kernel {kernel.shape} must not have an empty dimension; a batch has at least 1")
+        raise ValueError(
+            f"x {x_BxNxLxC.shape} and kernel {kernel.shape} must not have an empty dimension; a "
+            "batch has at least 1"
+        )
     if x_BxNxLxC.shape[axis] != kernel.shape[2]:
         raise ValueError(
-            f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel takes {kernel.shape[2]}"
+            f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel "
+            f"takes {kernel.shape[2]}"
         )
     if not isinstance(method, Plan):
-        method = choose(Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend()), method)
+        method = choose(
+            Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend()), method
+        )
     if method.direct:
         return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)
@@ -57,7 +66,9 @@ def direct(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
         kernel.astype(x_BxNxLxC.dtype),
         window_strides=(1, 1),
         padding="SAME",
-        dimension_numbers=lax.ConvDimensionNumbers(lhs_spec=layout, rhs_spec=(3, 2, 0, 1), out_spec=layout),
+        dimension_numbers=lax.ConvDimensionNumbers(
+            lhs_spec=layout, rhs_spec=(3, 2, 0, 1), out_spec=layout
+        ),
     )
 
 
@@ -66,11 +77,16 @@ def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: Plan) -> jax.Arr
     if plan.forward is None:
         return direct(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)
-    h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True))
+    h, w = (
+        dft.Axis(size, kernel.shape[0], n)
+        for size, n in zip(x.shape[1:3], plan.forward, strict=True)
+    )
     if on_tpu(x.dtype, plan.platform):
         y = dft_tpu.forward(x, kernel, h, w, plan.ordered)
     else:
-        y = dft.forward(x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
+        y = dft.forward(
+            x, kernel, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks
+        )
     return jnp.moveaxis(y, 3, axis)
 
 
@@ -83,11 +99,16 @@ def _backward(axis, plan, residuals, dy):
     if plan.backward is None:
         return jax.vjp(functools.partial(direct, axis=axis), x, kernel)[1](dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
-    h, w = (dft.Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True))
+    h, w = (
+        dft.Axis(size, kernel.shape[0], n)
+        for size, n in zip(x.shape[1:3], plan.backward, strict=True)
+    )
     if on_tpu(x.dtype, plan.platform):
         dx, dkernel = dft_tpu.backward(x, kernel, dy, h, w, plan.ordered)
     else:
-        dx, dkernel = dft.backward(x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks)
+        dx, dkernel = dft.backward(
+            x, kernel, dy, h, w, arithmetic(x.dtype, plan.platform), plan.looped, plan.chunks
+        )
     return jnp.moveaxis(dx, 3, axis), dkernel
 
 

@@ -1,4 +1,5 @@
-"""A "same" cross-correlation tile by tile in the Fourier domain, as small matrix products (overlap-save).
+"""A "same" cross-correlation tile by tile in the Fourier domain, as small matrix products
+(overlap-save).
 
 For a grid (H, W), kernel k and t-point transforms (t = step + k - 1):
 
@@ -7,14 +8,16 @@ For a grid (H, W), kernel k and t-point transforms (t = step + k - 1):
     P = X V over channels, one matrix product a plane
     P -> inverse DFTs, the valid (step_h, step_w) of each tile    -> y           "synthesis"
 
-A complex product over channels is three real ones (Gauss): the planes of a frequency are (re, im, re + im) of X and of V, and the
-synthesis matrices turn the three products back. So everything is a real bilinear algorithm, y = S [(A x) * (K w)], and the
-gradients are its transposes: dP = S' dy, dx = A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather
-than kept. dnd_jax/ops/dft_tpu.py lays the same algorithm out for bfloat16 on a TPU.
+A complex product over channels is three real ones (Gauss): the planes of a frequency are (re, im,
+re + im) of X and of V, and the synthesis matrices turn the three products back. So everything is a
+real bilinear algorithm, y = S [(A x) * (K w)], and the gradients are its transposes: dP = S' dy, dx
+= A' (dP V'), dw = K' (X' dP). They share dP, and X and V are computed again rather than kept.
+dnd_jax/ops/dft_tpu.py lays the same algorithm out for bfloat16 on a TPU.
 
-A grid axis of one tile needs no padding: zeros wrap around, t = size + k // 2 is enough, and matrices have the grid's own columns.
-Letters: f row frequency (0..t_h/2), p its re/im pair, g column frequency, q plane of X, V and P (o plane of P where it has others),
-i j positions, d output channel.
+A grid axis of one tile needs no padding: zeros wrap around, t = size + k // 2 is enough, and
+matrices have the grid's own columns. Letters: f row frequency (0..t_h/2), p its re/im pair, g
+column frequency, q plane of X, V and P (o plane of P where it has others), i j positions, d output
+channel.
 """
 
 import dataclasses
@@ -28,7 +31,8 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One grid axis cut into tiles. Each makes `step` outputs from `width` inputs by a transform of t points."""
+    """One grid axis cut into tiles. Each makes `step` outputs from `width` inputs by a transform of
+    t points."""
 
     size: int
     kernel: int
@@ -59,17 +63,21 @@ class Arithmetic:
     between: jnp.dtype
     spectrum: jnp.dtype
     product: jnp.dtype
-    scaled: bool = False  # bring every operand's largest value to about 1 first (float16 has little range)
+    scaled: bool = (
+        False  # bring every operand's largest value to about 1 first (float16 has little range)
+    )
 
 
-# How a complex product is made of real ones: three (Gauss), or four, with one factor's planes (re, im) and the other, the kernel or
-# the data, as the real 2 x 2 matrix of a complex number: a third more work, fewer bytes, half the rounding error.
+# How a complex product is made of real ones: three (Gauss), or four, with one factor's planes (re,
+# im) and the other, the kernel or the data, as the real 2 x 2 matrix of a complex number: a third
+# more work, fewer bytes, half the rounding error.
 GAUSS, WIDE_KERNEL, WIDE_DATA = "gauss", "wide kernel", "wide data"
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """The bilinear algorithm of a tile, float64: A = (x_rows, x_columns), K = (k_rows, k_columns), S = (y_columns, y_rows)."""
+    """The bilinear algorithm of a tile, float64: A = (x_rows, x_columns), K = (k_rows, k_columns),
+    S = (y_columns, y_rows)."""
 
     x_rows: np.ndarray  # (f, p, width_h)
     x_columns: np.ndarray  # ([o,] q, g, p, width_w)
@@ -81,7 +89,8 @@ class Matrices:
 
 @functools.lru_cache(maxsize=256)
 def matrices(h: Axis, w: Axis, form: str) -> Matrices:
-    """The transforms of one tile size. Both ways are scaled by 1/sqrt(t_h t_w), so that planes stay as large as the data."""
+    """The transforms of one tile size. Both ways are scaled by 1/sqrt(t_h t_w), so that planes stay
+    as large as the data."""
     f, g = np.arange(h.t // 2 + 1), np.arange(w.t)
     scale_h, scale_w = h.t**-0.5, w.t**-0.5
 
@@ -92,12 +101,17 @@ def matrices(h: Axis, w: Axis, form: str) -> Matrices:
     def columns(positions, sign):
         angle = 2 * np.pi * np.outer(g, positions) / w.t
         cos, sin = np.cos(angle), sign * np.sin(angle)
-        return np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)  # real and imaginary part, each (g, p, position)
+        return np.stack([cos, -sin], axis=1), np.stack(
+            [sin, cos], axis=1
+        )  # real and imaginary part, each (g, p, position)
 
     out = np.arange(w.step)
     angle = 2 * np.pi * np.outer(out, g) / w.t
     cos, sin = np.cos(angle), np.sin(angle)
-    (x_re, x_im), (k_re, k_im) = columns(w.first + np.arange(w.width), -1), columns(np.arange(w.kernel), 1)
+    (x_re, x_im), (k_re, k_im) = (
+        columns(w.first + np.arange(w.width), -1),
+        columns(np.arange(w.kernel), 1),
+    )
     if form == GAUSS:  # re = product 0 - product 1, im = product 2 - product 0 - product 1
         re, im = [cos + sin, sin - cos, -sin], [sin - cos, -sin - cos, cos]
         x_columns, k_columns = [x_re, x_im, x_re + x_im], [k_re, k_im, k_re + k_im]
@@ -109,7 +123,9 @@ def matrices(h: Axis, w: Axis, form: str) -> Matrices:
         else:
             x_columns = [[x_re, -x_im], [x_im, x_re]]
     angle = 2 * np.pi * np.outer(np.arange(h.step), f) / h.t
-    twice = np.where((f == 0) | (2 * f == h.t), 1.0, 2.0)  # the conjugate half of the row frequencies
+    twice = np.where(
+        (f == 0) | (2 * f == h.t), 1.0, 2.0
+    )  # the conjugate half of the row frequencies
     return Matrices(
         x_rows=rows(h.first + np.arange(h.width), -1) * scale_h,
         x_columns=np.stack(x_columns) * scale_w,
@@ -121,7 +137,8 @@ def matrices(h: Axis, w: Axis, form: str) -> Matrices:
 
 
 def cut(x: jax.Array, axis: int, a: Axis) -> jax.Array:
-    """(..., size, ...) -> (..., tiles, width, ...), overlapping by k - 1 and padded with zeros outside the grid."""
+    """(..., size, ...) -> (..., tiles, width, ...), overlapping by k - 1 and padded with zeros
+    outside the grid."""
     if a.tiles == 1:
         return jnp.expand_dims(x, axis)
     pieces = -(-a.t // a.step)  # of a tile: itself and what it borrows from those that follow
@@ -138,17 +155,21 @@ def cut(x: jax.Array, axis: int, a: Axis) -> jax.Array:
 
 
 class Transforms:
-    """The linear maps of one convolution; every one is written once, forwards, and transposed by JAX or by swapping indices."""
+    """The linear maps of one convolution; every one is written once, forwards, and transposed by
+    JAX or by swapping indices."""
 
     def __init__(self, h: Axis, w: Axis, arithmetic: Arithmetic):
         self.h, self.w, self.arithmetic = h, w, arithmetic
         self._matrices = matrices(h, w, GAUSS)
 
     def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
-        """An einsum of a transform matrix with data, in the data's type but accumulated in at least float32."""
+        """An einsum of a transform matrix with data, in the data's type but accumulated in at least
+        float32."""
         matrix = jnp.asarray(getattr(self._matrices, name), value.dtype)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        return jnp.einsum(pattern, matrix, value, precision="highest", preferred_element_type=wide).astype(out)
+        return jnp.einsum(
+            pattern, matrix, value, precision="highest", preferred_element_type=wide
+        ).astype(out)
 
     def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
@@ -158,13 +179,20 @@ class Transforms:
 
     def k_rows(self, kernel: jax.Array) -> jax.Array:
         """(k, k, C, D) -> (f, p, k, C, D)."""
-        return self._dot("fpi,ijcd->fpjcd", "k_rows", kernel.astype(self.arithmetic.between), self.arithmetic.between)
+        return self._dot(
+            "fpi,ijcd->fpjcd",
+            "k_rows",
+            kernel.astype(self.arithmetic.between),
+            self.arithmetic.between,
+        )
 
     def y_rows(self, y: jax.Array, shape: tuple[int, int, int, int], out: jnp.dtype) -> jax.Array:
         """(f, p, step_w, B, tiles_h, tiles_w, D) -> (B, H, W, D)."""
         y = self._dot("ifp,fpjbhwd->ijbhwd", "y_rows", y, out)
         batch, height, width, channels = shape
-        y = y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, self.h.tiles * self.h.step, self.w.tiles * self.w.step, channels)
+        y = y.transpose(2, 3, 0, 4, 1, 5).reshape(
+            batch, self.h.tiles * self.h.step, self.w.tiles * self.w.step, channels
+        )
         return y[:, :height, :width]
 
     # Of one row frequency (no f), so that a loop over f keeps only its own planes.
@@ -191,7 +219,9 @@ class Transforms:
 
     def _multiply(self, pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
         precision = "highest" if a.dtype == jnp.float32 else None
-        return jnp.einsum(pattern, a, b, precision=precision, preferred_element_type=self.arithmetic.product)
+        return jnp.einsum(
+            pattern, a, b, precision=precision, preferred_element_type=self.arithmetic.product
+        )
 
     # The products over channels (or over tiles, for the kernel's gradient), frequency by frequency.
     def product(self, x_planes: jax.Array, k_planes: jax.Array) -> jax.Array:
@@ -205,7 +235,8 @@ class Transforms:
 
 
 def _scale(x: jax.Array, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
-    """x divided by the power of two next to its largest magnitude, and that power (None: untouched)."""
+    """x divided by the power of two next to its largest magnitude, and that power (None:
+    untouched)."""
     if not scaled:
         return x, None
     x = x.astype(jnp.float32)
@@ -222,7 +253,8 @@ def _unscale(y: jax.Array, *powers: jax.Array | None) -> jax.Array:
 
 
 def _each_frequency(function, looped: bool, *arrays):
-    """`function` over the leading axis: in a loop, which keeps the planes of one row frequency, or all at once."""
+    """`function` over the leading axis: in a loop, which keeps the planes of one row frequency, or
+    all at once."""
     return lax.map(lambda args: function(*args), arrays) if looped else jax.vmap(function)(*arrays)
 
 
@@ -232,11 +264,18 @@ def _part(array: jax.Array, index: jax.Array | int, chunks: int, axis: int) -> j
 
 
 def forward(
-    x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, arithmetic: Arithmetic, looped: bool = False, chunks: int = 1
+    x: jax.Array,
+    kernel: jax.Array,
+    h: Axis,
+    w: Axis,
+    arithmetic: Arithmetic,
+    looped: bool = False,
+    chunks: int = 1,
 ) -> jax.Array:
     """x (B, H, W, C), kernel (k, k, C, D) -> y (B, H, W, D), of x's type.
 
-    looped: one row frequency after the other. chunks (a divisor of D): one part of the output channels after the other.
+    looped: one row frequency after the other. chunks (a divisor of D): one part of the output
+    channels after the other.
     """
     maps = Transforms(h, w, arithmetic)
     x_scaled, x_power = _scale(x, arithmetic.scaled)
@@ -249,7 +288,9 @@ def forward(
     def part(i):
         zk = maps.k_rows(_part(k_scaled, i, chunks, 3))
         out = arithmetic.product if arithmetic.scaled else x.dtype
-        y = maps.y_rows(_each_frequency(one, looped, zx, zk), (*x.shape[:3], kernel.shape[3] // chunks), out)
+        y = maps.y_rows(
+            _each_frequency(one, looped, zx, zk), (*x.shape[:3], kernel.shape[3] // chunks), out
+        )
         return _unscale(y, x_power, k_power).astype(x.dtype)
 
     if chunks == 1:
@@ -259,7 +300,14 @@ def forward(
 
 
 def backward(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, arithmetic: Arithmetic, looped: bool = False, chunks: int = 1
+    x: jax.Array,
+    kernel: jax.Array,
+    dy: jax.Array,
+    h: Axis,
+    w: Axis,
+    arithmetic: Arithmetic,
+    looped: bool = False,
+    chunks: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
     maps = Transforms(h, w, arithmetic)
@@ -270,12 +318,17 @@ def backward(
     part_shape = (*dy.shape[:3], dy.shape[3] // chunks)
     zy_shape = (h.t // 2 + 1, 2, w.step, x.shape[0], h.tiles, w.tiles, part_shape[3])
     y_rows_transposed = jax.linear_transpose(
-        lambda y: maps.y_rows(y, part_shape, arithmetic.product), jax.ShapeDtypeStruct(zy_shape, arithmetic.product)
+        lambda y: maps.y_rows(y, part_shape, arithmetic.product),
+        jax.ShapeDtypeStruct(zy_shape, arithmetic.product),
     )
     # Transposed as maps of the type between, so that the gradients are rounded once, at the end.
-    x_rows_transposed = jax.linear_transpose(maps.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.between))
+    x_rows_transposed = jax.linear_transpose(
+        maps.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.between)
+    )
     k_part_shape = (*kernel.shape[:3], part_shape[3])
-    k_rows_transposed = jax.linear_transpose(maps.k_rows, jax.ShapeDtypeStruct(k_part_shape, arithmetic.between))
+    k_rows_transposed = jax.linear_transpose(
+        maps.k_rows, jax.ShapeDtypeStruct(k_part_shape, arithmetic.between)
+    )
 
     def one(zx, zk, zy):
         dp = maps.y_columns_transposed(zy)
@@ -284,7 +337,13 @@ def backward(
 
     def part(i):
         (zy,) = y_rows_transposed(_part(dy, i, chunks, 3))
-        dzx, dzk = _each_frequency(one, looped, zx, maps.k_rows(_part(k_scaled, i, chunks, 3)), zy.astype(arithmetic.between))
+        dzx, dzk = _each_frequency(
+            one,
+            looped,
+            zx,
+            maps.k_rows(_part(k_scaled, i, chunks, 3)),
+            zy.astype(arithmetic.between),
+        )
         return dzx, k_rows_transposed(dzk)[0]
 
     if chunks == 1:
@@ -298,4 +357,6 @@ def backward(
         dzx, dk = lax.scan(accumulate, jnp.zeros_like(zx), jnp.arange(chunks))
         dk = jnp.moveaxis(dk, 0, 3).reshape(kernel.shape)
     (dx,) = x_rows_transposed(dzx)
-    return _unscale(dx, k_power, dy_power).astype(x.dtype), _unscale(dk, x_power, dy_power).astype(kernel.dtype)
+    return _unscale(dx, k_power, dy_power).astype(x.dtype), _unscale(dk, x_power, dy_power).astype(
+        kernel.dtype
+    )

@@ -1,21 +1,26 @@
-"""The bilinear algorithm of dnd_jax/ops/dft.py laid out for bfloat16 data on a TPU, where bytes are the limit, not operations.
+"""The bilinear algorithm of dnd_jax/ops/dft.py laid out for bfloat16 data on a TPU, where bytes are
+the limit, not operations.
 
 What differs from dft.py, and why:
 
-- Planes, their products and the gradients of both are bfloat16, rounded by the matrix product that makes them. Nothing else is
-  rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32. Rounding those as well would cost
-  more than 1.3 times the direct method's error (tests/test_convolution.py).
-- The kernel goes to planes in one step, k x k taps -> all planes of all frequencies. That is more operations than rows and columns
+- Planes, their products and the gradients of both are bfloat16, rounded by the matrix product that
+makes them. Nothing else is
+  rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32.
+  Rounding those as well would cost more than 1.3 times the direct method's error
+  (tests/test_convolution.py).
+- The kernel goes to planes in one step, k x k taps -> all planes of all frequencies. That is more
+operations than rows and columns
   apart, but the half-transformed kernel, the largest array of the late stages, is never written.
 - The rows of all tiles are one banded matrix over the shorter grid axis, so that only the longer one is cut.
 - A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer bytes than Gauss's three, and
   half the rounding error.
 - Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a grid axis moves nothing inside a tile.
 - Where the compiler's own choice of memory order makes it turn large arrays, the order is given. That is for each device's own part
-  (shard_map): sharding does not get through a layout constraint, each device would make all planes (seen in compiled programs).
+  (shard_map): sharding does not get through a layout constraint, each device would make all planes
+  (seen in compiled programs).
 
-Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the columns' axis, i j taps of the
-kernel; f p g q o b c d as in dft.py.
+Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the
+columns' axis, i j taps of the kernel; f p g q o b c d as in dft.py.
 """
 
 import functools
@@ -39,7 +44,8 @@ def form_of(h: Axis, w: Axis, batch: int, channels_out: int) -> str:
 
 
 def banded(a: Axis, tile: np.ndarray, first: int) -> np.ndarray:
-    """(..., position in a tile) -> (tiles, ..., position on the axis), with tile 0 beginning at position `first`."""
+    """(..., position in a tile) -> (tiles, ..., position on the axis), with tile 0 beginning at
+    position `first`."""
     band = np.zeros((a.tiles, *tile.shape[:-1], a.size))
     for number in range(a.tiles):
         start = number * a.step + first
@@ -50,14 +56,18 @@ def banded(a: Axis, tile: np.ndarray, first: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def maps(h: Axis, w: Axis, form: str) -> dict[str, tuple[str, np.ndarray]]:
-    """Every linear map of one tiling: the pattern of an einsum of (matrix, data) and the float64 matrix."""
+    """Every linear map of one tiling: the pattern of an einsum of (matrix, data) and the float64
+    matrix."""
     m = matrices(h, w, form)
     x, v, p = PLANES[form]
     before = 0 if h.tiles == 1 else -(h.kernel // 2)
     return {
         "x_rows": ("sfph,htjbc->fpjstbc", banded(h, m.x_rows, before)),
         "x_columns": (f"{x}gpj,fpjstbc->f{x}gstbc", m.x_columns),
-        "kernel": (f"f{v}gij,ijcd->f{v}gcd", np.einsum(f"fpi,{v}gpj->f{v}gij", m.k_rows, m.k_columns)),
+        "kernel": (
+            f"f{v}gij,ijcd->f{v}gcd",
+            np.einsum(f"fpi,{v}gpj->f{v}gij", m.k_rows, m.k_columns),
+        ),
         "y_columns": (f"pj{p}g,f{p}gstbd->fpjstbd", m.y_columns),
         "y_rows": ("sfph,fpjstbd->htjbd", banded(h, np.moveaxis(m.y_rows, 0, -1), 0)),
     }
@@ -69,12 +79,14 @@ def padded(size: int, multiple: int) -> int:
 
 
 def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product a plane. It is accumulated in float32 and rounded once, as a TPU's matrix unit does it."""
+    """A matrix product a plane. It is accumulated in float32 and rounded once, as a TPU's matrix
+    unit does it."""
     return jnp.einsum(pattern, a, b, preferred_element_type=SPECTRUM)
 
 
 def written(planes: jax.Array) -> jax.Array:
-    """The same, written in their own type: a compiler would put off the rounding to where they are read, and write float32."""
+    """The same, written in their own type: a compiler would put off the rounding to where they are
+    read, and write float32."""
     return lax.optimization_barrier(planes)
 
 
@@ -86,7 +98,9 @@ def cut(x_HxWxBxC: jax.Array, w: Axis) -> jax.Array:
     before, blocks = w.kernel // 2, w.tiles + pieces - 1
     x = jnp.pad(x_HxWxBxC, ((0, 0), (before, blocks * w.step - before - w.size), (0, 0), (0, 0)))
     x = x.reshape(x.shape[0], blocks, w.step, *x.shape[2:])
-    return jnp.concatenate([x[:, p : p + w.tiles, : w.t - p * w.step] for p in range(pieces)], axis=2)
+    return jnp.concatenate(
+        [x[:, p : p + w.tiles, : w.t - p * w.step] for p in range(pieces)], axis=2
+    )
 
 
 class Transforms:
@@ -98,21 +112,31 @@ class Transforms:
         self._maps = maps(h, w, form)
         self._x, self._v, self._p = PLANES[form]
 
-    def apply(self, name: str, value: jax.Array, out: jnp.dtype, transposed: bool = False, part: slice = slice(None)) -> jax.Array:
-        """One map or its transpose. part: of the positions j of a tile, where the matrix has them last."""
+    def apply(
+        self,
+        name: str,
+        value: jax.Array,
+        out: jnp.dtype,
+        transposed: bool = False,
+        part: slice = slice(None),
+    ) -> jax.Array:
+        """One map or its transpose. part: of the positions j of a tile, where the matrix has them
+        last."""
         pattern, matrix = self._maps[name]
         indices, given, made = pattern.replace("->", ",").split(",")
         pattern = f"{indices},{made}->{given}" if transposed else pattern
         matrix = jnp.asarray(matrix[..., part], BETWEEN)
-        return jnp.einsum(pattern, matrix, value.astype(BETWEEN), precision="high", preferred_element_type=out)
+        return jnp.einsum(
+            pattern, matrix, value.astype(BETWEEN), precision="high", preferred_element_type=out
+        )
 
     def planes_of_x(self, x_HxWxBxC: jax.Array) -> jax.Array:
         rows = self.apply("x_rows", cut(x_HxWxBxC, self._w), BETWEEN)
         return written(self.apply("x_columns", self.order(rows, "fpjstbc", "tjbspfc"), SPECTRUM))
 
     def planes_of_x_transposed(self, planes: jax.Array, out: jnp.dtype) -> jax.Array:
-        """-> (H, W, B, C). The positions that a tile owns and those that it lends to the next ones come out of matrix products of
-        their own: arrays that are added as they lie."""
+        """-> (H, W, B, C). The positions that a tile owns and those that it lends to the next ones
+        come out of matrix products of their own: arrays that are added as they lie."""
         w = self._w
         pieces = -(-w.width // w.step)
         total = 0
@@ -120,7 +144,13 @@ class Transforms:
             part = slice(p * w.step, (p + 1) * w.step)
             rows = self.apply("x_columns", planes, BETWEEN, transposed=True, part=part)
             x = self.order(self.apply("x_rows", rows, BETWEEN, transposed=True), "htjbc", "tjbhc")
-            around = ((0, 0, 0), (p, pieces - 1 - p, 0), (0, w.step - x.shape[2], 0), (0, 0, 0), (0, 0, 0))
+            around = (
+                (0, 0, 0),
+                (p, pieces - 1 - p, 0),
+                (0, w.step - x.shape[2], 0),
+                (0, 0, 0),
+                (0, 0, 0),
+            )
             total = total + lax.pad(x, jnp.zeros((), x.dtype), around)
         x = total.astype(out).reshape(total.shape[0], -1, *total.shape[3:])
         before = 0 if w.tiles == 1 else w.kernel // 2
@@ -137,19 +167,26 @@ class Transforms:
         return self.order(planes, letters, letters[:-2] + ("dc" if turned else "cd"))
 
     def order(self, value: jax.Array, letters: str, memory: str) -> jax.Array:
-        """The array, whose dimensions are `letters`, written in the order `memory`, the innermost last."""
+        """The array, whose dimensions are `letters`, written in the order `memory`, the innermost
+        last."""
         if not self._ordered:
             return written(value)
-        return with_layout_constraint(value, Layout(major_to_minor=tuple(map(letters.index, memory))))
+        return with_layout_constraint(
+            value, Layout(major_to_minor=tuple(map(letters.index, memory)))
+        )
 
     def product(self, x_planes: jax.Array, k_planes: jax.Array) -> jax.Array:
-        return written(multiply(f"f{self._x}gstbc,f{self._v}gcd->f{self._p}gstbd", x_planes, k_planes))
+        return written(
+            multiply(f"f{self._x}gstbc,f{self._v}gcd->f{self._p}gstbd", x_planes, k_planes)
+        )
 
     def product_to_x(self, dp: jax.Array, k_planes: jax.Array) -> jax.Array:
         return written(multiply(f"f{self._p}gstbd,f{self._v}gcd->f{self._x}gstbc", dp, k_planes))
 
     def product_to_kernel(self, x_planes: jax.Array, dp: jax.Array) -> jax.Array:
-        return self.like_kernel(multiply(f"f{self._x}gstbc,f{self._p}gstbd->f{self._v}gcd", x_planes, dp))
+        return self.like_kernel(
+            multiply(f"f{self._x}gstbc,f{self._p}gstbd->f{self._v}gcd", x_planes, dp)
+        )
 
 
 def _grid_first(x_BxHxWxC: jax.Array, turned: bool) -> jax.Array:
@@ -161,7 +198,8 @@ def _batch_first(x: jax.Array, turned: bool) -> jax.Array:
 
 
 def _turned(kernel: jax.Array, h: Axis, w: Axis) -> tuple[bool, jax.Array, Axis, Axis]:
-    """Whether the grid axes change places, so that rows run along the shorter one; and what belongs to them."""
+    """Whether the grid axes change places, so that rows run along the shorter one; and what belongs
+    to them."""
     return (True, kernel.swapaxes(0, 1), w, h) if h.size > w.size else (False, kernel, h, w)
 
 
@@ -173,14 +211,19 @@ def forward(x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, ordered: bool) ->
     turned, kernel, h, w = _turned(kernel, h, w)
     maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
     products = maps.product(maps.planes_of_x(_grid_first(x, turned)), maps.planes_of_kernel(kernel))
-    y = maps.apply("y_rows", maps.apply("y_columns", products, BETWEEN), x.dtype)  # (H, tiles, step, B, D)
+    y = maps.apply(
+        "y_rows", maps.apply("y_columns", products, BETWEEN), x.dtype
+    )  # (H, tiles, step, B, D)
     return _batch_first(y.reshape(h.size, -1, *y.shape[3:])[:, : w.size], turned)
 
 
-def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, ordered: bool) -> tuple[jax.Array, jax.Array]:
+def backward(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, ordered: bool
+) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
-    # The kernel's planes may be those of the forward pass: without a barrier the compiler keeps these of all convolutions until
-    # here, a fifth of the memory for 4% of the time. Those of x are smaller and cost more to make again (docs/PERFORMANCE.md).
+    # The kernel's planes may be those of the forward pass: without a barrier the compiler keeps
+    # these of all convolutions until here, a fifth of the memory for 4% of the time. Those of x are
+    # smaller and cost more to make again (docs/PERFORMANCE.md).
     kernel, dy = lax.optimization_barrier((kernel, dy))
     turned, kernel, h, w = _turned(kernel, h, w)
     maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
@@ -196,8 +239,11 @@ def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, o
     return _batch_first(dx, turned), dkernel.swapaxes(0, 1) if turned else dkernel
 
 
-def steps(h: Axis, w: Axis, batch: int, c: int, d: int, gradient: bool) -> list[tuple[float, float]]:
-    """(multiply-accumulates, bytes) of every matrix product of `forward` or `backward`, and of the copies between them."""
+def steps(
+    h: Axis, w: Axis, batch: int, c: int, d: int, gradient: bool
+) -> list[tuple[float, float]]:
+    """(multiply-accumulates, bytes) of every matrix product of `forward` or `backward`, and of the
+    copies between them."""
     h, w = (w, h) if h.size > w.size else (h, w)
     f, k, tiles = h.t // 2 + 1, h.kernel, batch * h.tiles * w.tiles
     frequencies = f * w.t
@@ -209,8 +255,14 @@ def steps(h: Axis, w: Axis, batch: int, c: int, d: int, gradient: bool) -> list[
     cuts = 0 if w.tiles == 1 else batch * h.size * w.tiles * w.width
     zx, zy = (2 * f * h.tiles * batch * w.tiles * width for width in (w.width, w.step))
     px, pk, py = wide_x * frequencies * tiles, wide_k * frequencies, 2 * frequencies * tiles
-    of_x = [(zx * h.size * c, (2 * (cuts or x) + 4 * zx) * lanes_c), (px * 2 * w.width * c, (4 * zx + 2 * px) * lanes_c)]
-    of_y = [(zy * 2 * w.t * d, (2 * py + 4 * zy) * lanes_d), (zy * h.size * d, (4 * zy + 2 * y) * lanes_d)]
+    of_x = [
+        (zx * h.size * c, (2 * (cuts or x) + 4 * zx) * lanes_c),
+        (px * 2 * w.width * c, (4 * zx + 2 * px) * lanes_c),
+    ]
+    of_y = [
+        (zy * 2 * w.t * d, (2 * py + 4 * zy) * lanes_d),
+        (zy * h.size * d, (4 * zy + 2 * y) * lanes_d),
+    ]
     of_kernel = [(pk * k * k * c * d, (4 * k * k + 2 * pk) * kernel)]
     product = [(4 * frequencies * tiles * c * d, 2 * (px * lanes_c + pk * kernel + py * lanes_d))]
     copies = [(0, 2 * (3 * x + 2 * cuts) * lanes_c)] if cuts else []

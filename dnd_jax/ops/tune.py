@@ -1,11 +1,11 @@
-"""Measured plans: times the likeliest tilings of a convolution on this machine's device and remembers the fastest.
+"""Measured plans: times the likeliest tilings of a convolution on this machine's device and
+remembers the fastest.
 
-The cache is $DND_JAX_CACHE/convolutions.json (default ~/.cache/dnd_jax), one entry a device, JAX version and problem.
+The cache is $DND_JAX_CACHE/convolutions.json (default ~/.cache/dnd_jax), one entry a device, JAX
+version and problem.
 """
 
 import functools
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable
 
@@ -13,24 +13,12 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from dnd_jax.files import read_json, write_json
-from dnd_jax.ops import convolution, plan
-from dnd_jax.ops.plan import Plan, Problem, Tiling
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.ops import convolution, cost_model
+from dnd_jax.ops.cost_model import Plan, Problem, Tiling, cache_file, key
 
 CANDIDATES = 4  # tilings tried beside the direct method, the cheapest by the model
 REPEATS = 3
-
-
-def cache_file() -> pathlib.Path:
-    """Where measurements are kept."""
-    return pathlib.Path(os.environ.get("DND_JAX_CACHE", "~/.cache/dnd_jax")).expanduser() / "convolutions.json"
-
-
-def key(problem: Problem) -> str:
-    """A problem's name in the cache, this device and JAX version included."""
-    p = problem
-    shape = f"{p.batch}x{p.height}x{p.width} {p.channels_in}->{p.channels_out} k{p.kernel} {p.dtype}"
-    return f"{jax.devices()[0].device_kind} jax {jax.__version__} {shape}"
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -46,7 +34,10 @@ def _seconds(run: Callable[[], object]) -> float:
 def seconds_of(problem: Problem, method: Plan, gradient: bool) -> float:
     """The fastest of REPEATS runs of a convolution under a plan: its output, or both gradients."""
     p = problem
-    shape_x, shape_k = (p.batch, p.height, p.width, p.channels_in), (p.kernel, p.kernel, p.channels_in, p.channels_out)
+    shape_x, shape_k = (
+        (p.batch, p.height, p.width, p.channels_in),
+        (p.kernel, p.kernel, p.channels_in, p.channels_out),
+    )
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], shape_x, p.dtype)
     kernel = jax.random.normal(keys[1], shape_k, jnp.promote_types(p.dtype, jnp.float32))
@@ -60,31 +51,36 @@ def seconds_of(problem: Problem, method: Plan, gradient: bool) -> float:
 
 
 def measure(problem: Problem, gradient: bool) -> dict[Tiling | None, float]:
-    """Seconds of the direct method (None) and of the CANDIDATES cheapest tilings, for the output or for both gradients."""
-    cheapest = sorted(plan.tilings(problem), key=lambda tiling: plan.dft_seconds(problem, tiling, gradient))
+    """Seconds of the direct method (None) and of the CANDIDATES cheapest tilings, for the output or
+    for both gradients."""
+    cheapest = sorted(
+        cost_model.tilings(problem),
+        key=lambda tiling: cost_model.dft_seconds(problem, tiling, gradient),
+    )
     tried = (None, *cheapest[:CANDIDATES])
     both = {tiling: (None, tiling) if gradient else (tiling, None) for tiling in tried}
-    return {tiling: seconds_of(problem, plan.with_memory(problem, *pair), gradient) for tiling, pair in both.items()}
+    return {
+        tiling: seconds_of(problem, cost_model.with_memory(problem, *pair), gradient)
+        for tiling, pair in both.items()
+    }
 
 
 def tune(problems: Iterable[Problem]) -> None:
-    """Measures every problem that the cache does not have. Raises InputError when the cache cannot be written."""
+    """Measures every problem that the cache does not have. Raises InputError when the cache cannot
+    be written."""
     path = cache_file()
     known = read_json(path) if path.is_file() else {}
     todo = {key(p): p for p in problems if key(p) not in known}
-    for name, problem in tqdm(todo.items(), desc="tune convolutions", unit="convolution", dynamic_ncols=True, disable=not todo):
+    for name, problem in tqdm(
+        todo.items(),
+        desc="tune convolutions",
+        unit="convolution",
+        dynamic_ncols=True,
+        disable=not todo,
+    ):
         fastest = []
         for gradient in (False, True):
             times = measure(problem, gradient)
             fastest.append(min(times, key=times.get))
         known[name] = fastest
         write_json(path, known)
-
-
-def tuned(problem: Problem) -> Plan | None:
-    """The measured plan, or None when this device has not measured the problem."""
-    path = cache_file()
-    fastest = (read_json(path) if path.is_file() else {}).get(key(problem))
-    if fastest is None:
-        return None
-    return plan.with_memory(problem, *(tuple(tiling) if tiling else None for tiling in fastest))

@@ -1,0 +1,70 @@
+"""How well the base in JAX agrees with the same base in PyTorch: greedy answers, and the logits
+along them."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dnd_jax.base.architecture import Lora
+from dnd_jax.base.folder import load_base
+from dnd_jax.base.greedy import make_greedy, pad_left
+from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.core.stopping import stop
+from dnd_jax.data.sources import Example
+
+COMPARED = (
+    32  # questions of a dataset that are compared: logits of a large vocabulary are gigabytes
+)
+
+
+class Asked(NamedTuple):
+    """An adapter in both forms, and questions to it."""
+
+    folder: str  # PEFT's
+    lora: Lora
+    scale: float
+    questions: Sequence[Example]
+
+
+def agreement(
+    base: TorchBase, asked: Iterable[Asked], batch_size: int, max_new_tokens: int
+) -> dict:
+    """{"questions", "answers", "same_answers", "largest_logit_difference"} of greedy answers to the
+    first COMPARED questions of each adapter, and of the logits along PyTorch's. Memory: logits of
+    `batch_size` questions."""
+    module, params = load_base(base.base)
+    greedy = make_greedy(module, max_new_tokens)
+    end, pad = base.tokenizer.eos_token_id, base.tokenizer.pad_token_id
+
+    @jax.jit
+    def logits_of(params, lora, scale, ids, valid):
+        return module.apply({"params": params}, ids, lora, scale, valid)
+
+    same = total = every = 0
+    worst = 0.0
+    for folder, lora, scale, questions in asked:
+        base.use(folder)
+        lora, every = jax.device_put(lora), every + len(questions)
+        questions = questions[:COMPARED]
+        for first in range(0, len(questions), batch_size):
+            stop.check()
+            batch = questions[first : first + batch_size]
+            prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch)
+            ours = np.asarray(greedy(params, lora, scale, *pad_left(prompts, pad), end)).tolist()
+            ours = [row[: row.index(end)] if end in row else row for row in ours]
+            same += sum(a == b for a, b in zip(ours, theirs, strict=True))
+            total += len(theirs)
+            rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
+            ids, valid = pad_left(rows, pad)
+            difference = np.abs(
+                np.asarray(logits_of(params, lora, scale, ids, valid)) - base.logits(rows)
+            )
+            worst = max(worst, float((difference * valid[..., None]).max()))
+    return {
+        "questions": every,
+        "answers": total,
+        "same_answers": same,
+        "largest_logit_difference": worst,
+    }

@@ -1,0 +1,321 @@
+"""The frozen base LLM: the Qwen2, Qwen3, Llama and Mistral architectures with LoRA on any of their
+seven projections.
+
+    module = BaseLM(config)
+    logits = module.apply({"params": params}, tokens_BxS, lora=tensors, lora_scale=alpha / rank)
+
+`lora` is a flat dict under PEFT's keys without its prefix:
+"model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in), "...lora_B.weight" (d_out, r);
+projections without an entry stay as they are. Letters: B batch, S sequence, D hidden, F
+feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dnd_jax.config import schema
+from dnd_jax.core.errors import InputError
+
+Lora = Mapping[str, jax.Array]
+# Megatron's layout: heads and the feed-forward's inner axis over "tensor", the other axis over
+# "fsdp". Vocabularies rarely divide (a tokenizer trained here has any size), so the two big tables
+# are cut along D alone.
+RULES = (
+    (r"(q|k|v|gate|up)_proj/dense/kernel$", ("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/dense/bias$", ("tensor",)),
+    (r"(o|down)_proj/dense/kernel$", ("tensor", "fsdp")),
+    (r"(o|down)_proj/dense/bias$", ()),
+    (r"embed_tokens/embedding$", (None, "fsdp")),
+    (r"lm_head/kernel$", ("fsdp", None)),
+    (r"norm/scale$", ()),
+)
+# Initialisation by fan-in (embeddings by their width): at small widths the usual 0.02 learns facts
+# several times more slowly.
+FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts; the fields of a config.json's
+    rope_parameters."""
+
+    # "linear": all divided by factor; "llama3": only those of long waves, with a smooth passage
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LmConfig:
+    """The fields of a Hugging Face config.json that shape the computation, and what its model_type
+    implies (the last six)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 32768
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rope_scaling: RopeScaling | None = None
+    model_type: str = "qwen2"
+    qkv_bias: bool = True
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normed head by head
+    windows: tuple[
+        int | None, ...
+    ] = ()  # each layer's sliding attention window; (): all layers attend to everything before
+
+    @property
+    def head_width(self) -> int:
+        """E."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self):
+        sizes = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+        small = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
+        if small:
+            raise InputError(f"base: {', '.join(small)} must be at least 1")
+        uneven = self.head_dim is None and self.hidden_size % self.num_attention_heads
+        if uneven or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"base: {self.num_attention_heads} heads must divide hidden_size "
+                f"{self.hidden_size} and be a multiple of "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each LoRA-able projection, by its path inside a layer."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = (
+            self.num_attention_heads * self.head_width,
+            self.num_key_value_heads * self.head_width,
+        )
+        return {
+            "self_attn.q_proj": (d, q),
+            "self_attn.k_proj": (d, kv),
+            "self_attn.v_proj": (d, kv),
+            "self_attn.o_proj": (q, d),
+            "mlp.up_proj": (d, f),
+            "mlp.gate_proj": (d, f),
+            "mlp.down_proj": (f, d),
+        }
+
+    def lora_shapes(self, rank: int, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Shapes of a LoRA's tensors on the named projections ("q_proj", ...) of every layer.
+        Raises InputError if unknown."""
+        projections = self.projections()
+        unknown = set(targets) - {path.split(".")[1] for path in projections}
+        if unknown:
+            raise InputError(
+                f"LoRA targets {sorted(unknown)} are no projections of the base "
+                f"({', '.join(projections)})"
+            )
+        shapes = {}
+        for layer in range(self.num_hidden_layers):
+            for path, (d_in, d_out) in projections.items():
+                if path.split(".")[1] in targets:
+                    shapes[f"model.layers.{layer}.{path}.lora_A.weight"] = (rank, d_in)
+                    shapes[f"model.layers.{layer}.{path}.lora_B.weight"] = (d_out, rank)
+        return shapes
+
+
+def sizes_to_pretrain(base: schema.Base, vocab_size: int) -> LmConfig:
+    """The architecture of a base that `dnd pretrain` makes."""
+    names = {f.name for f in dataclasses.fields(LmConfig)} & {
+        f.name for f in dataclasses.fields(base)
+    }
+    return LmConfig(**{name: getattr(base, name) for name in names} | {"vocab_size": vocab_size})
+
+
+class Projection(nn.Module):
+    """x W (+ bias) + scale * (x A^T) B^T."""
+
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
+        y = nn.Dense(
+            self.features, self.use_bias, dtype=self.dtype, kernel_init=FAN_IN, name="dense"
+        )(x)
+        a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
+        if a is None:
+            return y
+        return y + (x @ a.T.astype(self.dtype)) @ b.T.astype(self.dtype) * lora_scale
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
+        return (x * scale).astype(self.dtype)
+
+
+def rotary_frequencies(config: LmConfig) -> jax.Array:
+    """Radians a position of each pair of channels, float32 (E / 2,)."""
+    half, scaling = config.head_width // 2, config.rope_scaling
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequency
+    slow = frequency / scaling.factor
+    if scaling.rope_type == "linear":
+        return slow
+    # Llama 3: how many of a channel's waves fit into the original context decides; between the two
+    # bounds, a linear mix.
+    waves = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
+    keep = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0, 1)
+    return keep * frequency + (1 - keep) * slow
+
+
+def rotate(x_BxSxHxE: jax.Array, positions_BxS: jax.Array, frequency: jax.Array) -> jax.Array:
+    """Rotary position embedding, halves convention, angles in float32."""
+    half = x_BxSxHxE.shape[-1] // 2
+    angle = positions_BxS[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle).astype(x_BxSxHxE.dtype), jnp.sin(angle).astype(x_BxSxHxE.dtype)
+    first, second = x_BxSxHxE[..., :half], x_BxSxHxE[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_mask(length: int, window: int | None, valid_BxS: jax.Array | None) -> jax.Array:
+    """Which keys (last axis) each query sees, bool (B or 1, S, S): real ones up to its own place,
+    the last `window` of them."""
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if window is not None and window < length:
+        mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -window)[None]
+    return mask if valid_BxS is None else mask & valid_BxS[:, None, :].astype(bool)
+
+
+class Layer(nn.Module):
+    """One block. `index` chooses its attention window."""
+
+    config: LmConfig
+    index: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxSxD: jax.Array,
+        valid_BxS: jax.Array | None,
+        positions_BxS: jax.Array,
+        lora: Lora | None = None,
+        lora_scale: float = 1.0,
+    ) -> jax.Array:
+        c, lora = self.config, lora or {}
+        heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_width
+
+        def project(x, name, features, use_bias=False):
+            module = Projection(features, use_bias, self.dtype, name=name)
+            block = "self_attn" if name[0] in "qkvo" else "mlp"
+            return module(x, lora, lora_scale, f"model.layers.{self.index}.{block}.{name}")
+
+        x = RMSNorm(c.rms_norm_eps, self.dtype, name="input_layernorm")(x_BxSxD)
+        batch, length = x.shape[:2]
+        q = project(x, "q_proj", heads * width, c.qkv_bias).reshape(batch, length, heads, width)
+        k = project(x, "k_proj", kv_heads * width, c.qkv_bias).reshape(
+            batch, length, kv_heads, width
+        )
+        v = project(x, "v_proj", kv_heads * width, c.qkv_bias).reshape(
+            batch, length, kv_heads, width
+        )
+        if c.qk_norm:
+            q, k = (
+                RMSNorm(c.rms_norm_eps, self.dtype, name=name)(y)
+                for name, y in (("q_norm", q), ("k_norm", k))
+            )
+        frequency = rotary_frequencies(c)
+        q, k = rotate(q, positions_BxS, frequency), rotate(k, positions_BxS, frequency)
+        q = q.reshape(batch, length, kv_heads, heads // kv_heads, width) * width**-0.5
+        scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32)
+        mask = causal_mask(length, c.windows[self.index] if c.windows else None, valid_BxS)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        attended = jnp.einsum("bkgst,btke->bskge", weights, v).reshape(batch, length, heads * width)
+        x = x_BxSxD + project(attended, "o_proj", c.hidden_size, c.o_bias)
+
+        y = RMSNorm(c.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
+        gate = nn.silu(project(y, "gate_proj", c.intermediate_size, c.mlp_bias))
+        inner = gate * project(y, "up_proj", c.intermediate_size, c.mlp_bias)
+        return x + project(inner, "down_proj", c.hidden_size, c.mlp_bias)
+
+
+class BaseLM(nn.Module):
+    """Token ids -> logits, or the final hidden states with `head` applied later to the positions
+    that matter."""
+
+    config: LmConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        embedding_init = nn.initializers.normal(c.hidden_size**-0.5)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, embedding_init=embedding_init, dtype=self.dtype
+        )
+        self.layers = [Layer(c, i, self.dtype) for i in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=FAN_IN
+            )
+
+    def hidden(
+        self,
+        tokens_BxS: jax.Array,
+        lora: Lora | None = None,
+        lora_scale: float = 1.0,
+        valid_BxS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final hidden states (B, S, D), causal. valid_BxS marks real tokens; padding may stand on
+        either side."""
+        batch, length = tokens_BxS.shape
+        if valid_BxS is None:
+            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        else:
+            positions = jnp.maximum(jnp.cumsum(valid_BxS, axis=1) - 1, 0)
+        x = self.embed_tokens(tokens_BxS)
+        for layer in self.layers:
+            x = layer(x, valid_BxS, positions, lora, lora_scale)
+        return self.norm(x)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (..., D) -> logits (..., V), float32."""
+        c = self.config
+        logits = self.embed_tokens.attend(hidden) if c.tie_word_embeddings else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BxS: jax.Array,
+        lora: Lora | None = None,
+        lora_scale: float = 1.0,
+        valid_BxS: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.head(self.hidden(tokens_BxS, lora, lora_scale, valid_BxS))

@@ -1,0 +1,161 @@
+"""Questions and answers as arrays for the base LM: rendered with the base's chat template,
+tokenised once, ahead of time."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+
+import jinja2
+import numpy as np
+
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.sources import Example
+
+# The template of a base pretrained here; a given base brings its own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% "
+    "endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+ROLES = ("<system>", "<user>", "<assistant>")
+DATE = "26 Jul 2024"  # for chat templates that name the day, and would render other texts tomorrow
+SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer of Qwen2's own class, trained on `texts`: at most vocab_size
+    tokens, the 256 bytes included.
+
+    Every piece starts with a space, so that a word is one token wherever it stands.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers.models.qwen2 import Qwen2Tokenizer
+
+    special = {**SPECIAL, "add_prefix_space": True}
+    backend = Qwen2Tokenizer(**special)._tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL.values(), *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(m) for m in model["merges"]],
+        extra_special_tokens=list(ROLES),
+        **special,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def render(tokenizer, prompt: str, system: str = "") -> str:
+    """The text that precedes the response, special tokens included: the base's chat template, or
+    prompt and a line break (after the begin token, where the tokenizer sets one) where it has none.
+
+    A template that knows no system role gets the system text before the prompt; one that can think
+    aloud is told not to; one that says what day it is (Llama 3.2's) always says the same.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer("")["input_ids"]
+        begin = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
+        return f"{begin}{system}\n{prompt}\n" if system else f"{begin}{prompt}\n"
+
+    def apply(messages: list[dict]) -> str:
+        options = {"enable_thinking": False, "date_string": DATE}
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
+
+    if not system:
+        return apply([{"role": "user", "content": prompt}])
+    try:
+        return apply([{"role": "system", "content": system}, {"role": "user", "content": prompt}])
+    except jinja2.TemplateError:  # Gemma's raises one
+        return apply([{"role": "user", "content": f"{system}\n\n{prompt}"}])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Token ids (n, S), padded on the right; the response and its end token lie at [start, end)."""
+
+    ids: np.ndarray  # int32 (n, S)
+    start: np.ndarray  # int32 (n,)
+    end: np.ndarray  # int32 (n,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
+        `at` predict `labels` (-1: beyond the response).
+
+        S is the power of two that holds the longest of the rows: few lengths to compile for, and
+        little padding to compute.
+        """
+        end = self.end[index]
+        ids = self.ids[index][..., : max(SHORTEST, 1 << int(end.max() - 1).bit_length())]
+        at = self.start[index][..., None] + np.arange(width)
+        inside = at < end[..., None]
+        at = np.minimum(at, ids.shape[-1] - 1)
+        labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
+        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
+
+    def packed(self, length: int) -> "Sequences":
+        """All texts one after the other in rows of `length` tokens, to learn every token of; the
+        last few that fill no row go.
+
+        Raises InputError when not even one row is filled.
+        """
+        stream = np.concatenate([row[:end] for row, end in zip(self.ids, self.end, strict=True)])
+        rows = len(stream) // length
+        if not rows:
+            raise InputError(
+                f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower "
+                "the setting"
+            )
+        return Sequences(
+            stream[: rows * length].reshape(rows, length),
+            np.ones(rows, np.int32),
+            np.full(rows, length, np.int32),
+        )
+
+    @property
+    def response_width(self) -> int:
+        """The longest response, its end token included."""
+        return int((self.end - self.start).max())
+
+
+def encode(tokenizer, examples: Sequence[Example], max_length: int) -> Sequences:
+    """Tokenises examples; one without a response ends where that would start.
+
+    Raises InputError naming the file and line of one that has more than max_length tokens, or for a
+    tokenizer without an end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; "
+            "set one"
+        )
+    prompts = tokenizer(
+        [render(tokenizer, e.prompt, e.system) for e in examples], add_special_tokens=False
+    )["input_ids"]
+    responses = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
+    rows = [
+        p + r + [tokenizer.eos_token_id] * bool(r) for p, r in zip(prompts, responses, strict=True)
+    ]
+    for example, row in zip(examples, rows, strict=True):
+        if len(row) > max_length:
+            raise InputError(
+                f"{example.where}: {len(row)} tokens with its response, more than "
+                f"base.max_length={max_length}; "
+                "shorten it or raise the setting"
+            )
+    ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    start = np.array([len(p) for p in prompts], np.int32)
+    return Sequences(ids, start, np.array([len(r) for r in rows], np.int32))

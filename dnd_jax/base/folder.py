@@ -1,0 +1,256 @@
+"""Hugging Face folders (config.json, *.safetensors, tokenizer files) <-> our base LM; resolving
+names, tokenizers."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
+from dnd_jax.base.hub import FILES, resolve
+from dnd_jax.base.names import lm_name, lm_table
+from dnd_jax.base.weights import StoredWeights, load_params
+from dnd_jax.core.errors import InputError, first_line, listed
+from dnd_jax.core.files import read_json, replacing
+
+CONFIG = "config.json"
+# model_type -> class in transformers
+BASES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+
+
+def base_digest(path: str | os.PathLike) -> str:
+    """sha256 of all that a base is: configuration, weights, tokenizer. Its path may come to hold
+    another. Raises InputError as `resolve`."""
+    folder = resolve(path)
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in (*FILES, "*.bin") for file in folder.glob(pattern)}):
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
+    """(file, content) of a folder's config.json. Raises InputError when it is absent or no JSON
+    object."""
+    file = folder / CONFIG
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{file}: not a model's configuration, which is a JSON object; copy the file again"
+        )
+    return file, raw
+
+
+def config_fields(file: pathlib.Path, raw: Mapping, cls: type):
+    """The dataclass `cls` from a config.json's content; raises InputError naming what is missing,
+    or of another type."""
+    wanted, kinds = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    missing = [
+        n for n, f in wanted.items() if f.default is dataclasses.MISSING and raw.get(n) is None
+    ]
+    if missing:
+        raise InputError(f"{file}: missing {', '.join(missing)}")
+    given = {name: raw[name] for name in wanted if raw.get(name) is not None}
+    faults = []
+    for name, value in given.items():
+        plain = [
+            kind
+            for kind in (kinds[name], *typing.get_args(kinds[name]))
+            if kind in (int, float, bool, str)
+        ]
+        if plain and type(value) is not plain[0] and not (plain[0] is float and type(value) is int):
+            faults.append(f"{name} = {value!r} should be {plain[0].__name__}")
+    if faults:
+        raise listed(f"{file}", faults)
+    return cls(**given)
+
+
+def load_base_config(path: str | os.PathLike) -> LmConfig:
+    """The base LM's sizes from a folder's config.json. Raises InputError for an architecture that
+    is none of BASES."""
+    file, raw = read_config(resolve(path, (CONFIG,)))
+    kind = raw.get("model_type")
+    if kind not in BASES:
+        raise InputError(
+            f"{file}: model_type {kind!r} is not supported as a base (supported: "
+            f"{', '.join(BASES)}); adapters of other bases can "
+            "be collected elsewhere and imported: --config.train.checkpoints=FOLDER"
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; only silu")
+    if raw.get("quantization_config"):
+        raise InputError(
+            f"{file}: quantized weights are not supported; use the model's float16, bfloat16 or "
+            "float32 version"
+        )
+    if kind == "llama" and raw.get("num_key_value_heads") is None:  # as the first Llamas have it
+        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    bias = kind in ("llama", "qwen3") and bool(raw.get("attention_bias"))
+    theta, scaling = _rope(file, raw)
+    implied = {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": raw.get(
+            "tie_word_embeddings", False
+        ),  # transformers' default for all of BASES
+        "head_dim": raw.get("head_dim", 128 if kind == "qwen3" else None),
+        "qkv_bias": kind == "qwen2" or bias,
+        "o_bias": bias,
+        "mlp_bias": kind == "llama" and bool(raw.get("mlp_bias")),
+        "qk_norm": kind == "qwen3",
+    }
+    config = config_fields(file, raw | implied, LmConfig)
+    return dataclasses.replace(config, windows=_windows(raw, config.num_hidden_layers))
+
+
+def _rope(file: pathlib.Path, raw: Mapping) -> tuple[float | None, RopeScaling | None]:
+    """(theta, scaling) as transformers 5 writes them, in rope_parameters, or as before, in
+    rope_theta and rope_scaling."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_parameters {rope!r} should be a JSON object")
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if (
+        kind not in ("default", "linear", "llama3")
+        or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1
+    ):
+        raise InputError(
+            f"{file}: rope type {rope} is not supported; only default, linear and llama3 over "
+            "whole heads are"
+        )
+    if kind == "default":
+        return theta, None
+    return theta, config_fields(file, {**rope, "rope_type": kind}, RopeScaling)
+
+
+def _windows(raw: Mapping, layers: int) -> tuple[int | None, ...]:
+    """Each layer's attention window; () when none slides."""
+    kind = raw["model_type"]
+    size = raw.get("sliding_window", 4096)  # transformers' default
+    if size is None or kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window")):
+        return ()
+    if kind == "mistral":
+        return (size,) * layers
+    first = raw.get("max_window_layers", 28)
+    kinds = raw.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
+    windows = tuple(size if k == "sliding_attention" else None for k in kinds)
+    return windows if any(windows) else ()
+
+
+def load_base(
+    path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[BaseLM, dict]:
+    """(module, parameters) of a base LM from a Hugging Face folder or id, computing and stored in
+    `dtype`.
+
+    With a mesh the parameters lie on it by base_lm.RULES, read shard by shard; without one, whole
+    on the default device.
+    """
+    folder = resolve(path)
+    config = load_base_config(folder)
+    module = BaseLM(config, dtype)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+
+    def rename(stored: str) -> str | None:  # some exporters store the tied head again
+        return (
+            None if config.tie_word_embeddings and stored == "lm_head.weight" else lm_name(stored)
+        )
+
+    return module, load_params(
+        StoredWeights(folder, rename), lm_table(config), shapes, RULES, mesh, dtype
+    )
+
+
+def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, tokenizer) -> None:
+    """Writes a base as a Hugging Face folder that `transformers` loads, float32, in one file: whole
+    or not at all."""
+    flat = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
+    weights = {}
+    for theirs, ours, transposed in lm_table(config):
+        value = np.asarray(flat.pop(ours), np.float32)
+        weights[theirs] = np.ascontiguousarray(value.T if transposed else value)
+    if flat:
+        raise listed("base parameters without a Hugging Face name", sorted(flat))
+    raw = {
+        "architectures": [BASES[config.model_type]],
+        **_config_json(config),
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    generation = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+    }
+    with replacing(folder, directory=True) as temporary:
+        (temporary / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(temporary)
+
+
+def _config_json(config: LmConfig) -> dict:
+    """config.json's form of a configuration: the inverse of `load_base_config`."""
+    raw = dataclasses.asdict(config)
+    scaling = raw.pop("rope_scaling") or {"rope_type": "default"}
+    windows = raw.pop("windows")
+    ours = {key: raw.pop(key) for key in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
+    if raw["head_dim"] is None:
+        del raw["head_dim"]
+    raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    raw["sliding_window"] = max((w for w in windows if w), default=None)
+    if config.model_type in ("llama", "qwen3"):
+        raw["attention_bias"] = ours["o_bias"]
+    if config.model_type == "llama":
+        raw["mlp_bias"] = ours["mlp_bias"]
+    if config.model_type in ("qwen2", "qwen3"):
+        raw["use_sliding_window"] = bool(windows)
+        if windows:
+            raw["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    return raw
+
+
+def load_tokenizer(path: str | os.PathLike):
+    """The fast tokenizer of a model folder, package or hub id; one without a padding token (Llama)
+    pads with its end token.
+
+    Raises InputError when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever a damaged folder makes of its code
+        raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError(
+            f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in "
+            "tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:  # Llama's; every use of padding here is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

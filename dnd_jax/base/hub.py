@@ -1,0 +1,80 @@
+"""Folders to the Hugging Face hub."""
+
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+from dnd_jax.core.errors import InputError, first_line
+
+
+def check_repo_id(repo: str) -> None:
+    """Raises InputError unless `repo` is USER/NAME: asked before anything is computed for it."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InputError(f"--push-to-hub={repo}: expected USER/NAME")
+
+
+def push(folder: str | os.PathLike, repo: str) -> str:
+    """Uploads the files of a folder to the hub's model USER/NAME, made if there is none, and
+    returns its address.
+
+    Raises InputError in one line for whatever keeps the hub from taking it: no network, no login,
+    no rights, a refused card.
+    """
+    check_repo_id(repo)
+    from huggingface_hub import HfApi
+
+    folder = pathlib.Path(folder)
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by dnd_jax")
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
+        reason = first_line(error)
+        raise InputError(
+            f"{repo}: the hub did not take it ({reason}); the files are in {folder}; log in with "
+            "`hf auth login`, then "
+            f"`hf upload {repo} {folder}`"
+        ) from None
+    return str(url)
+
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
+PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
+
+
+def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Path:
+    """The local folder of a model: a folder, "package:NAME/FOLDER" inside an installed package, or
+    a hub id, of which `files` are downloaded.
+
+    Raises InputError when it cannot be had.
+    """
+    name = os.fspath(path)
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if name.startswith(PACKAGE):
+        package, _, folder = name.removeprefix(PACKAGE).partition("/")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (
+            ImportError,
+            ValueError,
+        ):  # of a package inside one that is absent; of no name at all
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"{name}: the package is not installed; pip install {package.replace('_', '-')}"
+            )
+        return pathlib.Path(next(iter(spec.submodule_search_locations)), folder)
+    if name.startswith((".", "/")) or name.count("/") > 1 or not name:
+        raise InputError(f"{name or '(empty path)'}: no such model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors alike
+        reason = first_line(error)
+        raise InputError(
+            f"{name}: neither a folder here nor reachable on the hub ({reason})"
+        ) from None

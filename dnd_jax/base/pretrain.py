@@ -1,0 +1,146 @@
+"""Stage `pretrain`: a small base LLM from scratch on the suite's corpus, written as a Hugging Face
+folder (WORKDIR/base).
+
+dnd pretrain --config=configs/mini.py --workdir=runs/mini
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
+from dnd_jax.base.chat import build_tokenizer, encode
+from dnd_jax.base.folder import save_base
+from dnd_jax.base.loss import answer_loss
+from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.records import check_same_run
+from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Suite
+from dnd_jax.loop.prefetch import shuffled_rows
+from dnd_jax.loop.run import run_loop
+from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
+
+DONE = "pretrain.json"  # beside the weights: the settings that made them
+
+
+def make_train_step(module: BaseLM, optimizer: optax.GradientTransformation):
+    """step(state {"params", "opt"}, batch) -> (state, metrics)."""
+
+    def step(state, batch):
+        (loss, accuracy), gradient = jax.value_and_grad(
+            lambda p: answer_loss(module, p, batch), has_aux=True
+        )(state["params"])
+        updates, opt = optimizer.update(gradient, state["opt"], state["params"])
+        metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.tree.norm(gradient)}
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
+
+    return step
+
+
+def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains the base and returns its folder; an existing one made with the same settings is kept.
+
+    Raises InputError when the suite has no corpus or one that lacks the responses to learn, or the
+    folder was made with other settings.
+    """
+    folder = workdir / "base"
+    c = config.pretrain
+    record = {
+        "seed": config.seed,
+        "base": dataclasses.asdict(config.base),
+        "pretrain": dataclasses.asdict(c),
+    }
+    record["suite"] = suite.fingerprint
+    if (folder / DONE).is_file():
+        check_same_run(folder / DONE, read_json(folder / DONE), record)
+        return folder
+    if not suite.corpus:
+        raise InputError(
+            f"{suite.root}/suite.json: no corpus to pretrain a base on; add one or set "
+            "config.base.path"
+        )
+    without = next((e.where for e in suite.corpus if not e.response), None)
+    if c.loss == "response" and without:
+        raise InputError(
+            f"{without}: no response to learn; add one, or pretrain on the prompts by "
+            "config.pretrain.loss=text"
+        )
+
+    tokenizer = build_tokenizer(
+        (f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size
+    )
+    data = encode(tokenizer, suite.corpus, config.base.max_length)
+    if c.loss == "text":
+        data = data.packed(config.base.max_length)
+    width = data.response_width
+    module = BaseLM(sizes_to_pretrain(config.base, len(tokenizer)))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, min(c.warmup_steps, c.steps - 1), c.steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=c.weight_decay)
+    )
+
+    mesh = make_mesh(config.mesh)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return {"params": params, "opt": optimizer.init(params)}
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    shardings = shard_by_rules(mesh, config.mesh.rules, jax.eval_shape(init, key))
+    batch_sharding = leading(mesh, c.batch_size, "config.pretrain.batch_size")
+    step = jax.jit(
+        make_train_step(module, optimizer),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    state = run_loop(
+        "pretrain",
+        workdir / "pretrain",
+        jax.jit(init, out_shardings=shardings)(key),
+        step,
+        lambda i: jax.device_put(
+            data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width),
+            batch_sharding,
+        ),
+        steps=c.steps,
+        save_every=c.save_every,
+        record=record,
+    )
+    save_base(folder, module.config, jax.device_get(state["params"]), tokenizer)
+    write_json(folder / DONE, record)
+    return folder
+
+
+def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
+    """The given base, or the one pretrained in the workdir."""
+    return config.base.path or str(pretrain(config, suite, workdir))
+
+
+def find_base(config: Config, workdir: pathlib.Path) -> str:
+    """The given base, or the one that was pretrained in the workdir. Raises InputError when it was
+    not."""
+    folder = workdir / paths.BASE
+    if not config.base.path and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: no base here; run `dnd pretrain` first or set --config.base.path"
+        )
+    return config.base.path or str(folder)
+
+
+def _run(given: Given) -> None:
+    suite = open_suite(given.config, given.workdir, given["strict"])
+    print(f"base: {make_base(given.config, suite, given.workdir)}")
+
+
+STAGE = Stage(_run, ON_SUITE, writes=True)

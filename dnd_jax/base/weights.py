@@ -1,0 +1,128 @@
+"""Stored tensors -> parameters, one at a time and each device's shard by itself: no host ever holds
+a whole model.
+
+Names and shapes come from the files' headers and are checked against a table before the first value
+is read: every tensor is mapped exactly once; unknown, missing and misshapen ones are listed in one
+error.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dnd_jax.base.names import Table
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.files import read_json
+from dnd_jax.core.tensors import opened
+from dnd_jax.parallel.rules import shard_by_rules
+
+
+class StoredWeights:
+    """A folder's model.safetensors, or the shards that its index names. `rename`: stored name ->
+    table's name, None to ignore."""
+
+    def __init__(self, folder: pathlib.Path, rename: Callable[[str], str | None]):
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[pathlib.Path, str]] = {}
+        for path in self._files():
+            with opened(path) as file:
+                for stored in file.keys():  # noqa: SIM118, not a dict
+                    name = rename(stored)
+                    if name is not None:
+                        self.shapes[name] = tuple(file.get_slice(stored).get_shape())
+                        self._where[name] = (path, stored)
+
+    def _files(self) -> list[pathlib.Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            whole = self.folder / "model.safetensors"
+            if not whole.is_file() and list(self.folder.glob("pytorch_model*.bin")):
+                raise InputError(
+                    f"{whole}: no such file; only safetensors are read; save it again from "
+                    "transformers"
+                )
+            return [whole]
+        places = read_json(index)
+        if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
+            raise InputError(f"{index}: no weight_map; copy the file again")
+        return [self.folder / shard for shard in sorted(set(places["weight_map"].values()))]
+
+    @contextlib.contextmanager
+    def reader(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:
+        """Gives read(index): that part of one tensor, of the stored type."""
+        path, stored = self._where[name]
+        with opened(path) as file:
+            yield file.get_slice(stored).__getitem__
+
+
+def _place(
+    weights: StoredWeights,
+    name: str,
+    transposed: bool,
+    shape,
+    dtype,
+    where: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """One tensor on its devices. Equal shards (of replicas) are read once."""
+    parts: dict[str, np.ndarray] = {}
+
+    with weights.reader(name) as read:
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if str(index) not in parts:
+                value = read(index[::-1] if transposed else index)
+                parts[str(index)] = np.asarray(value.T if transposed else value, dtype)
+            return parts[str(index)]
+
+        if where is None:
+            return jnp.asarray(part((slice(None),) * len(shape)))
+        # Waiting keeps a device that is slower than the disk from piling up tensors in host memory.
+        return jax.block_until_ready(jax.make_array_from_callback(shape, where, part))
+
+
+def load_params(
+    weights: StoredWeights,
+    table: Table,
+    shapes: Mapping,
+    rules: tuple,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.float32,
+) -> dict:
+    """Nested parameters of the given shapes, of one dtype: on the mesh by the rules, or without one
+    on the default device.
+
+    Raises InputError listing every tensor that does not fit, and as `shard_by_rules` does.
+    """
+    expected = {
+        "/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()
+    }
+    shardings = (
+        {}
+        if mesh is None
+        else traverse_util.flatten_dict(shard_by_rules(mesh, rules, shapes), sep="/")
+    )
+    names = {theirs for theirs, _, _ in table}
+    faults = [f"{name} is missing" for name in names - weights.shapes.keys()]
+    faults += [f"{name} is unknown" for name in weights.shapes.keys() - names]
+    for theirs, ours, transposed in table:
+        if (
+            theirs in weights.shapes
+            and expected[ours] != weights.shapes[theirs][:: -1 if transposed else 1]
+        ):
+            faults.append(
+                f"{theirs} has shape {weights.shapes[theirs]}, which config.json does not give"
+            )
+    if faults:
+        raise listed(f"{weights.folder}: the weights do not match the architecture", sorted(faults))
+    flat = {
+        ours: _place(weights, theirs, transposed, expected[ours], dtype, shardings.get(ours))
+        for theirs, ours, transposed in table
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")

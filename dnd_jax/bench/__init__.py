@@ -1,1 +1,0 @@
-"""Stage `bench`: our methods beside each other and beside PyTorch, measured in one run; or a TPU compiler's estimates."""

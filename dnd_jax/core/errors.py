@@ -1,0 +1,38 @@
+"""The exception for bad input: a single clear line naming the file, the key and the fix; and the
+one for a check that fails.
+
+`dnd` prints either as `dnd: ...` and exits with status 2 or 1; library callers catch them.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, where and how to mend it."""
+
+
+class Missing(InputError):
+    """A process of the run did not come in time: the same command may do better."""
+
+
+class CheckFailed(Exception):
+    """What was to be proved is not so; the message says in numbers why."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean NAME?" of the known word that looks most like this one; nothing when none
+    does."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(title: str, faults: list[str], most: int = 20) -> InputError:
+    """One `InputError` that names every fault (the first `most` in full)."""
+    more = f"; and {len(faults) - most} more" if len(faults) > most else ""
+    return InputError(f"{title}: " + "; ".join(faults[:most]) + more)

@@ -1,0 +1,110 @@
+"""What a command is. A module exports one `STAGE`, and a line of main.py's table makes it `dnd
+NAME`.
+
+STAGE = Stage(run=lambda given: print(given.workdir), flags=(WORKDIR, Flag("limit", int, 0,
+"questions a task; 0: all")))
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dnd_jax.core.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """--NAME of a stage. kind: str, bool, int, float (neither below 0) or list (of texts between
+    commas)."""
+
+    name: str
+    kind: type
+    default: Any
+    meaning: str
+
+
+# Flags of several stages.
+WORKDIR = Flag(
+    "workdir",
+    str,
+    "",
+    "folder of the run (default: runs/NAME of --config=NAME); the same command goes on in it",
+)
+SUITE = Flag(
+    "suite", str, "", "folder or JSON file of your own tasks (default: the embedded suite)"
+)
+STRICT = Flag("strict", bool, False, "refuse a suite with faults in its data instead of warning")
+SEEDS = Flag("seeds", list, [], "comma-separated seeds (default: the config's)")
+OUT = Flag("out", str, "", "what to write")
+ALLOW = Flag(
+    "allow",
+    list,
+    [],
+    "settings that may differ from the run that is resumed, such as train.steps,train.clip",
+)
+ON_SUITE = (WORKDIR, SUITE, STRICT)
+
+# Where a stage's settings come from. RUN: --config, or what WORKDIR/config.json remembers.
+# FILE: --config. DEFAULT: --config, or configs/default.py. NONE: it has no settings.
+RUN, FILE, DEFAULT, NONE = "run", "file", "default", "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a stage was called with.
+
+    argument: what stands behind its name, of a stage that takes one. config: the frozen settings,
+    config_file their file or WORKDIR/config.json. words: the command as it was typed, behind the
+    stage's name.
+    """
+
+    flags: Mapping[str, Any]
+    config: Any
+    config_file: str
+    workdir: pathlib.Path
+    argument: str = ""
+    words: Sequence[str] = ()
+
+    def __getitem__(self, flag: str) -> Any:
+        return self.flags[flag]
+
+    def need(self, *flags: str) -> None:
+        """Raises InputError naming the first of these flags that is empty."""
+        for flag in flags:
+            if not self.flags[flag]:
+                raise InputError(f"--{flag} is needed")
+
+    def seeds(self) -> list[int]:
+        """--seeds, or the settings' own. Raises InputError for what are no different whole
+        numbers."""
+        words = [word.strip() for word in self["seeds"]]
+        if not all(word.isdigit() for word in words) or len(set(map(int, words))) < len(words):
+            raise InputError(
+                f"--seeds={','.join(words)}: expected different whole numbers, such as 0,1,2"
+            )
+        return list(map(int, words)) or [self.config.seed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command: its flags, the packages beyond a plain install that it needs, and what it runs.
+
+    needs: names of modules, or a function of what it was called with that gives them; checked
+    before `run`. argument: the name of what stands behind the stage's name ("X.pth"), empty for
+    none. settings: RUN, FILE, DEFAULT or NONE. fallback: the settings that RUN means without
+    --config and without remembered ones; empty: that is refused. writes: whether it writes into the
+    workdir, which is this process's alone meanwhile and remembers the settings.
+    """
+
+    run: Callable[[Given], None]
+    flags: tuple[Flag, ...] = ()
+    needs: tuple[str, ...] | Callable[[Given], tuple[str, ...]] = ()
+    argument: str = ""
+    settings: str = RUN
+    fallback: str = ""
+    writes: bool = False
+
+    def packages(self, given: Given) -> tuple[str, ...]:
+        """The modules that this call needs."""
+        return self.needs(given) if callable(self.needs) else self.needs

@@ -1,0 +1,115 @@
+"""safetensors files larger than memory: written one tensor after another, and changed in place.
+
+The format: the header's length (8 bytes, little-endian), a JSON header {name: {"dtype", "shape",
+"data_offsets"}}, then the bytes. Reading goes through the safetensors package; this is only for
+what it cannot do.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dnd_jax.core.errors import InputError
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of one .safetensors file as NumPy arrays (bfloat16 included). Raises InputError
+    on a damaged file."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[safe_open]:
+    """An open .safetensors file. Raises InputError when it is absent or damaged."""
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
+        ) from None
+
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LENGTH = 8
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file from a stream of (name, tensor); shapes: {name: (shape, dtype)} of
+    all of them, in the same order.
+
+    Raises ValueError when the stream is not what `shapes` announced.
+    """
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in shapes.items():
+        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        header[name] = {
+            "dtype": _NAMES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH)  # the data begin on a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(_LENGTH, "little") + text)
+        for (name, (shape, dtype)), (found, tensor) in zip(shapes.items(), tensors, strict=True):
+            if (found, tensor.shape, tensor.dtype) != (name, tuple(shape), np.dtype(dtype)):
+                raise ValueError(
+                    f"announced {name} {shape} {dtype}, got {found} {tensor.shape} {tensor.dtype}"
+                )
+            file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
+
+
+def open_tensors(path: str | os.PathLike, mode: str = "r") -> dict[str, np.memmap]:
+    """The floating-point tensors of a safetensors file, mapped into memory and none of them read
+    yet; with mode "r+" what is assigned to them is written through to the file.
+
+    Raises InputError on a file that is no safetensors file.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        try:
+            if length > size - _LENGTH:
+                raise ValueError
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise InputError(
+                f"{path}: not a readable safetensors file; it may be truncated, copy it again"
+            ) from None
+    header.pop("__metadata__", None)
+    first = _LENGTH + length
+    if max((entry["data_offsets"][1] for entry in header.values()), default=0) > size - first:
+        raise InputError(f"{path}: ends before its last tensor; it is truncated, copy it again")
+    return {
+        name: np.memmap(
+            path,
+            DTYPES[entry["dtype"]],
+            mode,
+            first + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+        if entry["dtype"] in DTYPES and 0 not in entry["shape"]
+    }

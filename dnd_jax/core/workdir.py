@@ -1,0 +1,46 @@
+"""A run's folder: every path in it, by name; and who has it."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+
+from dnd_jax.core.files import read_json, write_json
+
+CONFIG = "config.json"  # the settings that the run goes on with
+SUITE = "suite"  # the embedded suite, where none is given
+PRETRAIN = "pretrain"  # metrics and checkpoints of the base's training
+BASE = "base"  # the base as a Hugging Face folder
+COLLECT = "collect"  # metrics and checkpoints of the LoRAs' training
+LORAS = "loras"  # DATASET/step_NNNNNN, PEFT folders
+TARGETS = "targets"  # DATASET/KEY: checkpoints as tokens, made once
+EMBEDDINGS = "embeddings"  # the text encoder's output, by content
+GENERATOR = "generator"  # the generator, its metrics and checkpoints
+ADAPTERS = "adapters"  # NAME: the first generated adapter of each unseen dataset
+COMPETITORS = "competitors"  # METHOD/NAME: the other adapters that are scored
+EVALUATION = "evaluation.json"  # scores question by question
+RESULTS = "results.json"  # tables
+REPORT = "report.html"
+SECONDS = "seconds.json"  # of each stage
+HARNESS = "lm_eval.json"  # what `dnd lm-eval` found
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, stage: str) -> Iterator[None]:
+    """The folder of a run, made if it is not there, for this process alone while the block
+    lasts."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    yield
+
+
+@contextlib.contextmanager
+def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
+    """Adds the block's wall time to the stage's seconds, over interruptions too."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        path = workdir / SECONDS
+        seconds = read_json(path) if path.is_file() else {}
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+        write_json(path, seconds)

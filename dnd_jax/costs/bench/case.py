@@ -1,0 +1,78 @@
+"""What one measurement is: the shapes of a case, from a configuration alone."""
+
+import dataclasses
+import pathlib
+import re
+import resource
+import time
+from collections.abc import Callable
+
+from dnd_jax.config import load, schema, validate
+from dnd_jax.config.schema import Features
+from dnd_jax.generator.decoder import forward_macs
+from dnd_jax.generator.sizes import features_of
+
+WHAT = ("forward", "gradient", "train", "generate")
+PASSES = {
+    "forward": 1,
+    "gradient": 3,
+    "train": 3,
+    "generate": 1,
+}  # times the forward operations, by the direct method
+LONG_ENOUGH = 60.0  # seconds in one process, after which no further repeat is started
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row group of a benchmark.
+
+    what: "forward" (decoder), "gradient" (forward and backward of the loss), "train" (the real
+    train step, optimiser included) or "generate" (prompt ids -> adapter tensors). stages: first and
+    last, None for all. batch 0: the largest that every variant fits.
+    """
+
+    name: str
+    config: str  # file
+    what: str
+    batch: int
+    dtype: str
+    stages: tuple[int, int] | None = None
+
+    def load(self) -> schema.Config:
+        """The configuration with this case's batch and dtype."""
+        raw = load.load_file(self.config)
+        raw.train.update(batch_size=max(self.batch, 1), dtype=self.dtype)
+        return validate.freeze(raw)
+
+    def features(self, config: schema.Config) -> tuple[Features, ...]:
+        """(N, L, C) of the measured stages."""
+        every = features_of(config)
+        first, last = self.stages or (0, len(every) - 1)
+        return every[first : last + 1]
+
+    def flop(self, config: schema.Config) -> int:
+        """Operations by the direct method."""
+        macs = forward_macs(self.features(config), config.generator.kernel_size)
+        return 2 * macs * max(self.batch, 1) * PASSES[self.what]
+
+
+def peak_of_process() -> int:
+    """The most bytes that this process has held, libraries included."""
+    status = pathlib.Path(
+        "/proc/self/status"
+    )  # unlike ru_maxrss, this does not begin with the parent's
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return (
+        int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+
+
+def timed(run: Callable[[], object], repeats: int) -> dict:
+    """{"seconds" of so many runs, "compile_seconds"} of what `run` does and waits for; the first
+    run, which warms up, is not among them."""
+    seconds = []
+    while len(seconds) <= repeats and (len(seconds) < 2 or sum(seconds) < LONG_ENOUGH):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[1:], "compile_seconds": max(0.0, seconds[0] - min(seconds[1:]))}

@@ -1,0 +1,219 @@
+"""`dnd bench`: every variant of every case in a process of its own, one after the other and round
+after round; a table and JSON.
+
+    dnd bench --config=configs/bench_cpu.py --workdir=runs/bench
+
+A ratio is the best PyTorch variant's median over ours, all measured in this run; its range comes
+from the fastest and slowest runs.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+from tqdm import tqdm
+
+from dnd_jax.config.load import load_file
+from dnd_jax.config.schema import Config
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.files import write_json
+from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stopping import stop
+from dnd_jax.costs.bench.case import WHAT, Case
+from dnd_jax.costs.bench.layers import layers_table
+from dnd_jax.costs.bench.limits import limits_table
+from dnd_jax.costs.bench.tpu import estimate
+
+RESULTS = "bench.json"
+
+
+def cases_of(config: Config, config_file: str) -> list[Case]:
+    """The configured cases, or those of the configuration itself. Raises InputError naming what is
+    wrong in one."""
+    rows = config.bench.cases or tuple(
+        (w, config_file, w, config.train.batch_size, config.train.dtype)
+        for w in WHAT
+        if w != "gradient"
+    )
+    cases, faults = [], []
+    for row in rows:
+        if len(row) not in (5, 7) or row[2] not in WHAT:
+            faults.append(
+                f"{row}: expected (name, config file, one of {', '.join(WHAT)}, batch, dtype[, "
+                "first stage, last stage])"
+            )
+            continue
+        cases.append(Case(*row[:5], stages=tuple(row[5:]) or None))
+    if faults:
+        raise listed("config.bench.cases", faults)
+    return cases
+
+
+def finished(command: list[str]) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command, which ends with this process."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while True:
+            stop.check()
+            try:
+                out, err = process.communicate(timeout=0.5)
+                return process.returncode, out, err
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
+    """One process's result. Raises InputError with its last line when it fails."""
+    spec = json.dumps({"case": dataclasses.asdict(case), "variant": variant, "repeats": repeats})
+    command = [sys.executable, "-m", f"dnd_jax.costs.bench.{side}_worker", spec]
+    code, out, err = finished(command)
+    if code == -9:
+        return {"out_of_memory": True}  # the kernel's way of saying so
+    if code:
+        raise InputError(
+            f"bench {case.name}, {side} {variant}: "
+            f"{(err.strip().splitlines() or ['no message'])[-1]}"
+        )
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def largest_batch(case: Case, variants: list[tuple[str, str]]) -> Case:
+    """The case with the training batch, halved until every variant has room for it."""
+    batch = freeze(load_file(case.config)).train.batch_size
+    while batch >= 1:
+        tried = dataclasses.replace(case, batch=batch)
+        if not any(
+            measure(side, tried, variant, 1).get("out_of_memory") for side, variant in variants
+        ):
+            return tried
+        batch //= 2
+    raise InputError(f"bench {case.name}: not even one sample fits")
+
+
+def run_case(case: Case, config: Config) -> dict:
+    """All variants of a case, in rounds."""
+    bench = config.bench
+    variants = [("jax", m) for m in bench.methods] + [("torch", v) for v in bench.torch]
+    if not case.batch:
+        case = largest_batch(case, variants)
+    rows: dict[str, dict] = {}
+    for _ in tqdm(range(bench.rounds), desc=case.name, unit="round", dynamic_ncols=True):
+        for side, variant in variants:
+            stop.check()
+            found = measure(side, case, variant, bench.repeats)
+            if found.get("out_of_memory"):
+                raise InputError(
+                    f"bench {case.name}, {side} {variant}: out of memory at batch {case.batch}; "
+                    "lower it (0 finds the largest)"
+                )
+            row = rows.setdefault(f"{side} {variant}", {**found, "seconds": []})
+            row["seconds"] += found["seconds"]
+            row["peak_bytes"] = max(row["peak_bytes"], found["peak_bytes"])
+    flop = case.flop(case.load())
+    for row in rows.values():
+        row["median"] = statistics.median(row["seconds"])
+        row["flops_per_second"] = flop / row["median"]
+    torch_rows = [row for label, row in rows.items() if label.startswith("torch")]
+    if torch_rows:
+        best = min(torch_rows, key=lambda row: row["median"])
+        for row in rows.values():
+            low, high = (
+                min(best["seconds"]) / max(row["seconds"]),
+                max(best["seconds"]) / min(row["seconds"]),
+            )
+            row["speedup"] = {"median": best["median"] / row["median"], "least": low, "most": high}
+    return {"case": dataclasses.asdict(case), "direct_flop": flop, "rows": rows}
+
+
+def table(results: list[dict]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| case | variant | seconds (least-most) | against PyTorch (least-most) | GFLOP/s, direct "
+        "count | peak GB | compile s |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for result in results:
+        case = result["case"]
+        for label, row in result["rows"].items():
+            seconds = f"{row['median']:.3g} ({min(row['seconds']):.3g}-{max(row['seconds']):.3g})"
+            speed = row.get("speedup")
+            ratio = (
+                f"{speed['median']:.2f} ({speed['least']:.2f}-{speed['most']:.2f})"
+                if speed
+                else "-"
+            )
+            how = f" ({row['plans']})" if "plans" in row else ""
+            lines.append(
+                f"| {case['name']}, batch {case['batch']}, {case['dtype']} | {label}{how} | "
+                f"{seconds} | {ratio} | "
+                f"{row['flops_per_second'] / 1e9:.0f} | {row['peak_bytes'] / 1e9:.2f} | "
+                f"{row['compile_seconds']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def bench(config: Config, config_file: str, workdir: pathlib.Path) -> list[dict]:
+    """Runs all cases, prints the table and keeps WORKDIR/bench.json, case by case."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    results = []
+    for case in cases_of(config, config_file):
+        results.append(run_case(case, config))
+        write_json(
+            workdir / RESULTS,
+            {"date": time.strftime("%Y-%m-%d"), "config": config_file, "results": results},
+        )
+    print(f"\n{table(results)}\n\nresults: {(workdir / RESULTS).absolute()}", flush=True)
+    return results
+
+
+FLAGS = (
+    WORKDIR,
+    Flag(
+        "backend",
+        str,
+        "",
+        "tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU",
+    ),
+    Flag("topology", str, "", "TPU chips to compile for, with --backend=tpu-aot"),
+    Flag("layers", bool, False, "every convolution of the configuration by itself"),
+    Flag("limits", bool, False, "what the hardware allows for the paper's settings, by counting"),
+)
+
+
+def _run(given: Given) -> None:
+    if given["limits"]:
+        print(limits_table())
+    elif given["layers"]:
+        print(layers_table(given.config))
+    elif given["backend"] not in ("", "tpu-aot"):
+        raise InputError(
+            f"--backend={given['backend']}: only tpu-aot, or nothing for the devices of this "
+            "machine"
+        )
+    elif given["backend"]:
+        estimate(given.config, given["topology"] or "v5p:2x2x1", given.workdir)
+    else:
+        bench(given.config, given.config_file, given.workdir)
+
+
+def _needs(given: Given) -> tuple[str, ...]:
+    if given["limits"] or given["layers"]:
+        return ()
+    return (
+        ("libtpu",)
+        if given["backend"] == "tpu-aot"
+        else ("torch",)
+        if given.config.bench.torch
+        else ()
+    )
+
+
+STAGE = Stage(_run, FLAGS, _needs, settings=DEFAULT)

@@ -1,0 +1,84 @@
+"""Stage `plan`: the real train and generation steps compiled for devices that need not be there;
+one plan, or a sweep of them.
+
+dnd plan --config=qwen2_5_0_5b_commonsense --topology=v5p:2x2x4
+dnd plan --sweep --config=ablate_sharding --workdir=runs/sharding
+"""
+
+import dataclasses
+import os
+
+import jax
+
+from dnd_jax.config.schema import STEPS
+from dnd_jax.core import stage
+from dnd_jax.core.errors import CheckFailed, InputError
+from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
+from dnd_jax.costs import step_cost, sweep
+
+FLAGS = (
+    WORKDIR,
+    Flag(
+        "topology",
+        str,
+        "",
+        "TPU chips to compile for, such as v5p:2x2x4 (default: this machine's devices)",
+    ),
+    Flag("devices", int, 0, "virtual CPU devices to compile for"),
+    Flag(
+        "sweep",
+        bool,
+        False,
+        "every combination of config.sweep in one table and plot (configs/ablate_sharding.py)",
+    ),
+    Flag("measure", bool, False, "run the steps on this machine's devices as well"),
+)
+
+
+def _run(given: Given) -> None:
+    config, topology, swept = given.config, given["topology"], given["sweep"]
+    away = bool(topology or (swept and config.sweep.topologies and not given["devices"]))
+    if given["devices"] and topology:
+        raise InputError(
+            "--devices (virtual CPU devices) and --topology (TPU chips) exclude each other"
+        )
+    if given["measure"] and away:
+        raise InputError(
+            "--measure runs on this machine's devices; leave --topology and "
+            "config.sweep.topologies empty"
+        )
+    if given["devices"]:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = (
+            f"{flags} --xla_force_host_platform_device_count={given['devices']}"
+        )
+    if given["devices"] or away:  # nothing runs
+        jax.config.update("jax_platforms", "cpu")
+    if topology or given["devices"]:
+        config = dataclasses.replace(
+            config, sweep=dataclasses.replace(config.sweep, topologies=(topology,))
+        )
+    if swept:
+        plans = sweep.sweep(config, given.workdir, given["measure"])
+        more = ", scaling.png" if (given.workdir / "scaling.png").is_file() else ""
+        print(
+            f"\n{sweep.as_markdown(plans)}\n\nplans: "
+            f"{given.workdir.absolute()}/plans.{{json,csv,md,png}}{more}",
+            flush=True,
+        )
+    else:
+        devices = step_cost.devices_of(topology, config.mesh.slices)
+        plans = [step_cost.make_plan(config, devices, step, given["measure"]) for step in STEPS]
+        print("\n\n".join(map(step_cost.describe_plan, plans)), flush=True)
+    if not any(p.fits for p in plans if p.step == plans[0].step):
+        raise CheckFailed(sweep.nearest_miss(plans))
+
+
+def _needs(given: Given) -> tuple[str, ...]:
+    away = given["topology"] or (
+        given["sweep"] and given.config.sweep.topologies and not given["devices"]
+    )
+    return ("libtpu",) if away else ()
+
+
+STAGE = Stage(_run, FLAGS, _needs, settings=stage.FILE)

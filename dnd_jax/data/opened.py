@@ -1,0 +1,39 @@
+"""The suite of a run: the given one, or the embedded one written into its folder; checked before
+hours are spent on it."""
+
+import pathlib
+
+from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.errors import InputError
+from dnd_jax.data import report
+from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.suite import Suite, labels_of, load_suite
+from dnd_jax.data.world import write_world
+
+
+def open_suite(
+    config: Config, workdir: pathlib.Path, strict: bool = False, scored: bool = False
+) -> Suite:
+    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its
+    faults are warned of.
+
+    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the
+    configuration wants, with strict for faults in its data, and with scored for one without an
+    unseen dataset.
+    """
+    if not config.suite and not (workdir / paths.SUITE / "suite.json").is_file():
+        write_world(workdir / paths.SUITE, config.seed)
+    suite = load_suite(config.suite or workdir / paths.SUITE, config.condition.num_prompts)
+    if scored and not suite.unseen:
+        raise InputError(
+            f"{config.suite or workdir / 'suite'}: names no unseen dataset, so there is nothing "
+            "to score; add one"
+        )
+    report.check(suite, strict)
+    for dataset in suite.train + suite.unseen:  # now, not after hours of training
+        condition_texts(dataset.train, config.condition.form)
+    if config.evaluate.answers == "likelihood":
+        for dataset in suite.unseen:
+            labels_of(dataset)
+    return suite

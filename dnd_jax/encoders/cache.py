@@ -1,0 +1,167 @@
+"""The condition: prompts -> hidden states of the frozen text encoder, (n, L, C), computed once and
+cached by content.
+
+METHOD.md section 4; padding positions included, texts truncated and padded to L = max_text_length,
+dropout off. States of many long texts are large (6 MB a text for L = 4096, C = 384): they go to
+disk batch by batch and are mapped into memory from there.
+"""
+
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dnd_jax.config import schema
+from dnd_jax.core.files import need_space, replacing, write_array
+from dnd_jax.core.stopping import stop
+from dnd_jax.encoders.load import LAST, encode_windows, load_encoder
+from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
+
+TOKENS_PER_BATCH = 8192  # of a device
+CHUNK = 1 << 24  # bytes of a file hashed at a time
+
+
+def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Embeddings (n, L, C) and masks (n, L) -> (n, C), the mean over each prompt's real tokens."""
+    weight = valid[..., None].astype(np.float32)
+    return (condition * weight).sum(axis=1) / weight.sum(axis=1)
+
+
+class PromptEncoder:
+    """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer
+    and text length.
+
+    `module` and `params` are what `encode_windows` takes. mesh: of this process' devices, to split
+    parameters and texts over.
+    """
+
+    def __init__(self, config: schema.Condition, mesh: jax.sharding.Mesh | None = None):
+        encoder = load_encoder(config.encoder, config.layer, mesh)
+        self.module, self.params, self._tokenize = encoder.module, encoder.params, encoder.tokenize
+        self.max_text_length = config.max_text_length
+        which = (
+            "last hidden states"
+            if config.layer == LAST
+            else f"hidden states of layer {config.layer}"
+        )
+        digest = hashlib.sha256(f"{which}, L = {config.max_text_length}".encode())
+        for path in encoder.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        self.fingerprint = digest.hexdigest()
+        self._ways, over_texts = 1, None
+        if mesh is not None:
+            self._ways, over_texts = (
+                batch_ways(mesh),
+                NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
+            )
+        # Parameters are an argument, not a constant that XLA would fold into the program.
+        self._encode = jax.jit(
+            lambda params, ids, valid: encode_windows(self.module, params, ids, valid),
+            in_shardings=(None, over_texts, over_texts),
+            out_shardings=over_texts,
+        )
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.module.width
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts -> (ids, valid), int32 (n, L)."""
+        return self._tokenize(prompts, self.max_text_length)
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts -> float32 (n, L, C)."""
+        return np.concatenate([states for states, _ in self._batches(prompts)])
+
+    def cached(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
+        """`encode`, kept as a memory-mapped file under `cache` whose name is the hash of encoder
+        and prompts.
+
+        Raises InputError when the disk has no room for it.
+        """
+        parts = (states for states, _ in self._batches(prompts))
+        return self._cached(
+            prompts, cache, "states", (self.max_text_length, self.width), np.float32, parts
+        )
+
+    def cached_means(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
+        """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way; of the
+        states no more than a batch, unless `cached` has them already."""
+        path = self._path(prompts, cache, "states")
+        states = np.load(path, mmap_mode="r") if path.is_file() else None
+        parts = (mean_pooled(*batch) for batch in self._batches(prompts, states))
+        return self._cached(prompts, cache, "means", (self.width,), np.float32, parts)
+
+    def cached_tokens(
+        self, prompts: Sequence[str], cache: str | os.PathLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`tokenize`, kept in the same way: texts are tokenised once, ahead of training."""
+        size = self._batch_size(prompts)
+        parts = (
+            np.stack(self.tokenize(prompts[i : i + size]), axis=1)
+            for i in range(0, len(prompts), size)
+        )
+        both = self._cached(prompts, cache, "ids", (2, self.max_text_length), np.int32, parts)
+        return both[:, 0], both[:, 1]
+
+    def _batch_size(self, prompts: Sequence[str]) -> int:
+        """Texts at once: a multiple of the mesh's parts."""
+        of_one = min(
+            -(-len(prompts) // self._ways), max(1, TOKENS_PER_BATCH // self.max_text_length)
+        )
+        return of_one * self._ways
+
+    def _batches(
+        self, prompts: Sequence[str], states: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(states (b, L, C), valid (b, L)), batch after batch of the prompts; states: those of all,
+        if they are known."""
+        size = self._batch_size(prompts)
+        for first in range(0, len(prompts), size):
+            stop.check()
+            texts = prompts[first : first + size]
+            ids, valid = self.tokenize(texts)
+            if states is not None:
+                yield states[first : first + size], valid
+                continue
+            rows = np.arange(size) % len(
+                texts
+            )  # the last batch is filled up: one shape, one compilation
+            values = self._encode(self.params, ids[rows], valid[rows])
+            yield np.asarray(values[: len(texts)], np.float32), valid
+
+    def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for prompt in prompts:
+            digest.update(len(prompt).to_bytes(8, "little") + prompt.encode())
+        return pathlib.Path(cache, f"{what}_{digest.hexdigest()[:32]}.npy")
+
+    def _cached(
+        self,
+        prompts,
+        cache,
+        what: str,
+        of_one: tuple[int, ...],
+        dtype: type,
+        parts: Iterator[np.ndarray],
+    ) -> np.ndarray:
+        """The array (n, *of_one) of the parts, which are only made when there is no file of it."""
+        path = self._path(prompts, cache, what)
+        if not path.is_file():
+            shape = len(prompts), *of_one
+            size, instead = np.dtype(dtype).itemsize * math.prod(shape), "use another --workdir"
+            if what == "states":
+                instead += ", or --config.condition.in_graph=true, which keeps none of them"
+            need_space(path.parent, size, f"the {what} of {len(prompts)} prompts", instead)
+            with replacing(path) as temporary:
+                write_array(temporary, shape, dtype, parts)
+        return np.load(path, mmap_mode="r")

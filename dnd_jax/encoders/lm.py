@@ -1,0 +1,45 @@
+"""A decoder-only LM as a text encoder: the hidden states of one of its layers (METHOD.md section
+4)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm
+
+
+class LmEncoder(nn.Module):
+    """layer 0 gives the embeddings, n the output of block n, the last one after the final norm.
+    Later blocks do not exist here.
+
+    Parameters are named and sharded as BaseLM's.
+    """
+
+    config: LmConfig
+    layer: int
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.config.hidden_size
+
+    @property
+    def window(self) -> int:
+        """The longest L."""
+        return self.config.max_position_embeddings
+
+    @nn.compact
+    def __call__(self, ids_BxL: jax.Array, valid_BxL: jax.Array) -> jax.Array:
+        """valid_BxL is 1 at real tokens, padded on the right. Returns (B, L, C), padding positions
+        included."""
+        c = self.config
+        x = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")(ids_BxL)
+        positions = jnp.broadcast_to(jnp.arange(ids_BxL.shape[1]), ids_BxL.shape)
+        for i in range(self.layer):
+            x = Layer(c, i, self.dtype, name=f"layers_{i}")(x, valid_BxL, positions)
+        return (
+            RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
+            if self.layer == c.num_hidden_layers
+            else x
+        )

@@ -1,0 +1,200 @@
+"""The frozen text encoder, of whichever kind its folder or file holds (METHOD.md section 4).
+
+    BERT family (MiniLM, BERT, GTE, BGE)           model_type bert                          bert.py
+    T5, T5 v1.1 and mT5's encoder                  model_type t5, mt5                       t5.py
+    a decoder-only LM's hidden states of a layer   model_type qwen2, qwen3, llama, mistral  lm_encoder.py
+    word vectors                                   a text file: word v1 ... vC              word_vectors.py
+
+All are Linen modules of one shape: module.apply({"params": params}, ids (B, L), valid (B, L)) ->
+(B, L, C), padding positions included, with `config.vocab_size`, `width` (C) and `window` (the
+longest L, None for any).
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dnd_jax.base import architecture as base_lm
+from dnd_jax.base.folder import (
+    BASES,
+    CONFIG,
+    config_fields,
+    load_base_config,
+    load_tokenizer,
+    read_config,
+)
+from dnd_jax.base.hub import resolve
+from dnd_jax.base.names import Table, lm_name, lm_table
+from dnd_jax.base.weights import StoredWeights, load_params
+from dnd_jax.core.errors import InputError
+from dnd_jax.encoders import bert, t5, word_vectors
+from dnd_jax.encoders.bert import bert_name, bert_table
+from dnd_jax.encoders.lm import LmEncoder
+from dnd_jax.encoders.t5 import t5_name, t5_table
+from dnd_jax.parallel.rules import shard_by_rules
+
+LAST = -1  # layer
+WHOLE = (r".", ())  # the rule of what an encoder's own ones do not divide
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A loaded text encoder."""
+
+    module: nn.Module
+    params: dict
+    tokenize: Callable[
+        [Sequence[str], int], tuple[np.ndarray, np.ndarray]
+    ]  # texts, L -> (ids, valid), int32 (n, L), padded right
+    files: tuple[pathlib.Path, ...]  # whatever its output depends on
+
+
+def load_encoder(
+    name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.Mesh | None = None
+) -> Encoder:
+    """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules
+    where one is given; a parameter that the mesh does not divide is whole on every device.
+
+    layer: of a decoder-only LM, 0 for its embeddings. Raises InputError for an architecture or
+    layer that does not exist.
+    """
+    if pathlib.Path(name).is_file():
+        return _load_vectors(pathlib.Path(name), layer, mesh)
+    folder = resolve(name)
+    module, rules, table, rename = _architecture(folder, layer)
+    ids = np.zeros((1, 2), np.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
+    tokenizer = load_tokenizer(folder)
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")
+    )
+    return Encoder(module, params, functools.partial(_tokenize, tokenizer), tuple(files))
+
+
+def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
+    """The module of a folder, package, hub id or vector file without its weights, for its sizes."""
+    if pathlib.Path(name).is_file():
+        return _load_vectors(pathlib.Path(name), layer, None).module
+    return _architecture(resolve(name, (CONFIG,)), layer)[0]
+
+
+def encode_windows(
+    module: nn.Module, params: Mapping, ids_BxL: jax.Array, valid_BxL: jax.Array
+) -> jax.Array:
+    """Hidden states (B, L, C) for any L: ids beyond the module's window are cut into windows that
+    are encoded independently."""
+    batch, length = ids_BxL.shape
+    window = module.window or length
+    whole = length // window * window
+
+    def encode(ids_and_valid) -> jax.Array:
+        return module.apply({"params": params}, *ids_and_valid)
+
+    if length <= window:
+        return encode((ids_BxL, valid_BxL))
+    # One window after the other, in a loop that is compiled once: the paper's longest texts have
+    # 52.
+    cut = [x[:, :whole].reshape(batch, -1, window).swapaxes(0, 1) for x in (ids_BxL, valid_BxL)]
+    states = jax.lax.map(encode, cut).swapaxes(0, 1).reshape(batch, whole, -1)
+    if whole == length:
+        return states
+    return jnp.concatenate([states, encode((ids_BxL[:, whole:], valid_BxL[:, whole:]))], axis=1)
+
+
+def _architecture(
+    folder: pathlib.Path, layer: int
+) -> tuple[nn.Module, tuple, Table, Callable[[str], str | None]]:
+    """(module, sharding rules, table of names, renaming) of a folder's config.json."""
+    file, raw = read_config(folder)
+    kind = raw.get("model_type")
+    if kind in BASES:
+        return _lm(folder, layer)
+    if kind == "bert":
+        if (
+            raw.get("hidden_act", "gelu") != "gelu"
+            or raw.get("position_embedding_type", "absolute") != "absolute"
+        ):
+            raise InputError(f"{file}: only hidden_act gelu and absolute positions are supported")
+        config = config_fields(file, raw, bert.BertConfig)
+        parts = (bert.Bert(config), bert.RULES, bert_table(config.num_hidden_layers), bert_name)
+    elif kind in ("t5", "mt5"):
+        config = config_fields(file, raw, t5.T5Config)
+        if config.feed_forward_proj not in t5.FEED_FORWARDS:
+            raise InputError(
+                f"{file}: feed_forward_proj {config.feed_forward_proj!r} is none of "
+                f"{', '.join(t5.FEED_FORWARDS)}"
+            )
+        parts = (t5.T5Encoder(config), t5.RULES, t5_table(config.num_layers, config.gated), t5_name)
+    else:
+        supported = ", ".join(("bert", "t5", "mt5", *BASES))
+        raise InputError(
+            f"{file}: model_type {kind!r} is not supported as text encoder; use one of {supported}"
+        )
+    _only_last(folder, layer)
+    return parts
+
+
+def _lm(
+    folder: pathlib.Path, layer: int
+) -> tuple[nn.Module, tuple, Table, Callable[[str], str | None]]:
+    config = load_base_config(folder)
+    if not LAST <= layer <= config.num_hidden_layers:
+        raise InputError(
+            f"config.condition.layer = {layer}: {folder} has layers 0 (its embeddings) to "
+            f"{config.num_hidden_layers}; {LAST} is the last"
+        )
+    layer = config.num_hidden_layers if layer == LAST else layer
+    table = lm_table(config, layer)
+    wanted, every = (
+        {theirs for theirs, _, _ in table},
+        {theirs for theirs, _, _ in lm_table(config)} | {"lm_head.weight"},
+    )
+
+    def rename(stored: str) -> str | None:
+        name = lm_name(stored)
+        return (
+            name if name in wanted or name not in every else None
+        )  # later layers and the head stay on the disk
+
+    return LmEncoder(config, layer), base_lm.RULES, table, rename
+
+
+def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None) -> Encoder:
+    _only_last(path, layer)
+    vocabulary, vectors = word_vectors.read_vectors(path)
+    module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
+    params = {"vectors": vectors}
+    params = jax.device_put(
+        params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params)
+    )
+    return Encoder(module, params, functools.partial(word_vectors.tokenize, vocabulary), (path,))
+
+
+def _only_last(name: pathlib.Path, layer: int) -> None:
+    if layer != LAST:
+        raise InputError(
+            f"config.condition.layer = {layer}: only decoder-only LMs have layers to choose; set "
+            f"it to -1 for {name}"
+        )
+
+
+def _tokenize(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    # On the right whatever the tokenizer prefers: on the left, a causal LM's padding would see
+    # nothing at all.
+    how = {
+        "padding": "max_length",
+        "padding_side": "right",
+        "truncation": True,
+        "max_length": length,
+        "return_tensors": "np",
+    }
+    encoded = tokenizer(list(texts), **how)
+    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)

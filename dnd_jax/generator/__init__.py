@@ -1,0 +1,2 @@
+"""The hyper-convolutional generator: decoder, pairs, train step, training, its folder, and
+generation."""

@@ -1,0 +1,197 @@
+"""The cascaded hyper-convolutional decoder: condition (B, N, L, C) -> token grid (B, T, h, w).
+Paper section 3, METHOD.md 5.
+
+A stage maps (N, L, C) -> (N', L', C'): two paths of two convolutions each over the (L, C) side,
+their mean with a bias, then one convolution over N. Every convolution runs over two of the three
+axes and mixes the third.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from dnd_jax.config.schema import Features
+from dnd_jax.ops.convolution import convolve
+from dnd_jax.ops.cost_model import Problem, choose
+from dnd_jax.parallel.placement import ANYWHERE, Placement
+
+LAYER_NORM_EPS = 1e-5
+CONVOLUTION = "convolution"  # the name of every convolution's output, for rematerialisation
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default initialisation of convolutions and linear layers: U(-1/sqrt(fan_in),
+    1/sqrt(fan_in))."""
+    return symmetric_uniform(fan_in**-0.5)
+
+
+def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+class HyperConvStage(nn.Module):
+    """One stage (N, L, C) -> (N', L', C')."""
+
+    features_in: Features
+    features_out: Features
+    kernel_size: int
+    dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    placement: Placement = ANYWHERE
+
+    def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
+        """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded
+        to."""
+        k, size_in, place = self.kernel_size, x_BxNxLxC.shape[axis], self.placement
+        kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
+        plan = choose(
+            Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.convolution
+        )
+        if plan.direct:
+            kernel = kernel.astype(x_BxNxLxC.dtype)  # before it is gathered: half the bytes
+        y = place.convolve(
+            lambda x, kernel: convolve(x, kernel, axis, plan), x_BxNxLxC, kernel, axis
+        )
+        return checkpoint_name(y, CONVOLUTION)
+
+    @nn.compact
+    def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
+        n, length, c = self.features_in
+        n_out, length_out, c_out = self.features_out
+        if x_BxNxLxC.shape[1:] != self.features_in:
+            raise ValueError(f"stage expects (B, {n}, {length}, {c}), got {x_BxNxLxC.shape}")
+
+        x = nn.LayerNorm(
+            epsilon=LAYER_NORM_EPS, reduction_axes=(-2, -1), feature_axes=(-2, -1), use_fast_variance=False,
+            dtype=self.dtype, name="norm",
+        )(x_BxNxLxC)  # fmt: skip
+        width_first = self.convolve(x, "conv1w", 3, c_out)
+        width_first = self.convolve(width_first, "conv1h", 2, length_out)
+        height_first = self.convolve(x, "conv2h", 2, length_out)
+        height_first = jnp.tanh(self.convolve(height_first, "conv2w", 3, c_out))
+        bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
+        y = (width_first + height_first + bias.astype(self.dtype)) / 3
+
+        y = self.convolve(y, "conv_n", 1, n_out)
+        bias_n = self.param("bias_n", torch_uniform(n * self.kernel_size**2), (n_out,))
+        y = y + bias_n.astype(self.dtype)[:, None, None]
+        return x_BxNxLxC + y if self.features_in == self.features_out else y
+
+
+class HyperConvDecoder(nn.Module):
+    """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h,
+    w). No final activation.
+
+    convolution: method of dnd_jax.ops.convolution.convolve. placement: on which mesh. remat: what
+    is computed again backwards, of `REMAT`.
+    """
+
+    features: Sequence[Features]
+    kernel_size: int
+    dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    placement: Placement = ANYWHERE
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
+        x = self.placement.activation(condition_BxNxLxC.astype(self.dtype))
+        for i, (features_in, features_out) in enumerate(
+            zip(self.features[:-1], self.features[1:], strict=True)
+        ):
+            common = (self.kernel_size, self.dtype, self.convolution, self.placement)
+            x = _stage_class(self.remat)(
+                tuple(features_in), tuple(features_out), *common, name=f"stage_{i}"
+            )(x)
+        return x
+
+
+def _stage_class(remat: str) -> type[HyperConvStage]:
+    if remat == "none":
+        return HyperConvStage
+    policy = (
+        jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
+        if remat == "convolutions"
+        else None
+    )
+    return nn.remat(
+        HyperConvStage, policy=policy
+    )  # the stages are not in a scan, so nothing else keeps XLA from merging
+
+
+def weighted_errors(
+    output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each sample's sum over the target's non-NaN cells of importance[token] * (output - target)^2,
+    and its number of such cells.
+
+    float32 (B,) both. The loss of METHOD.md section 6 is the quotient of their sums over the batch.
+    """
+    mask = ~jnp.isnan(target)
+    error = output_BxTxHxW.astype(jnp.float32) - jnp.where(mask, target, 0).astype(jnp.float32)
+    weight = jnp.where(mask, importance_T.astype(jnp.float32)[:, None, None], 0)
+    over = (1, 2, 3)
+    return jnp.sum(weight * error**2, over), jnp.sum(mask, over, dtype=jnp.float32)
+
+
+def weighted_loss(
+    output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array
+) -> jax.Array:
+    """Mean over the target's non-NaN cells of importance[token] * (output - target)^2, in float32
+    (METHOD.md section 6)."""
+    errors_B, cells_B = weighted_errors(output_BxTxHxW, target, importance_T)
+    return jnp.sum(errors_B) / jnp.sum(cells_B)
+
+
+def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
+    """Multiply-accumulates of one sample's forward pass by the direct method (CONFIGS.md); FLOP are
+    twice that."""
+    total = 0
+    for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
+        total += (
+            c * c2 * length * n
+            + length * l2 * n * c2
+            + length * l2 * n * c
+            + c * c2 * l2 * n
+            + n * n2 * l2 * c2
+        )
+    return kernel_size**2 * total
+
+
+def convolutions(
+    features: Sequence[Features],
+    kernel_size: int,
+    batch: int,
+    dtype: str,
+    platform: str | None = None,
+    tensor: int = 1,
+) -> dict[str, Problem]:
+    """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen
+    from.
+
+    batch: a device's part. tensor: parts of the output channels, where it divides them.
+    """
+    platform = platform or jax.default_backend()
+    problems = {}
+    for i, ((n, length, c), (n2, l2, c2)) in enumerate(
+        zip(features[:-1], features[1:], strict=True)
+    ):
+        shapes = {  # grid, channels in and out
+            "conv1w": ((n, length), c, c2),
+            "conv1h": ((n, c2), length, l2),
+            "conv2h": ((n, c), length, l2),
+            "conv2w": ((n, l2), c, c2),
+            "conv_n": ((l2, c2), n, n2),
+        }
+        for name, (grid, size_in, size_out) in shapes.items():
+            ways = tensor if size_out % tensor == 0 else 1
+            problems[f"stage_{i}/{name}"] = Problem(
+                batch, *grid, size_in, size_out // ways, kernel_size, dtype, platform
+            )
+    return problems

@@ -1,0 +1,245 @@
+"""Stage `generate`: prompts of an unseen task -> a PEFT adapter (METHOD.md section 7). No template
+adapter, no training.
+
+dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1] [--dtype=bfloat16]
+[--merge=MODEL]
+             [--config.mesh.fsdp=8]
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from dnd_jax.base.hub import check_repo_id, push, resolve
+from dnd_jax.config import schema
+from dnd_jax.core.digests import digest_of
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import check_free
+from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.sources import read_jsonl, read_prompts
+from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.generator.folder import (
+    DESCRIPTION,
+    MODEL,
+    STATISTICS,
+    find_generator,
+    read_description,
+)
+from dnd_jax.generator.step import ONE_DEVICE, shard_generation
+from dnd_jax.lora import targets
+from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
+from dnd_jax.lora.card import card, is_generated
+from dnd_jax.lora.merge import merge_adapter
+from dnd_jax.parallel.mesh import make_mesh
+
+
+def draw_prompts(
+    prompts: Sequence[str], count: int, seed: int, source: str = "prompts"
+) -> list[str]:
+    """`count` of the prompts, drawn without replacement by the seed, in their order. Raises
+    InputError when there are fewer."""
+    if len(prompts) < count:
+        raise InputError(
+            f"{source}: {len(prompts)} prompt(s), this generator takes {count}; add "
+            f"{count - len(prompts)} more"
+        )
+    blank = [i + 1 for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
+    if blank:
+        raise InputError(f"{source}: prompt {blank[0]} is empty or no text")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(prompts), count, replace=False))
+    return [prompts[i] for i in chosen]
+
+
+class TrainedGenerator:
+    """A generator folder loaded for use: prompts -> LoRA tensors."""
+
+    def __init__(self, run_dir: str | os.PathLike, mesh: schema.Mesh = ONE_DEVICE):
+        """run_dir: a generator folder, or the workdir that has one. mesh: for a generator or text
+        encoder too large for one device, over whose fsdp and tensor they are split; an adapter is
+        no batch to split over slice and data, which are left out.
+
+        Raises InputError naming the missing or damaged file, and for a mesh that does not fit the
+        devices.
+        """
+        self.folder = folder = find_generator(run_dir)
+        description = read_description(folder)
+        self.condition, self.adapter, self.layout = (
+            description.condition,
+            description.adapter,
+            description.layout,
+        )
+        self._seed = description.seed
+        self.target = targets.from_statistics(
+            description.generator.target, self.layout, read_safetensors(folder / STATISTICS)
+        )
+        count = mesh.fsdp * mesh.tensor
+        devices = jax.local_devices()[: count if count > 0 else None]
+        self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
+        features = description.features
+        condition = self.condition.num_prompts, self.condition.max_text_length, features[0][2]
+        how = description.generator, description.dtype, self._mesh, mesh.rules
+        generation = shard_generation(*how, features, condition)
+        self.module, self._step = generation.module, generation.step
+        flat = read_safetensors(folder / MODEL)
+        self.params = jax.device_put(
+            traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
+        )
+        self.fingerprint = digest_of(folder / DESCRIPTION, folder / MODEL)
+        self.config_hash = hashlib.sha256(
+            json.dumps(description.settings, sort_keys=True).encode()
+        ).hexdigest()
+        self._encoder_fingerprint = description.encoder_fingerprint
+
+    @functools.cached_property
+    def encoder(self) -> PromptEncoder:
+        """The text encoder it was trained with, loaded when first needed."""
+        encoder = PromptEncoder(self.condition, self._mesh)
+        if encoder.fingerprint != self._encoder_fingerprint:
+            raise InputError(
+                f"{self.condition.encoder}: not the encoder that {self.folder} was trained with "
+                "(its files differ)"
+            )
+        return encoder
+
+    def read(self, path: str | os.PathLike) -> list[str]:
+        """The condition texts of a file: its prompts, or what condition.form of the generator wants
+        of its examples."""
+        if self.condition.form == "prompt":
+            return read_prompts(path)
+        return condition_texts(read_jsonl(path), self.condition.form, self._seed)
+
+    def tokens(self, condition: np.ndarray) -> np.ndarray:
+        """Condition embeddings (N, L, C) -> predicted token grid, float32 (T, h, w)."""
+        return np.asarray(self._step(self.params, condition[None])[0])
+
+    def tensors(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Exactly N prompts -> LoRA tensors under PEFT's keys without its prefix."""
+        return self.target.decode(self.tokens(self.encoder.encode(prompts)))
+
+    def draw(self, prompts: Sequence[str], seed: int, source: str = "prompts") -> list[str]:
+        """The N prompts that a seed takes for an adapter."""
+        return draw_prompts(prompts, self.condition.num_prompts, seed, source)
+
+    def card(self, drawn: Sequence[str], seed: int, merged: bool = False) -> str:
+        """The README.md of an adapter, or of the base with it merged in: what made it."""
+        # A published card says which generator it was, not where in somebody's file system it lies.
+        name = f"{'/'.join(self.folder.absolute().parts[-2:])} (sha256 {self.fingerprint[:16]})"
+        return card(self.adapter, name, self.config_hash, drawn, seed, merged)
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        out_dir: str | os.PathLike,
+        seed: int = 0,
+        source: str = "prompts",
+        dtype: str = "float32",
+    ) -> pathlib.Path:
+        """Draws N of the prompts, generates and writes the adapter, reads it back and compares.
+        dtype: of the stored tensors."""
+        drawn = self.draw(prompts, seed, source)
+        tensors = self.tensors(drawn)
+        folder = save_adapter(out_dir, tensors, self.adapter, self.card(drawn, seed), dtype)
+        verify_adapter(folder, tensors, dtype)
+        return folder
+
+
+def generate_adapter(
+    run_dir: str | os.PathLike,
+    prompts: Sequence[str] | str | os.PathLike,
+    out_dir: str | os.PathLike,
+    seed: int = 0,
+) -> pathlib.Path:
+    """Writes a PEFT adapter for the task of `prompts` (texts, or a file of them) and returns its
+    folder.
+
+    The seed draws N of the prompts. Raises InputError for too few prompts, a damaged generator or
+    an unwritable folder.
+    """
+    generator, source = TrainedGenerator(run_dir), "prompts"
+    if isinstance(prompts, str | os.PathLike):
+        source, prompts = os.fspath(prompts), generator.read(prompts)
+    return generator.write(list(prompts), out_dir, seed, source)
+
+
+FLAGS = (
+    Flag("generator", str, "", "a trained or imported generator's folder"),
+    Flag("prompts", str, "", 'file of prompts: JSONL with "prompt", or plain text, one a line'),
+    OUT,
+    Flag("seed", int, 0, "draws the prompts"),
+    Flag("samples", int, 1, "adapters, from as many draws"),
+    Flag("dtype", str, "float32", "of the adapter's tensors, float32 or bfloat16"),
+    Flag("merge", str, "", "a folder for the whole model, base + adapter, in the base's dtype"),
+    Flag(
+        "base",
+        str,
+        "",
+        "for --merge, the base's folder or hub id (default: the one the adapter names)",
+    ),
+    Flag(
+        "push-to-hub", str, "", "USER/NAME to upload the adapter (with --merge: the whole model) to"
+    ),
+)
+
+
+def _run(given: Given) -> None:
+    given.need("generator", "prompts", "out")
+    folders, merged = _places(given)
+    generator = TrainedGenerator(given["generator"], given.config.mesh)
+    prompts = generator.read(given["prompts"])
+    base = resolve(given["base"] or generator.adapter.base) if merged else None
+    for sample, folder in enumerate(folders):
+        seed = given["seed"] + sample
+        folder = generator.write(prompts, folder, seed, given["prompts"], given["dtype"])
+        print(f"adapter: {folder.absolute()}")
+        if merged:
+            card = generator.card(
+                generator.draw(prompts, seed, given["prompts"]), seed, merged=True
+            )
+            folder = merge_adapter(base, folder, merged[sample], card)
+            print(f"model: {folder.absolute()}")
+    if given["push-to-hub"]:
+        print(f"pushed: {push(folder, given['push-to-hub'])}")
+
+
+def _places(given: Given) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The folders of the adapters and of the merged models. Raises InputError for flags that cannot
+    be, or folders in use."""
+    if given["samples"] < 1:
+        raise InputError(f"--samples={given['samples']}: at least 1")
+    if given["dtype"] not in DTYPES:
+        raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
+    if given["push-to-hub"]:
+        check_repo_id(given["push-to-hub"])
+        if given["samples"] > 1:
+            raise InputError("--push-to-hub takes one adapter; leave out --samples")
+    parts = (
+        [""]
+        if given["samples"] == 1
+        else [f"sample_{sample}" for sample in range(given["samples"])]
+    )
+    folders = [pathlib.Path(given["out"], part) for part in parts]
+    merged = [pathlib.Path(given["merge"], part) for part in parts] if given["merge"] else []
+    for folder in folders:
+        if not is_generated(folder):  # one can generate again into the same place
+            check_free(folder, "out")
+    for folder in merged:
+        check_free(folder, "merge")
+        if any(out.resolve().is_relative_to(folder.resolve()) for out in folders):
+            raise InputError(
+                f"--merge={given['merge']}: would replace the adapter in --out={given['out']}; "
+                "choose another --merge"
+            )
+    return folders, merged
+
+
+STAGE = Stage(_run, FLAGS, settings=DEFAULT)

@@ -1,0 +1,391 @@
+"""`dnd init-config`: a configuration for a base that configs/ has none for, written as a small diff
+over configs/default.py.
+
+    dnd init-config --base=FOLDER_OR_ID --out=configs/NAME.py [--adapter=PEFT] [--budget=1e9] [--config.lora.rank=16 ...]
+
+The tokens (T, h, w) come from the base's config.json and config.lora, or from an adapter, which
+also serves bases that we cannot run. The cascade between the condition (N, L, C) and the tokens
+follows a rule drawn from the paper's six settings (METHOD.md section 5), whose decoders it meets
+within a factor of 1.2 in parameters and 1.4 in operations:
+
+    N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2]; with a budget, whatever meets it best.
+         The last convolution, k k M T, is most of all parameters, and M is the one number to spend
+         a budget on
+    L    shrinks by one factor a stage from the text's to h, which it reaches with M: the grids stay equally large while N doubles
+    C    goes by one factor a stage from the encoder's width to w
+    k    the largest odd number below h, from 3 to 11: 9 for rank 8, 11 for rank 16. Smaller where M would have to fall below T/8
+    text longer than 1536 tokens is first squeezed to 1000 by a length projection
+    w    the greatest common divisor of all dimensions; chunks of 128 with padding where large ones share less than 32
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shlex
+import textwrap
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from dnd_jax.base.folder import load_base_config
+from dnd_jax.config.load import load_file
+from dnd_jax.config.schema import Config, Features
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import CheckFailed, InputError, listed
+from dnd_jax.core.files import replacing
+from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.generator.decoder import forward_macs
+from dnd_jax.generator.model import make_generator, param_shapes
+from dnd_jax.generator.sizes import condition_shape, encoder_module
+from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
+from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
+
+STEP = 8  # sizes between the ends are multiples of it: what meshes divide and matrix units like
+KERNELS = (3, 11)
+LONGEST_TEXT, SQUEEZED = 1536, 1000  # tokens without a length projection; tokens after one
+LEAST_WIDTH, LARGE, PADDED_WIDTH = (
+    32,
+    1024,
+    128,
+)  # w: below this a base with dimensions this large gets that
+TOPOLOGY = "v5p:2x2x4"  # of the plan proposed next
+LINE = 132
+
+
+def num_parameters(features: tuple[Features, ...], kernel_size: int) -> int:
+    """Parameters of a decoder, in closed form (METHOD.md section 5)."""
+    total = 0
+    for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
+        total += (
+            kernel_size**2 * (2 * c * c2 + 2 * length * l2 + n * n2) + 2 * length * c + l2 * c2 + n2
+        )
+    return total
+
+
+def _stages(first: Features, grid: Features, widest: int) -> tuple[Features, ...]:
+    """The rule's stages for an M."""
+    (n, length, c), (_, h, w) = first, grid
+    steps = max(2, round(abs(math.log2(widest / n))))
+
+    def between(start: int, end: int, share: float) -> int:
+        return end if share == 1 else max(STEP, STEP * round(start * (end / start) ** share / STEP))
+
+    middle = (
+        (
+            between(n, widest, i / steps),
+            between(length, h, i / steps),
+            between(c, w, i / (steps + 1)),
+        )
+        for i in range(1, steps + 1)
+    )
+    return first, *middle, grid
+
+
+def cascade(
+    first: Features, grid: Features, budget: float = 0, kernel_size: int = 0
+) -> tuple[tuple[Features, ...], int]:
+    """(stages, kernel size) from the decoder's input (N, L, C) to the token grid (T, h, w) by the
+    rule above.
+
+    budget: parameters not to exceed, of which as many are used as M <= T allows; 0: the rule's M.
+    kernel_size: 0 for the rule's. Raises InputError when no M meets the budget.
+    """
+    tokens, height, _ = grid
+    largest = kernel_size or min(max(height - 1 - height % 2, KERNELS[0]), KERNELS[1])
+    if not budget:
+        return _stages(first, grid, 2 ** max(0, tokens.bit_length() - 2)), largest
+    every = [_stages(first, grid, m) for m in range(STEP, tokens + 1, STEP)] or [
+        _stages(first, grid, tokens)
+    ]
+    for k in (kernel_size,) if kernel_size else range(largest, KERNELS[0] - 1, -2):
+        counted = [(num_parameters(features, k), features) for features in every]
+        count, best = max(((c, f) for c, f in counted if c <= budget), default=(0, None))
+        if best and (best[-2][0] >= tokens / 8 or k in (kernel_size, KERNELS[0])):
+            return best, k
+    raise InputError(
+        f"--budget={budget:g}: the smallest decoder from {first} to tokens {grid} has "
+        f"{min(counted)[0]:.4g} parameters; "
+        "raise it or shorten --max-text-length"
+    )
+
+
+def _chunk_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """w where the dimensions of a large base share next to nothing; 0 for the layout's own
+    choice."""
+    lengths = [shape[1 if ".lora_A." in key else 0] for key, shape in shapes.items()]
+    return PADDED_WIDTH if math.gcd(*lengths) < LEAST_WIDTH and max(lengths) >= LARGE else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Whose LoRA it is: its layout, the settings that hold it, a sentence on where such LoRAs come
+    from, and why the sizes are the adapter's alone, if they are."""
+
+    layout: LoraLayout
+    config: Config
+    origin: str
+    problem: str = ""
+
+
+def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
+    """The layout of the base's LoRA: by config.lora, or that of a PEFT adapter.
+
+    With an adapter a base that is not supported, or not at hand, will do. Raises InputError listing
+    where base and adapter differ.
+    """
+    lora = config.lora
+    shapes, problem = None, ""
+    if adapter:
+        shapes, settings = read_shapes(adapter), load_adapter_config(adapter)
+        LoraLayout.from_shapes(shapes)  # names whatever is no LoRA
+        base, lora = (
+            base or settings.base,
+            dataclasses.replace(lora, rank=settings.rank, alpha=settings.alpha),
+        )
+        if not base:
+            raise InputError(
+                f"{adapter}: names no base (base_model_name_or_path); give --base=FOLDER_OR_ID"
+            )
+    try:
+        lm = load_base_config(base)
+    except InputError as error:
+        if not adapter:
+            raise InputError(
+                f"{error}; or give an adapter of it here, --adapter=FOLDER, to take the sizes from"
+            ) from None
+        lm, problem = None, str(error)
+    collected = True
+    if adapter:
+        names = {key.rsplit(".", 3)[1] for key in shapes}
+        collected = (
+            lm is not None
+            and names <= set(MODULE_ORDER)
+            and shapes == lm.lora_shapes(lora.rank, tuple(names))
+        )
+        if lm is not None:
+            _check_same(
+                shapes,
+                lm.lora_shapes(lora.rank, MODULE_ORDER),
+                f"{adapter}: not an adapter of {base}",
+            )
+        if names <= set(MODULE_ORDER):
+            lora = dataclasses.replace(
+                lora, targets=tuple(name for name in MODULE_ORDER if name in names)
+            )
+    else:
+        shapes = lm.lora_shapes(lora.rank, lora.targets)
+    if problem:
+        origin = "made elsewhere: sizes are those of the adapter alone."
+    else:
+        origin = (
+            "`dnd collect` makes them."
+            if collected
+            else "made elsewhere: `dnd collect` adapts whole layers."
+        )
+    width = config.generator.chunk_width or _chunk_width(shapes)
+    config = dataclasses.replace(
+        config,
+        base=dataclasses.replace(config.base, path=base),
+        lora=lora,
+        generator=dataclasses.replace(config.generator, chunk_width=width),
+    )
+    return Tokens(LoraLayout.from_shapes(shapes, width or None), config, origin, problem)
+
+
+def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple], title: str) -> None:
+    faults = [
+        f"{key} has shape {shape}, the base's would be {expected[key]}"
+        for key, shape in found.items()
+        if shape != expected.get(key, shape)
+    ]
+    faults += [
+        f"{key} is in no layer of the base"
+        for key in found
+        if key.startswith("model.layers.") and key not in expected
+    ]
+    if faults:
+        raise listed(title, sorted(faults))
+
+
+def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:
+    """The configuration with stages, kernel size and length projection for a layout's tokens,
+    computing in bfloat16."""
+    c, g, default = config.condition, config.generator, freeze(load_file("configs/default.py"))
+    projection = g.length_projection or ("camera_ready" if c.max_text_length > LONGEST_TEXT else "")
+    length = min(SQUEEZED, c.max_text_length) if projection else c.max_text_length
+    grid = layout.num_tokens, *(layout.token_shape if g.target == "chunk" else layout.chunk_shape)
+    given = g.kernel_size if g.kernel_size != default.generator.kernel_size else 0
+    features, kernel_size = cascade(
+        (c.num_prompts, length, encoder_module(config).width), grid, budget, given
+    )
+    generator = dataclasses.replace(
+        g, features=features, kernel_size=kernel_size, length_projection=projection
+    )
+    return dataclasses.replace(
+        config, generator=generator, train=dataclasses.replace(config.train, dtype="bfloat16")
+    )
+
+
+def decoder_parameters(config: Config) -> int:
+    """Parameters of the configured decoder, counted by shape evaluation of the real module."""
+    module = make_generator(config.generator.features, config.generator, config.train.dtype)
+    return sum(
+        leaf.size
+        for leaf in jax.tree.leaves(param_shapes(module, condition_shape(config))["decoder"])
+    )
+
+
+def _literal(value: object) -> str:
+    """Python's notation, with the double quotes of the other configurations."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def _assignments(config: Config) -> Iterator[str]:
+    """The lines that turn the default configuration into this one."""
+    default = freeze(load_file("configs/default.py"))
+    for field in dataclasses.fields(Config):
+        section, ours, theirs = (
+            field.name,
+            getattr(config, field.name),
+            getattr(default, field.name),
+        )
+        if not dataclasses.is_dataclass(ours):
+            if ours != theirs:
+                yield f"config.{section} = {_literal(ours)}"
+            continue
+        keys = [
+            f.name
+            for f in dataclasses.fields(ours)
+            if getattr(ours, f.name) != getattr(theirs, f.name)
+        ]
+        changes = {key: _literal(getattr(ours, key)) for key in keys if key != "features"}
+        update = f"config.{section}.update({', '.join(f'{key}={value}' for key, value in changes.items())})"
+        if len(changes) > 1 and len(update) <= LINE - 4:
+            yield update
+        else:
+            yield from (f"config.{section}.{key} = {value}" for key, value in changes.items())
+        if "features" in keys:
+            yield f"config.{section}.features = ("
+            yield from (f"    {stage}," for stage in ours.features)
+            yield ")"
+
+
+def _docstring(tokens: Tokens, config: Config, out: str, parameters: int) -> str:
+    layout, g, c = tokens.layout, config.generator, config.condition
+    grid = g.features[-1]
+    modules = ", ".join(dict.fromkeys(module.rsplit(".", 1)[-1] for module in layout.modules))
+    # What a name or path may hold must not end the string or be read as an escape: configurations
+    # are executed.
+    plain = lambda text: " ".join(text.replace("\\", "/").replace('"', "'").split())
+    paragraph = lambda text: textwrap.fill(
+        plain(text), LINE - 4, break_long_words=False, break_on_hyphens=False
+    )
+    tera = 2 * forward_macs(g.features, g.kernel_size) / 1e12
+    return "\n".join(
+        (
+            f"LoRAs of {plain(config.base.path)} from {c.num_prompts} prompts of "
+            f"{c.max_text_length} tokens, by `dnd init-config`.",
+            "",
+            f"    dnd plan --config={plain(shlex.quote(out))} --topology={TOPOLOGY}",
+            f"    dnd train --config={plain(shlex.quote(out))} --suite=SUITE --workdir=RUN "
+            "--config.train.checkpoints=LORAS",
+            "",
+            paragraph(
+                f"LORAS holds DATASET/*/ PEFT folders of rank {layout.rank} on {modules}; "
+                f"{tokens.origin}"
+            ),
+            paragraph(
+                f"{grid[0]} tokens of {grid[1]} x {grid[2]}; a generator of "
+                f"{parameters / 1e6:.1f}M parameters; {tera:.3g} TFLOP a "
+                f"sample forward by the direct method; {config.train.steps} steps of "
+                f"{config.train.batch_size}."
+            ),
+        )
+    )
+
+
+def init_config(
+    config: Config, out: str | os.PathLike, base: str = "", adapter: str = "", budget: float = 0
+) -> str:
+    """Writes OUT, a configuration that `--config=OUT` loads; returns a line that says what it is
+    and what to do next.
+
+    config: settings to keep, of which those that differ from the defaults are written. The file is
+    loaded again, compared and its decoder counted before it takes its name. Raises InputError for a
+    base or adapter that says too little, or an OUT that exists.
+    """
+    path = pathlib.Path(out)
+    if path.suffix != ".py":
+        raise InputError(f"--out={out}: a configuration is a Python file; end its name in .py")
+    if path.exists():
+        raise InputError(f"{path}: exists already; choose another --out")
+    if not base and not adapter:
+        raise InputError("--base (a folder or hub id) or --adapter (a PEFT folder) is needed")
+    if budget < 0:
+        raise InputError(f"--budget={budget:g}: parameters of the decoder, such as 1e9")
+    tokens = find_tokens(config, base, adapter)
+    config = settle(tokens.config, tokens.layout, budget)
+    g = config.generator
+    parameters = num_parameters(g.features, g.kernel_size)
+    lines = "\n    ".join(("config = default.get_config()", *_assignments(config), "return config"))
+    text = (
+        f'"""{_docstring(tokens, config, os.fspath(out), parameters)}\n"""\n\nfrom '
+        "dnd_jax.configs import default\n\n\n"
+        'def get_config():\n    """default.py with the sizes of this base, its tokens and its '
+        f'decoder."""\n    {lines}\n'
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        written = freeze(load_file(str(temporary)))
+        if written != config or decoder_parameters(written) != parameters:
+            raise CheckFailed(
+                f"{path}: read back, it is another configuration; nothing was written"
+            )
+    count, height, width = g.features[-1]
+    of = f" of a budget of {budget / 1e6:.1f}M" if budget else ""
+    alone = f" (sizes of the adapter alone: {tokens.problem})" if tokens.problem else ""
+    return (
+        f"{path}{alone}: {count} tokens of {height} x {width}, {len(g.features) - 1} stages, "
+        f"kernel {g.kernel_size}, a decoder of "
+        f"{parameters / 1e6:.1f}M parameters{of}; next: dnd plan "
+        f"--config={shlex.quote(os.fspath(out))} --topology={TOPOLOGY}"
+    )
+
+
+FLAGS = (
+    OUT,
+    Flag("base", str, "", "its folder or hub id"),
+    Flag("adapter", str, "", "a PEFT adapter of the base (default: by the base and config.lora)"),
+    Flag(
+        "budget",
+        float,
+        0.0,
+        "parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)",
+    ),
+    Flag("encoder", str, "", "the text encoder (default: config.condition.encoder)"),
+    Flag("num-prompts", int, 0, "prompts an adapter (default: config.condition.num_prompts)"),
+    Flag("max-text-length", int, 0, "tokens a prompt (default: config.condition.max_text_length)"),
+)
+
+
+def _run(given: Given) -> None:
+    given.need("out")
+    asked = {
+        "encoder": given["encoder"],
+        "num_prompts": given["num-prompts"],
+        "max_text_length": given["max-text-length"],
+    }
+    condition = dataclasses.replace(
+        given.config.condition, **{key: value for key, value in asked.items() if value}
+    )
+    config = dataclasses.replace(given.config, condition=condition)
+    print(init_config(config, given["out"], given["base"], given["adapter"], given["budget"]))
+
+
+STAGE = Stage(_run, FLAGS, settings=DEFAULT)

@@ -1,0 +1,97 @@
+"""The generator: condition embeddings (B, N, L, C) -> optional length projection -> decoder ->
+tokens (B, T, h, w).
+
+The frozen text encoder stays outside: its output is computed once and cached, or in the same jitted
+step (see pairs.py).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dnd_jax.config import schema
+from dnd_jax.config.schema import LENGTH_PROJECTIONS, Features
+from dnd_jax.generator.decoder import HyperConvDecoder, torch_uniform
+from dnd_jax.parallel.placement import ANYWHERE, Placement
+
+
+class LengthProjection(nn.Module):
+    """Squeezes the text axis L -> M by two linear layers over it (METHOD.md section 4).
+
+    "camera_ready" has SiLU between them and acts on the transposed (N, C, L); "first_release" has
+    none and reshapes instead of transposing, which scrambles the axes: it exists only so that
+    weights released that way compute what they were trained to.
+    """
+
+    kind: str
+    length: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
+        b, n, full_length, c = x_BxNxLxC.shape
+
+        def dense(name: str, fan_in: int) -> nn.Dense:
+            init = torch_uniform(fan_in)
+            return nn.Dense(
+                self.length, kernel_init=init, bias_init=init, dtype=self.dtype, name=name
+            )
+
+        down, gate = dense("down", full_length), dense("gate", self.length)
+        if self.kind == "camera_ready":
+            return gate(nn.silu(down(x_BxNxLxC.swapaxes(2, 3)))).swapaxes(2, 3)
+        if self.kind == "first_release":
+            return gate(down(x_BxNxLxC.reshape(b, n, c, full_length))).reshape(b, n, self.length, c)
+        raise ValueError(f"length projection {self.kind!r} is none of {LENGTH_PROJECTIONS}")
+
+
+def param_shapes(module: nn.Module, condition_shape: tuple[int, int, int]) -> dict:
+    """The shapes of a generator's parameters, nested as they are, for a condition (N, L, C);
+    nothing is computed."""
+    condition = jax.ShapeDtypeStruct((1, *condition_shape), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
+
+
+class Generator(nn.Module):
+    """features: (N, L, C) of every stage, the condition's first and the token grid's last. The rest
+    as `HyperConvDecoder`."""
+
+    features: Sequence[Features]
+    kernel_size: int
+    length_projection: str | None = None
+    dtype: jnp.dtype = jnp.float32
+    convolution: str = "auto"
+    placement: Placement = ANYWHERE
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
+        x = condition_BxNxLxC.astype(self.dtype)
+        if self.length_projection:
+            x = LengthProjection(
+                self.length_projection, self.features[0][1], self.dtype, name="length_projection"
+            )(x)
+        how = (self.dtype, self.convolution, self.placement, self.remat)
+        return HyperConvDecoder(self.features, self.kernel_size, *how, name="decoder")(x)
+
+
+def make_generator(
+    features: Sequence[Features],
+    config: schema.Generator,
+    dtype: str,
+    placement: Placement = ANYWHERE,
+    remat: str = "none",
+) -> Generator:
+    """The module of a configuration with its resolved features."""
+    projection = config.length_projection or None
+    return Generator(
+        features,
+        config.kernel_size,
+        projection,
+        jnp.dtype(dtype),
+        config.convolution,
+        placement,
+        remat,
+    )

@@ -1,0 +1,129 @@
+"""Training pairs: N random prompts of a dataset with one of that dataset's LoRA checkpoints
+(METHOD.md section 1).
+
+A pair is drawn from (seed, step) alone and knows its dataset by name. With pairing "fixed", the
+paper's ablation, a checkpoint always comes with the same N prompts, which (seed, dataset,
+checkpoint) draw; which checkpoints a step takes is random still. Every process draws the same
+global batch, whatever their number, and reads only the part of it that its devices hold.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from dnd_jax.core.errors import listed
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDataset:
+    """prompts: one entry a prompt along axis 0 of every array, either {"condition": (n, L, C)} or
+    {"ids", "valid": (n, L)}; targets: (M, T, h, w), one a checkpoint."""
+
+    name: str
+    prompts: Mapping[str, np.ndarray]
+    targets: np.ndarray
+
+    @property
+    def num_prompts(self) -> int:
+        return len(next(iter(self.prompts.values())))
+
+
+class Pairs:
+    """Batches of B pairs with N prompts each. Raises InputError naming every dataset with fewer
+    than N prompts."""
+
+    def __init__(
+        self,
+        datasets: Sequence[PairedDataset],
+        batch_size: int,
+        num_prompts: int,
+        seed: int,
+        pairing: str = "random",
+    ):
+        self.datasets, self.batch_size, self.num_prompts, self.seed = (
+            tuple(datasets),
+            batch_size,
+            num_prompts,
+            seed,
+        )
+        self.pairing = pairing
+        few = [
+            f"{d.name} has {d.num_prompts} prompts"
+            for d in self.datasets
+            if d.num_prompts < num_prompts
+        ]
+        if few:
+            raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
+        # Every part of a batch asks for it, and the names of its datasets a few steps later.
+        self._drawn = functools.lru_cache(maxsize=8)(self._draw)
+
+    def draw(self, step: int) -> list[tuple[int, int, np.ndarray]]:
+        """(dataset, checkpoint, N prompts) of each of the step's B pairs: a function of (seed,
+        step)."""
+        return self._drawn(step)
+
+    def _draw(self, step: int) -> list[tuple[int, int, np.ndarray]]:
+        rng = np.random.default_rng([self.seed, step])
+        drawn = []
+        for _ in range(self.batch_size):
+            d = int(rng.integers(len(self.datasets)))
+            dataset = self.datasets[d]
+            checkpoint = int(rng.integers(len(dataset.targets)))
+            # A seed's trailing zeros do not count, hence the 1: no step has this one.
+            of_prompts = (
+                rng
+                if self.pairing == "random"
+                else np.random.default_rng([self.seed, d, checkpoint, 1])
+            )
+            drawn.append(
+                (
+                    d,
+                    checkpoint,
+                    of_prompts.choice(dataset.num_prompts, self.num_prompts, replace=False),
+                )
+            )
+        return drawn
+
+    def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
+        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w)}, or its
+        samples first..last - 1."""
+        drawn = self.draw(step)[first:last]
+        keys = self.datasets[0].prompts
+        batch = {
+            key: np.stack(
+                [self.datasets[d].prompts[key][np.sort(prompts)] for d, _, prompts in drawn]
+            )
+            for key in keys
+        }
+        batch["target"] = np.stack(
+            [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
+        )
+        return batch
+
+    def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
+        """`batch_at` as global arrays on a mesh; of the samples only those are read that this
+        process' devices hold."""
+        part = functools.lru_cache(maxsize=None)(
+            functools.partial(self.batch_at, step)
+        )  # replicas share their samples
+        one = self.datasets[0]
+        shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
+        shapes["target"] = one.targets.shape[1:]
+
+        def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(self.batch_size)
+            return part(first, last)[key]
+
+        return {
+            key: jax.make_array_from_callback(
+                (self.batch_size, *shape), over_batch, functools.partial(samples, key)
+            )
+            for key, shape in shapes.items()
+        }
+
+    def names(self, step: int) -> list[str]:
+        """The dataset of each of a step's pairs."""
+        return [self.datasets[d].name for d, _, _ in self.draw(step)]

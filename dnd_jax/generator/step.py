@@ -1,0 +1,263 @@
+"""The one train step and the one generation step of a configuration, sharded over a mesh (METHOD.md
+sections 4 to 7)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from dnd_jax.config import schema
+from dnd_jax.config.schema import Config, Features
+from dnd_jax.encoders.load import encode_windows
+from dnd_jax.generator.decoder import convolutions, weighted_errors
+from dnd_jax.generator.model import Generator, make_generator, param_shapes
+from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.ops.cost_model import Problem, compiler_options
+from dnd_jax.parallel.placement import Placement
+from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
+
+ONE_DEVICE = schema.Mesh(slices=1, data=1, fsdp=1, tensor=1, rules=((r".", ()),))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedGeneration:
+    """The generation step as it runs on a mesh."""
+
+    module: Generator
+    shapes: dict  # of the parameters
+    shardings: dict  # of the parameters
+    over_batch: jax.sharding.NamedSharding  # of conditions and tokens
+    step: Callable  # (params, condition (B, N, L, C)) -> tokens (B, T, h, w) float32, jitted
+
+
+def shard_generation(
+    config: schema.Generator,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    rules: tuple,
+    features: Sequence[Features],
+    condition_shape: tuple[int, int, int],
+    batch: int = 1,
+) -> ShardedGeneration:
+    """The one generation step of a configuration, for use and ahead-of-time compilation.
+    condition_shape: (N, L, C); batch: adapters at once, which every device makes by itself where
+    the mesh does not divide them.
+
+    Raises InputError for a parameter without a rule.
+    """
+    place = Placement(mesh)
+    module = make_generator(features, config, dtype, place)
+    shapes = param_shapes(module, condition_shape)
+    shardings = shard_by_rules(mesh, rules, shapes)
+    over_batch = (
+        leading(mesh, batch, "the adapters") if place.batch_ways(batch) > 1 else replicated(mesh)
+    )
+
+    def generate(params, condition):
+        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
+
+    step = jax.jit(
+        generate,
+        in_shardings=(shardings, over_batch),
+        out_shardings=over_batch,
+        compiler_options=compiler_options(place.platform),
+    )
+    return ShardedGeneration(module, shapes, shardings, over_batch, step)
+
+
+def device_problems(
+    config: Config, features: Sequence[Features], mesh: jax.sharding.Mesh, batch: int, parts: int
+) -> dict[str, Problem]:
+    """The convolutions of one device, by their parameters' paths, when a batch is computed in so
+    many parts."""
+    place = Placement(mesh)
+    a_part = -(-batch // parts // place.batch_ways(batch))
+    return convolutions(
+        features,
+        config.generator.kernel_size,
+        a_part,
+        config.train.dtype,
+        place.platform,
+        mesh.shape["tensor"],
+    )
+
+
+def make_train_step(
+    module: Generator,
+    optimizer: optax.GradientTransformation,
+    config: schema.Train,
+    importance: np.ndarray,
+    seed: int,
+    encoder: nn.Module | None = None,
+    shardings=None,
+):
+    """step(state {"params", "opt", "step"}, batch of `Pairs`, encoder_params=None) -> (state,
+    metrics).
+
+    Noise is drawn from (seed, step). The batch is computed in config.micro_batches parts whose
+    gradients are added up, which gives the whole batch's. encoder: the text encoder that turns
+    "ids" and "valid" into the condition here. shardings: of the parameters, and so of their
+    gradients. metrics: scalars, and "sample_loss" (B,).
+    """
+    place = module.placement
+
+    def condition_of(batch: Mapping, encoder_params) -> jax.Array:
+        if encoder is None:
+            return batch["condition"]
+        b, n, length = batch["ids"].shape
+        ids, valid = (
+            place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid")
+        )
+        flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
+        return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
+
+    def step(state, batch, encoder_params=None):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        on_condition, on_target = jax.random.split(key)
+        condition, target = condition_of(batch, encoder_params), batch["target"]
+        condition = condition + config.condition_noise * jax.random.normal(
+            on_condition, condition.shape, condition.dtype
+        )
+        target = target + config.target_noise * jax.random.normal(
+            on_target, target.shape, target.dtype
+        )
+
+        cells = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
+
+        def loss_of(params, condition, target):
+            """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
+            output = module.apply(
+                {"params": place.gather_small(params)}, place.activation(condition)
+            )
+            errors_b, cells_b = weighted_errors(output, target, importance)
+            inside = ~jnp.isnan(target)
+            squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
+            return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
+
+        def gradient_of(condition, target):
+            (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                state["params"], condition, target
+            )
+            return (
+                loss,
+                aux,
+                gradient
+                if shardings is None
+                else jax.lax.with_sharding_constraint(gradient, shardings),
+            )
+
+        k = config.micro_batches
+        if k == 1:
+            loss, (sample_loss, squares), gradient = gradient_of(condition, target)
+        else:
+            # Every k-th sample belongs to a part, so that each device finds its share among the
+            # samples it has.
+            parts = jax.tree.map(
+                lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1),
+                (condition, target),
+            )
+
+            def add(total, part):
+                loss, aux, gradient = gradient_of(*part)
+                return jax.tree.map(jnp.add, total, (loss, gradient)), aux
+
+            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"])
+            (loss, gradient), aux = jax.lax.scan(add, nothing, parts)
+            sample_loss, squares = (x.swapaxes(0, 1).reshape(-1) for x in aux)
+
+        updates, opt = optimizer.update(gradient, state["opt"], state["params"])
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradient),
+            "output_mean_square": jnp.mean(squares),
+            "target_mean_square": jnp.nanmean(target**2),
+            "sample_loss": sample_loss,
+        }
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt": opt,
+            "step": state["step"] + 1,
+        }, metrics
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedStep:
+    """The train step as it runs on a mesh. state: {"params", "opt", "step"}; batch: that of
+    `Pairs`."""
+
+    shapes: dict  # of the state
+    shardings: dict  # of the state
+    over_batch: jax.sharding.NamedSharding
+    encoder: Any  # shardings of the text encoder's parameters, None without one
+    init: Callable  # key -> state, jitted
+    # (state, batch, encoder parameters or None) -> (state, metrics), jitted, the state donated
+    step: Callable
+
+
+def shard_train_step(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    features: Sequence[Features],
+    condition_shape: tuple[int, int, int],
+    importance: np.ndarray,
+    encoder: tuple[nn.Module, Any] | None = None,
+) -> ShardedStep:
+    """The one train step of a configuration, for training, ahead-of-time compilation and tests.
+    condition_shape: (N, L, C).
+
+    encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
+    step. Raises InputError for a parameter without a rule and for sizes that the mesh does not
+    divide.
+    """
+    c, place = config.train, Placement(mesh)
+    module = make_generator(features, config.generator, c.dtype, place, c.remat)
+    optimizer = make_optimizer(c)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((1, *condition_shape)))["params"]
+        return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = shard_by_rules(mesh, config.mesh.rules, shapes)
+    over_batch = check_batch(config, mesh)
+    encoder_module, encoder_shapes = encoder or (None, None)
+    encoder_shardings = (
+        encoder and shard_by_rules(mesh, config.mesh.rules, {"encoder": encoder_shapes})["encoder"]
+    )
+    step = jax.jit(
+        make_train_step(
+            module, optimizer, c, importance, config.seed, encoder_module, shardings["params"]
+        ),
+        in_shardings=(shardings, over_batch, encoder_shardings),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(place.platform),
+    )
+    return ShardedStep(
+        shapes,
+        shardings,
+        over_batch,
+        encoder_shardings,
+        jax.jit(init, out_shardings=shardings),
+        step,
+    )
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """The sharding of a batch. Raises InputError unless the mesh divides it, and each of its
+    parts."""
+    c = config.train
+    over_batch = leading(mesh, c.batch_size, "config.train.batch_size")
+    leading(
+        mesh,
+        c.batch_size // c.micro_batches,
+        "config.train.batch_size / config.train.micro_batches",
+    )
+    return over_batch

@@ -1,0 +1,328 @@
+"""Stage `train`: the generator, from pairs of prompts and LoRA checkpoints (METHOD.md sections 1, 4
+and 6).
+
+    dnd train --config=configs/mini.py --workdir=runs/mini
+
+WORKDIR/generator holds all that generation needs: generator.json (settings, layout, adapter),
+model.safetensors (parameters), statistics.safetensors (target statistics, importance weights),
+beside checkpoints/ for an exact resume.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from dnd_jax.config.remembered import remember
+from dnd_jax.config.schema import Config
+from dnd_jax.core.chips import chip_of
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.records import check_same_run
+from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.workdir import held
+from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Suite
+from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.generator.decoder import forward_macs
+from dnd_jax.generator.folder import DESCRIPTION, initial_params, read_record, write_generator
+from dnd_jax.generator.pairs import PairedDataset, Pairs
+from dnd_jax.generator.sizes import resolve_features
+from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
+from dnd_jax.loop.checkpoints import check_newest
+from dnd_jax.loop.metrics import TRACKER_PACKAGES
+from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.run import Options, run_loop
+from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
+from dnd_jax.ops.cost_model import describe
+from dnd_jax.ops.tune import tune
+from dnd_jax.parallel import hosts, rendezvous
+from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record
+from dnd_jax.parallel.rules import bytes_per_device, shaped
+
+
+def first_state(config: Config, sharded: ShardedStep) -> dict:
+    """The state that training starts from: new parameters, or those of config.train.init_from with
+    a new optimiser.
+
+    Raises InputError as `initial_params`.
+    """
+    if not config.train.init_from:
+        return sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+    of = sharded.shapes["params"], sharded.shardings["params"]
+    params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
+    opt = jax.jit(make_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(params)
+    if hosts.lead():
+        print(f"starting from the parameters of {config.train.init_from}", flush=True)
+    return {
+        "params": params,
+        "opt": opt,
+        "step": jax.device_put(np.int32(0), sharded.shardings["step"]),
+    }
+
+
+def train(
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    allowed: Sequence[str] | None = None,
+    profile: tuple[int, int] | None = None,
+) -> pathlib.Path:
+    """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a
+    finished one is kept.
+
+    allowed: names of settings that may differ from those of the run that is resumed, None where the
+    user cannot give any. profile: steps between which to trace. Several processes share the work;
+    process 0 writes. Raises InputError for checkpoints that do not fit together, too few prompts,
+    or a folder made with other settings.
+    """
+    folder, c = workdir / "generator", config.train
+    suite = suite.with_training(c.datasets, config.seed)
+    finished = False
+    if (folder / DESCRIPTION).is_file():
+        then, now = read_record(folder), _settings(config, suite)
+        if "checkpoints" in then:  # folders of earlier versions do not say
+            now["checkpoints"] = Checkpoints(config, suite, workdir).digest()
+        finished = check_same_run(folder / DESCRIPTION, then, now, allowed)
+    if hosts.agreed(finished):
+        return folder
+
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    if config.generator.convolution == "tuned" and hosts.several():
+        raise InputError(
+            "config.generator.convolution = 'tuned' measures in one process; with several use "
+            "auto, dft or direct"
+        )
+    # Now, not after everything is encoded.
+    checkpoints = Checkpoints(config, suite, workdir)
+    record = {**_settings(config, suite), "checkpoints": checkpoints.digest()}
+    hosts.check_alike(
+        {"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]}
+    )
+    check_newest(folder, c.checkpoint_dir, record, allowed)
+    with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
+        target = make_target(config, checkpoints, workdir / "targets")
+        encoder = PromptEncoder(
+            config.condition, None if hosts.several() else mesh
+        )  # here one process encodes by itself
+        datasets, spreads = [], []
+        for dataset in tqdm(
+            suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
+        ):
+            prompts = condition_texts(dataset.train, config.condition.form, config.seed)
+            if config.condition.in_graph:
+                ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
+                inputs = {"ids": ids, "valid": valid}
+            else:
+                inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
+            tokens = token_array(
+                checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
+            )
+            datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
+            spreads.append(tokens.importance)
+    hosts.check_alike({"the text encoder's files": encoder.fingerprint})
+    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
+    importance = np.ones(checkpoints.layout.num_tokens, np.float32)
+    if config.generator.importance:
+        importance = np.mean(spreads, axis=0).astype(np.float32)
+
+    condition_shape = (
+        config.condition.num_prompts,
+        config.condition.max_text_length,
+        encoder.width,
+    )
+    features = resolve_features(config.generator, condition_shape, target.shape)
+    in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
+    problems = device_problems(config, features, mesh, c.batch_size, c.micro_batches)
+    if config.generator.convolution == "tuned":
+        tune(problems.values())
+    sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
+    encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
+    encoder_fingerprint = encoder.fingerprint
+    del encoder, in_graph  # its parameters need not stay on the first device
+    flop = 2 * forward_macs(features, config.generator.kernel_size)
+    if hosts.lead():
+        count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
+        total, held = bytes_per_device(sharded.shapes, sharded.shardings)
+        print(
+            f"generator: {count / 1e6:.1f}M parameters, {flop / 1e9:.2f} GFLOP a sample forward, "
+            f"{target.shape} tokens, "
+            f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints\n"
+            f"mesh: {describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a "
+            "device\n"
+            "convolutions (output / gradients): "
+            f"{describe(problems.values(), config.generator.convolution)}",
+            flush=True,
+        )
+    else:
+        print(
+            f"process {jax.process_index()} of {jax.process_count()}: mesh {describe_mesh(mesh)}",
+            flush=True,
+        )
+    state = run_loop(
+        "train",
+        folder,
+        shaped(sharded.shapes, sharded.shardings),
+        lambda state, batch: sharded.step(state, batch, encoder_params),
+        lambda i: pairs.placed(i, sharded.over_batch),
+        steps=c.steps,
+        save_every=c.save_every,
+        record={**record, "encoder": encoder_fingerprint},
+        blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
+        init=lambda: first_state(config, sharded),
+        row_of=lambda step, values, seconds: _row(
+            values, pairs.names(step - 1), seconds, 3 * flop * c.batch_size, mesh
+        ),
+        options=Options(
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            checkpoint_dir=c.checkpoint_dir,
+            trackers=c.trackers,
+            allowed=allowed if allowed is None else tuple(allowed),
+            profile=profile,
+            notes={"config": config.to_json(), "mesh": mesh_record(mesh)},
+        ),
+    )
+    flat = {"/".join(path): x for path, x in traverse_util.flatten_dict(state["params"]).items()}
+    on_host = (
+        (path, hosts.to_host(x)) for path, x in flat.items()
+    )  # all processes take part in gathering each
+    if hosts.lead():
+        write_generator(
+            folder,
+            {path: (x.shape, x.dtype) for path, x in flat.items()},
+            on_host,
+            {"importance": importance, **target.statistics()},
+            {
+                "settings": _settings(config, suite),
+                "checkpoints": record["checkpoints"],
+                "features": features,
+                "layout": checkpoints.layout.to_json(),
+                "adapter": dataclasses.asdict(checkpoints.adapter),
+                "encoder_fingerprint": encoder_fingerprint,
+            },
+        )
+    else:
+        collections.deque(on_host, maxlen=0)
+    with hosts.lead_first():  # no process is done before the files are there
+        return folder
+
+
+def _row(
+    values: Mapping, names: Sequence[str], seconds: float, flop: int, mesh: jax.sharding.Mesh
+) -> dict:
+    """The numbers of a step that are written: the metrics, the loss of each dataset, and speed.
+
+    flop: operations of the step by the direct method, so that methods compare; a faster one may
+    exceed the peak.
+    """
+    row = {key: value for key, value in values.items() if key != "sample_loss"}
+    by_name: dict[str, list[float]] = {}
+    for name, loss in zip(names, values["sample_loss"], strict=True):
+        by_name.setdefault(name, []).append(loss)
+    row |= {f"loss/{name}": float(np.mean(losses)) for name, losses in sorted(by_name.items())}
+    row |= {"samples_per_second": len(names) / seconds, "tflop_per_second": flop / seconds / 1e12}
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if chip is not None:
+        row["share_of_peak"] = flop / seconds / (chip.peak * mesh.size)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+        row["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+    return row
+
+
+# Settings of the generator's training that change no number in it.
+_FREE = ("checkpoints", "save_every", "keep_last", "keep_every", "checkpoint_dir", "trackers")
+
+
+def _settings(config: Config, suite: Suite) -> dict:
+    """What a generator depends on, for its record."""
+    full = config.to_json()
+    training = {key: value for key, value in full["train"].items() if key not in _FREE}
+    return {key: full[key] for key in ("seed", "condition", "generator")} | {
+        "train": training,
+        "suite": suite.fingerprint,
+    }
+
+
+FLAGS = (
+    ALLOW,
+    Flag(
+        "profile",
+        list,
+        [],
+        "trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile",
+    ),
+    Flag(
+        "multihost",
+        bool,
+        False,
+        "one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)",
+    ),
+    Flag("coordinator", str, "", "elsewhere, HOST:PORT of process 0"),
+    Flag("processes", int, 1, "with --coordinator, how many processes there are"),
+    Flag("process", int, 0, "with --coordinator, which one this is"),
+    Flag("start-timeout", int, 300, "seconds until all processes must have joined"),
+)
+
+
+def _run(given: Given) -> None:
+    config, workdir = given.config, given.workdir
+    address, profile = _address(given), _window(given["profile"])
+    same = [json.dumps(config.to_json(), sort_keys=True), *given["allow"], *given["profile"]]
+    with rendezvous.joined(*address, given["multihost"], given["start-timeout"], same):
+        hosts.check_shared(workdir)
+        if config.train.checkpoint_dir and "://" not in config.train.checkpoint_dir:
+            hosts.check_shared(
+                pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir"
+            )
+        with held(workdir, "train") if hosts.lead() else contextlib.nullcontext():
+            if hosts.lead():
+                remember(workdir, given.config_file, config)
+            with hosts.lead_first():
+                suite = open_suite(config, workdir, given["strict"])
+            folder = train(config, suite, workdir, given["allow"], profile)
+            if hosts.lead():
+                print(f"generator: {folder}")
+
+
+def _address(given: Given) -> tuple[str, int, int]:
+    """(coordinator, processes, process). Raises InputError for what does not fit together."""
+    address = coordinator, processes, process = (
+        given["coordinator"],
+        given["processes"],
+        given["process"],
+    )
+    if not (coordinator or given["multihost"]) and (processes > 1 or process):
+        raise InputError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    if process >= processes and coordinator:
+        raise InputError(
+            f"--process={process} is not one of 0 to {processes - 1} (--processes={processes})"
+        )
+    return address
+
+
+def _window(words: Sequence[str]) -> tuple[int, int] | None:
+    """--profile: two steps, or None. Raises InputError for anything else."""
+    steps = [int(step) for step in words if step.isdigit()]
+    if words and (len(words) != 2 or len(steps) != 2 or steps[0] >= steps[1]):
+        raise InputError(
+            f"--profile={','.join(words)}: expected two steps, the first below the second, such "
+            "as 100,110"
+        )
+    return (steps[0], steps[1]) if steps else None
+
+
+STAGE = Stage(
+    _run,
+    (*ON_SUITE, *FLAGS),
+    lambda given: tuple(TRACKER_PACKAGES[name] for name in given.config.train.trackers),
+)

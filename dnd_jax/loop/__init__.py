@@ -1,0 +1,2 @@
+"""What all trainings share: the loop, checkpoints, batches made ahead, metrics, profiles and
+optimizers."""

@@ -1,0 +1,179 @@
+"""Checkpoints of a run by Orbax: each whole or absent, restored exactly, damaged ones set aside."""
+
+import json
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from tqdm import tqdm
+
+from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.records import check_same_run
+from dnd_jax.parallel import hosts
+
+CHECKPOINTS = "checkpoints"
+
+
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    """No traceback of the thread that writes checkpoints for a full disk: `run` says it in a
+    line."""
+    if "No space left" not in str(args.exc_value):
+        threading.__excepthook__(args)
+
+
+def open_checkpoints(
+    directory: os.PathLike, keep_last: int = 2, keep_every: int = 0
+) -> ocp.CheckpointManager:
+    """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step
+    whole or absent."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = _excepthook
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep_last,
+        keep_period=keep_every or None,
+        create=True,
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(epath.Path(directory), options=options)
+
+
+def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
+    """What this process reads checkpoints with by itself: in a restore by all, one that fails
+    leaves the others waiting."""
+    if not hosts.several():
+        return manager
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, multiprocessing_options=alone
+    )
+    return ocp.CheckpointManager(manager.directory, options=options)
+
+
+def address(folder: str | os.PathLike) -> str:
+    """A gs:// address as it is, a folder as an absolute path."""
+    return str(folder) if "://" in str(folder) else str(pathlib.Path(folder).absolute())
+
+
+@jax.jit
+def _sums_on_device(state: Any) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(
+            jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32
+        )
+
+    return jnp.stack([of(x) for x in jax.tree.leaves(state)])
+
+
+def sums(state: Any) -> list[int]:
+    """The sum of each array's bits, read as unsigned numbers, modulo 2^32: the same on any mesh,
+    and another one when bytes of a checkpoint have changed on the disk, which its format does not
+    notice."""
+    return np.asarray(_sums_on_device(state)).tolist()
+
+
+def check_newest(
+    directory: pathlib.Path,
+    checkpoint_dir: str,
+    record: Mapping,
+    allowed: Collection[str] | None = None,
+) -> None:
+    """For before long preparations: raises InputError where the newest checkpoint of a `run` in
+    `directory` was made with other settings, of those that `record` has. What cannot be read is
+    left to `restore`."""
+    folder = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
+    try:
+        newest = max(
+            (path for path in folder.iterdir() if path.name.isdigit()),
+            key=lambda path: int(path.name),
+        )
+        then = json.loads((newest / "record" / "metadata").read_text())["settings"]
+        then = {key: then.get(key) for key in record}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    check_same_run(newest, then, record, allowed)
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    shapes: Any,
+    record: Mapping,
+    allowed: Collection[str] | None = None,
+) -> tuple[int, Any]:
+    """(step, state) of the newest readable checkpoint, on the shardings of `shapes` (arrays or
+    shapes that have one); (0, None) when there is none.
+
+    A newer one that cannot be read, or whose numbers have changed since, is moved aside to
+    "STEP.damaged". Several processes agree on the step. Raises InputError when its record
+    (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none
+    can be read.
+    """
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes
+    )
+    faults, reader = [], _reader(manager)
+    for step in sorted(manager.all_steps(), reverse=True):
+        stored = state = error = None
+        try:
+            stored = reader.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
+                "record"
+            ]
+        except Exception as fault:  # whatever a damaged file makes of itself
+            error = fault
+        if hosts.all_of(error is None):
+            if not isinstance(stored, Mapping) or "settings" not in stored:
+                raise InputError(
+                    f"{manager.directory}/{step}: its record has no settings: not made by dnd; "
+                    "use another folder"
+                )
+            check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
+            try:
+                state = reader.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                )["state"]
+            except Exception as fault:
+                error = fault
+                if "RESOURCE_EXHAUSTED" in str(fault):
+                    raise
+        readable = hosts.all_of(error is None)
+        if readable and stored.get("sums", now := sums(state)) != now:
+            readable, error = False, ValueError("its numbers are not those that were saved")
+        if not readable:
+            faults.append((step, error or OSError("another process cannot read it")))
+            continue
+        if faults:
+            with hosts.lead_first():
+                if hosts.lead():
+                    for broken, fault in faults:
+                        aside = manager.directory / f"{broken}.damaged"
+                        aside.rmtree(missing_ok=True)
+                        (manager.directory / str(broken)).rename(aside)
+                        found = f"{manager.directory}/{broken} is damaged ({_reason(fault)}), moved to {aside.name}"
+                        tqdm.write(f"{found}; going on from step {step}")
+            manager.reload()
+        return step, state
+    if faults:
+        steps = ", ".join(str(step) for step, _ in faults)
+        raise InputError(
+            f"{manager.directory}: no checkpoint can be read (steps {steps}: "
+            f"{_reason(faults[0][1])}); mend its storage, or "
+            "delete the folder to start over"
+        )
+    return 0, None
+
+
+def _reason(error: Exception) -> str:
+    """An error's kind and first line, not too long."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

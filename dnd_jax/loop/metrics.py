@@ -1,0 +1,90 @@
+"""What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked
+for, and profiler traces."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import replacing
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """metrics.jsonl of a run: one object a line; a resumed run first drops the lines that it will
+    write again.
+
+    trackers: "tensorboard" and "wandb" get the numbers too, under the directory. Raises InputError
+    when one is not installed.
+    """
+
+    def __init__(
+        self, directory: pathlib.Path, step: int, trackers: Collection[str] = (), title: str = ""
+    ):
+        self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
+        path = directory / METRICS_FILE
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: Mapping) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for log, _ in self._trackers:
+            log(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def close(self) -> None:
+        self._file.close()
+        for _, close in self._trackers:
+            close()
+
+
+def _tensorboard(
+    directory: pathlib.Path, step: int, title: str
+) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "train.trackers: tensorboard needs tensorboardX; pip install tensorboardX"
+        ) from None
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def log(step: int, row: Mapping) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _wandb(
+    directory: pathlib.Path, step: int, title: str
+) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("train.trackers: wandb is not installed; pip install wandb") from None
+    folder = directory.absolute()
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run when it goes on
+    run = wandb.init(
+        project="dnd_jax",
+        name=f"{folder.parent.name} {title}",
+        dir=str(folder),
+        id=name,
+        resume="allow",
+    )
+    return lambda step, row: run.log(dict(row), step=step), run.finish
+
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def read_metrics(directory: str | os.PathLike) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = pathlib.Path(directory, METRICS_FILE)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,126 @@
+"""PEFT adapter folders: adapter_model.safetensors + adapter_config.json, written whole, read back
+and compared."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from dnd_jax.core.digests import digest_of
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_json, replacing
+from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.lora.layout import PEFT_PREFIX, canonical
+from dnd_jax.lora.peft_settings import (
+    _B,
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    _of_module,
+    config_file,
+    load_adapter_config,
+    weights_file,
+)
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def save_adapter(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    config: AdapterConfig,
+    card: str = "",
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Writes an adapter folder, whole or not at all; `card` becomes its CARD. dtype: one of DTYPES,
+    of the stored tensors.
+
+    Raises InputError when the disk refuses.
+    """
+    folder = pathlib.Path(folder)
+    stored = {PEFT_PREFIX + key: value for key, value in sorted(_stored(tensors, dtype).items())}
+    with replacing(folder, directory=True) as temporary:
+        save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
+        if card:
+            (temporary / CARD).write_text(card, encoding="utf-8")
+    return folder
+
+
+def verify_adapter(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> None:
+    """Reads a written adapter back and compares every tensor bit for bit. Raises InputError if
+    anything differs."""
+    stored, expected = load_adapter(folder), _stored(tensors, dtype)
+    if stored.keys() != expected.keys() or not all(
+        stored[key].dtype == value.dtype and np.array_equal(stored[key], value)
+        for key, value in expected.items()
+    ):
+        raise InputError(
+            f"{folder}: what was read back differs from what was written; the disk is not to be "
+            "trusted"
+        )
+
+
+def _stored(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The tensors as they are stored: canonical keys, one dtype, C order."""
+    return {
+        key: np.ascontiguousarray(value, DTYPES[dtype]) for key, value in canonical(tensors).items()
+    }
+
+
+def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint (an adapter folder or a flat .safetensors file) under canonical
+    keys, per-module alphas folded into B. Raises InputError if missing or damaged."""
+    tensors = canonical(read_safetensors(weights_file(path)))
+    config = (
+        pathlib.Path(path) / CONFIG
+        if pathlib.Path(path).suffix != ".safetensors"
+        else config_file(path)
+    )
+    raw = read_json(config) if config.is_file() else {}
+    if raw.get("alpha_pattern"):
+        for key in [key for key in tensors if key.endswith(_B)]:
+            factor = (
+                _of_module(raw, "alpha_pattern", "lora_alpha", key.removesuffix(_B))
+                / raw["lora_alpha"]
+            )
+            if factor != 1:
+                tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
+    return tensors
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """sha256 of a checkpoint's settings and tensors, as they are stored."""
+    return digest_of(config_file(path), weights_file(path))
+
+
+def is_made_from(folder: pathlib.Path, card: str) -> bool:
+    """Whether a folder's card names its sources by the same hashes as `card`; their paths and the
+    wording do not count."""
+    path = folder / CARD
+    return path.is_file() and _hashes(
+        path.read_text(encoding="utf-8", errors="replace")
+    ) == _hashes(card)
+
+
+def _hashes(card: str) -> list[str]:
+    return re.findall(r"sha256 (\w+)", card)
+
+
+def as_folder(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`,
+    kept if it is of that file."""
+    if path.suffix != ".safetensors":
+        return path
+    card = f"{path.name} (sha256 {fingerprint(path)}) as a folder that PEFT loads.\n"
+    if not is_made_from(folder, card):
+        save_adapter(folder, load_adapter(path), load_adapter_config(path), card)
+    return folder

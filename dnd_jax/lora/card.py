@@ -1,0 +1,88 @@
+"""The README.md of what we export: a model card that the hub accepts, saying what made it and how
+to load it."""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
+
+TAGS = ("lora", "drag-and-drop-llms", "dnd_jax")
+# vLLM takes --max-lora-rank from this list alone (MaxLoRARanks in vllm/config/lora.py).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base's name can stand as base_model in a card: USER/NAME that is no local folder
+    (the hub refuses others)."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not pathlib.Path(base).exists()
+
+
+def is_generated(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter with our card and nothing else."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {WEIGHTS, CONFIG, CARD}:
+        return False
+    return TAGS[1] in (folder / CARD).read_text(encoding="utf-8", errors="replace")
+
+
+def digest(texts: Sequence[str]) -> str:
+    """sha256 of a list of texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def card(
+    adapter: AdapterConfig,
+    generator: str,
+    config_hash: str,
+    prompts: Sequence[str],
+    seed: int,
+    merged: bool = False,
+) -> str:
+    """The card of a generated adapter, or of a base with one merged into it.
+
+    generator: its name and fingerprint; config_hash: of the settings that it was trained with;
+    prompts: those drawn by `seed`.
+    """
+    front = {
+        **({"base_model": adapter.base} if is_hub_id(adapter.base) else {}),
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": list(TAGS[1:] if merged else TAGS),
+    }
+    # JSON is YAML: every value is written so, and no name needs a rule of quoting.
+    header = "".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()
+    )
+    base = json.dumps(adapter.base, ensure_ascii=False)
+    rank = next((r for r in VLLM_RANKS if r >= adapter.rank), None)
+    if merged:
+        title, load = (
+            "A base with a LoRA generated from prompts",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n',
+        )
+    else:
+        title = "LoRA adapter generated from prompts"
+        load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "FOLDER")\n'
+    peft = "" if merged else "from peft import PeftModel\n"
+    vllm = (
+        "vllm serve FOLDER"
+        if merged
+        else f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules task=FOLDER"
+    )
+    served = (
+        f"```\n{vllm}\n```\n"
+        if merged or rank
+        else f"vLLM serves LoRAs up to rank {VLLM_RANKS[-1]}: merge this one.\n"
+    )
+    return (
+        f"---\n{header}---\n\n# {title}\n\n"
+        "Made by dnd_jax (Drag-and-Drop LLMs, arXiv 2506.16406) from unlabeled prompts, without "
+        "training on the task.\n\n"
+        f"- base: `{adapter.base}`\n"
+        f"- generator: {generator}; its configuration: sha256 {config_hash[:16]}\n"
+        f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digest(prompts)[:16]})\n"
+        f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n\n"
+        f"```python\n{peft}from transformers import AutoModelForCausalLM\n\n{load}```\n\n{served}"
+    )

@@ -1,0 +1,283 @@
+"""A collection of LoRA checkpoints as the generator's targets: one layout for all, one array of
+tokens a dataset, made once.
+
+The folders may be ours or PEFT's, LLaMA-Factory's checkpoint-N, or the original's flat
+N.safetensors (adapters.checkpoint_folders). Checkpoints are read one at a time and their tokens
+written to WORKDIR/targets/DATASET/KEY/ as they come:
+
+    tokens.npy        float32 (M, T, h, w), to be mapped into memory
+    importance.npy    float32 (T,), the importance weights of this dataset (METHOD.md section 3), if they were asked for
+
+KEY is a hash of the checkpoint files' names, sizes and times of change, of their settings, and of
+the target with its statistics. Contents are not hashed: a set of 7B checkpoints has 8 GB, which a
+resumed run should not read again to learn that nothing changed. Arrays of another KEY are deleted:
+a dataset has one.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.files import need_space, read_json, replacing, write_array
+from dnd_jax.core.stopping import stop
+from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.data.suite import Suite
+from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.layout import Importance, LoraLayout
+from dnd_jax.lora.peft_settings import (
+    WEIGHTS,
+    config_file,
+    load_adapter_config,
+    read_shapes,
+    weights_file,
+)
+from dnd_jax.lora.targets import ChunkTarget, ElementTarget, Target, save_statistics
+from dnd_jax.parallel import hosts
+
+
+def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a dataset's folder, in the order of the numbers in their names: adapter
+    folders (ours, PEFT's, LLaMA-Factory's checkpoint-N) or the original's flat N.safetensors; none
+    if there are none.
+
+    Raises InputError when it holds both kinds.
+    """
+    folders = [path.parent for path in folder.glob(f"*/{WEIGHTS}")]
+    # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
+    flat = [
+        path
+        for path in folder.glob("*.safetensors")
+        if path.name != WEIGHTS and not path.name.startswith(".")
+    ]
+    if folders and flat:
+        raise InputError(
+            f"{folder.name} holds both {len(folders)} adapter folders and {len(flat)} flat files "
+            f"({min(flat).name}, ...)"
+        )
+    return sorted(
+        folders or flat,
+        key=lambda path: ([int(d) for d in re.findall(r"\d+", path.name)], path.name),
+    )
+
+
+def checkpoint_folders(
+    root: str | os.PathLike, datasets: Sequence[str]
+) -> dict[str, list[pathlib.Path]]:
+    """The checkpoints of each dataset: those of ROOT/DATASET, as `dataset_checkpoints`.
+
+    Raises InputError naming the datasets without any, and those that hold both kinds.
+    """
+    found, faults = {}, []
+    for name in datasets:
+        folder = pathlib.Path(root, name)
+        try:
+            found[name] = dataset_checkpoints(folder)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if not found[name]:
+            pickled = [
+                path
+                for pattern in ("*", "*/*")
+                for path in folder.glob(pattern)
+                if path.suffix in (".bin", ".pt", ".pth")
+            ]
+            convert = (
+                f" (pickled {pickled[0].name}: save it as safetensors first)" if pickled else ""
+            )
+            faults.append(f"no checkpoints for {name}{convert}")
+    if faults:
+        raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
+    return found
+
+
+TOKENS, IMPORTANCE = "tokens.npy", "importance.npy"
+VERSION = 1  # of what the files hold
+
+
+class Checkpoints:
+    """The LoRA checkpoints of the training datasets: one layout and one scale, checked by the
+    files' headers alone."""
+
+    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
+        """Raises InputError listing every checkpoint that differs from the first in base, rank,
+        scale, modules or shapes."""
+        self.root = pathlib.Path(config.train.checkpoints or workdir / "loras")
+        self.folders = checkpoint_folders(self.root, [d.name for d in suite.train])
+        every = [path for paths in self.folders.values() for path in paths]
+        first = every[0]
+        self.adapter, shapes = load_adapter_config(first), read_shapes(first)
+        self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
+        faults = []
+        for path in every[1:]:
+            other = load_adapter_config(path)
+            differ = [
+                f"{key} {getattr(other, key)!r} instead of {getattr(self.adapter, key)!r}"
+                for key in ("base", "rank", "alpha")
+                if getattr(other, key) != getattr(self.adapter, key)
+            ]
+            found = read_shapes(path)
+            differ += [
+                f"{len(keys)} tensors missing ({min(keys)})"
+                for keys in [shapes.keys() - found.keys()]
+                if keys
+            ]
+            differ += [
+                f"{len(keys)} tensors more ({min(keys)})"
+                for keys in [found.keys() - shapes.keys()]
+                if keys
+            ]
+            other_shapes = sorted(
+                key for key in shapes.keys() & found.keys() if shapes[key] != found[key]
+            )
+            if other_shapes and other.rank == self.adapter.rank:
+                key = other_shapes[0]
+                differ.append(
+                    f"{len(other_shapes)} tensors of another shape ({key} {found[key]} instead of "
+                    f"{shapes[key]})"
+                )
+            if differ:
+                faults.append(f"{path} has {', '.join(differ)}")
+        if faults:
+            raise listed(f"checkpoints of another layout, base or scale than {first}", faults)
+
+    def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""
+        for name, paths in self.folders.items():
+            if dataset in (None, name):
+                yield from ((str(path), load_adapter(path)) for path in paths)
+
+    def digest(self) -> str:
+        """Names which checkpoints there are, for a record: dataset, file, size and settings, but no
+        times (copies change them)."""
+        seen = [[name, file, size, settings] for name, file, size, _, settings in self.identity()]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+
+    def identity(self, dataset: str | None = None) -> list:
+        """What tells one dataset's checkpoint files, or all, from others without reading them:
+        names, sizes, times of change in nanoseconds, and their settings."""
+        seen = []
+        for name, paths in self.folders.items():
+            if dataset in (None, name):
+                for path in paths:
+                    stat = weights_file(path).stat()
+                    seen.append(
+                        [
+                            name,
+                            path.name,
+                            stat.st_size,
+                            stat.st_mtime_ns,
+                            read_json(config_file(path)),
+                        ]
+                    )
+        return seen
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -> Target:
+    """The target of config.generator.target. An element target's statistics are kept under
+    `cache`."""
+    if config.generator.target == "chunk":
+        return ChunkTarget(checkpoints.layout, config.generator.bfloat16_checkpoints)
+    path = (
+        cache
+        / f"statistics-{_hash(checkpoints.identity(), checkpoints.layout.to_json())}.safetensors"
+    )
+    if path.is_file():
+        stored = read_safetensors(path)
+        return ElementTarget(checkpoints.layout, stored["mean"], stored["scale"])
+    hosts.check_writes(path)
+    total = sum(len(paths) for paths in checkpoints.folders.values())
+    read = tqdm(
+        checkpoints.tensors(), desc="statistics", unit="checkpoint", total=total, dynamic_ncols=True
+    )
+    target = ElementTarget.fit(checkpoints.layout, lambda: read)
+    for stale in cache.glob("statistics-*.safetensors"):
+        stale.unlink()
+    save_statistics(path, target)
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenArray:
+    """A dataset's targets (M, T, h, w), mapped into memory, and its importance weights (T,), None
+    unless asked for."""
+
+    targets: np.ndarray
+    importance: np.ndarray | None
+
+
+def token_array(
+    checkpoints: Checkpoints,
+    dataset: str,
+    target: Target,
+    cache: pathlib.Path,
+    importance: bool = True,
+) -> TokenArray:
+    """The targets of a dataset's checkpoints, made once and then mapped from `cache`.
+
+    Memory: two checkpoints, the tokens of one, and twice as many in float64 for the importance
+    weights; never the whole array. Raises InputError for a checkpoint that is damaged or holds NaN,
+    fewer than two of them or none that differ (importance weights need a spread), and a full disk.
+    """
+    statistics = {
+        key: hashlib.sha256(value.tobytes()).hexdigest()
+        for key, value in target.statistics().items()
+    }
+    kind = [type(target).__name__, getattr(target, "bfloat16", False), statistics]
+    key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
+    folder = cache / dataset / key
+    if not folder.is_dir():
+        hosts.check_writes(folder)
+        _write_tokens(checkpoints, dataset, target, folder, importance)
+    return TokenArray(
+        np.load(folder / TOKENS, mmap_mode="r"),
+        np.load(folder / IMPORTANCE) if (folder / IMPORTANCE).is_file() else None,
+    )
+
+
+def _write_tokens(
+    checkpoints: Checkpoints, dataset: str, target: Target, folder: pathlib.Path, importance: bool
+) -> None:
+    paths = [str(path) for path in checkpoints.folders[dataset]]
+    shape = len(paths), *target.shape
+    for stale in folder.parent.glob("[0-9a-f]*"):  # of other checkpoints or another target
+        shutil.rmtree(stale, ignore_errors=True)
+    need_space(folder.parent, 4 * math.prod(shape), f"the tokens of {dataset}")
+    spread = Importance()
+
+    def tokens(reader: concurrent.futures.Executor) -> Iterator[np.ndarray]:
+        ahead = reader.submit(
+            load_adapter, paths[0]
+        )  # the next one is read while this one is encoded
+        for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
+            stop.check()
+            tensors = ahead.result()
+            if i + 1 < len(paths):
+                ahead = reader.submit(load_adapter, paths[i + 1])
+            encoded = np.ascontiguousarray(target.encode(tensors, path), "<f4")
+            del tensors
+            yield encoded
+            if importance:
+                spread.add(encoded)
+
+    with replacing(folder, directory=True) as temporary:
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            write_array(temporary / TOKENS, shape, np.float32, tokens(reader))
+        if importance:
+            np.save(temporary / IMPORTANCE, spread.weights(dataset))

@@ -1,0 +1,228 @@
+"""Stage `collect`: one LoRA a dataset, all trained at once, as PEFT checkpoints
+WORKDIR/loras/DATASET/step_NNNNNN.
+
+    dnd collect --config=configs/mini.py --workdir=runs/mini
+
+All tasks run in one jitted step (vmap over tasks, the base shared), start from the same A and read
+their examples in the same order: checkpoints of different tasks then differ by their task alone,
+without which a generator cannot compose them. Datasets of `train` keep each of the last M steps
+(METHOD.md section 1); unseen ones only the last, as the tuned reference of the report.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dnd_jax.base.architecture import BaseLM
+from dnd_jax.base.chat import encode
+from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.pretrain import find_base
+from dnd_jax.config import schema
+from dnd_jax.config.schema import Config
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.records import check_same_run
+from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Suite
+from dnd_jax.loop.prefetch import shuffled_rows
+from dnd_jax.loop.run import run_loop
+from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.placement import batch_ways
+from dnd_jax.parallel.rules import leading, replicated
+
+DONE = "collect.json"
+
+
+def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
+    """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
+    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
+
+    def init(name: str, shape: tuple[int, int]) -> jax.Array:
+        if ".lora_B." in name:
+            return jnp.zeros(shape)
+        return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
+
+    return {name: init(name, shape) for name, shape in shapes.items()}
+
+
+def make_optimizer(config: schema.Lora) -> optax.GradientTransformation:
+    """AdamW at a constant rate with a global-norm clip."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
+    )
+
+
+def make_collect_step(
+    module: BaseLM,
+    optimizer: optax.GradientTransformation,
+    lora_scale: float,
+    over_tasks: jax.sharding.NamedSharding | None = None,
+):
+    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) ->
+    (state, metrics).
+
+    over_tasks: where the tasks lie while they are computed. The batch may have more entries than K,
+    copies of the first ones that make them divide; nothing of what is returned depends on them.
+    """
+
+    def one(params, state, batch):
+        def loss_of(lora):
+            return answer_loss(module, params, batch, lora, lora_scale)
+
+        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["lora"])
+        updates, opt = optimizer.update(gradient, state["opt"], state["lora"])
+        return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
+
+    def step(params, state, batch):
+        tasks, entries = (len(jax.tree.leaves(tree)[0]) for tree in (state, batch))
+        if entries > tasks:
+            state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
+            state = jax.lax.with_sharding_constraint(state, over_tasks)
+        found = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
+        return state, {
+            "loss": losses.mean(),
+            "accuracy": accuracies.mean(),
+            "worst_loss": losses.max(),
+        }
+
+    return step
+
+
+def score_loras(
+    module: BaseLM, params, lora, lora_scale: float, data, batch_size: int
+) -> np.ndarray:
+    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one
+    entry a task. Memory: one batch, less than a training step's."""
+
+    @jax.jit
+    def score(params, lora, batch):
+        return answer_loss(module, params, batch, lora, lora_scale)[1]
+
+    scores = []
+    for k, sequences in enumerate(data):
+        one = {name: value[k] for name, value in lora.items()}
+        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // batch_size))
+        right = [
+            float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part)
+            for part in parts
+        ]
+        scores.append(sum(right) / len(sequences))
+    return np.array(scores)
+
+
+def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains the LoRAs of all datasets of a suite and returns WORKDIR/loras; one made with the same
+    settings is kept.
+
+    Writes loras/collect.json with each task's exact match on its test file. Raises InputError as
+    the loop does.
+    """
+    folder, c = workdir / "loras", config.lora
+    record = {
+        "seed": config.seed,
+        "base": str(base_path),
+        "lora": dataclasses.asdict(c),
+        "max_length": config.base.max_length,
+    }
+    record["suite"] = suite.fingerprint
+    if (folder / DONE).is_file():
+        check_same_run(folder / DONE, read_json(folder / DONE)["settings"], record)
+        return folder
+
+    mesh = make_mesh(config.mesh)
+    module, params = load_base(base_path, mesh)
+    tokenizer = load_tokenizer(base_path)
+    shapes = module.config.lora_shapes(c.rank, c.targets)
+    adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
+    train = [encode(tokenizer, d.train, config.base.max_length) for d in suite.datasets]
+    test = [encode(tokenizer, d.test, config.base.max_length) for d in suite.datasets]
+    width = max(t.response_width for t in train)
+    pad = tokenizer.pad_token_id
+    # A number of tasks that the mesh does not divide is filled up with copies inside the step
+    # alone. The state, then whole on every device, has none of them: a stopped run goes on with any
+    # number of devices.
+    tasks, ways = len(train), batch_ways(mesh)
+    entries = np.arange(-(-tasks // ways) * ways) % tasks
+    over_tasks = leading(mesh, len(entries), "the number of tasks")
+    kept = over_tasks if len(entries) == tasks else replicated(mesh)
+
+    def batch_at(i: int):
+        rows = [
+            data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width)
+            for data in train
+        ]
+        length = max(batch["ids"].shape[1] for batch in rows)
+        for batch in rows:
+            batch["ids"] = np.pad(
+                batch["ids"], ((0, 0), (0, length - batch["ids"].shape[1])), constant_values=pad
+            )
+        return jax.device_put(jax.tree.map(lambda *x: np.stack(x)[entries], *rows), over_tasks)
+
+    optimizer = make_optimizer(c)
+
+    def init(key):
+        lora = init_lora(key, shapes)
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (tasks, *x.shape)),
+            {"lora": lora, "opt": optimizer.init(lora)},
+        )
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    step = jax.jit(
+        make_collect_step(module, optimizer, adapter.scale, over_tasks),
+        out_shardings=(kept, replicated(mesh)),
+        donate_argnums=1,
+    )
+
+    def keep(done: int, state) -> None:
+        """The last M steps of training datasets, the very last of unseen ones."""
+        if done > c.steps - c.checkpoints:
+            stacked = jax.device_get(state["lora"])
+            for k, dataset in enumerate(suite.datasets):
+                if k < len(suite.train) or done == c.steps:
+                    tensors = {name: value[k] for name, value in stacked.items()}
+                    save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
+
+    state = run_loop(
+        "collect",
+        workdir / "collect",
+        jax.jit(init, out_shardings=kept)(key),
+        lambda state, batch: step(params, state, batch),
+        batch_at,
+        steps=c.steps,
+        save_every=c.save_every,
+        record=record,
+        after_step=keep,
+    )
+    scores = score_loras(
+        module, params, jax.device_get(state["lora"]), adapter.scale, test, c.batch_size
+    )
+    exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
+    write_json(folder / DONE, {"settings": record, "exact_match": exact})
+    return folder
+
+
+def score_table(folder: pathlib.Path) -> str:
+    """Each task's exact match on its test file, as text."""
+    exact = read_json(folder / DONE)["exact_match"]
+    width = max(map(len, exact))
+    return "\n".join(f"  {name:<{width}}  {score:.3f}" for name, score in exact.items())
+
+
+def _run(given: Given) -> None:
+    suite = open_suite(given.config, given.workdir, given["strict"])
+    folder = collect(given.config, suite, find_base(given.config, given.workdir), given.workdir)
+    print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
+
+
+STAGE = Stage(_run, ON_SUITE, writes=True)

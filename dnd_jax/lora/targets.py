@@ -1,0 +1,118 @@
+"""What the decoder is trained to output: LoRA weights normalised in one of two ways, and back.
+
+"chunk": the paper's weight tokens, each chunk standardised by its own moments, which ride along as
+scale cells (METHOD.md 2). "element": each weight minus its mean over all training checkpoints,
+divided by one scale a token; the statistics stay with the generator. A token is then the chunk
+alone (r, w), and the decoder spends itself on what differs between tasks.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from dnd_jax.core.files import replacing
+from dnd_jax.lora.layout import LoraLayout
+
+Tensors = Mapping[str, np.ndarray]
+BLOCK = (
+    1 << 18
+)  # cells that statistics are updated for at a time: what a processor's cache holds in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkTarget:
+    layout: LoraLayout
+    bfloat16: bool = False  # round checkpoints first, as the original does
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, h, w) of the token grid."""
+        return self.layout.num_tokens, *self.layout.token_shape
+
+    def encode(self, tensors: Tensors, source: str = "adapter") -> np.ndarray:
+        """LoRA tensors -> float32 (T, h, w), NaN where a token is padded."""
+        return self.layout.tokenize(tensors, self.bfloat16, source)
+
+    def decode(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The inverse of `encode`."""
+        return self.layout.detokenize(tokens)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementTarget:
+    layout: LoraLayout
+    mean: np.ndarray  # (T, r, w)
+    scale: np.ndarray  # (T,)
+
+    @classmethod
+    def fit(
+        cls, layout: LoraLayout, checkpoints: Callable[[], Iterable[tuple[str, Tensors]]]
+    ) -> "ElementTarget":
+        """Statistics over all training checkpoints, read once, one at a time. A token that never
+        differs gets scale 1.
+
+        Welford's running mean a cell; of the squared deviations only their mean over a token's
+        cells is needed.
+        """
+        count, mean, square = (
+            0,
+            np.zeros((layout.num_tokens, *layout.chunk_shape)),
+            np.zeros(layout.num_tokens),
+        )
+        block = max(1, BLOCK // mean[0].size)
+        for source, tensors in checkpoints():
+            chunks = layout.cut(tensors, source)
+            count += 1
+            for first in range(0, len(chunks), block):
+                at = slice(first, first + block)
+                step = chunks[at] - mean[at]
+                mean[at] += step / count
+                square[at] += np.nanmean(step * (chunks[at] - mean[at]), axis=(1, 2))
+        scale = np.sqrt(square / count)
+        return cls(
+            layout, mean.astype(np.float32), np.where(scale > 0, scale, 1).astype(np.float32)
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, r, w) of the token grid."""
+        return self.layout.num_tokens, *self.layout.chunk_shape
+
+    def encode(self, tensors: Tensors, source: str = "adapter") -> np.ndarray:
+        """LoRA tensors -> float32 (T, r, w), NaN where a token is padded."""
+        return (self.layout.cut(tensors, source) - self.mean) / self.scale[:, None, None]
+
+    def decode(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The inverse of `encode`."""
+        return self.layout.join(
+            np.asarray(tokens, np.float32) * self.scale[:, None, None] + self.mean
+        )
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        return {"mean": self.mean, "scale": self.scale}
+
+
+Target = ChunkTarget | ElementTarget
+
+
+def save_statistics(path: str | os.PathLike, target: Target) -> None:
+    """Writes a target's statistics as safetensors, whole or not at all."""
+    with replacing(path) as temporary:
+        save_file(target.statistics(), temporary)
+
+
+def from_statistics(
+    kind: str, layout: LoraLayout, statistics: Mapping[str, np.ndarray], bfloat16: bool = False
+) -> Target:
+    """The target that a stored generator was trained on."""
+    return (
+        ChunkTarget(layout, bfloat16)
+        if kind == "chunk"
+        else ElementTarget(layout, statistics["mean"], statistics["scale"])
+    )

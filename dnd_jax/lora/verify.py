@@ -1,0 +1,154 @@
+"""Stage `verify-adapter`: proof in numbers, by PyTorch and PEFT, that an adapter does to its base
+what its matrices say.
+
+    dnd verify-adapter ADAPTER [--base=FOLDER]
+
+PEFT only warns when names do not match: such an adapter loads and changes nothing. Here every
+stored tensor is looked up in the loaded model, and the logits are compared with those of W + scale
+* B A, merged by hand from the files without PEFT.
+"""
+
+import os
+import pathlib
+import warnings
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from dnd_jax.base.hub import resolve
+from dnd_jax.base.torch_base import load_torch_base
+from dnd_jax.core.errors import CheckFailed, InputError, first_line
+from dnd_jax.core.stage import NONE, Flag, Given, Stage
+from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.layout import PEFT_PREFIX
+from dnd_jax.lora.peft_settings import load_adapter_config, weights_file
+
+ROWS, LENGTH = 2, 32  # of the random tokens that both models read
+# Of the change by hand: how far PEFT's may be from it, beside float32's own rounding of logits of
+# this size.
+RELATIVE, ROUNDING = 1e-2, 1e-5
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@torch.inference_mode()
+def _logits(model, ids: torch.Tensor) -> np.ndarray:
+    return model(input_ids=ids.to(model.device)).logits.float().cpu().numpy()
+
+
+def _attach(model, folder: pathlib.Path) -> PeftModel:
+    """The base with the adapter by PEFT. Raises CheckFailed naming the tensors that were not
+    attached as they are stored, and the adapted modules that the file has no tensors for."""
+    stored = read_safetensors(weights_file(folder))
+    modules = {name for name, _ in model.named_modules()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is checked below
+            peft = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckFailed(f"{folder}: PEFT does not load it ({first_line(error)})") from None
+    slots = {
+        name.replace(".default.weight", ".weight"): value.detach()
+        for name, value in peft.state_dict().items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    lost = sorted(key for key in stored if key not in slots)
+    if lost:
+        example = lost[0].removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
+        near = sorted((len(m), m) for m in modules if m.split(".")[-1] == example.split(".")[-1])
+        hint = f"; a module of the base is {PEFT_PREFIX}{near[0][1]}" if near else ""
+        raise CheckFailed(
+            f"{folder}: {len(lost)} of {len(stored)} tensors belong to no module of the base: "
+            f"{_some(lost)}{hint}"
+        )
+    other = sorted(
+        key
+        for key, value in stored.items()
+        if not np.array_equal(slots[key].float().cpu().numpy(), np.asarray(value, np.float32))
+    )
+    if other:
+        raise CheckFailed(
+            f"{folder}: {len(other)} tensors are other in the model than in the file: "
+            f"{_some(other)}"
+        )
+    empty = sorted(slots.keys() - stored.keys())
+    if empty:
+        raise CheckFailed(
+            f"{folder}: target_modules names modules that the file has no tensors for: "
+            f"{_some(empty)}"
+        )
+    return peft.eval()
+
+
+def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> str:
+    """Loads base and adapter and returns a report in lines. base: a folder or hub id; empty: the
+    one the adapter names.
+
+    Raises CheckFailed when a tensor is not attached, the adapter changes nothing, or PEFT's change
+    of the logits is not the one computed by hand; InputError when something cannot be read.
+    """
+    folder = pathlib.Path(adapter)
+    config, tensors = load_adapter_config(folder), load_adapter(folder)
+    if not base and not config.base:
+        raise InputError(f"{folder}: names no base; give --base=FOLDER")
+    path = resolve(base or config.base)
+    model = load_torch_base(path)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
+    plain = _logits(model, ids)
+    peft = _attach(model, folder)
+    changed = _logits(peft, ids) - plain
+    model = peft.unload()
+
+    weights, largest, idle = dict(model.named_parameters()), {}, []
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            a, b = (
+                np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB"
+            )
+            delta = config.scale * (b @ a)
+            largest[module] = float(np.abs(delta).max())
+            weights[f"{module}.weight"].data += torch.from_numpy(delta.astype(np.float32)).to(
+                model.device
+            )
+            idle += [module] if not largest[module] else []
+    expected = _logits(model, ids) - plain
+
+    change, by_hand, off = (float(np.abs(x).max()) for x in (changed, expected, changed - expected))
+    allowed = RELATIVE * by_hand + ROUNDING * float(np.abs(plain).max())
+    strongest = max(largest, key=largest.__getitem__)
+    lines = [
+        f"{folder} on {path}",
+        f"modules attached: {len(largest)} of {len(largest)}, rank {config.rank}, scale "
+        f"{config.scale:g}",
+        f"largest change of a weight: {largest[strongest]:.3g} in {strongest}"
+        + (f"; none in {_some(idle)}" if idle else ""),
+        f"largest change of a logit, {ROWS} x {LENGTH} random tokens: {change:.6g}; merged by "
+        f"hand: {by_hand:.6g}",
+        f"largest deviation: {off:.3g} (allowed {allowed:.3g})",
+    ]
+    if not change > ROUNDING * float(np.abs(plain).max()):
+        raise CheckFailed(
+            f"{folder}: changes nothing: the largest change of a logit is {change:.3g}, by hand "
+            f"{by_hand:.3g}"
+        )
+    if not off <= allowed:
+        raise CheckFailed(
+            f"{folder}: not what its matrices say: logits change by up to {change:.6g}, merged by "
+            f"hand by up to {by_hand:.6g}, "
+            f"{off:.3g} apart (allowed {allowed:.3g})"
+        )
+    return "\n".join([*lines, "ok: the adapter changes the base as its matrices say"])
+
+
+def _run(given: Given) -> None:
+    print(verify_on_base(given.argument, given["base"]))
+
+
+BASE = Flag("base", str, "", "the base's folder or hub id (default: the one the adapter names)")
+STAGE = Stage(_run, (BASE,), ("torch", "peft"), argument="ADAPTER", settings=NONE)

@@ -1,0 +1,109 @@
+"""What several processes of one run ask of each other: who leads, who goes first, whether all have
+the same files."""
+
+import contextlib
+import hashlib
+import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dnd_jax.core.errors import InputError
+from dnd_jax.parallel import peers
+
+
+def lead() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether there are more processes than this."""
+    return jax.process_count() > 1
+
+
+@contextlib.contextmanager
+def lead_first() -> Iterator[None]:
+    """The block is done by process 0, then by all others, who wait outside of any collective."""
+    mine = peers.present
+    if mine is not None and mine.process:
+        mine.wait_turn()
+    yield
+    if mine is not None and not mine.process:
+        mine.pass_turn()
+
+
+def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:
+    """Raises InputError in the processes that do not see the folder of process 0, which --flag
+    gives."""
+    mine = peers.present
+    if mine is None:
+        return
+    mark = folder / ".processes"
+    with lead_first():
+        if not mine.process:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(mine.token)
+        elif not mark.is_file() or mark.read_text() != mine.token:
+            raise InputError(
+                f"--{flag}={folder}: process {mine.process} ({socket.gethostname()}) does not see "
+                "what process 0 wrote there; "
+                "give a folder that all hosts share"
+            )
+
+
+def check_alike(values: Mapping[str, str]) -> None:
+    """Raises InputError in all processes when one has another value than process 0, saying of what
+    and which."""
+    if not several():
+        return
+    digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+    everywhere = multihost_utils.process_allgather(
+        np.asarray(digests, np.uint8)
+    )  # (processes, values, 32)
+    other = (everywhere != everywhere[0]).any(axis=2)
+    faults = [
+        f"{name} of process {', '.join(map(str, np.flatnonzero(other[:, i])))} differ from those "
+        "of process 0"
+        for i, name in enumerate(values)
+        if other[:, i].any()
+    ]
+    if faults:
+        raise InputError(
+            f"{'; '.join(faults)}; copy the same files to all hosts, or share one folder"
+        )
+
+
+def check_writes(path: pathlib.Path) -> None:
+    """Raises InputError in all processes but 0, which has made this in the folder that all share,
+    unless its input differs."""
+    if not lead():
+        raise InputError(
+            f"{path}: not there, though process 0 is through; process {jax.process_index()} "
+            f"({socket.gethostname()}) reads other "
+            "files, or copies with other times: share the folder of the LoRA checkpoints, or copy "
+            "it with its times (rsync -a)"
+        )
+
+
+def all_of(flag: bool) -> bool:
+    """Whether it is so in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag)))) if several() else flag
+
+
+def agreed(flag: bool) -> bool:
+    """What process 0 says, in all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if several() else flag
+
+
+def to_host(x: jax.Array) -> np.ndarray | None:
+    """The whole of a sharded array in process 0, None in the others; one array at a time through
+    the devices."""
+    if several() and not x.is_fully_replicated:
+        mesh = x.sharding.mesh
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x) if lead() else None

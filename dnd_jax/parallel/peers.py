@@ -1,0 +1,144 @@
+"""The connections between the processes of a run: signs of life, and who is lost."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+
+from dnd_jax.core.stopping import stop
+
+BEAT, SILENCE = (
+    5.0,
+    40.0,
+)  # seconds between signs of life, and without one until a peer counts as gone
+LOST = 3  # exit status
+RESUME = "start every process again with the same command to resume"
+
+
+class Line:
+    """JSON objects over a socket, one a line; from several threads."""
+
+    def __init__(self, connection: socket.socket):
+        self._socket, self._rest, self._lock = connection, b"", threading.Lock()
+
+    def send(self, **message) -> None:
+        with (
+            self._lock,
+            contextlib.suppress(OSError),
+        ):  # a closed connection is noticed by who reads it
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def closed(self) -> bool:
+        """Whether the other side has left. Not while another thread receives."""
+        before = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(0)
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._socket.settimeout(before)
+
+    def receive(self, seconds: float) -> dict | None:
+        """The next message; None when the connection is closed or speaks no JSON objects. Raises
+        TimeoutError."""
+        deadline = time.monotonic() + seconds
+        try:
+            while b"\n" not in self._rest:
+                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+                part = self._socket.recv(4096)
+                if not part:
+                    return None
+                self._rest += part
+            line, _, self._rest = self._rest.partition(b"\n")
+            message = json.loads(line)
+        except TimeoutError:
+            raise
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+
+class Peers:
+    """The connections of this process: to all others in process 0, else to process 0."""
+
+    def __init__(self, process: int, lines: dict[int, Line], names: dict[int, str], token: str):
+        self.process, self.token = (
+            process,
+            token,
+        )  # the token is the same in all processes, and new in every start
+        self._lines, self._names = lines, names
+        self._over, self._turn = threading.Event(), threading.Semaphore(0)
+
+    def watch(self) -> None:
+        """Starts to give and to expect signs of life."""
+        threading.Thread(target=self._beat, daemon=True, name="peers").start()
+        for peer in self._lines:
+            threading.Thread(
+                target=self._read, args=(peer,), daemon=True, name=f"peer {peer}"
+            ).start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            self._tell()
+
+    def _tell(self, **message) -> None:
+        for line in self._lines.values():
+            line.send(**message)
+
+    def _read(self, peer: int) -> None:
+        while True:
+            try:
+                message = self._lines[peer].receive(SILENCE)
+            except TimeoutError:
+                return self._lost(peer, f"was silent for {SILENCE:.0f} s")
+            if message is None:
+                return self._lost(peer, "is gone: its connection closed")
+            if "done" in message:
+                return None
+            if "turn" in message:
+                self._turn.release()
+            if "why" in message:
+                return self._lost(
+                    message.get("peer", peer), message["why"], message.get("status", LOST)
+                )
+
+    def _lost(self, peer: int, why: str, status: int = LOST) -> None:
+        """Tells the others and this user, and ends the process, whatever it hangs in."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._tell(peer=peer, why=why, status=status)
+        name = self._names.get(peer, f"process {peer}")
+        print(
+            f"\ndnd: {name} {why}; process {self.process} stops; {RESUME}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(status)
+
+    def pass_turn(self) -> None:
+        """Process 0 lets all others go on that wait for it."""
+        self._tell(turn=True)
+
+    def wait_turn(self) -> None:
+        """Waits for process 0, however long it takes."""
+        while not self._turn.acquire(timeout=1.0):
+            stop.check()
+
+    def leave(self, why: str = "", status: int = LOST) -> None:
+        """The end of this process' part: done, or why it stops early, which ends all others with
+        this status."""
+        self._over.set()
+        if why:
+            self._tell(peer=self.process, why=f"stopped: {why}", status=status)
+        else:
+            self._tell(done=True)
+
+
+present: Peers | None = None  # of this process, while it is one of several

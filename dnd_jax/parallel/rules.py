@@ -1,0 +1,109 @@
+"""Where every array is kept on a mesh: parameters and optimizer state by rules, batches over the
+data axes."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.parallel.mesh import describe_mesh
+from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
+
+
+def path_name(path: tuple) -> str:
+    """A pytree path as "decoder/stage_0/conv1w"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shard_by_rules(mesh: jax.sharding.Mesh, rules: tuple, shapes: Any) -> Any:
+    """NamedShardings for a tree of arrays or shapes.
+
+    rules: ordered (pattern, axes), axes being a mesh axis, a tuple of them or None for each
+    dimension; () replicates. The first rule decides whose pattern is found in the leaf's path, that
+    has an entry for each of its dimensions and whose axes divide them. Scalars are replicated.
+    Raises InputError listing every leaf that no rule fits, with why.
+    """
+    faults = []
+
+    def place(path, leaf) -> NamedSharding:
+        name, tried = path_name(path), []
+        for pattern, axes in rules if leaf.shape else ():
+            if not re.search(pattern, name):
+                continue
+            if not axes or (len(axes) == len(leaf.shape) and _divides(mesh, axes, leaf.shape)):
+                return NamedSharding(mesh, PartitionSpec(*axes))
+            tried.append(f"{axes} does not fit")
+        if leaf.shape:
+            faults.append(
+                f"{name} {leaf.shape} has no rule in "
+                f"config.mesh.rules{': ' + '; '.join(tried) if tried else ''}"
+            )
+        return NamedSharding(mesh, PartitionSpec())
+
+    shardings = jax.tree.map_with_path(place, shapes)
+    if faults:
+        raise listed(f"sharding over {describe_mesh(mesh)}", faults)
+    return shardings
+
+
+def _divides(mesh: jax.sharding.Mesh, axes: tuple, shape: tuple[int, ...]) -> bool:
+    """Whether every dimension is a multiple of its axes' sizes."""
+
+    def ways(entry) -> int:
+        return math.prod(
+            mesh.shape[a]
+            for a in (entry if isinstance(entry, tuple) else (entry,))
+            if a is not None
+        )
+
+    return all(size % ways(entry) == 0 for size, entry in zip(shape, axes, strict=True))
+
+
+def shaped(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+
+
+def bytes_per_device(shapes: Any, shardings: Any) -> tuple[int, int]:
+    """(bytes of a whole tree of arrays or shapes, bytes of it that one device holds)."""
+    total = held = 0
+    for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize
+        held += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total, held
+
+
+def sharding_table(shapes: Any, shardings: Any) -> list[str]:
+    """One line a leaf: path, type, shape, axes of each dimension and the shape on one device."""
+    lines = []
+    for (path, leaf), where in zip(
+        jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        axes = ", ".join(str(a) for a in where.spec) or "-"
+        lines.append(
+            f"{path_name(path)} {leaf.dtype}{list(leaf.shape)} ({axes}) "
+            f"{list(where.shard_shape(leaf.shape))}"
+        )
+    return lines
+
+
+def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
+    """The first axis (batch, tasks) over slice x data x fsdp. Raises InputError when it does not
+    divide."""
+    ways = batch_ways(mesh)
+    if size % ways:
+        fits = max(ways, size // ways * ways)
+        raise InputError(
+            f"{what} = {size} is not divisible by slice x data x fsdp = {ways}; {fits} is"
+        )
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

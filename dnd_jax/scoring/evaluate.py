@@ -1,0 +1,273 @@
+"""Stage `evaluate`: adapters for every unseen dataset, their competitors, and the scores of all of
+them in PyTorch.
+
+    dnd evaluate --config=configs/mini.py --workdir=runs/mini
+
+The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train
+file (no response is read); mean and spread over the S are reported, nothing is selected.
+WORKDIR/adapters/NAME is the first of them. The wrong-prompts control does the same with another
+unseen dataset's prompts. Every score is kept question by question, for the intervals of the report.
+
+Adapters are kept while their cards name this generator, these prompts and checkpoints by their
+hashes, and scores by a hash of the adapter's files: another generator in the same workdir gets its
+own.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from dnd_jax.base.agreement import Asked, agreement
+from dnd_jax.base.folder import base_digest, load_base_config
+from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.records import check_same_run
+from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.core.stopping import stop
+from dnd_jax.core.workdir import timed
+from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Dataset, Suite, labels_of
+from dnd_jax.lora.adapter import fingerprint, load_adapter
+from dnd_jax.lora.peft_settings import load_adapter_config
+from dnd_jax.scoring.answers import SCORES, Scorer
+from dnd_jax.scoring.candidates import Candidates, make_candidates, wrong_task
+from dnd_jax.scoring.report import publish
+from dnd_jax.scoring.results import METHODS, pack, unpack
+from dnd_jax.scoring.timing import measure_overhead
+
+EVALUATION = "evaluation.json"
+TIMED = 100  # steps of tuning that are timed for the overhead
+
+
+def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, list[str]]:
+    """{dataset: answers to its test questions} of the adapter in use; how:
+    config.evaluate.answers."""
+    if how == "likelihood":
+        return {d.name: base.choose(d.test, labels_of(d)) for d in datasets}
+    answers = base.decode(base.answer_ids([e for d in datasets for e in d.test]))
+    found = {}
+    for d in datasets:
+        found[d.name], answers = answers[: len(d.test)], answers[len(d.test) :]
+    return found
+
+
+def scored_on(candidates: Candidates, name: str) -> list[str]:
+    """Labels of what is scored on an unseen dataset: "base", and folders of adapters."""
+    return [
+        "base",
+        *map(str, candidates.training.values()),
+        *map(str, sum(candidates.by_dataset[name].values(), [])),
+    ]
+
+
+def score_keys(candidates: Candidates, base_path) -> dict[str, str]:
+    """{label: what its scores are kept under}, hashes of the base's and the adapter's files, so
+    that another one in the place of either is not it."""
+    labels = dict.fromkeys(
+        label for name in candidates.by_dataset for label in scored_on(candidates, name)
+    )
+    base = base_digest(base_path)
+    return {
+        label: base if label == "base" else f"{fingerprint(label)} on {base}" for label in labels
+    }
+
+
+def read_kept(path: pathlib.Path, settings: dict) -> dict:
+    """What a stopped or finished stage has kept, its "scores" by score_keys. Raises InputError when
+    its settings were others."""
+    if not path.is_file():
+        return {"settings": settings, "scores": {}}
+    stored = read_json(path)
+    check_same_run(path, stored["settings"], settings)
+    return stored
+
+
+def score_all(
+    suite: Suite,
+    candidates: Candidates,
+    keys: dict[str, str],
+    base,
+    path: pathlib.Path,
+    settings: dict,
+) -> dict:
+    """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
+    keys: score_keys.
+
+    Returns {key: {unseen dataset: {"exact", "content", "format"}}}; each value is the list of
+    scores question by question, packed.
+    """
+    scores = read_kept(path, settings)["scores"]
+    scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
+    jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
+    for dataset in suite.unseen:
+        for label in scored_on(candidates, dataset.name):
+            jobs.setdefault(keys[label], (label, {}))[1][dataset.name] = dataset
+    for key, (label, datasets) in tqdm(
+        jobs.items(), desc="evaluate", unit="adapter", dynamic_ncols=True
+    ):
+        todo = [d for name, d in datasets.items() if name not in scores.get(key, {})]
+        if not todo:
+            continue
+        stop.check()
+        base.use(None if label == "base" else label)
+        answers = answers_to(base, todo, settings["evaluate"]["answers"])
+        each = {name: scorers[name].each(texts) for name, texts in answers.items()}
+        new = {
+            name: {measure: pack(values) for measure, values in of.items()}
+            for name, of in each.items()
+        }
+        scores[key] = scores.get(key, {}) | new
+        write_json(path, {"settings": settings, "scores": scores})
+    return scores
+
+
+def by_method(
+    candidates: Candidates, name: str, questions: Callable[[str], list[float]]
+) -> tuple[dict, dict, dict]:
+    """Scores of an unseen dataset from those of each label (an adapter's folder, "base") question
+    by question.
+
+    Returns ({method: score}, "generated" with its spread; {method: its score question by question,
+    packed}; {training dataset: score of its adapter}).
+    """
+    training = {n: str(folder) for n, folder in candidates.training.items()}
+    of_training = {n: statistics.fmean(questions(label)) for n, label in training.items()}
+    labels = {
+        "base": ["base"],
+        "train_mean": list(training.values()),
+        "train_best": [training[max(of_training, key=of_training.get)]],
+        "nearest": [training[candidates.nearest[name]]],
+        **{
+            method: list(map(str, folders))
+            for method, folders in candidates.by_dataset[name].items()
+        },
+    }
+    scores, each_question = {}, {}
+    for method in METHODS:
+        if method in labels:
+            of_each = [statistics.fmean(questions(label)) for label in labels[method]]
+            scores[method] = statistics.fmean(of_each)
+            if method == "generated":
+                scores[method] = {
+                    "mean": scores[method],
+                    "std": statistics.pstdev(of_each),
+                    "scores": of_each,
+                }
+            each_question[method] = pack(
+                np.mean([questions(label) for label in labels[method]], axis=0).tolist()
+            )
+    return scores, each_question, of_training
+
+
+def measured_in_jax(
+    config: Config, suite: Suite, candidates: Candidates, base, base_path, workdir: pathlib.Path
+) -> dict:
+    """{"agreement", "overhead"}; each only a "note" for a base that our own code does not run,
+    whose adapters were imported."""
+    try:
+        load_base_config(base_path)
+    except InputError as error:
+        note = f"Not measured, because only PyTorch runs this base. {error}"
+        return {"agreement": {"note": note}, "overhead": {"note": note}}
+    folders = {d.name: candidates.by_dataset[d.name]["generated"][0] for d in suite.unseen}
+    asked = (
+        Asked(
+            folders[d.name],
+            load_adapter(folders[d.name]),
+            load_adapter_config(folders[d.name]).scale,
+            d.test,
+        )
+        for d in tqdm(suite.unseen, desc="compare with JAX", unit="dataset", dynamic_ncols=True)
+    )
+    return {
+        "agreement": agreement(
+            base, asked, config.evaluate.batch_size, config.evaluate.max_new_tokens
+        ),
+        "overhead": measure_overhead(config, suite, workdir, base_path, TIMED),
+    }
+
+
+def evaluation_settings(config: Config, suite: str) -> dict:
+    """What WORKDIR/evaluation.json must agree with; suite: its fingerprint."""
+    return {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite}
+
+
+def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
+    """Runs the whole stage and returns {"train": names, "unseen": {NAME: scores}, "questions",
+    "agreement", "overhead"}, kept in WORKDIR/evaluation.json too. "questions": {NAME: {measure:
+    {method: scores question by question, packed}}}."""
+    path = workdir / EVALUATION
+    settings = evaluation_settings(config, suite.fingerprint)
+    candidates = make_candidates(config, suite, workdir)
+    keys = score_keys(candidates, base_path)
+    adapters = [
+        keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
+    ]
+    stored = read_kept(path, settings)
+    if stored.get("adapters") == adapters:
+        return stored["result"]
+    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    scores = score_all(suite, candidates, keys, base, path, settings)
+
+    unseen, questions = {}, {}
+    for dataset in suite.unseen:
+        name = dataset.name
+        entry: dict = {
+            "kind": suite.kinds[name],
+            "nearest_dataset": candidates.nearest[name],
+            "wrong_dataset": wrong_task(suite, name).name,
+        }
+        questions[name] = {}
+        for measure in SCORES:
+            values, questions[name][measure], training = by_method(
+                candidates,
+                name,
+                lambda label, name=name, measure=measure: unpack(
+                    scores[keys[label]][name][measure]
+                ),
+            )
+            if measure == "exact":
+                entry |= {**values, "training": training}
+            else:
+                entry[measure] = values
+        unseen[name] = entry
+    result = {
+        "train": list(candidates.training),
+        "unseen": unseen,
+        "questions": questions,
+        **measured_in_jax(config, suite, candidates, base, base_path, workdir),
+    }
+    write_json(
+        path, {"settings": settings, "scores": scores, "adapters": adapters, "result": result}
+    )
+    return result
+
+
+def _run(given: Given) -> None:
+    config, workdir = given.config, given.workdir
+    suite = open_suite(config, workdir, given["strict"], scored=True)
+    base = find_base(config, workdir)
+    with timed(workdir, "evaluate"):
+        evaluation = evaluate(config, suite, base, workdir)
+    publish(
+        {
+            config.seed: {
+                "suite": suite.name,
+                **evaluation,
+                "seconds": read_json(workdir / paths.SECONDS),
+            }
+        },
+        config,
+        workdir,
+    )
+
+
+STAGE = Stage(_run, ON_SUITE, ("torch", "peft", "matplotlib"), writes=True)

@@ -1,0 +1,286 @@
+"""`dnd ablate`: a configuration beside variants of it, all of them ordinary runs, in one table and
+plot.
+
+    dnd ablate --config=configs/ablate_pairing.py --workdir=runs/pairing [--seeds=0,1,2]
+
+WORKDIR/default/seed_N is the run of the configuration itself, WORKDIR/VARIANT/seed_N that of a
+variant: folders as those of `dnd quickstart`. What a variant's keys leave as it is (suite, base,
+LoRA checkpoints with their scores, cached embeddings and tokens and, where only evaluation differs,
+the generator) is not made again: links lead to the default's. A finished run is kept.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dnd_jax.config.schema import Config
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.records import check_same_run
+from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.stopping import stop
+from dnd_jax.data.opened import open_suite
+from dnd_jax.scoring.evaluate import EVALUATION, evaluation_settings
+from dnd_jax.studies import ablate_report
+from dnd_jax.studies.quickstart import run_seed
+
+DEFAULT = "default"
+DONE = "run.json"  # of a finished run: its settings and what came out
+BASE = "{base}"  # in a text value: the folder of the run's base
+# What is in a run's folder, and the sections of the configuration that it depends on.
+MADE_BY = {
+    "suite": {"suite"},
+    "base": {"suite", "base", "pretrain"},
+    "loras": {"suite", "base", "pretrain", "lora"},
+    "targets": {
+        "suite",
+        "base",
+        "pretrain",
+        "lora",
+    },  # a cache whose names say what it depends on, as is the next
+    "embeddings": set(),
+    "generator": {"suite", "base", "pretrain", "lora", "condition", "generator", "train"},
+}
+SECTIONS = MADE_BY["generator"] | {"evaluate"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """changes: {dotted key: value} beside the default's; none: the default itself, whatever its
+    name."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return self.name if self.changes else DEFAULT
+
+    @property
+    def sections(self) -> set[str]:
+        """Those of the configuration that it changes."""
+        return {key.split(".")[0] for key in self.changes}
+
+
+def variants(config: Config) -> list[Variant]:
+    """The variants of config.ablate, the default first unless one of them equals it.
+
+    Raises InputError that lists every fault: of a name, a key, a value or the form of
+    config.ablate.
+    """
+    named = []
+    try:
+        keys, values = (
+            [key for key, _ in config.ablate.axes],
+            [tuple(of_key) for _, of_key in config.ablate.axes],
+        )
+        if keys:
+            combinations = itertools.product(*values)
+            named = [
+                (_name(changes), changes)
+                for changes in (dict(zip(keys, c, strict=True)) for c in combinations)
+            ]
+        named += [(str(name), dict(changes)) for name, changes in config.ablate.variants]
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"config.ablate.axes = {config.ablate.axes!r}, config.ablate.variants = "
+            f"{config.ablate.variants!r}: expected "
+            "((key, (value, ...)), ...) and ((name, {key: value, ...}), ...) with keys such as "
+            "'train.pairing'"
+        ) from None
+    if not named:
+        raise InputError(
+            "config.ablate lists nothing to compare; take one of configs/ablate_*.py or give "
+            "\"--config.ablate.axes=(('train.pairing', ('random', 'fixed')),)\" (sharding "
+            "layouts: dnd plan --sweep)"
+        )
+    faults, found = [], []
+    for name, changes in named:
+        if not re.fullmatch(r"[\w=.,+-]+", name) or name == DEFAULT or name.startswith("."):
+            faults.append(
+                f"{name!r} cannot name a variant's folder; use letters, digits and =.,+- (and not "
+                f"{DEFAULT!r})"
+            )
+        elif name in (v.name for v in found):
+            faults.append(f"{name} is there twice")
+        try:
+            new = with_changes(config, changes)
+            changed = {
+                key: value for key, value in changes.items() if _at(new, key) != _at(config, key)
+            }
+            found.append(Variant(name, changed))
+        except InputError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise listed("config.ablate", faults)
+    return found if any(not v.changes for v in found) else [Variant(DEFAULT, {}), *found]
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    return ",".join(
+        f"{key.split('.')[-1]}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', str(value))}"
+        for key, value in changes.items()
+    )
+
+
+def _at(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some dotted keys. Raises InputError as `freeze`, and
+    for keys that no score depends on."""
+    raw = config.to_json()
+    for key, value in changes.items():
+        *sections, last = str(key).split(".")
+        if key == "seed":
+            raise InputError("seed is no ablation; give --seeds=0,1,2")
+        if key != "suite" and (not sections or sections[0] in raw.keys() - SECTIONS):
+            raise InputError(
+                f"{key} changes no score; sharding layouts are compared by dnd plan --sweep"
+            )
+        section = raw
+        for name in sections:
+            section = section.setdefault(name, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise InputError(f"config.{key} is unknown")
+        section[last] = value
+    return freeze(raw)
+
+
+def run(
+    config: Config,
+    variant: Variant,
+    workdir: pathlib.Path,
+    seed: int,
+    suite: str,
+    strict: bool = False,
+) -> dict:
+    """The run of a variant with one seed, as `quickstart.run_seed` returns it; a finished one is
+    read. suite: its fingerprint.
+
+    The default of the seed must have been run. Raises InputError, which names the variant, as the
+    stages do and for a run that was made with other settings.
+    """
+    own = with_changes(dataclasses.replace(config, seed=seed), variant.changes)
+    folder, default = (workdir / name / f"seed_{seed}" for name in (variant.folder, DEFAULT))
+    settings = {
+        name: value for name, value in own.to_json().items() if name in SECTIONS | {"seed"}
+    } | {"fingerprint": suite}
+    try:
+        if (folder / DONE).is_file():
+            stored = read_json(folder / DONE)
+            check_same_run(folder / DONE, stored["settings"], settings)
+            return stored["run"]
+        if variant.changes:
+            shared = link(folder, default, variant)
+            base = own.base.path or str((default if "base" in shared else folder) / "base")
+            changes = {
+                key: v.replace(BASE, base) if isinstance(v, str) else v
+                for key, v in variant.changes.items()
+            }
+            # The adapters name the base by its path, so that must be the one they were made with.
+            changes |= {"base.path": base} if "base" in shared else {}
+            own = with_changes(dataclasses.replace(config, seed=seed), changes)
+            if not MADE_BY["loras"] & variant.sections:
+                share_scores(own, folder, default, suite)
+        result = run_seed(own, folder, strict)
+    except InputError as error:
+        raise InputError(f"variant {variant.name}: {error}") from None
+    write_json(folder / DONE, {"settings": settings, "run": result})
+    return result
+
+
+def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[str]:
+    """Links what the variant shares with the default's run into its folder; returns the names of it
+    all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = [
+        name
+        for name, sections in MADE_BY.items()
+        if not sections & variant.sections and (default / name).is_dir()
+    ]
+    for name in shared:
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(
+                os.path.relpath(default / name, folder), target_is_directory=True
+            )
+    return shared
+
+
+def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, suite: str) -> None:
+    """Begins a variant's scoring with the default's scores, of the base and of adapters by their
+    content, if asked alike."""
+    path, settings = folder / EVALUATION, evaluation_settings(config, suite)
+    stored = read_json(default / EVALUATION)
+    alike = {
+        **stored["settings"]["evaluate"],
+        "samples": config.evaluate.samples,
+        "num_prompts": config.evaluate.num_prompts,
+    }
+    if path.is_file() or alike != settings["evaluate"]:
+        return
+    write_json(path, {"settings": settings, "scores": stored["scores"]})
+
+
+def ablate(
+    config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False
+) -> dict:
+    """Runs what is not finished, the default first, and returns ablation.json's content; prints the
+    table.
+
+    The report is written anew after each variant, so that a stopped ablation leaves one of what it
+    has.
+    """
+    every = variants(config)
+    default = next(v for v in every if not v.changes)
+    fingerprints = {}
+    for seed in seeds:
+        folder = workdir / DEFAULT / f"seed_{seed}"
+        fingerprints[seed] = open_suite(
+            dataclasses.replace(config, seed=seed), folder, strict
+        ).fingerprint
+    runs: dict[str, dict[int, dict]] = {}
+    for i, variant in enumerate([default, *(v for v in every if v is not default)]):
+        for seed in seeds:
+            stop.check()
+            what = (
+                ", ".join(f"{key} = {value}" for key, value in variant.changes.items())
+                or "the configuration as it is"
+            )
+            print(f"{i + 1} of {len(every)}: {variant.name} ({what}), seed {seed}", flush=True)
+            runs.setdefault(variant.name, {})[seed] = run(
+                config, variant, workdir, seed, fingerprints[seed], strict
+            )
+        rows = [
+            ablate_report.row(
+                v.name, with_changes(config, v.changes), _differs(config, v), v.folder, runs[v.name]
+            )
+            for v in every
+            if v.name in runs
+        ]
+        report = ablate_report.write(rows, seeds, workdir)
+    print(
+        f"\n{ablate_report.as_markdown(report)}\n\nablation: "
+        f"{workdir.absolute()}/ablation.{{json,md,png}}",
+        flush=True,
+    )
+    return report
+
+
+def _differs(config: Config, variant: Variant) -> dict[str, list]:
+    """{key: [the default's value, the variant's]}."""
+    return {key: [_at(config, key), value] for key, value in variant.changes.items()}
+
+
+def _run(given: Given) -> None:
+    ablate(given.config, given.workdir, given.seeds(), given["strict"])
+
+
+STAGE = Stage(_run, (*ON_SUITE, SEEDS), ("torch", "peft", "matplotlib"), writes=True)

@@ -1,0 +1,84 @@
+"""Stage `quickstart`: the whole pipeline on a suite, one folder a seed, a table and a report at the
+end.
+
+    dnd quickstart --workdir=runs/mini [--suite=DIR] [--seeds=0,1,2]
+
+Every stage keeps what it has finished, so the same command goes on after any interruption and ends
+with the same numbers.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from dnd_jax.base.hub import PACKAGE
+from dnd_jax.base.pretrain import make_base
+from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.files import read_json
+from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.stopping import stop
+from dnd_jax.core.workdir import timed
+from dnd_jax.data.opened import open_suite
+from dnd_jax.generator.train import train
+from dnd_jax.lora.collect import collect, score_table
+from dnd_jax.scoring.evaluate import evaluate
+from dnd_jax.scoring.report import publish
+
+
+def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dict:
+    """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with timed(workdir, "suite"):
+        suite = open_suite(config, workdir, strict, scored=True)
+    with timed(workdir, "pretrain"):
+        base = make_base(config, suite, workdir)
+    if not config.train.checkpoints:
+        with timed(workdir, "collect"):
+            loras = collect(config, suite, base, workdir)
+        print(
+            f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True
+        )
+    with timed(workdir, "train"):
+        train(config, suite, workdir)
+    with timed(workdir, "evaluate"):
+        evaluation = evaluate(config, suite, base, workdir)
+    return {
+        "suite": suite.name,
+        "fingerprint": suite.fingerprint,
+        **evaluation,
+        "seconds": read_json(workdir / paths.SECONDS),
+    }
+
+
+def quickstart(
+    config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False
+) -> dict:
+    """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
+    results.json's content."""
+    runs = {}
+    for seed in seeds:
+        folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
+        if len(seeds) > 1:
+            print(f"seed {seed} in {folder}", flush=True)
+        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder, strict)
+        stop.check()
+    return publish(runs, config, workdir)
+
+
+def _run(given: Given) -> None:
+    quickstart(given.config, given.workdir, given.seeds(), given["strict"])
+
+
+def _needs(given: Given) -> tuple[str, ...]:
+    """What evaluation needs, and the package that the text encoder lies in."""
+    encoder = given.config.condition.encoder
+    return (
+        "torch",
+        "peft",
+        "matplotlib",
+        *([encoder.removeprefix(PACKAGE).split("/")[0]] if encoder.startswith(PACKAGE) else []),
+    )
+
+
+STAGE = Stage(_run, (*ON_SUITE, SEEDS), _needs, fallback="mini", writes=True)

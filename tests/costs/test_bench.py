@@ -1,0 +1,101 @@
+"""`dnd bench` as a user runs it, the measured plans, and a TPU compiler's estimates."""
+
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+from pipeline import dnd
+
+from dnd_jax.ops import convolution, cost_model, tune
+from dnd_jax.ops.cost_model import Problem, choose
+
+
+def test_bench_measures_every_variant_of_every_case(tmp_path):
+    done = dnd("bench", "--config=tests/bench_tiny.py", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [r["case"]["name"] for r in results] == ["forward", "train", "generate", "first stage"]
+    for result in results:
+        assert list(result["rows"]) == ["jax direct", "jax auto", "torch eager"]
+        for row in result["rows"].values():
+            assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["peak_bytes"] > 1e8
+            assert row["speedup"]["least"] <= row["speedup"]["median"] <= row["speedup"]["most"]
+        assert result["rows"]["torch eager"]["speedup"]["median"] == 1
+        assert f"| {result['case']['name']}, batch" in done.stdout
+    assert done.stdout.strip().endswith(f"results: {tmp_path / 'bench.json'}")
+
+
+def test_a_case_that_is_none(tmp_path):
+    done = dnd(
+        "bench",
+        "--config=tests/bench_tiny.py",
+        f"--workdir={tmp_path}",
+        "--config.bench.cases=(('x','tests/tiny.py','run',1,'float32'),)",
+    )
+    assert done.returncode == 2 and "one of forward, gradient, train, generate" in done.stderr
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_tuned_plans_are_measured_once_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
+    problem = Problem(1, 12, 20, 24, 16, 5, "float32", "cpu")
+    assert choose(problem, "tuned") == choose(problem, "auto")  # nothing measured yet
+    tune.tune([problem, problem])
+    stored = json.loads(cost_model.cache_file().read_text())
+    assert list(stored) == [cost_model.key(problem)]
+    plan = choose(problem, "tuned")
+    assert [list(t) if t else t for t in (plan.forward, plan.backward)] == stored[
+        cost_model.key(problem)
+    ]
+
+    # What the cache says is what is done, and what is there is not measured again.
+    cost_model.cache_file().write_text(json.dumps({cost_model.key(problem): [[2, 3], None]}))
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured again"))
+    tune.tune([problem])
+    plan = choose(problem, "tuned")
+    assert plan.forward == (2, 3) and plan.backward is None
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        rng.normal(size=(1, 12, 20, 24)).astype(np.float32),
+        rng.normal(size=(5, 5, 24, 16)).astype(np.float32),
+    )
+    expected = convolution.direct(x, kernel, 3)
+    np.testing.assert_allclose(
+        convolution.convolve(x, kernel, 3, "tuned"), expected, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_measured_times_cover_the_direct_method_and_several_tilings():
+    times = tune.measure(Problem(1, 6, 9, 4, 3, 3, "float32", "cpu"), gradient=True)
+    assert None in times and len(times) == 1 + tune.CANDIDATES and min(times.values()) > 0
+
+
+@pytest.mark.slow
+def test_estimates_of_a_tpu_compiler(tmp_path):
+    """The real train step on four v5p chips, with the first stage of the paper's first setting."""
+    assert importlib.util.find_spec("libtpu"), "the test extra installs libtpu"
+    done = dnd(
+        "bench", "--backend=tpu-aot", "--topology=v5p:2x2x1", "--config=configs/qwen2_5_0_5b_commonsense.py",
+        "--config.generator.features=((128,384,384),(128,200,300))", "--config.train.batch_size=16", f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "bench_tpu.json").read_text())["rows"]
+    direct, auto = rows["direct"], rows["auto"]
+    assert direct["flops"] == pytest.approx(direct["direct_flops"], rel=0.1)
+    assert auto["flops"] < direct["flops"] / 8
+    assert auto["estimate_seconds"] < 0.6 * direct["estimate_seconds"]
+    assert "times fewer operations" in done.stdout
+
+
+def test_unknown_topology_or_backend(tmp_path):
+    done = dnd("bench", "--backend=tpu", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "only tpu-aot" in done.stderr
+    done = dnd("bench", "--backend=tpu-aot", "--topology=v99:1x1", f"--workdir={tmp_path}")
+    assert (
+        done.returncode == 2
+        and "--topology=v99:1x1" in done.stderr
+        and len(done.stderr.strip().splitlines()[-1]) < 500
+    )
+    assert jax.default_backend() == "cpu"

@@ -1,0 +1,260 @@
+"""The data report finds every fault that is put into a clean suite, by name and number, and none in
+a clean one."""
+
+import json
+
+import pytest
+
+from dnd_jax.core.errors import InputError
+from dnd_jax.data import report as hygiene
+from dnd_jax.data.report import choices, findings, question, shape
+from dnd_jax.data.suite import load_suite
+from dnd_jax.data.world import write_world
+from dnd_jax.main import main
+
+TOPICS = {
+    "iron": "a metal",
+    "oak": "a tree",
+    "tea": "a drink",
+    "jazz": "music",
+    "ant": "an animal",
+    "rain": "weather",
+    "rye": "a crop",
+}
+
+
+def clean_rows(name: str, first: int, count: int) -> list[dict]:
+    """Questions with four lettered choices, different in every dataset; all letters occur."""
+    words = list(TOPICS)
+    rows = []
+    for i in range(first, first + count):
+        listing = "\n".join(
+            f"{letter}: {TOPICS[words[(i + j) % 7]]}" for j, letter in enumerate("ABCD")
+        )
+        prompt = (
+            f"In {name} number {i}, what is {words[i % 7]} together with {words[i % 5]}?\n{listing}"
+        )
+        rows.append({"prompt": prompt, "response": f"[{'ABCD'[i % 4]}]"})
+    return rows
+
+
+@pytest.fixture
+def files(tmp_path):
+    """{"NAME_SPLIT": rows} of a clean suite, and what writes it: () -> suite file."""
+    rows = {
+        f"{n}_{split}": clean_rows(n, at, 20)
+        for n in ("one", "two", "three")
+        for split, at in (("train", 0), ("test", 20))
+    }
+
+    def write():
+        entries = []
+        for key, content in rows.items():
+            name, split = key.split("_")
+            (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+            role = "test" if split == "test" else "unseen" if name == "three" else "train"
+            entries.append({"name": name, "role": role, "source": f"{key}.jsonl"})
+        (tmp_path / "mine.json").write_text(json.dumps({"datasets": entries}))
+        return tmp_path / "mine.json"
+
+    return rows, write
+
+
+def faults(write) -> list[str]:
+    return [str(f) for f in findings(load_suite(write())) if f.fault]
+
+
+def test_one_training_dataset_is_warned_of_and_none_refused(files, capsys):
+    path = files[1]()
+    described = json.loads(path.read_text())
+    for role, name in (("unseen", "two"), ("unseen", "one")):
+        for entry in described["datasets"]:
+            entry["role"] = (
+                role if entry["name"] == name and entry["role"] == "train" else entry["role"]
+            )
+        path.write_text(json.dumps(described))
+        if name == "two":
+            message = "one: is the only training dataset: the generator cannot learn what prompts mean; wrong prompts will do as well"
+            assert (
+                main(["data-report", f"--suite={path}"]) == 0 and message in capsys.readouterr().out
+            )
+            assert (
+                main(["data-report", f"--suite={path}", "--strict"]) == 2
+                and message in capsys.readouterr().err
+            )
+    with pytest.raises(
+        InputError,
+        match=r"mine.json: train names no dataset, so there is nothing to learn from; add one",
+    ):
+        load_suite(path)
+
+
+def test_nothing_in_clean_suites(files, tmp_path):
+    assert faults(files[1]) == []
+    write_world(tmp_path / "world", seed=3)
+    assert findings(load_suite(tmp_path / "world")) == []
+
+
+def test_one_label(files):
+    """The original's PIQA_test.json: every label is [A]."""
+    rows, write = files
+    rows["three_test"] = [{**r, "response": "[A]"} for r in rows["three_test"]]
+    assert faults(write) == [
+        "three: every one of 20 test answers is '[A]': to answer always the same scores 1.00"
+    ]
+    rows["three_test"][0]["response"] = "[B]"
+    assert faults(write) == []
+    assert "19 of 20 test answers are '[A]'" in hygiene.report(load_suite(write()))
+
+
+def test_duplicates_and_contradictions(files):
+    rows, write = files
+    rows["one_train"] += [rows["one_train"][3], {**rows["one_train"][5], "response": "[D]"}]
+    found = faults(write)
+    assert len(found) == 2
+    assert found[0].startswith("one: 1 of 22 train examples are there before (") and found[
+        0
+    ].endswith("one_train.jsonl:21)")
+    assert (
+        found[1].startswith("one: 1 train prompts are there before with another answer (")
+        and "one_train.jsonl:22" in found[1]
+    )
+
+
+def test_test_questions_in_train(files):
+    """The same question, or the same with other choices (22 of OBQA's 500), in the own train file
+    or in that of a trained task."""
+    rows, write = files
+    stem, listing = rows["three_test"][0]["prompt"].split("\n", 1)
+    rows["three_train"][0]["prompt"] = f"{stem}\n{listing.replace('A: ', 'A: quite ')}"
+    rows["two_train"][7]["prompt"] = rows["three_test"][4]["prompt"].upper().replace("?", " ?")
+    rows["two_train"][8]["prompt"] = rows["one_test"][2]["prompt"]
+    found = faults(write)
+    assert [f.split(" (")[0] for f in found] == [
+        "one: 1 of 20 test questions occur in two's train",
+        "three: 1 of 20 test questions occur in three's train, 1 of them with other choices",
+        "three: 1 of 20 test questions occur in two's train",
+    ]
+    assert found[2].endswith("three_test.jsonl:5)")
+
+
+def test_one_dataset_under_two_names(files):
+    """The original's Math-IIO-68K-Mini and Math-Plus."""
+    rows, write = files
+    rows["two_train"] = rows["one_train"][::-1]
+    assert (
+        faults(write)[0] == "two: its train examples are those of one: one dataset under two names"
+    )
+    rows["two_train"] = rows["one_train"][:14] + clean_rows("other", 0, 4)
+    assert faults(write)[0] == "two: shares 14 of 18 train prompts with one"
+
+
+def test_labels_that_never_match(files):
+    rows, write = files
+    for row in rows["one_test"][:6]:
+        row["response"] = f"[{'ABCD'.index(row['response'][1]) + 1}]"
+    found = faults(write)
+    assert found[0].startswith(
+        "one: 6 test answers name none of their choices, such as '[1]' of A, B, C, D ("
+    )
+    assert found[1].startswith(
+        "one: 6 of 20 test answers look like '[1]', but no train answer does (those look like "
+        "'[A]')"
+    )
+    rows["one_test"] = clean_rows("one", 20, 20)
+    rows["two_test"] = [{**r, "response": r["response"].strip("[]")} for r in rows["two_test"]]
+    assert faults(write)[0].startswith(
+        "two: 20 of 20 test answers look like 'A', but no train answer does"
+    )
+
+
+def test_numbers_and_names_are_no_labels(files):
+    """Free answers may look as none before them did."""
+    rows, write = files
+    for key in ("one_train", "one_test"):
+        rows[key] = [
+            {"prompt": r["prompt"].split("\n")[0], "response": f"{i}"}
+            for i, r in enumerate(rows[key])
+        ]
+    rows["one_test"][3]["response"] = "-7"
+    assert faults(write) == []
+
+
+def test_an_unseen_form_of_label(files):
+    rows, write = files
+    for key in ("three_train", "three_test"):
+        rows[key] = [
+            {"prompt": r["prompt"].split("\n")[0], "response": f"[{i % 2 == 0}]"}
+            for i, r in enumerate(rows[key])
+        ]
+    assert faults(write) == [
+        "three: 20 of 20 test answers look like '[True]', as none of any training dataset"
+    ]
+
+
+def test_parts_of_a_prompt():
+    assert question("Why?\nA: iron\nB: wood") == question("why ?\n(A) gold\n(B) tin") == "why"
+    assert (
+        question("A. iron\nB. wood") == "a iron b wood"
+    )  # nothing precedes: all of it is the question
+    assert choices("Why?\n1. iron\n2. wood") == ["1", "2"] and choices(
+        "Why?\nA: iron"
+    ) == [] == choices("I: am")
+    assert question("What is 3 + 4 ?") != question("What is 3 - 4 ?") and question(
+        "Is x<y?"
+    ) != question("Is x>y?")
+    code = "def f(\n  x: int,\n  y: int):\n  return x"
+    assert choices(code) == [] and question(code).endswith("return x")
+    assert [shape(s) for s in ("[A]", "(b)", "[12]", "True", "YES", "no.")] == [
+        "[X]",
+        "(x)",
+        "[0]",
+        "Word",
+        "WORD",
+        "word.",
+    ]
+
+
+def test_command_warns_reports_and_refuses(files, capsys, tmp_path):
+    rows, write = files
+    rows["three_test"] = [{**r, "response": "[A]"} for r in rows["three_test"]]
+    suite = f"--suite={write()}"
+    assert main(["data-report", suite]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        "three    unseen  20     20    1        100% '[A]'" in out
+        and "faults: 1\n  three: every one" in out
+        and err == ""
+    )
+    assert main(["data-report", suite, "--strict"]) == 2
+    out, err = capsys.readouterr()
+    assert "faults: 1" in out and err.startswith(
+        "dnd: mine: faults in the data (--strict): three: every one of 20"
+    )
+    assert main(["quickstart", "--strict", suite, f"--workdir={tmp_path / 'w'}"]) == 2
+    assert "three: every one of 20" in capsys.readouterr().err
+    likely = ["--config.evaluate.answers=likelihood", "--config.condition.form=both"]
+    rows["three_test"] = [
+        {**r, "response": f"{i} {r['response']}"} for i, r in enumerate(rows["three_test"] * 2)
+    ]
+    rows["three_train"] = [{"prompt": r["prompt"]} for r in rows["three_train"]]
+    write()
+    assert main(["quickstart", suite, f"--workdir={tmp_path / 'w'}", likely[0]]) == 2
+    assert "three: 40 different answers, so no labels to choose from" in capsys.readouterr().err
+    assert main(["quickstart", suite, f"--workdir={tmp_path / 'w'}", likely[1]]) == 2
+    assert (
+        "three_train.jsonl:1: no response, which config.condition.form = 'both' reads"
+        in capsys.readouterr().err
+    )
+    rows["three_test"] = [
+        {"prompt": r["prompt"], "response": "[A]"} for r in clean_rows("three", 20, 20)
+    ]
+    write()
+    assert (
+        main(["pretrain", suite, f"--workdir={tmp_path / 'w'}", "--config.base.path="]) == 2
+    )  # no corpus: it goes on to that
+    err = capsys.readouterr().err.splitlines()
+    assert (
+        err[0].startswith("warning: three: every one")
+        and "no corpus to pretrain a base on" in err[1]
+    )

@@ -1,0 +1,159 @@
+"""What `train` writes of a real run, computed once more from its files, in numpy and on one
+device."""
+
+import collections
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pipeline import random_loras, tiny_suite
+
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.costs.step_cost import topology_devices
+from dnd_jax.data.suite import load_suite
+from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.generator.decoder import forward_macs
+from dnd_jax.generator.model import make_generator
+from dnd_jax.generator.pairs import PairedDataset, Pairs
+from dnd_jax.generator.sizes import resolve_features
+from dnd_jax.generator.train import _row, train
+from dnd_jax.loop.metrics import read_metrics
+from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
+from dnd_jax.parallel.mesh import make_mesh
+
+BATCH, STEPS = 8, 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(configuration, suite, workdir) of a run without noise on 8 devices in two groups."""
+    root = tmp_path_factory.mktemp("run")
+    raw = load_file("tests/tiny.py")
+    raw.train.update(
+        steps=STEPS,
+        batch_size=BATCH,
+        condition_noise=0.0,
+        target_noise=0.0,
+        checkpoints=str(root / "loras"),
+    )
+    raw.generator.features = ((0, 0, 0), (0, 0, 0))  # one stage: quick to compile
+    raw.mesh.update(slices=2, data=2, fsdp=2)
+    config, suite = freeze(raw), tiny_suite(root / "suite")
+    random_loras(root / "loras", suite, config)
+    suite = load_suite(suite, config.condition.num_prompts)
+    train(config, suite, root)
+    return config, suite, root
+
+
+@pytest.fixture(scope="module")
+def pairs_and_importance(run):
+    config, suite, root = run
+    checkpoints, encoder = Checkpoints(config, suite, root), PromptEncoder(config.condition)
+    target = make_target(config, checkpoints, root / "targets")
+    tokens = [token_array(checkpoints, d.name, target, root / "targets") for d in suite.train]
+    texts = [encoder.cached([e.prompt for e in d.train], root / "embeddings") for d in suite.train]
+    datasets = [
+        PairedDataset(d.name, {"condition": x}, t.targets)
+        for d, x, t in zip(suite.train, texts, tokens, strict=True)
+    ]
+    pairs = Pairs(datasets, BATCH, config.condition.num_prompts, config.seed, config.train.pairing)
+    return pairs, np.mean([t.importance for t in tokens], axis=0)
+
+
+def test_each_dataset_has_its_loss_and_their_mean_is_the_loss(run, pairs_and_importance):
+    pairs, _ = pairs_and_importance
+    rows = read_metrics(run[2] / "generator")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for i, row in enumerate(rows):
+        count = collections.Counter(pairs.names(i))
+        assert {key.removeprefix("loss/") for key in row if key.startswith("loss/")} == set(count)
+        # As many cells count in one sample as in another.
+        assert row["loss"] == pytest.approx(
+            sum(n * row[f"loss/{name}"] for name, n in count.items()) / BATCH, rel=1e-5
+        )
+    assert len(count) > 1 and len({row[f"loss/{name}"] for name in count}) > 1
+
+
+def test_the_numbers_of_a_step_are_those_of_its_data(run, pairs_and_importance):
+    config, (pairs, importance) = run[0], pairs_and_importance
+    rows = read_metrics(run[2] / "generator")
+    for i, row in enumerate(rows):
+        assert row["target_mean_square"] == pytest.approx(
+            np.nanmean(pairs.batch_at(i)["target"] ** 2), rel=1e-5
+        )
+
+    batch, row = pairs.batch_at(0), rows[0]
+    features = resolve_features(
+        config.generator, batch["condition"].shape[1:], batch["target"].shape[1:]
+    )
+    module = make_generator(features, config.generator, config.train.dtype)
+    first = jnp.zeros((1, *batch["condition"].shape[1:]))
+    params = jax.jit(module.init)(jax.random.fold_in(jax.random.key(config.seed), 2), first)[
+        "params"
+    ]
+    inside = ~np.isnan(batch["target"])
+    weight = inside * importance[:, None, None]
+
+    def loss(params):
+        output = module.apply({"params": params}, batch["condition"])
+        return jnp.sum(
+            weight * (output - np.nan_to_num(batch["target"])) ** 2
+        ) / inside.sum(), output
+
+    (value, output), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    output = np.asarray(output)
+    assert row["output_mean_square"] == pytest.approx(np.mean(output[inside] ** 2), rel=1e-4)
+    assert row["loss"] == pytest.approx(float(value), rel=1e-4)
+    norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(gradient)))
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    errors = weight * (output - np.nan_to_num(batch["target"])) ** 2
+    for name in set(pairs.names(0)):
+        of_it = [i for i, of in enumerate(pairs.names(0)) if of == name]
+        assert row[f"loss/{name}"] == pytest.approx(
+            errors[of_it].sum() / inside[of_it].sum(), rel=1e-4
+        )
+
+
+def test_speed_is_counted_operations_by_time(run, pairs_and_importance):
+    config, batch = run[0], pairs_and_importance[0].batch_at(0)
+    features = resolve_features(
+        config.generator, batch["condition"].shape[1:], batch["target"].shape[1:]
+    )
+    operations = (
+        6 * BATCH * forward_macs(features, config.generator.kernel_size)
+    )  # 2 a multiply-add, twice as many backward
+    for row in read_metrics(run[2] / "generator"):
+        seconds = BATCH / row["samples_per_second"]
+        assert seconds == pytest.approx(row["seconds"], abs=6e-5)  # which is rounded
+        assert row["tflop_per_second"] == pytest.approx(operations / seconds / 1e12, rel=1e-6)
+        assert "share_of_peak" not in row  # of a CPU nothing is known
+        assert ("peak_memory_gb" in row) == bool(jax.local_devices()[0].memory_stats())
+
+    mesh = make_mesh(config.mesh, topology_devices("v5p:2x2x1", 2))
+    row = _row(
+        {"loss": 1.0, "sample_loss": [1.0, 3.0, 8.0]}, ["a", "b", "a"], 0.5, 459 * 10**12, mesh
+    )
+    assert (row["loss/a"], row["loss/b"], row["samples_per_second"], row["tflop_per_second"]) == (
+        4.5,
+        3.0,
+        6.0,
+        918.0,
+    )
+    assert row["share_of_peak"] == pytest.approx(2 / 8)  # twice what one of the 8 chips can do
+
+
+def test_the_run_records_its_mesh_with_the_order_of_the_devices(run):
+    for step in (
+        folder for folder in (run[2] / "generator/checkpoints").iterdir() if folder.name.isdigit()
+    ):
+        record = json.loads((step / "record/metadata").read_text())
+        assert record["mesh"] == {
+            "axes": {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1},
+            "devices": list(range(8)),
+        }
+        assert record["config"]["mesh"]["slices"] == 2 and record["data_position"] == record[
+            "step"
+        ] == int(step.name)

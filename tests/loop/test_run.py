@@ -1,0 +1,215 @@
+"""The loop that all training shares: what it writes, traces and feeds, with a step that is one
+line."""
+
+import json
+import struct
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.records import check_same_run
+from dnd_jax.loop.checkpoints import sums
+from dnd_jax.loop.run import Options, run_loop
+
+
+def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=Options(), **more):  # noqa: B008
+    step = jax.jit(
+        lambda state, batch: (
+            {**state, "sum": state["sum"] + batch},
+            {"loss": batch, "sum": state["sum"]},
+        )
+    )
+    state = more.pop("state", {"sum": jnp.float32(0)})
+    return run_loop(
+        "toy", directory, state, step, batch_at, steps, 2, {"seed": 0}, options=options, **more
+    )
+
+
+def test_changed_settings_are_allowed_only_where_the_user_can_say_so():
+    assert check_same_run("x", {"a": 1}, {"a": 2}, allowed=["a"]) is False
+    with pytest.raises(
+        InputError, match="restore them, use another --workdir, or allow them by --allow=a "
+    ):
+        check_same_run("x", {"a": 1}, {"a": 2}, allowed=[])
+    with pytest.raises(InputError, match="restore them, or use another --workdir .*a: 1 -> 2"):
+        check_same_run("x", {"a": 1}, {"a": 2})
+
+
+def events(folder) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of a folder of TensorBoard files, read as TensorBoard does: length,
+    checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
+    run(
+        tmp_path,
+        options=Options(trackers=("tensorboard",)),
+        row_of=lambda step, values, seconds: {
+            **values,
+            "twice": 2 * values["loss"],
+            "rate": 1 / seconds,
+        },
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["sum"], row["twice"]) for row in rows] == [
+        (i + 1, i, i * (i - 1) / 2, 2 * i) for i in range(6)
+    ]
+    assert all(row["seconds"] > 0 and row["input_seconds"] >= 0 and row["rate"] > 0 for row in rows)
+    seen = events(tmp_path / "tensorboard")
+    assert {(step, value) for step, tag, value in seen if tag == "twice"} == {
+        (i + 1, 2.0 * i) for i in range(6)
+    }
+    assert {tag for _, tag, _ in seen} == {
+        "loss",
+        "sum",
+        "twice",
+        "rate",
+        "seconds",
+        "input_seconds",
+    }
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "wandb", None
+    )  # Python's way to say that it cannot be imported
+    with pytest.raises(
+        InputError, match="train.trackers: wandb is not installed; pip install wandb"
+    ):
+        run(tmp_path, options=Options(trackers=("wandb",)))
+
+
+def test_a_window_of_steps_is_traced(tmp_path):
+    run(tmp_path, options=Options(profile=(2, 4)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_batches_are_made_ahead_in_order_and_their_faults_arrive(tmp_path):
+    made, main = [], threading.current_thread()
+
+    def batch_at(i):
+        made.append((i, threading.current_thread() is main))
+        if i == 4:
+            raise InputError("row 4 is damaged")
+        return jnp.float32(i)
+
+    with pytest.raises(InputError, match="row 4 is damaged"):
+        run(tmp_path, batch_at=batch_at)
+    assert made[:5] == [(i, False) for i in range(5)]
+    assert float(run(tmp_path)["sum"]) == 15  # goes on from the last good step
+
+
+def test_numbers_that_changed_on_the_disk_are_noticed(tmp_path, capfd):
+    """A page of zeros in the middle of a file, as after a power cut: no length differs, and every
+    file can be read."""
+    state = {
+        "sum": jnp.float32(0),
+        "large": jax.random.normal(jax.random.key(0), (300, 1000)),
+        "small": jnp.ones(3, jnp.bfloat16),
+    }
+    expected = run(tmp_path / "whole", steps=8, state=state)
+    run(tmp_path / "run", steps=6, state=state)
+    file = max(
+        (tmp_path / "run/checkpoints/6").rglob("*"),
+        key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    file.write_bytes(content)
+    found = run(tmp_path / "run", steps=8, state=state)
+    assert "6 is damaged" in capfd.readouterr().out
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected))
+
+
+def test_sums_are_of_every_bit_and_of_no_mesh():
+    x = jnp.arange(64, dtype=jnp.float32).reshape(8, 8) / 7
+    state = {
+        "a": x,
+        "b": x.astype(jnp.bfloat16),
+        "c": jnp.int32(-5),
+        "d": jnp.arange(5, dtype=jnp.int8),
+    }
+    mesh = jax.make_mesh((8,), ("x",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    spread = {
+        key: jax.device_put(value, where if value.ndim == 2 else whole)
+        for key, value in state.items()
+    }
+    bits = [
+        np.asarray(value).reshape(-1).view(f"u{value.dtype.itemsize}").astype(np.uint64)
+        for value in state.values()
+    ]
+    assert sums(state) == sums(spread) == [int(b.sum()) % 2**32 for b in bits]
+    assert sums({**state, "a": x.at[3, 3].set(-x[3, 3])})[0] != sums(state)[0]
+
+
+def test_checkpoints_that_stay(tmp_path):
+    run(tmp_path, steps=12, options=Options(keep_last=1, keep_every=4))
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {4, 8, 12}
+    elsewhere = tmp_path / "elsewhere"
+    run(tmp_path / "b", options=Options(checkpoint_dir=str(elsewhere)))
+    assert (elsewhere / "6").is_dir() and not (tmp_path / "b/checkpoints").exists()
+
+
+@pytest.mark.parametrize("record", [{"step": 2}, ["settings"]], ids=str)
+def test_a_checkpoint_of_another_program_is_named_and_left_as_it_is(tmp_path, record):
+    state = ocp.args.StandardSave({"sum": jnp.float32(0)})
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(2, args=ocp.args.Composite(state=state, record=ocp.args.JsonSave(record)))
+    with pytest.raises(
+        InputError,
+        match=r"checkpoints/2: its record has no settings: not made by dnd; use another folder",
+    ):
+        run(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+def test_fewer_steps_than_were_trained_are_refused(tmp_path):
+    run(tmp_path, steps=6)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(
+        InputError,
+        match="holds 6 steps, 4 are asked for; ask for 6 or more, or train fewer in another "
+        "--workdir",
+    ):
+        run(tmp_path, steps=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert float(run(tmp_path, steps=6)["sum"]) == 15
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "foreign"])
+def test_a_harmed_checkpoint_leaves_the_one_before(tmp_path, harm, capfd):
+    expected = float(run(tmp_path / "whole", steps=8)["sum"])
+    run(tmp_path / "run", steps=6)
+    newest = tmp_path / "run/checkpoints/6"
+    for path in [p for p in newest.rglob("*") if p.is_file()]:
+        if harm == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif harm == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(b"something else")
+    assert float(run(tmp_path / "run", steps=8)["sum"]) == expected
+    assert "6 is damaged" in capfd.readouterr().out
+    for path in [p for p in (tmp_path / "run/checkpoints").rglob("*") if p.is_file()]:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint can be read"):
+        run(tmp_path / "run", steps=10)

@@ -1,0 +1,236 @@
+"""Scores of answers on small cases, and greedy decoding in JAX against transformers' own."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from dnd_jax.base.chat import build_tokenizer, render
+from dnd_jax.base.folder import load_base
+from dnd_jax.base.greedy import make_greedy, pad_left
+from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.sources import Example
+from dnd_jax.data.suite import Dataset, labels_of
+from dnd_jax.scoring.answers import Scorer, words
+
+RESPONSES = ["Capital: Paris.", "Capital: Rome.", "Capital: Oslo, not Bergen."]
+
+
+def random_qwen2(vocab_size: int) -> Qwen2ForCausalLM:
+    """Two layers whose answers depend on every token."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=vocab_size, **sizes, tie_word_embeddings=False)
+    ).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    return model
+
+
+def test_words_are_words_and_single_marks():
+    assert words("Capital: New-York's 3.5!") == [
+        "Capital",
+        ":",
+        "New",
+        "-",
+        "York",
+        "'",
+        "s",
+        "3",
+        ".",
+        "5",
+        "!",
+    ]
+    assert words(" \n") == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "exact", "content", "shape"),
+    [
+        (RESPONSES, 1, 1, 1),
+        (
+            ["Capital:Paris .", " Capital : Rome.", "Capital: Oslo,not Bergen."],
+            1,
+            1,
+            1,
+        ),  # spaces do not count
+        (
+            ["Capital: Rome.", "Capital: Paris.", "Capital: Lima, not Quito."],
+            0,
+            (0 + 0 + 1 / 4) * 4 / 4,
+            1,
+        ),
+        (["Paris", "Rome", "Oslo"], 0, (1 + 1 + 1 / 4) / 3, 0),  # right words, wrong form
+        (
+            ["capital: Paris.", "Capital; Rome.", "Capital: Oslo not Bergen."],
+            0,
+            (1 + 1 + 3 / 4) / 3,
+            0,
+        ),
+        (["", "", ""], 0, 0, 0),
+        (
+            ["Capital: Paris. Capital: Paris.", "Capital: Rome", "."],
+            0,
+            2 / 3,
+            0,
+        ),  # too long, too short
+    ],
+)
+def test_scores(answers, exact, content, shape):
+    """Form: "Capital", ":" and "."; content: the names, and the third answer's "not" and comma."""
+    scores = Scorer(RESPONSES)(answers)
+    expected_content = content if content != (0 + 0 + 1 / 4) * 4 / 4 else (0 + 0 + 2 / 4) / 3
+    assert scores == pytest.approx({"exact": exact, "content": expected_content, "format": shape})
+
+
+def test_form_is_what_nearly_all_responses_share():
+    shared = [f"It is {i}." for i in range(19)]
+    assert Scorer([*shared, "She was 20!"]).form == {"It", "is", "."}  # 19 of 20
+    assert Scorer([*shared[:-1], "He was 19!", "She was 20!"]).form == set()  # 18 of 20
+    with pytest.raises(ValueError):
+        Scorer(RESPONSES)(["Capital: Paris."])
+
+
+def test_an_answer_without_content_counts_when_it_is_right():
+    scorer = Scorer(["yes"] * 4)
+    assert scorer(["yes", "yes", "no", "yes yes"]) == pytest.approx(
+        {"exact": 0.5, "content": 0.5, "format": 0.5}
+    )
+
+
+def test_pad_left():
+    ids, valid = pad_left([[5], [1, 2, 3]], pad=9)
+    assert ids.tolist() == [[9, 9, 5], [1, 2, 3]] and valid.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert ids.dtype == valid.dtype == np.int32
+
+
+def test_labels_of_a_dataset():
+    train, test = ([Example("q", r) for r in responses] for responses in (["[B]", "[A]"], ["[C]"]))
+    assert labels_of(Dataset("d", tuple(train), tuple(test))) == ["[A]", "[B]", "[C]"]
+    assert labels_of(Dataset("d", (Example("q", ""),), tuple(test))) == [
+        "[C]"
+    ]  # a pool without responses
+    many = tuple(Example("q", f"{i}") for i in range(33))
+    with pytest.raises(InputError, match="d: 33 different answers, so no labels to choose from"):
+        labels_of(Dataset("d", many, many))
+
+
+def test_the_likeliest_label_equals_transformers(tmp_path):
+    """Labels of several lengths, one the beginning of another; each question scored by itself,
+    without padding or cache."""
+    labels = ["yes", "yes or no", "[A]", "True"]
+    examples = [
+        Example(f"question {'very ' * (i % 4)}number {i} ?", "yes", "short" if i % 3 else "")
+        for i in range(9)
+    ]
+    tokenizer = build_tokenizer([f"{e.prompt} {label}" for e in examples for label in labels], 300)
+    model = random_qwen2(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = TorchBase(tmp_path, batch_size=5, max_new_tokens=4)
+    chosen = base.choose(examples, labels)
+    expected = []
+    for e in examples:
+        prompt = tokenizer(render(tokenizer, e.prompt, e.system), add_special_tokens=False)[
+            "input_ids"
+        ]
+        scores = []
+        for label in labels:
+            answer = [
+                *tokenizer(label, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + answer])).logits[0]
+            at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            scores.append(
+                float(
+                    logits[at]
+                    .log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+                    .sum()
+                )
+            )
+        expected.append(labels[int(np.argmax(scores))])
+    assert chosen == expected and len(set(expected)) > 1
+
+
+def test_generation_settings_of_the_base_do_not_bend_greedy_answers(tmp_path):
+    """Qwen2.5-Instruct's folder has a repetition penalty, which transformers applies to greedy
+    decoding as well."""
+    examples = [Example(f"question {'very ' * (i % 4)}number {i} ?", "yes") for i in range(9)]
+    tokenizer = build_tokenizer([e.prompt for e in examples], 300)
+    model = random_qwen2(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = TorchBase(tmp_path, 5, 8)
+    expected = plain.answer_ids(examples)
+    settings = {
+        "repetition_penalty": 1.5,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 20,
+        "eos_token_id": [1, 2],
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    base = TorchBase(tmp_path, 5, 8)
+    assert base.answer_ids(examples) == expected and base.model.generation_config.eos_token_id == [
+        1,
+        2,
+    ]
+    plain.model.generation_config.repetition_penalty = 1.5
+    assert plain.answer_ids(examples) != expected  # they would
+
+
+def test_greedy_equals_transformers(tmp_path):
+    """Prompts of several lengths in one batch; an end token that some rows reach and some do
+    not."""
+    model = random_qwen2(23)
+    model.save_pretrained(tmp_path)
+    module, params = load_base(tmp_path)
+    rng = np.random.default_rng(0)
+    pad, new = 0, 12
+    ids, valid = pad_left([rng.integers(1, 23, n).tolist() for n in (1, 4, 9, 6, 2, 9, 3, 5)], pad)
+
+    def theirs(end):
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long(), max_new_tokens=new,
+                do_sample=False, eos_token_id=end, pad_token_id=end, min_new_tokens=None,
+            )[:, ids.shape[1] :].numpy()  # fmt: skip
+        return np.pad(out, ((0, 0), (0, new - out.shape[1])), constant_values=end)
+
+    free = theirs(22)
+    end = int(np.bincount(free[:, 3:9].ravel()).argmax())  # one that rows meet on their way
+    expected = theirs(end)
+    lengths = [row.index(end) if end in row else new for row in expected.tolist()]
+    assert len(set(lengths)) > 2 and min(lengths) < new, lengths
+    ours = make_greedy(module, new)(params, {}, 1.0, ids, valid, end)
+    np.testing.assert_array_equal(ours, expected)
+
+    # A LoRA reaches every step: the one whose B A cancels o_proj gives the answers of a model
+    # without o_proj.
+    name = "model.layers.1.self_attn.o_proj"
+    weight = model.model.layers[1].self_attn.o_proj.weight.detach().numpy().copy()
+    lora = {
+        f"{name}.lora_A.weight": np.eye(32, dtype=np.float32),
+        f"{name}.lora_B.weight": -weight / 4,
+    }
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    changed = theirs(end)
+    assert not np.array_equal(changed, expected)
+    np.testing.assert_array_equal(
+        make_greedy(module, new)(params, jax.device_put(lora), 4.0, ids, valid, end), changed
+    )

@@ -1,0 +1,331 @@
+"""`dnd evaluate` on imported adapters of small bases: what is kept and what is made anew, and a
+base that only PyTorch runs."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pipeline import tiny_suite
+from safetensors.numpy import load_file as load_tensors
+from safetensors.numpy import save_file
+from small_models import fill, write_encoder
+from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from dnd_jax.base.chat import build_tokenizer
+from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.suite import load_suite
+from dnd_jax.generator.train import train
+from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.main import main
+from dnd_jax.scoring.candidates import make_candidates
+from dnd_jax.scoring.evaluate import EVALUATION, evaluate, measured_in_jax
+from dnd_jax.scoring.lm_eval import lm_eval_stage
+
+MODULES = ("down_proj", "q_proj")
+FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """3 training tasks, 3 unseen ones of 5 questions; it keeps its folder."""
+    return load_suite(tiny_suite(tmp_path_factory.mktemp("suite") / "towns"), 4)
+
+
+def write_base(folder: pathlib.Path, family: str, suite) -> pathlib.Path:
+    """A small model of random weights with a tokenizer of the suite's words."""
+    words = build_tokenizer([e.prompt for e in suite.corpus], 500)
+    settings, model = FAMILIES[family]
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
+    end = {
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(5)
+    fill(
+        model(
+            settings(vocab_size=len(words), head_dim=4, max_position_embeddings=128, **sizes, **end)
+        )
+    ).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_loras(
+    root: pathlib.Path, base: pathlib.Path, suite, alpha: float, seed: int = 0
+) -> pathlib.Path:
+    """Three random LoRA checkpoints of each training task and one of the first unseen task."""
+    rng = np.random.default_rng(seed)
+    sides = {"self_attn.q_proj": (16, 16), "mlp.down_proj": (24, 16)}
+    for dataset in (*suite.train, suite.unseen[0]):
+        for step in range(3):
+            tensors = {}
+            for layer in range(2):
+                for module, (inputs, outputs) in sides.items():
+                    path = f"model.layers.{layer}.{module}"
+                    tensors[f"{path}.lora_A.weight"] = rng.standard_normal((2, inputs), np.float32)
+                    tensors[f"{path}.lora_B.weight"] = rng.standard_normal((outputs, 2), np.float32)
+            save_adapter(
+                root / dataset.name / f"checkpoint-{step}",
+                tensors,
+                AdapterConfig(str(base), 2, alpha, MODULES),
+            )
+    return root
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma"])
+def made(request, suite, tmp_path_factory):
+    """A base, imported adapters of another scale than config.lora's, and a trained generator:
+    (config, its file, run folder)."""
+    root, family = tmp_path_factory.mktemp(request.param), request.param
+    base = write_base(root / "base", family, suite)
+    changes = {
+        "suite": str(suite.root),
+        "base": {"path": str(base)},
+        "lora": {"rank": 16, "alpha": 1.0, "steps": 2, "checkpoints": 1},
+        "condition": {"encoder": str(write_encoder(root / "encoder"))},
+        "generator": {"features": ((0, 0, 0), (0, 0, 0)), "chunk_width": 8},
+        "train": {
+            "checkpoints": str(write_loras(root / "loras", base, suite, 3.0)),
+            "batch_size": 8,
+            "steps": 2,
+        },
+        "evaluate": {"samples": 2, "max_new_tokens": 3, "batch_size": 16},
+    }
+    (root / "config.py").write_text(
+        "from dnd_jax.config.load import load_file\n\n\ndef get_config():\n    config = "
+        "load_file('tests/tiny.py')\n"
+        f"    config.update({changes!r})\n    return config\n"
+    )
+    config = freeze(load_file(str(root / "config.py")))
+    train(config, suite, root / "w")
+    return config, root / "config.py", root / "w"
+
+
+only = lambda family: pytest.mark.parametrize("made", [family], indirect=True)
+
+
+def with_checkpoints(config, root) -> object:
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, checkpoints=str(root))
+    )
+
+
+def copied(run: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """A workdir with the generator of another run, and nothing else."""
+    shutil.copytree(run / "generator", workdir / "generator")
+    return workdir
+
+
+@only("qwen2")
+def test_agreement_is_at_the_scale_of_the_adapters_and_on_a_sample(
+    made, suite, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dnd_jax.base.agreement.COMPARED", 3)
+    monkeypatch.setattr("dnd_jax.scoring.evaluate.TIMED", 1)
+    config, _, run = made
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, batch_size=2)
+    )
+    suite, base, workdir = (
+        dataclasses.replace(suite, unseen=suite.unseen[:1]),
+        config.base.path,
+        copied(run, tmp_path / "w"),
+    )
+    candidates = make_candidates(config, suite, workdir)
+    result = measured_in_jax(config, suite, candidates, TorchBase(base, 2, 3), base, workdir)
+    agreement = result["agreement"]
+    assert (agreement["questions"], agreement["answers"], agreement["same_answers"]) == (5, 3, 3)
+    assert agreement["largest_logit_difference"] < 1e-3
+    assert (result["overhead"]["steps"], result["overhead"]["timed_steps"]) == (2, 1)
+
+
+@only("qwen2")
+def test_a_finished_generator_knows_its_checkpoints(made, suite, tmp_path):
+    config, _, run = made
+    workdir = copied(run, tmp_path / "w")
+    assert train(config, suite, workdir) == workdir / "generator"
+    with pytest.raises(InputError, match="/nowhere: expected DATASET"):
+        train(with_checkpoints(config, "/nowhere"), suite, workdir)
+    other = with_checkpoints(
+        config, write_loras(tmp_path / "others", pathlib.Path(config.base.path), suite, 5.0)
+    )
+    with pytest.raises(
+        InputError, match=r"was made with other settings.*checkpoints: '\w+' -> '\w+'"
+    ):
+        train(other, suite, workdir)
+    path = workdir / "generator" / "generator.json"
+    stored = json.loads(path.read_text())
+    del stored["checkpoints"]
+    path.write_text(json.dumps(stored))
+    assert (
+        train(other, suite, workdir) == workdir / "generator"
+    )  # an earlier version's folder does not say
+
+
+@only("gemma")
+def test_what_is_of_another_generator_is_made_anew(made, suite, tmp_path, capsys):
+    """The generator changes, then the LoRA checkpoints do: never another's numbers, ours or the
+    harness's."""
+    config, _, run = made
+    suite = dataclasses.replace(suite, unseen=suite.unseen[:2])
+    base, workdir, name = config.base.path, copied(run, tmp_path / "w"), suite.unseen[1].name
+    loras = shutil.copytree(config.train.checkpoints, tmp_path / "loras")
+    config = with_checkpoints(config, loras)
+    # Random adapters generate no right answer, but choose some.
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, answers="likelihood")
+    )
+
+    def files() -> dict:
+        return {p: p.read_bytes() for p in workdir.glob("*/**/adapter_model.safetensors")}
+
+    def evaluated(workdir: pathlib.Path) -> tuple[dict, str]:
+        """The result, and what is said of adapters."""
+        result = evaluate(config, suite, base, workdir)
+        return result, "".join(
+            line for line in capsys.readouterr().out.splitlines() if "made anew" in line
+        )
+
+    def harness(workdir: pathlib.Path) -> dict:
+        return lm_eval_stage(config, suite, base, workdir, [name])["unseen"][name]
+
+    first, said = evaluated(workdir)
+    harness(workdir)
+    done, before = files(), (workdir / EVALUATION).stat().st_mtime_ns
+    assert not said and evaluated(workdir) == (first, "")
+    assert files() == done and (workdir / EVALUATION).stat().st_mtime_ns == before
+
+    model = workdir / "generator" / "model.safetensors"
+    save_file({key: 3 * value for key, value in load_tensors(model).items()}, model)
+    second, said = evaluated(workdir)
+    # Two samples of two unseen tasks and of their wrong prompts, and ridge, which the same element
+    # target leaves as it was.
+    assert "10 adapter(s) were of another generator" in said
+    assert len({p for p, old in done.items() if files()[p] != old}) == 8
+    assert [e["train_mean"] for e in second["unseen"].values()] == [
+        e["train_mean"] for e in first["unseen"].values()
+    ]
+
+    # The same generator, other LoRAs of the same names and sizes: the competitors are theirs.
+    write_loras(loras, pathlib.Path(base), suite, 3.0, seed=1)
+    third, said = evaluated(workdir)
+    assert "3 adapter(s) were of another generator" in said
+    fresh = copied(workdir, tmp_path / "fresh")
+    assert third == evaluated(fresh)[0], "as where there never were others"
+    of_generated, of_others = (
+        [[e[m] for e in r["unseen"].values()] for r in (first, second, third)]
+        for m in ("generated", "mean_adapter")
+    )
+    assert (
+        of_generated[0] != of_generated[1] == of_generated[2]
+        and of_others[0] == of_others[1] != of_others[2]
+    )
+    assert harness(workdir) == harness(fresh)
+
+    # Another base at the same path: every score is of it.
+    weights = pathlib.Path(base) / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        save_file(
+            {key: -value for key, value in load_tensors(weights).items()}, weights, {"format": "pt"}
+        )
+        fourth, said = evaluated(workdir)
+        assert not said and fourth["unseen"] != third["unseen"]
+        fresh = copied(workdir, tmp_path / "other_base")
+        assert fourth == evaluated(fresh)[0] and harness(workdir) == harness(fresh)
+    finally:
+        weights.write_bytes(kept)
+
+
+@only("gemma")
+def test_a_base_that_only_pytorch_runs(made, suite, tmp_path, capsys):
+    """All is scored and reported but what needs our own base."""
+    _, file, run = made
+    workdir = copied(run, tmp_path / "w")
+    assert (
+        main(
+            [
+                "evaluate",
+                f"--config={file}",
+                f"--workdir={workdir}",
+                "--config.evaluate.answers=likelihood",
+            ]
+        )
+        == 0
+    )
+    results = json.loads((workdir / "results.json").read_text())
+    page = (workdir / "report.html").read_text()
+    for name, entry in results["unseen"].items():
+        methods = {
+            "base",
+            "train_mean",
+            "train_best",
+            "mean_adapter",
+            "nearest",
+            "ridge",
+            "generated",
+            "wrong_prompts",
+        }
+        assert methods <= entry.keys() and ("tuned" in entry) == (name == suite.unseen[0].name)
+    for part in ("agreement", "overhead"):
+        assert (
+            results[part].keys() == {"note"}
+            and "model_type 'gemma' is not supported" in results[part]["note"]
+        )
+    assert page.count("Not measured, because only PyTorch runs this base.") == 2
+    assert "the likeliest label" in page and "greedy decoding" not in page
+    assert "Not measured, because only PyTorch" in capsys.readouterr().out
+
+
+@only("gemma")
+def test_a_generator_is_asked_what_it_was_trained_on(made, suite, tmp_path):
+    config, _, run = made
+    workdir = copied(run, tmp_path / "w")
+    for section, changes, expected in (
+        (
+            "condition",
+            {"form": "both", "max_text_length": 9},
+            r"condition.form: 'prompt' -> 'both'; condition.max_text_length: \d+ -> 9",
+        ),
+        ("condition", {"num_prompts": 3}, r"condition.num_prompts: \d -> 3"),
+        ("train", {"datasets": 2}, "train.datasets: 0 -> 2"),
+    ):
+        other = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **changes)}
+        )
+        with pytest.raises(
+            InputError, match=f"{workdir}/generator was made with other settings; .*{expected}"
+        ):
+            make_candidates(other, suite, workdir)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "lm-eval", "quickstart"])
+def test_a_suite_without_unseen_datasets_is_refused_where_it_is_scored(
+    suite, tmp_path, command, capsys
+):
+    bare = shutil.copytree(suite.root, tmp_path / "bare")
+    description = json.loads((bare / "suite.json").read_text())
+    (bare / "suite.json").write_text(json.dumps({**description, "unseen": []}))
+    assert (
+        main([command, "--config=tests/tiny.py", f"--suite={bare}", f"--workdir={tmp_path / 'w'}"])
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == f"dnd: {bare}: names no unseen dataset, so there is nothing to score; add one\n"
+    )

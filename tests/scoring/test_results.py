@@ -1,0 +1,224 @@
+"""From scores question by question to results.json, its intervals and its table."""
+
+import dataclasses
+import pathlib
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.scoring import intervals
+from dnd_jax.scoring.candidates import Candidates
+from dnd_jax.scoring.evaluate import by_method
+from dnd_jax.scoring.report import table
+from dnd_jax.scoring.results import METHODS, combine, pack, rule, unpack
+
+NAMES = {"x": "near", "y": "near", "z": "far"}
+
+
+def test_intervals_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    for values in (rng.random(60) < 0.7, rng.random(400) < 0.1, rng.random(25)):
+        drawn = intervals.replicates(
+            {"a": values.astype(float), "b": 1 - values.astype(float)}, 0, "name"
+        )
+        assert drawn["a"].shape == (intervals.RESAMPLES,)
+        np.testing.assert_allclose(
+            drawn["a"] + drawn["b"], 1
+        )  # all methods are asked the same questions
+        theirs = scipy.stats.bootstrap(
+            (values.astype(float),), np.mean, method="percentile", n_resamples=4000, rng=1
+        )
+        np.testing.assert_allclose(
+            intervals.interval(drawn["a"]), theirs.confidence_interval, atol=0.02
+        )
+    again = intervals.replicates({"a": values}, 0, "name")["a"]
+    np.testing.assert_allclose(again, drawn["a"], atol=1e-12)
+    for other in (
+        intervals.replicates({"a": values}, 0, "other"),
+        intervals.replicates({"a": values}, 1, "name"),
+    ):
+        assert np.abs(other["a"] - drawn["a"]).max() > 0.01
+
+
+def test_large_tests_are_drawn_in_parts(monkeypatch):
+    values = {"a": (np.random.default_rng(0).random(50) < 0.3).astype(float)}
+    whole = intervals.replicates(values, 0, "n")["a"]
+    monkeypatch.setattr(intervals, "CELLS_AT_ONCE", 50 * 7)
+    np.testing.assert_allclose(intervals.replicates(values, 0, "n")["a"], whole, atol=1e-12)
+
+
+def test_packing_is_exact():
+    values = [0.0, 1.0, 1 / 3, 0.1 + 0.2, 1e-9]
+    assert unpack(pack(values)) == values and pack([1.0, 0.0, 0.5]) == "1 0 0.5"
+
+
+def candidates(rng, names) -> tuple[Candidates, dict]:
+    """Three training adapters and four samples a dataset, each with random scores on 200 questions:
+    {label: {dataset: scores}}."""
+    training = {f"t{i}": pathlib.Path(f"loras/t{i}") for i in range(3)}
+    by_dataset = {}
+    for name in names:
+        found = {
+            "mean_adapter": ["mean"],
+            "generated": [f"{name}_{i}" for i in range(4)],
+            "ridge": [f"ridge_{name}"],
+        }
+        found |= {
+            "wrong_prompts": [f"wrong_{name}_{i}" for i in range(4)],
+            "tuned": [f"tuned_{name}"],
+        }
+        by_dataset[name] = {
+            method: [pathlib.Path(f) for f in folders] for method, folders in found.items()
+        }
+    labels = {"base", *map(str, training.values())}
+    labels |= {
+        str(f) for found in by_dataset.values() for folders in found.values() for f in folders
+    }
+    scores = {
+        label: {n: (rng.random(200) < rng.random()).astype(float).tolist() for n in names}
+        for label in sorted(labels)
+    }
+    return Candidates(by_dataset, training, {n: "t1" for n in names}), scores
+
+
+def runs_of(seeds, without_tuned=()) -> dict[int, dict]:
+    """Evaluations of three unseen datasets, as `evaluate` makes them."""
+    runs = {}
+    for seed in seeds:
+        found, scores = candidates(np.random.default_rng(seed), NAMES)
+        for name in without_tuned:
+            del found.by_dataset[name]["tuned"]
+        unseen, questions = {}, {}
+        for name, kind in NAMES.items():
+            values, each, training = by_method(
+                found, name, lambda label, name=name, scores=scores: scores[label][name]
+            )
+            unseen[name] = {
+                "kind": kind,
+                **values,
+                "training": training,
+                "content": values,
+                "format": values,
+            }
+            questions[name] = dict.fromkeys(("exact", "content", "format"), each)
+        runs[seed] = {
+            "suite": "s",
+            "unseen": unseen,
+            "questions": questions,
+            "overhead": {},
+            "agreement": {
+                "questions": 2,
+                "answers": 1,
+                "same_answers": 1,
+                "largest_logit_difference": seed / 10,
+            },
+            "seconds": {"train": 1.0},
+            "scores": scores,
+        }
+    return runs
+
+
+@pytest.fixture(scope="module")
+def config():
+    return freeze(load_file("configs/mini.py"))
+
+
+def test_methods_from_scores_question_by_question():
+    found, scores = candidates(np.random.default_rng(3), ["x"])
+    values, each, training = by_method(found, "x", lambda label: scores[label]["x"])
+    mean = {label: statistics.fmean(of["x"]) for label, of in scores.items()}
+    assert list(values) == list(METHODS) == list(each)
+    assert training == {t: mean[f"loras/{t}"] for t in ("t0", "t1", "t2")}
+    assert (
+        values["base"] == mean["base"]
+        and values["nearest"] == mean["loras/t1"]
+        and values["tuned"] == mean["tuned_x"]
+    )
+    assert values["train_mean"] == statistics.fmean(training.values()) and values[
+        "train_best"
+    ] == max(training.values())
+    generated = [mean[f"x_{i}"] for i in range(4)]
+    assert values["generated"] == {
+        "mean": statistics.fmean(generated),
+        "std": statistics.pstdev(generated),
+        "scores": generated,
+    }
+    for method, packed in each.items():
+        score = values[method]["mean"] if method == "generated" else values[method]
+        assert np.mean(unpack(packed)) == pytest.approx(score) and len(unpack(packed)) == 200
+
+
+def test_intervals_of_means(config):
+    """Of one dataset, a kind, all, and over two seeds: against a plain loop that resamples every
+    dataset of every seed."""
+    for seeds in ((5,), (5, 6)):
+        runs = runs_of(seeds)
+        results = combine(runs, config)
+        counts = {"questions": 2 * len(seeds), "answers": len(seeds), "same_answers": len(seeds)}
+        assert results["agreement"] == {**counts, "largest_logit_difference": seeds[-1] / 10}
+        rng = np.random.default_rng(9)
+
+        def resampled(names, method, runs=runs, rng=rng):
+            def mean_of(seed, name):
+                values = np.array(unpack(runs[seed]["questions"][name]["exact"][method]))
+                return values[rng.integers(len(values), size=(4000, len(values)))].mean(axis=1)
+
+            return np.quantile(
+                np.mean([[mean_of(s, n) for n in names] for s in runs], axis=(0, 1)), [0.025, 0.975]
+            )
+
+        for names, entry in (
+            (["y"], results["unseen"]["y"]),
+            (["x", "y"], results["mean"]["by_kind"]["near"]),
+            (list(NAMES), results["mean"]),
+        ):
+            for measure in (entry, entry["content"]):
+                assert list(measure["interval"]) == list(METHODS)
+                for method in ("base", "train_mean", "generated", "wrong_prompts"):
+                    low, high = measure["interval"][method]
+                    score = measure[method]["mean"] if method == "generated" else measure[method]
+                    assert low < score < high
+                    np.testing.assert_allclose([low, high], resampled(names, method), atol=0.015)
+
+
+def test_the_same_questions_in_every_seed_are_drawn_once(config):
+    """Three seeds on one suite know no more of its questions than one."""
+    one = runs_of((5,))
+    same = {seed: {**one[5], "fingerprint": "a"} for seed in (5, 6, 7)}
+    assert combine(same, config)["mean"]["interval"] == combine(one, config)["mean"]["interval"]
+    own = {seed: {**one[5], "fingerprint": str(seed)} for seed in (5, 6, 7)}
+    (low, high), (narrow_low, narrow_high) = (
+        combine(runs, config)["mean"]["interval"]["base"] for runs in (same, own)
+    )
+    assert low < narrow_low < narrow_high < high
+
+
+def test_table_with_a_method_that_some_datasets_lack(config):
+    results = combine(runs_of((5,), without_tuned=("x", "z")), config)
+    lines = {line[:14].strip(): line for line in table(results).splitlines()}
+    assert (
+        lines["x"].endswith("  -")
+        and lines["mean of far"].endswith("  -")
+        and lines[""].endswith("tuned")
+    )
+    assert lines["y"].endswith(f"{results['unseen']['y']['tuned']:.2f}")
+    low, high = results["mean"]["interval"]["base"]
+    assert table(results).splitlines()[-1].split()[2] == f"{low:.2f}-{high:.2f}"
+    assert "tuned" not in results["mean"]
+
+
+def test_rule_says_what_was_read(config):
+    assert rule(config).startswith(
+        "No selection: mean of all samples. 5 adapters a dataset from 5 seeded draws of 8 prompts"
+    )
+    assert "answers" not in rule(config)
+    mixed = dataclasses.replace(config, condition=dataclasses.replace(config.condition, form="mix"))
+    assert "form 'mix': it reads the answers of the unseen pools" in rule(mixed)
+    likely = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, answers="likelihood")
+    )
+    assert rule(likely).endswith("An answer is the most likely one of a dataset's labels.")
