@@ -1,4 +1,4 @@
-"""Do importance weights in the loss (METHOD.md section 3) help?
+"""Do importance weights in the loss (docs/METHOD.md section 3) help?
 
 dnd ablate --config=configs/ablate_importance.py --workdir=runs/ablate_importance [--seeds=0,1,2]
 """

@@ -1,5 +1,5 @@
-"""The paper's common-sense setting: LoRAs of Qwen2.5-0.5B-Instruct from 128 prompts (METHOD.md,
-CONFIGS.md).
+"""The paper's common-sense setting: LoRAs of Qwen2.5-0.5B-Instruct from 128 prompts
+(docs/SETTINGS.md).
 
     dnd train --config=configs/qwen2_5_0_5b_commonsense.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 

@@ -1,5 +1,5 @@
 """The paper's math setting: LoRAs of Qwen2.5-1.5B-Instruct from 32 prompts of 4608 tokens
-(METHOD.md, CONFIGS.md).
+(docs/SETTINGS.md).
 
     dnd train --config=configs/qwen2_5_1_5b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 

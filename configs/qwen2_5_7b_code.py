@@ -1,5 +1,5 @@
 """The paper's code setting: LoRAs of Qwen2.5-Coder-7B-Instruct from 16 prompts of 26624 tokens
-(METHOD.md, CONFIGS.md).
+(docs/SETTINGS.md).
 
     dnd train --config=configs/qwen2_5_7b_code.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 

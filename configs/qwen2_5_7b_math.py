@@ -1,5 +1,5 @@
-"""The paper's math setting: LoRAs of Qwen2.5-7B-Instruct from 16 prompts of 4608 tokens (METHOD.md,
-CONFIGS.md).
+"""The paper's math setting: LoRAs of Qwen2.5-7B-Instruct from 16 prompts of 4608 tokens
+(docs/SETTINGS.md).
 
     dnd train --config=configs/qwen2_5_7b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 

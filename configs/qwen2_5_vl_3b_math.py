@@ -1,5 +1,5 @@
 """The paper's visual math setting: LoRAs of Qwen2.5-VL-3B-Instruct from 16 prompts of 1536 tokens
-(METHOD.md, CONFIGS.md).
+(docs/SETTINGS.md).
 
     dnd train --config=configs/qwen2_5_vl_3b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
 

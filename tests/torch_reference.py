@@ -1,5 +1,5 @@
-"""Our own PyTorch reading of METHOD.md section 2, independent of dnd_jax: LoRA tensors <-> weight
-tokens.
+"""Our own PyTorch reading of docs/METHOD.md section 2, independent of dnd_jax: LoRA tensors <->
+weight tokens.
 
     tokens, tensors = tokenize(tensors, width), detokenize(tokens, shapes, width)
 

@@ -1,8 +1,9 @@
 """Settings: a locked ml_collections ConfigDict (configs/*.py) checked once and turned into frozen
 dataclasses.
 
-Defaults live in configs/default.py only; the fields below say what each setting means. METHOD.md's
-letters: N prompts, L text length, C embedding width, T tokens, M checkpoints a dataset.
+Defaults live in configs/default.py only; the fields below say what each setting means.
+docs/METHOD.md's letters: N prompts, L text length, C embedding width, T tokens, M checkpoints a
+dataset.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What of an example becomes its condition text (METHOD.md section 1): config.condition.form.
+"""What of an example becomes its condition text (docs/METHOD.md section 1): config.condition.form.
 
 "prompt" (the paper's choice) reads no answer. The others are its ablations, and read those of an
 unseen task's pool too.

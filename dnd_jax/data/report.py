@@ -2,8 +2,8 @@
 
     dnd data-report --suite=DIR [--strict]
 
-Faults make scores mean something else than they seem (METHOD.md section 7 has the original's): they
-are warned of when a suite is loaded, and refused with --strict. Notes are only for the report.
+Faults make scores mean something else than they seem (docs/METHOD.md section 7 has the original's):
+they are warned of when a suite is loaded, and refused with --strict. Notes are only for the report.
 """
 
 import dataclasses

@@ -67,7 +67,7 @@ class Dataset:
     @property
     def pool(self) -> tuple[Example, ...]:
         """The train examples whose prompts are no test questions: those that generation may see
-        (METHOD.md section 7)."""
+        (docs/METHOD.md section 7)."""
         asked = {e.prompt.strip() for e in self.test}
         return tuple(e for e in self.train if e.prompt.strip() not in asked)
 

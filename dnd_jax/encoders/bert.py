@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from dnd_jax.base.names import Table, _affine
 
-WINDOW = 512  # METHOD.md section 4
-RULES = (  # as base_lm.RULES
+WINDOW = 512  # docs/METHOD.md section 4
+RULES = (  # as those of base/architecture.py
     (r"(query|key|value|intermediate)/kernel$", ("fsdp", "tensor")),
     (r"(query|key|value|intermediate)/bias$", ("tensor",)),
     (r"(attention_output|output)/kernel$", ("tensor", "fsdp")),

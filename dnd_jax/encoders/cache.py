@@ -1,9 +1,9 @@
 """The condition: prompts -> hidden states of the frozen text encoder, (n, L, C), computed once and
 cached by content.
 
-METHOD.md section 4; padding positions included, texts truncated and padded to L = max_text_length,
-dropout off. States of many long texts are large (6 MB a text for L = 4096, C = 384): they go to
-disk batch by batch and are mapped into memory from there.
+docs/METHOD.md section 4; padding positions included, texts truncated and padded to L =
+max_text_length, dropout off. States of many long texts are large (6 MB a text for L = 4096, C =
+384): they go to disk batch by batch and are mapped into memory from there.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""A decoder-only LM as a text encoder: the hidden states of one of its layers (METHOD.md section
-4)."""
+"""A decoder-only LM as a text encoder: the hidden states of one of its layers (docs/METHOD.md
+section 4)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The frozen text encoder, of whichever kind its folder or file holds (METHOD.md section 4).
+"""The frozen text encoder, of whichever kind its folder or file holds (docs/METHOD.md section 4).
 
     BERT family (MiniLM, BERT, GTE, BGE)           model_type bert                          bert.py
     T5, T5 v1.1 and mT5's encoder                  model_type t5, mt5                       t5.py

@@ -49,9 +49,9 @@ def t5_name(stored: str) -> str | None:
     return "shared.weight" if stored == "encoder.embed_tokens.weight" else stored
 
 
-WINDOW = 512  # METHOD.md section 4; also the length that T5 was trained with
+WINDOW = 512  # docs/METHOD.md section 4; also the length that T5 was trained with
 FEED_FORWARDS = ("relu", "gated-gelu")
-RULES = (  # as base_lm.RULES
+RULES = (  # as those of base/architecture.py
     (r"(query|key|value|up|gate)/kernel$", ("fsdp", "tensor")),
     (r"(attention_output|down)/kernel$", ("tensor", "fsdp")),
     (r"word_embeddings/embedding$", (None, "fsdp")),

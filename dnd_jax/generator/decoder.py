@@ -1,5 +1,5 @@
 """The cascaded hyper-convolutional decoder: condition (B, N, L, C) -> token grid (B, T, h, w).
-Paper section 3, METHOD.md 5.
+Paper section 3, docs/METHOD.md section 5.
 
 A stage maps (N, L, C) -> (N', L', C'): two paths of two convolutions each over the (L, C) side,
 their mean with a bias, then one convolution over N. Every convolution runs over two of the three
@@ -131,7 +131,8 @@ def weighted_errors(
     """Each sample's sum over the target's non-NaN cells of importance[token] * (output - target)^2,
     and its number of such cells.
 
-    float32 (B,) both. The loss of METHOD.md section 6 is the quotient of their sums over the batch.
+    float32 (B,) both. The loss of docs/METHOD.md section 6 is the quotient of their sums over the
+    batch.
     """
     mask = ~jnp.isnan(target)
     error = output_BxTxHxW.astype(jnp.float32) - jnp.where(mask, target, 0).astype(jnp.float32)
@@ -144,14 +145,14 @@ def weighted_loss(
     output_BxTxHxW: jax.Array, target: jax.Array, importance_T: jax.Array
 ) -> jax.Array:
     """Mean over the target's non-NaN cells of importance[token] * (output - target)^2, in float32
-    (METHOD.md section 6)."""
+    (docs/METHOD.md section 6)."""
     errors_B, cells_B = weighted_errors(output_BxTxHxW, target, importance_T)
     return jnp.sum(errors_B) / jnp.sum(cells_B)
 
 
 def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
-    """Multiply-accumulates of one sample's forward pass by the direct method (CONFIGS.md); FLOP are
-    twice that."""
+    """Multiply-accumulates of one sample's forward pass by the direct method (docs/SETTINGS.md);
+    FLOP are twice that."""
     total = 0
     for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
         total += (

@@ -1,5 +1,5 @@
-"""Stage `generate`: prompts of an unseen task -> a PEFT adapter (METHOD.md section 7). No template
-adapter, no training.
+"""Stage `generate`: prompts of an unseen task -> a PEFT adapter (docs/METHOD.md section 7). No
+template adapter, no training.
 
 dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1] [--dtype=bfloat16]
 [--merge=MODEL]

@@ -5,8 +5,8 @@ over configs/default.py.
 
 The tokens (T, h, w) come from the base's config.json and config.lora, or from an adapter, which
 also serves bases that we cannot run. The cascade between the condition (N, L, C) and the tokens
-follows a rule drawn from the paper's six settings (METHOD.md section 5), whose decoders it meets
-within a factor of 1.2 in parameters and 1.4 in operations:
+follows a rule drawn from the paper's six settings (docs/METHOD.md section 5), whose decoders it
+meets within a factor of 1.2 in parameters and 1.4 in operations:
 
     N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2]; with a budget, whatever meets it best.
          The last convolution, k k M T, is most of all parameters, and M is the one number to spend
@@ -55,7 +55,7 @@ LINE = 132
 
 
 def num_parameters(features: tuple[Features, ...], kernel_size: int) -> int:
-    """Parameters of a decoder, in closed form (METHOD.md section 5)."""
+    """Parameters of a decoder, in closed form (docs/METHOD.md section 5)."""
     total = 0
     for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
         total += (

@@ -18,7 +18,7 @@ from dnd_jax.parallel.placement import ANYWHERE, Placement
 
 
 class LengthProjection(nn.Module):
-    """Squeezes the text axis L -> M by two linear layers over it (METHOD.md section 4).
+    """Squeezes the text axis L -> M by two linear layers over it (docs/METHOD.md section 4).
 
     "camera_ready" has SiLU between them and acts on the transposed (N, C, L); "first_release" has
     none and reshapes instead of transposing, which scrambles the axes: it exists only so that

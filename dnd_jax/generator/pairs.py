@@ -1,5 +1,5 @@
 """Training pairs: N random prompts of a dataset with one of that dataset's LoRA checkpoints
-(METHOD.md section 1).
+(docs/METHOD.md section 1).
 
 A pair is drawn from (seed, step) alone and knows its dataset by name. With pairing "fixed", the
 paper's ablation, a checkpoint always comes with the same N prompts, which (seed, dataset,

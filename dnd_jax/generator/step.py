@@ -1,5 +1,5 @@
-"""The one train step and the one generation step of a configuration, sharded over a mesh (METHOD.md
-sections 4 to 7)."""
+"""The one train step and the one generation step of a configuration, sharded over a mesh
+(docs/METHOD.md sections 4 to 7)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

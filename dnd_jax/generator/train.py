@@ -1,5 +1,5 @@
-"""Stage `train`: the generator, from pairs of prompts and LoRA checkpoints (METHOD.md sections 1, 4
-and 6).
+"""Stage `train`: the generator, from pairs of prompts and LoRA checkpoints (docs/METHOD.md sections
+1, 4 and 6).
 
     dnd train --config=configs/mini.py --workdir=runs/mini
 

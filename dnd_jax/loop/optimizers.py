@@ -7,8 +7,8 @@ from dnd_jax.config import schema
 
 
 def make_optimizer(config: schema.Train) -> optax.GradientTransformation:
-    """AdamW (METHOD.md section 6) or Adafactor on everything, global-norm clip, linear warm-up,
-    cosine to 0."""
+    """AdamW (docs/METHOD.md section 6) or Adafactor on everything, global-norm clip, linear
+    warm-up, cosine to 0."""
     warmup = min(config.warmup_steps, config.steps - 1)
     start = 0.0 if warmup else config.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup, config.steps)

@@ -6,7 +6,8 @@ N.safetensors (adapters.checkpoint_folders). Checkpoints are read one at a time 
 written to WORKDIR/targets/DATASET/KEY/ as they come:
 
     tokens.npy        float32 (M, T, h, w), to be mapped into memory
-    importance.npy    float32 (T,), the importance weights of this dataset (METHOD.md section 3), if they were asked for
+    importance.npy    float32 (T,), the importance weights of this dataset (docs/METHOD.md section
+    3), if they were asked for
 
 KEY is a hash of the checkpoint files' names, sizes and times of change, of their settings, and of
 the target with its statistics. Contents are not hashed: a set of 7B checkpoints has 8 GB, which a

@@ -6,7 +6,7 @@ WORKDIR/loras/DATASET/step_NNNNNN.
 All tasks run in one jitted step (vmap over tasks, the base shared), start from the same A and read
 their examples in the same order: checkpoints of different tasks then differ by their task alone,
 without which a generator cannot compose them. Datasets of `train` keep each of the last M steps
-(METHOD.md section 1); unseen ones only the last, as the tuned reference of the report.
+(docs/METHOD.md section 1); unseen ones only the last, as the tuned reference of the report.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Weight tokens: any PEFT LoRA of a decoder LLM <-> one array of equally sized tokens (METHOD.md
-section 2).
+"""Weight tokens: any PEFT LoRA of a decoder LLM <-> one array of equally sized tokens
+(docs/METHOD.md section 2).
 
     layout = LoraLayout.from_tensors(tensors)      # {"...q_proj.lora_A.weight": (r, d_in), "...lora_B.weight": (d_out, r)}
     tokens = layout.tokenize(tensors)              # float32 [T, r+2, w+2]
@@ -319,8 +319,8 @@ class LoraLayout:
 
 
 class Importance:
-    """Importance of each token: the spread of its cells over a dataset's checkpoints (METHOD.md
-    section 3), in one pass over them.
+    """Importance of each token: the spread of its cells over a dataset's checkpoints
+    (docs/METHOD.md section 3), in one pass over them.
 
     Welford's running mean and squares in float64, a block of tokens at a time, so that only these
     two arrays are held.

@@ -1,9 +1,9 @@
 """What the decoder is trained to output: LoRA weights normalised in one of two ways, and back.
 
 "chunk": the paper's weight tokens, each chunk standardised by its own moments, which ride along as
-scale cells (METHOD.md 2). "element": each weight minus its mean over all training checkpoints,
-divided by one scale a token; the statistics stay with the generator. A token is then the chunk
-alone (r, w), and the decoder spends itself on what differs between tasks.
+scale cells (docs/METHOD.md section 2). "element": each weight minus its mean over all training
+checkpoints, divided by one scale a token; the statistics stay with the generator. A token is then
+the chunk alone (r, w), and the decoder spends itself on what differs between tasks.
 """
 
 import dataclasses

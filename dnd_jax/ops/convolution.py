@@ -1,5 +1,5 @@
 """`convolve`: the "same" cross-correlation over two of three axes that a hyper-convolution is made
-of (METHOD.md section 5)."""
+of (docs/METHOD.md section 5)."""
 
 import functools
 

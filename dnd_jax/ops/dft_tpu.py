@@ -7,7 +7,7 @@ What differs from dft.py, and why:
 makes them. Nothing else is
   rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32.
   Rounding those as well would cost more than 1.3 times the direct method's error
-  (tests/test_convolution.py).
+  (tests/ops/test_convolution.py).
 - The kernel goes to planes in one step, k x k taps -> all planes of all frequencies. That is more
 operations than rows and columns
   apart, but the half-transformed kernel, the largest array of the late stages, is never written.

@@ -27,7 +27,7 @@ from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.collect import init_lora, make_collect_step, make_optimizer
 from dnd_jax.lora.peft_settings import AdapterConfig
 
-PAPER = "2,500 to 12,000"  # times less than full-shot tuning, METHOD.md section 8
+PAPER = "2,500 to 12,000"  # times less than full-shot tuning, docs/METHOD.md section 8
 REPEATS = 5
 
 

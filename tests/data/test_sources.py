@@ -146,8 +146,8 @@ def documented(page: str, name: str) -> str:
 
 
 def test_no_test_question_is_in_the_pool(tmp_path):
-    """METHOD.md section 7: what generation draws from and what is scored are disjoint, whatever the
-    files are."""
+    """docs/METHOD.md section 7: what generation draws from and what is scored are disjoint,
+    whatever the files are."""
     for name, prompts in (("own", "abcdef"), ("pool", ["a", "b ", "c", "d", "e"]), ("test", "bxd")):
         lines(
             tmp_path / f"{name}.jsonl", [{"prompt": prompt, "response": "r"} for prompt in prompts]

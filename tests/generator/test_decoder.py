@@ -352,7 +352,8 @@ def test_criterion_weight_of_another_length_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass, tokens), CONFIGS.md
+# docs/SETTINGS.md: (million parameters, TFLOP of a sample's forward pass, tokens).
+SETTINGS = {
     "qwen2_5_0_5b_commonsense": (1113.2, 8.26, (4296, 10, 130)),
     "qwen2_5_1_5b_code": (1715.3, 27.31, (4508, 18, 258)),
     "qwen2_5_1_5b_math": (1775.3, 37.93, (4508, 18, 258)),
@@ -363,7 +364,7 @@ SETTINGS = {  # config: (million parameters, TFLOP of a sample's forward pass, t
 
 CHECKPOINTS = dict(
     zip(SETTINGS, (50, 80, 80, 100, 80, 100), strict=True)
-)  # of a dataset, after an epoch of 625 steps: CONFIGS.md
+)  # of a dataset, after an epoch of 625 steps: docs/SETTINGS.md
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -73,7 +73,7 @@ def made(tmp_path_factory) -> pathlib.Path:
     write_qwen(root / "base", torch.bfloat16, shard="4KB")
     write_encoder(root / "encoder")
     torch.manual_seed(0)
-    # The tokens of rank 2: 58 chunks of 8, as tests/test_interop.py counts them.
+    # The tokens of rank 2: 58 chunks of 8, as tests/generator/test_released.py counts them.
     torch.save(
         torch_generator.Generator([(4, 6, 8), (16, 6, 8), (58, 4, 10)], 3).state_dict(),
         root / "x.pth",

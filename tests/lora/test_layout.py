@@ -125,7 +125,7 @@ def test_predicted_tokens_read_back_as_the_torch_reference(lora, seed):
     """Tokens as a decoder predicts them: no two cells of a scale pair agree, and some standard
     deviations are negative.
 
-    Even widths: METHOD.md leaves open which cells of an odd width's broken pattern count."""
+    Even widths: docs/METHOD.md leaves open which cells of an odd width's broken pattern count."""
     tensors, width = lora
     layout = LoraLayout.from_tensors(tensors, 2 * (width or 4))
     tokens = (

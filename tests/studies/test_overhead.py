@@ -24,7 +24,7 @@ FEATURES = [
     (4, 6, 8),
     (16, 6, 8),
     (58, 4, 10),
-]  # the tokens of rank 2: 58 chunks of 8, as tests/test_interop.py counts them
+]  # the tokens of rank 2: 58 chunks of 8, as tests/generator/test_released.py counts them
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
     macs = 0
     for (n, length, c), (n2, l2, c2) in zip(
         FEATURES[:-1], FEATURES[1:], strict=True
-    ):  # CONFIGS.md's last line
+    ):  # the formula of docs/SETTINGS.md
         macs += 9 * (
             c * c2 * length * n
             + length * l2 * n * c2

@@ -1,7 +1,7 @@
-"""Our own PyTorch reading of METHOD.md section 5, independent of the rest of dnd_jax: opponent of
-tests and benchmarks.
+"""Our own PyTorch reading of docs/METHOD.md section 5, independent of the rest of dnd_jax: opponent
+of tests and benchmarks.
 
-    generator = Generator(features, kernel_size)           # state dict names of METHOD.md section 5
+    generator = Generator(features, kernel_size)           # its state dict has the original's names
     tokens = generator(condition)                          # (B, N, L, C) -> (B, T, h, w)
     loss = weighted_loss(tokens, target, generator.criterion_weight)
 
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """The decoder under the original's names, with the optional length projection of METHOD.md
+    """The decoder under the original's names, with the optional length projection of docs/METHOD.md
     section 4."""
 
     def __init__(
