@@ -19,7 +19,9 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--update-golden", action="store_true", help="write the golden tables of shardings anew"
+        "--update-golden",
+        action="store_true",
+        help="write the golden tables of shardings and programs anew",
     )
 
 
