@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import jinja2
 import numpy as np
+import tokenizers
 
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
 
+transformers = packages.deferred("transformers")
 # The template of a base pretrained here; a given base brings its own.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% "
@@ -29,20 +32,17 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int):
 
     Every piece starts with a space, so that a word is one token wherever it stands.
     """
-    from tokenizers import pre_tokenizers, trainers
-    from transformers.models.qwen2 import Qwen2Tokenizer
-
     special = {**SPECIAL, "add_prefix_space": True}
-    backend = Qwen2Tokenizer(**special)._tokenizer
-    trainer = trainers.BpeTrainer(
+    backend = transformers.Qwen2Tokenizer(**special)._tokenizer
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[*SPECIAL.values(), *ROLES],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    tokenizer = transformers.Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=[tuple(m) for m in model["merges"]],
         extra_special_tokens=list(ROLES),

@@ -20,9 +20,11 @@ from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
 from dnd_jax.base.hub import FILES, resolve
 from dnd_jax.base.names import lm_name, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing
 
+transformers = packages.deferred("transformers")
 CONFIG = "config.json"
 # model_type -> class in transformers
 BASES = {
@@ -239,11 +241,9 @@ def load_tokenizer(path: str | os.PathLike):
 
     Raises InputError when there is none.
     """
-    from transformers import AutoTokenizer
-
     folder = resolve(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever a damaged folder makes of its code
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:

@@ -6,7 +6,10 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
+
+huggingface_hub = packages.deferred("huggingface_hub")
 
 
 def check_repo_id(repo: str) -> None:
@@ -23,11 +26,9 @@ def push(folder: str | os.PathLike, repo: str) -> str:
     no rights, a refused card.
     """
     check_repo_id(repo)
-    from huggingface_hub import HfApi
-
     folder = pathlib.Path(folder)
     try:
-        api = HfApi()
+        api = huggingface_hub.HfApi()
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by dnd_jax")
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
@@ -38,6 +39,12 @@ def push(folder: str | os.PathLike, repo: str) -> str:
             f"`hf upload {repo} {folder}`"
         ) from None
     return str(url)
+
+
+def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
+    """The Python packages that these models lie in, of those given as "package:NAME/FOLDER"."""
+    inside = [os.fspath(m) for m in models if os.fspath(m).startswith(PACKAGE)]
+    return tuple(name.removeprefix(PACKAGE).split("/")[0] for name in inside)
 
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
@@ -69,10 +76,8 @@ def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Pa
         return pathlib.Path(next(iter(spec.submodule_search_locations)), folder)
     if name.startswith((".", "/")) or name.count("/") > 1 or not name:
         raise InputError(f"{name or '(empty path)'}: no such model folder")
-    from huggingface_hub import snapshot_download
-
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=list(files)))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
         reason = first_line(error)
         raise InputError(

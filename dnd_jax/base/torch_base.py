@@ -7,30 +7,24 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dnd_jax.base.chat import render
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.data.sources import Example
 
+torch, peft = packages.deferred("torch"), packages.deferred("peft")
+transformers = packages.deferred("transformers")
 _SLOT = "scored"
 # PEFT 0.21 asks transformers 5 for it at every adapter, which would print into the progress bars.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def load_torch_base(base: str | os.PathLike) -> torch.nn.Module:
+def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     """The transformers model of a folder, package or hub id: float32, on the GPU where there is
     one. Vision-language models are asked for text alone. Of the folder's generation settings none
     stays but its special tokens: greedy is greedy (Qwen2.5's own settings punish every token of the
@@ -40,15 +34,19 @@ def load_torch_base(base: str | os.PathLike) -> torch.nn.Module:
     """
     folder = resolve(base)
     try:
-        text = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
-        kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        text = (
+            type(transformers.AutoConfig.from_pretrained(folder))
+            in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        )
+        name = "AutoModelForCausalLM" if text else "AutoModelForImageTextToText"
+        kind = getattr(transformers, name)
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         special = {
             key: value
             for key, value in model.generation_config.to_dict().items()
             if key.endswith("_token_id")
         }
-        model.generation_config = GenerationConfig(**special)
+        model.generation_config = transformers.GenerationConfig(**special)
         missing = sorted(report["missing_keys"])
         if not missing:
             return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,16 +87,16 @@ class TorchBase:
         Raises InputError when it does not fit the base: PEFT itself only warns.
         """
         if adapter is None:
-            if isinstance(self.model, PeftModel):
+            if isinstance(self.model, peft.PeftModel):
                 self.model = self.model.unload()
             return
         if not pathlib.Path(adapter, "adapter_config.json").is_file():
             raise InputError(f"{adapter}: no adapter_config.json, so no PEFT adapter")
         try:
-            if not isinstance(self.model, PeftModel):
+            if not isinstance(self.model, peft.PeftModel):
                 # The first one wraps the model, which reports nothing; it is loaded again below,
                 # which does.
-                self.model = PeftModel.from_pretrained(
+                self.model = peft.PeftModel.from_pretrained(
                     self.model, adapter, adapter_name=f"{_SLOT}0"
                 )
                 self._loaded = 0
@@ -186,7 +184,7 @@ class TorchBase:
         with torch.inference_mode():
             return self.model(input_ids=ids, attention_mask=valid).logits.float().cpu().numpy()
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows: Sequence[Sequence[int]]) -> "tuple[torch.Tensor, torch.Tensor]":
         """(ids, valid), int64 (n, S) each, padded on the left, where the model is."""
         ids, valid = (
             torch.from_numpy(x).long().to(self._device)

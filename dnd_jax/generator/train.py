@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from dnd_jax.base.hub import packages_of
 from dnd_jax.config.remembered import remember
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
@@ -37,7 +38,7 @@ from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
 from dnd_jax.loop.checkpoints import check_newest
-from dnd_jax.loop.metrics import TRACKER_PACKAGES
+from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import make_optimizer
 from dnd_jax.loop.run import Options, run_loop
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
@@ -321,8 +322,19 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
     return (steps[0], steps[1]) if steps else None
 
 
+def needs(config: Config) -> tuple[str, ...]:
+    """The modules beyond a plain install that training needs: of trackers, of the encoder, of a
+    bucket."""
+    bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
+    return (
+        *tracker_packages(config.train.trackers),
+        *packages_of(config.condition.encoder),
+        *bucket,
+    )
+
+
 STAGE = Stage(
     _run,
     (*ON_SUITE, *FLAGS),
-    lambda given: tuple(TRACKER_PACKAGES[name] for name in given.config.train.trackers),
+    lambda given: needs(given.config),
 )

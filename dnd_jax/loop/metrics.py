@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 
-from dnd_jax.core.errors import InputError
+from dnd_jax.core import packages
 from dnd_jax.core.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,13 +46,9 @@ class Metrics:
 def _tensorboard(
     directory: pathlib.Path, step: int, title: str
 ) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "train.trackers: tensorboard needs tensorboardX; pip install tensorboardX"
-        ) from None
-    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+    writer = packages.load("tensorboardX").SummaryWriter(
+        str(directory / "tensorboard"), purge_step=step + 1
+    )
 
     def log(step: int, row: Mapping) -> None:
         for name, value in row.items():
@@ -64,13 +60,9 @@ def _tensorboard(
 def _wandb(
     directory: pathlib.Path, step: int, title: str
 ) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("train.trackers: wandb is not installed; pip install wandb") from None
     folder = directory.absolute()
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run when it goes on
-    run = wandb.init(
+    run = packages.load("wandb").init(
         project="dnd_jax",
         name=f"{folder.parent.name} {title}",
         dir=str(folder),
@@ -80,8 +72,13 @@ def _wandb(
     return lambda step, row: run.log(dict(row), step=step), run.finish
 
 
-TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def packages_of(trackers: Collection[str]) -> tuple[str, ...]:
+    """The modules that these trackers need."""
+    return tuple(_PACKAGES[name] for name in trackers)
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict]:

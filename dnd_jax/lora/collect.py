@@ -21,6 +21,7 @@ import optax
 from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.chat import encode
 from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.hub import packages_of
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.config import schema
@@ -225,4 +226,4 @@ def _run(given: Given) -> None:
     print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
 
 
-STAGE = Stage(_run, ON_SUITE, writes=True)
+STAGE = Stage(_run, ON_SUITE, lambda given: packages_of(given.config.base.path), writes=True)

@@ -13,11 +13,10 @@ import pathlib
 import warnings
 
 import numpy as np
-import torch
-from peft import PeftModel
 
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.torch_base import load_torch_base
+from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
@@ -25,6 +24,7 @@ from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import PEFT_PREFIX
 from dnd_jax.lora.peft_settings import load_adapter_config, weights_file
 
+torch, peft = packages.deferred("torch"), packages.deferred("peft")
 ROWS, LENGTH = 2, 32  # of the random tokens that both models read
 # Of the change by hand: how far PEFT's may be from it, beside float32's own rounding of logits of
 # this size.
@@ -35,12 +35,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@torch.inference_mode()
-def _logits(model, ids: torch.Tensor) -> np.ndarray:
-    return model(input_ids=ids.to(model.device)).logits.float().cpu().numpy()
+def _logits(model, ids: "torch.Tensor") -> np.ndarray:
+    with torch.inference_mode():
+        return model(input_ids=ids.to(model.device)).logits.float().cpu().numpy()
 
 
-def _attach(model, folder: pathlib.Path) -> PeftModel:
+def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
     """The base with the adapter by PEFT. Raises CheckFailed naming the tensors that were not
     attached as they are stored, and the adapted modules that the file has no tensors for."""
     stored = read_safetensors(weights_file(folder))
@@ -48,12 +48,12 @@ def _attach(model, folder: pathlib.Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is checked below
-            peft = PeftModel.from_pretrained(model, folder)
+            adapted = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckFailed(f"{folder}: PEFT does not load it ({first_line(error)})") from None
     slots = {
         name.replace(".default.weight", ".weight"): value.detach()
-        for name, value in peft.state_dict().items()
+        for name, value in adapted.state_dict().items()
         if ".lora_A." in name or ".lora_B." in name
     }
     lost = sorted(key for key in stored if key not in slots)
@@ -81,7 +81,7 @@ def _attach(model, folder: pathlib.Path) -> PeftModel:
             f"{folder}: target_modules names modules that the file has no tensors for: "
             f"{_some(empty)}"
         )
-    return peft.eval()
+    return adapted.eval()
 
 
 def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> str:
@@ -100,9 +100,9 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
     plain = _logits(model, ids)
-    peft = _attach(model, folder)
-    changed = _logits(peft, ids) - plain
-    model = peft.unload()
+    adapted = _attach(model, folder)
+    changed = _logits(adapted, ids) - plain
+    model = adapted.unload()
 
     weights, largest, idle = dict(model.named_parameters()), {}, []
     for key in tensors:

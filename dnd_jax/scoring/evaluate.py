@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dnd_jax.base.agreement import Asked, agreement
 from dnd_jax.base.folder import base_digest, load_base_config
+from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
@@ -270,4 +271,10 @@ def _run(given: Given) -> None:
     )
 
 
-STAGE = Stage(_run, ON_SUITE, ("torch", "peft", "matplotlib"), writes=True)
+def needs(config: Config) -> tuple[str, ...]:
+    """The modules beyond a plain install that scoring and its report need."""
+    models = packages_of(config.base.path, config.condition.encoder)
+    return ("torch", "peft", "matplotlib", *models)
+
+
+STAGE = Stage(_run, ON_SUITE, lambda given: needs(given.config), writes=True)

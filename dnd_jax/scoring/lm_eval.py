@@ -24,9 +24,11 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from dnd_jax.base.chat import render
+from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
+from dnd_jax.core import packages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import replacing, write_json
@@ -45,6 +47,7 @@ from dnd_jax.scoring.evaluate import (
 )
 from dnd_jax.scoring.results import add_intervals, pack, rule, summarise, unpack
 
+lm_eval = packages.deferred("lm_eval")
 SCORES = "lm_eval/scores{}.json"  # a file for each --limit
 NAMES = {
     "ARC-c": "arc_challenge",
@@ -165,10 +168,10 @@ def load_tasks(
     Raises InputError for an unknown task, one that runs code without unsafe_code, and data that
     cannot be had.
     """
-    from lm_eval.tasks import TaskManager
-
     named = [w for w in wanted if w.task]
-    manager = TaskManager(include_defaults=bool(named))  # thousands of files
+    manager = packages.load("lm_eval.tasks").TaskManager(
+        include_defaults=bool(named)
+    )  # thousands of files
     unknown = [w.task for w in named if w.task not in manager.all_subtasks]
     if unknown:
         raise InputError(
@@ -230,16 +233,13 @@ def score(
 ) -> dict:
     """{title: (metric, values)} of the adapter in use. own: titles of the suite's questions, which
     are rendered already."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     found = {}
     for rendered in (True, False):
         some = {title: task for title, task in tasks.items() if (title in own) == rendered}
         if not some:
             continue
         chat = not rendered and base.tokenizer.chat_template is not None
-        model = HFLM(
+        model = packages.load("lm_eval.models.huggingface").HFLM(
             pretrained=base.model,
             tokenizer=base.tokenizer,
             backend="causal",
@@ -273,13 +273,8 @@ def lm_eval_stage(
 ) -> dict:
     """Runs the stage and returns what it writes to WORKDIR/lm_eval.json; a stopped one goes on.
 
-    Raises InputError when lm_eval is not installed, and as parse_tasks and load_tasks do.
+    Raises InputError as parse_tasks and load_tasks do.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise InputError("lm_eval is not installed; pip install 'dnd-jax[lm-eval]'") from None
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     wanted = parse_tasks(tasks, suite)
     if unsafe_code:
@@ -388,4 +383,8 @@ def _run(given: Given) -> None:
     )
 
 
-STAGE = Stage(_run, (*ON_SUITE, *FLAGS), ("torch", "peft", "lm_eval"), writes=True)
+def _needs(given: Given) -> tuple[str, ...]:
+    return ("torch", "peft", "lm_eval", *packages_of(given.config.base.path))
+
+
+STAGE = Stage(_run, (*ON_SUITE, *FLAGS), _needs, writes=True)

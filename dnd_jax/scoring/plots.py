@@ -1,35 +1,22 @@
 """The pictures of a report, by matplotlib."""
 
-import base64
-import io
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from dnd_jax.core import figures
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.scoring.results import METHODS, TITLES
 
-
-def _picture(figure) -> str:
-    """A matplotlib figure as an embedded PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _figure(columns: int, height: float = 3.2):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, columns))
+WIDTH, HEIGHT = 4.6, 3.2  # of a panel, inches
 
 
 def bars(results: Mapping) -> str:
     """Exact match by kind and method."""
     kinds = results["mean"]["by_kind"]
-    figure, axes = _figure(len(kinds))
+    figure, axes = figures.panels(len(kinds), WIDTH * len(kinds), HEIGHT)
     for axis, (kind, mean) in zip(axes, kinds.items(), strict=True):
         methods = [m for m in METHODS if m in mean]
         values = [mean[m]["mean"] if isinstance(mean[m], Mapping) else mean[m] for m in methods]
@@ -38,7 +25,7 @@ def bars(results: Mapping) -> str:
         axis.barh([TITLES[m] for m in methods], values, xerr=errors, color=colors)
         axis.invert_yaxis()
         axis.set(xlim=(0, 1.02), title=f"{kind}: exact match")
-    return _picture(figure)
+    return figures.embedded(figure)
 
 
 def curves(workdir: pathlib.Path) -> str:
@@ -50,7 +37,7 @@ def curves(workdir: pathlib.Path) -> str:
     ]
     if not stages:
         return ""
-    figure, axes = _figure(len(stages))
+    figure, axes = figures.panels(len(stages), WIDTH * len(stages), HEIGHT)
     for axis, (name, rows) in zip(axes, stages, strict=True):
         steps = [row["step"] for row in rows]
         axis.plot(steps, [row["loss"] for row in rows], color="tab:blue")
@@ -76,7 +63,7 @@ def curves(workdir: pathlib.Path) -> str:
                 linewidth=0.8,
             )
             twin.set_ylabel("mean square: output, target (grey)", color="tab:orange")
-    return _picture(figure)
+    return figures.embedded(figure)
 
 
 def projection(
@@ -101,8 +88,7 @@ def projection(
     points = np.stack(list(groups["training"].values()))
     centre = points.mean(axis=0)
     axes_2d = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
-    figure, axes = _figure(1, 5.0)
-    figure.set_size_inches(8, 5.6)
+    figure, axes = figures.panels(1, 8, 5.6)
     looks = zip("o*s", ("0.75", "tab:orange", "tab:green"), strict=True)
     for (group, members), (marker, color) in zip(groups.items(), looks, strict=True):
         if members:
@@ -126,4 +112,4 @@ def projection(
         title="adapters on two principal components of the training adapters", xticks=[], yticks=[]
     )
     axes[0].legend()
-    return _picture(figure)
+    return figures.embedded(figure)

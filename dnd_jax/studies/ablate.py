@@ -28,7 +28,7 @@ from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite
 from dnd_jax.scoring.evaluate import EVALUATION, evaluation_settings
 from dnd_jax.studies import ablate_report
-from dnd_jax.studies.quickstart import run_seed
+from dnd_jax.studies.quickstart import needs, run_seed
 
 DEFAULT = "default"
 DONE = "run.json"  # of a finished run: its settings and what came out
@@ -283,4 +283,9 @@ def _run(given: Given) -> None:
     ablate(given.config, given.workdir, given.seeds(), given["strict"])
 
 
-STAGE = Stage(_run, (*ON_SUITE, SEEDS), ("torch", "peft", "matplotlib"), writes=True)
+def _needs(given: Given) -> tuple[str, ...]:
+    own = [with_changes(given.config, v.changes) for v in variants(given.config)]
+    return tuple(name for config in own for name in needs(config))
+
+
+STAGE = Stage(_run, (*ON_SUITE, SEEDS), _needs, writes=True)

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import figures
 from dnd_jax.core.files import replacing, write_json
 from dnd_jax.scoring import intervals
 from dnd_jax.scoring.results import METHODS, PARTS, combine, summarise
@@ -166,12 +167,7 @@ def as_markdown(report: Mapping) -> str:
 
 
 def plot(report: Mapping, path: pathlib.Path) -> None:
-    """A panel a measure and kind, two bars a variant: the generated adapters and the control.
-    Nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """A panel a measure and kind, two bars a variant: the generated adapters and the control."""
     rows = report["variants"]
     panels = [(MEASURES["exact"], [entry["scores"]["exact"] for entry in rows])]
     panels += [
@@ -179,13 +175,14 @@ def plot(report: Mapping, path: pathlib.Path) -> None:
         for kind in _kinds(report)
     ]
     panels += [(MEASURES[part], [entry["scores"][part] for entry in rows]) for part in PARTS]
-    figure = Figure(figsize=(1.6 + 2.6 * len(panels), 1.4 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = figures.panels(
+        len(panels), 1.6 + 2.6 * len(panels), 1.4 + 0.5 * len(rows), share_y=True
+    )
     names = [entry["name"] if entry["differs"] else f"{entry['name']} *" for entry in rows]
     bars = (
         ("generated", "generated", "tab:orange", -0.2),
         ("wrong_prompts", "from wrong prompts (control)", "0.7", 0.2),
     )
-    axes = figure.subplots(1, len(panels), sharey=True)
     axes[0].invert_yaxis()  # of all of them
     for axis, (title, scores) in zip(axes, panels, strict=True):
         for method, label, color, offset in bars:
@@ -202,5 +199,4 @@ def plot(report: Mapping, path: pathlib.Path) -> None:
         axis.set_yticks(range(len(rows)), names)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle("means over unseen datasets; * and dotted: the default")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    figures.save(figure, path)

@@ -11,7 +11,6 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from dnd_jax.base.hub import PACKAGE
 from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
@@ -20,9 +19,11 @@ from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
+from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
 from dnd_jax.scoring.evaluate import evaluate
+from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.report import publish
 
 
@@ -70,15 +71,11 @@ def _run(given: Given) -> None:
     quickstart(given.config, given.workdir, given.seeds(), given["strict"])
 
 
-def _needs(given: Given) -> tuple[str, ...]:
-    """What evaluation needs, and the package that the text encoder lies in."""
-    encoder = given.config.condition.encoder
-    return (
-        "torch",
-        "peft",
-        "matplotlib",
-        *([encoder.removeprefix(PACKAGE).split("/")[0]] if encoder.startswith(PACKAGE) else []),
-    )
+def needs(config: Config) -> tuple[str, ...]:
+    """The modules beyond a plain install that any of the stages needs."""
+    return (*evaluation_needs(config), *training_needs(config))
 
 
-STAGE = Stage(_run, (*ON_SUITE, SEEDS), _needs, fallback="mini", writes=True)
+STAGE = Stage(
+    _run, (*ON_SUITE, SEEDS), lambda given: needs(given.config), fallback="mini", writes=True
+)

@@ -91,7 +91,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path,
         sys.modules, "wandb", None
     )  # Python's way to say that it cannot be imported
     with pytest.raises(
-        InputError, match="train.trackers: wandb is not installed; pip install wandb"
+        InputError, match=r"package wandb is not installed; pip install 'dnd-jax\[trackers\]'"
     ):
         run(tmp_path, options=Options(trackers=("wandb",)))
 

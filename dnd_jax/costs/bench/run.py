@@ -17,6 +17,7 @@ import time
 
 from tqdm import tqdm
 
+from dnd_jax.base.hub import packages_of
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
@@ -207,13 +208,11 @@ def _run(given: Given) -> None:
 def _needs(given: Given) -> tuple[str, ...]:
     if given["limits"] or given["layers"]:
         return ()
-    return (
-        ("libtpu",)
-        if given["backend"] == "tpu-aot"
-        else ("torch",)
-        if given.config.bench.torch
-        else ()
-    )
+    if given["backend"] == "tpu-aot":
+        return ("libtpu",)
+    cases = cases_of(given.config, given.config_file)
+    encoders = [case.load().condition.encoder for case in cases if case.what == "generate"]
+    return (*(("torch",) if given.config.bench.torch else ()), *packages_of(*encoders))
 
 
 STAGE = Stage(_run, FLAGS, _needs, settings=DEFAULT)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import transformers
 
 from dnd_jax.config.schema import Config
 from dnd_jax.costs.bench import torch_generator
@@ -47,14 +48,12 @@ def operation(
         )
 
     if case.what == "generate":
-        from transformers import BertConfig, BertModel
-
         sizes = encoder_module(config).config
-        bert = BertConfig(
+        bert = transformers.BertConfig(
             vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size,
             num_hidden_layers=sizes.num_hidden_layers, num_attention_heads=sizes.num_attention_heads,
         )  # fmt: skip
-        encoder = BertModel(bert, add_pooling_layer=False).to(device).eval()
+        encoder = transformers.BertModel(bert, add_pooling_layer=False).to(device).eval()
         ids = torch.randint(sizes.vocab_size, (batch * n, text_length), device=device)
         windows = ids.split(bert.max_position_embeddings, dim=1)
 
