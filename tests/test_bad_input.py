@@ -542,10 +542,14 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     """SIGKILL in the middle of an output: its temporary folder goes with the next writer of that
     name."""
-    write = "import os, sys, time, dnd_jax.files as f\nwith f.replacing(sys.argv[1]) as t:\n    t.write_text('x'); print(t, flush=True)"
+    write = """
+import os, sys, time, dnd_jax.core.files as f
+with f.replacing(sys.argv[1]) as t:
+    t.write_text('x'); print(t, flush=True); time.sleep(600)
+"""
     dead, living = (
         subprocess.Popen(
-            [sys.executable, "-c", f"{write}; time.sleep(600)", tmp_path / "out"],
+            [sys.executable, "-c", write, tmp_path / "out"],
             env={**os.environ, "PYTHONPATH": f"{pathlib.Path(__file__).parent.parent}"},
             stdout=subprocess.PIPE,
             text=True,

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
 from dnd_jax.base.hub import FILES, resolve
@@ -23,6 +22,7 @@ from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing
+from dnd_jax.core.tensors import write_safetensors
 
 transformers = packages.deferred("transformers")
 CONFIG = "config.json"
@@ -210,7 +210,7 @@ def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, toke
     with replacing(folder, directory=True) as temporary:
         (temporary / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         (temporary / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(temporary / "model.safetensors", weights, {"format": "pt"})
         tokenizer.save_pretrained(temporary)
 
 

@@ -1,66 +1,179 @@
-"""Files that are whole or absent: outputs are written under a temporary name and renamed; JSON is
-read with clear errors."""
+"""Files that are whole or absent, whatever happens: outputs are written under a temporary name,
+brought to the disk and renamed; JSON is read with clear errors.
+
+What a program writes inside `replacing` survives SIGKILL and a power cut: at every instant the path
+leads to the old content or the new, whole. The cost is waiting for the disk, once a file and twice
+a folder: a few milliseconds on an SSD.
+"""
 
 import contextlib
+import errno
+import fcntl
 import glob
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import socket
-import tempfile
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.exchange import exchange
+
+_staged: set[pathlib.Path] = set()  # this process's temporary folders
+_OLD = ".old"  # behind the name of what was there, inside a temporary folder
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path` and renames it onto `path` when the block ends well;
-    else leaves nothing.
+    """Yields a temporary path beside `path` and puts it in the place of `path` when the block ends
+    well; else leaves nothing.
 
-    With directory=True the temporary path is a new folder. Raises InputError when the disk refuses
-    or is full.
+    With directory=True the temporary path is a new folder, and a folder in its place is exchanged
+    for it in one step where the system can. Permissions follow the umask, whatever wrote the files.
+    Raises InputError when the disk refuses or is full.
     """
-    path = pathlib.Path(path)
-    temporary = None
+    path, staging = pathlib.Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mine = f".{path.name}.{socket.gethostname()}-"
-        for abandoned in path.parent.glob(f"{glob.escape(mine)}*"):  # by a process that was killed
-            if not _alive(abandoned.name.removeprefix(mine).split("-")[0]):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
-        target = temporary / path.name
+        _clean(path)
+        staging = path.parent / f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}"
+        _staged.add(staging)
+        staging.mkdir()
+        target = staging / path.name
         if directory:
             target.mkdir()
         yield target
+        _settle(target, stat.S_IMODE(staging.stat().st_mode))
         if directory and path.is_dir():
-            path.rename(temporary / "old")
-        target.replace(path)
+            _exchange(target, path)
+        else:
+            target.replace(path)
+        _sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
-        raise InputError(
-            f"{path}: cannot write here ({getattr(error, 'strerror', None) or error}); choose "
-            "another folder or free some space"
-        ) from error
+        raise _refused(error, path, staging) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+            _staged.discard(staging)
 
 
-def _alive(pid: str) -> bool:
-    """Whether this machine has such a process, or may have."""
+def recover(path: str | os.PathLike) -> bool:
+    """Whether a folder is there again that a writer, killed between the two renames of a system
+    without an exchange, had taken away: the new one, which was whole."""
+    path = pathlib.Path(path)
+    for staging in _abandoned(path) if not os.path.lexists(path) else ():
+        target = staging / path.name
+        if target.is_dir() and (staging / f"{path.name}{_OLD}").is_dir():
+            with contextlib.suppress(OSError):
+                target.rename(path)
+                return True
+    return False
+
+
+def _clean(path: pathlib.Path) -> None:
+    """Removes what killed writers of this path left, after `recover`."""
+    recover(path)
+    for staging in _abandoned(path):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(path: pathlib.Path) -> str:
+    return f".{path.name}.{socket.gethostname()}-"
+
+
+def _abandoned(path: pathlib.Path) -> list[pathlib.Path]:
+    """The temporary folders of this path that `replacing` made in processes of this host that are
+    gone: by their names, and by what is in them."""
+    mine, found = _prefix(path), []
+    for folder in path.parent.glob(f"{glob.escape(mine)}*"):
+        name = re.fullmatch(r"(\d+)-[a-z0-9_]{8}", folder.name.removeprefix(mine))
+        if name and folder not in _staged and folder.is_dir() and not folder.is_symlink():
+            with contextlib.suppress(OSError):
+                ours = set(os.listdir(folder)) <= {path.name, f"{path.name}{_OLD}"}
+                if ours and not _alive(int(name[1])):
+                    found.append(folder)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    """Whether this machine has such a process beside this one, or may have."""
+    if pid == os.getpid():
+        return False  # what is this process's own is in _staged
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OSError):
+    except OSError:
         return True
     return True
+
+
+def _exchange(target: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a folder in the place of another, which is then in the temporary folder. Where the
+    system has no exchange there is an instant without either, which `recover` mends."""
+    if not exchange(target, path):
+        path.rename(target.with_name(f"{path.name}{_OLD}"))
+        target.rename(path)
+
+
+def _settle(target: pathlib.Path, mode: int) -> None:
+    """Brings a file, or all of a folder, to the disk, with the permissions `mode` of a new folder,
+    which are the umask's."""
+    if target.is_dir():
+        for entry in target.iterdir():
+            _settle(entry, mode)
+    wanted = mode if target.is_dir() else mode & 0o666
+    if stat.S_IMODE(target.stat().st_mode) & 0o777 != wanted & 0o777:
+        with contextlib.suppress(PermissionError):  # a file system without permissions
+            target.chmod(wanted)
+    _sync(target)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync leaves it in the drive's cache
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(file)
+    except OSError as error:  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
+
+
+# Of a disk that takes no more, whatever was being done.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def _refused(error: Exception, path: pathlib.Path, staging: pathlib.Path | None) -> InputError:
+    """The user's line for an error while `path` was written: of the disk, or of another file that
+    was read for it."""
+    name = getattr(error, "filename", None)
+    if staging is not None and isinstance(name, str | bytes) and error.errno not in _FULL:
+        of = pathlib.Path(os.fsdecode(name))
+        if of not in (path, path.parent) and not of.is_relative_to(staging):
+            return unreadable(error)
+    reason = getattr(error, "strerror", None) or error
+    return InputError(
+        f"{path}: cannot write here ({reason}); choose another folder or free some space"
+    )
+
+
+def unreadable(error: OSError, otherwise: str = "a file") -> InputError:
+    """The user's line for an error while something was read: the file, and why. otherwise: what it
+    was, where the system does not say."""
+    name = otherwise if error.filename is None else os.fsdecode(error.filename)
+    return InputError(f"{name}: cannot be read ({error.strerror or error})")
 
 
 def check_free(folder: str | os.PathLike, flag: str) -> None:
@@ -83,19 +196,6 @@ def need_space(
         )
 
 
-def write_array(
-    path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
-) -> None:
-    """A .npy file of this shape from its parts along axis 0, held one at a time."""
-    dtype = np.dtype(dtype).newbyteorder("<")
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        )
-        for part in parts:
-            file.write(np.ascontiguousarray(part, dtype).data)
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:
@@ -110,6 +210,8 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if recover(pathlib.Path(path).parent):
+            return read_json(path)
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None

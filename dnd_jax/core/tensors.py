@@ -9,13 +9,16 @@ import contextlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import recover
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -28,7 +31,8 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[safe_open]:
     """An open .safetensors file. Raises InputError when it is absent or damaged."""
-    if not pathlib.Path(path).is_file():
+    path = pathlib.Path(path)
+    if not path.is_file() and not (recover(path.parent) and path.is_file()):
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
@@ -37,6 +41,20 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from None
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors that are in memory, with the permissions that the umask gives a new file:
+    safetensors' own function gives them to the owner alone."""
+    path = pathlib.Path(path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    path.chmod(mode)
 
 
 DTYPES = {

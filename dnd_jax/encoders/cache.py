@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dnd_jax.config import schema
-from dnd_jax.core.files import need_space, replacing, write_array
+from dnd_jax.core.arrays import open_array, write_array
+from dnd_jax.core.files import need_space, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.encoders.load import LAST, encode_windows, load_encoder
 from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
@@ -96,8 +97,7 @@ class PromptEncoder:
     def cached_means(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
         """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way; of the
         states no more than a batch, unless `cached` has them already."""
-        path = self._path(prompts, cache, "states")
-        states = np.load(path, mmap_mode="r") if path.is_file() else None
+        states = open_array(self._path(prompts, cache, "states"))
         parts = (mean_pooled(*batch) for batch in self._batches(prompts, states))
         return self._cached(prompts, cache, "means", (self.width,), np.float32, parts)
 
@@ -156,7 +156,8 @@ class PromptEncoder:
     ) -> np.ndarray:
         """The array (n, *of_one) of the parts, which are only made when there is no file of it."""
         path = self._path(prompts, cache, what)
-        if not path.is_file():
+        array = open_array(path)
+        if array is None:
             shape = len(prompts), *of_one
             size, instead = np.dtype(dtype).itemsize * math.prod(shape), "use another --workdir"
             if what == "states":
@@ -164,4 +165,5 @@ class PromptEncoder:
             need_space(path.parent, size, f"the {what} of {len(prompts)} prompts", instead)
             with replacing(path) as temporary:
                 write_array(temporary, shape, dtype, parts)
-        return np.load(path, mmap_mode="r")
+            array = np.load(path, mmap_mode="r")
+        return array

@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from dnd_jax.config import schema, validate
 from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing, write_json
-from dnd_jax.core.tensors import opened, write_tensors
+from dnd_jax.core.tensors import opened, write_safetensors, write_tensors
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig
 
@@ -116,7 +115,7 @@ def write_generator(
     with replacing(folder / MODEL) as temporary:
         write_tensors(temporary, shapes, params)
     with replacing(folder / STATISTICS) as temporary:
-        save_file(dict(statistics), temporary)
+        write_safetensors(temporary, statistics)
     write_json(folder / DESCRIPTION, description)
 
 

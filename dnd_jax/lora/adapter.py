@@ -9,12 +9,11 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from dnd_jax.core.digests import digest_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing
-from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.core.tensors import read_safetensors, write_safetensors
 from dnd_jax.lora.layout import PEFT_PREFIX, canonical
 from dnd_jax.lora.peft_settings import (
     _B,
@@ -46,7 +45,7 @@ def save_adapter(
     folder = pathlib.Path(folder)
     stored = {PEFT_PREFIX + key: value for key, value in sorted(_stored(tensors, dtype).items())}
     with replacing(folder, directory=True) as temporary:
-        save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(temporary / WEIGHTS, stored, {"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
         if card:
             (temporary / CARD).write_text(card, encoding="utf-8")

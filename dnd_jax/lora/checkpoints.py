@@ -30,10 +30,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.errors import InputError, listed
-from dnd_jax.core.files import need_space, read_json, replacing, write_array
+from dnd_jax.core.files import need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
-from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import Importance, LoraLayout
@@ -44,7 +44,13 @@ from dnd_jax.lora.peft_settings import (
     read_shapes,
     weights_file,
 )
-from dnd_jax.lora.targets import ChunkTarget, ElementTarget, Target, save_statistics
+from dnd_jax.lora.targets import (
+    ChunkTarget,
+    ElementTarget,
+    Target,
+    load_statistics,
+    save_statistics,
+)
 from dnd_jax.parallel import hosts
 
 
@@ -199,8 +205,8 @@ def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -
         cache
         / f"statistics-{_hash(checkpoints.identity(), checkpoints.layout.to_json())}.safetensors"
     )
-    if path.is_file():
-        stored = read_safetensors(path)
+    stored = load_statistics(path)
+    if stored is not None:
         return ElementTarget(checkpoints.layout, stored["mean"], stored["scale"])
     hosts.check_writes(path)
     total = sum(len(paths) for paths in checkpoints.folders.values())
@@ -209,7 +215,8 @@ def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -
     )
     target = ElementTarget.fit(checkpoints.layout, lambda: read)
     for stale in cache.glob("statistics-*.safetensors"):
-        stale.unlink()
+        if re.fullmatch(r"statistics-[0-9a-f]{24}", stale.stem) and stale.is_file():
+            stale.unlink()
     save_statistics(path, target)
     return target
 
@@ -243,13 +250,20 @@ def token_array(
     kind = [type(target).__name__, getattr(target, "bfloat16", False), statistics]
     key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
     folder = cache / dataset / key
-    if not folder.is_dir():
+
+    def stored() -> TokenArray | None:
+        targets = open_array(folder / TOKENS)
+        weights = open_array(folder / IMPORTANCE) if importance else None
+        if targets is None or (importance and weights is None):
+            return None
+        return TokenArray(targets, None if weights is None else np.array(weights))
+
+    array = stored()
+    if array is None:
         hosts.check_writes(folder)
         _write_tokens(checkpoints, dataset, target, folder, importance)
-    return TokenArray(
-        np.load(folder / TOKENS, mmap_mode="r"),
-        np.load(folder / IMPORTANCE) if (folder / IMPORTANCE).is_file() else None,
-    )
+        array = stored()
+    return array
 
 
 def _write_tokens(
@@ -257,8 +271,7 @@ def _write_tokens(
 ) -> None:
     paths = [str(path) for path in checkpoints.folders[dataset]]
     shape = len(paths), *target.shape
-    for stale in folder.parent.glob("[0-9a-f]*"):  # of other checkpoints or another target
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove_stale(folder)
     need_space(folder.parent, 4 * math.prod(shape), f"the tokens of {dataset}")
     spread = Importance()
 
@@ -281,4 +294,16 @@ def _write_tokens(
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             write_array(temporary / TOKENS, shape, np.float32, tokens(reader))
         if importance:
-            np.save(temporary / IMPORTANCE, spread.weights(dataset))
+            weights = spread.weights(dataset)
+            write_array(temporary / IMPORTANCE, weights.shape, weights.dtype, [weights])
+
+
+def _remove_stale(folder: pathlib.Path) -> None:
+    """Removes a dataset's arrays of other checkpoints or another target, and nothing else: folders
+    named by a key that hold what `_write_tokens` writes."""
+    for stale in folder.parent.glob("[0-9a-f]*"):
+        named = re.fullmatch(r"[0-9a-f]{24}", stale.name) and stale != folder
+        if not named or stale.is_symlink() or not stale.is_dir():
+            continue
+        if {TOKENS} <= set(os.listdir(stale)) <= {TOKENS, IMPORTANCE}:
+            shutil.rmtree(stale, ignore_errors=True)

@@ -8,12 +8,16 @@ the chunk alone (r, w), and the decoder spends itself on what differs between ta
 
 import dataclasses
 import os
+import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from safetensors.numpy import save_file
+from tqdm import tqdm
 
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import replacing
+from dnd_jax.core.tensors import opened, write_safetensors
 from dnd_jax.lora.layout import LoraLayout
 
 Tensors = Mapping[str, np.ndarray]
@@ -102,9 +106,33 @@ Target = ChunkTarget | ElementTarget
 
 
 def save_statistics(path: str | os.PathLike, target: Target) -> None:
-    """Writes a target's statistics as safetensors, whole or not at all."""
+    """Writes a target's statistics with their checksum as safetensors, whole or not at all."""
+    statistics = target.statistics()
     with replacing(path) as temporary:
-        save_file(target.statistics(), temporary)
+        write_safetensors(temporary, statistics, {"crc32": _checksum(statistics)})
+
+
+def load_statistics(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """What `save_statistics` wrote; None where there is no file, or, after one line on the
+    terminal, where it is not what was written."""
+    if not path.is_file():
+        return None
+    try:
+        with opened(path) as file:
+            statistics = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get("crc32") == _checksum(statistics):
+                return statistics
+    except InputError:
+        pass
+    tqdm.write(f"{path}: its content is not what was written; it is made again")
+    return None
+
+
+def _checksum(statistics: Mapping[str, np.ndarray]) -> str:
+    found = 0
+    for _, value in sorted(statistics.items()):
+        found = zlib.crc32(np.ascontiguousarray(value), found)
+    return f"{found:08x}"
 
 
 def from_statistics(

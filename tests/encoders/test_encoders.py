@@ -542,6 +542,20 @@ def test_states_go_to_the_disk_batch_by_batch(tmp_path):
     np.testing.assert_array_equal(states[-6:], encoder.encode(PROMPTS))
 
 
+def test_embeddings_that_a_power_cut_left_are_made_again(tmp_path, capsys):
+    encoder = PromptEncoder(settings(write_vectors(tmp_path)))
+    states = np.array(encoder.cached(PROMPTS, tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").iterdir()
+    for content in (bytes(path.stat().st_size), path.read_bytes()[:-1], b""):
+        path.write_bytes(content)
+        np.testing.assert_array_equal(encoder.cached(PROMPTS, tmp_path / "cache"), states)
+        assert capsys.readouterr().out == (
+            f"{path}: its end, a record of its content, is not there; it is made again\n"
+        )
+    encoder.cached(PROMPTS, tmp_path / "cache")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["lm", "vectors"])
 def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path):
     encoder = PromptEncoder(settings(KINDS[kind](tmp_path)))

@@ -29,7 +29,14 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.lora.adapter import as_folder, load_adapter, save_adapter
-from dnd_jax.lora.checkpoints import Checkpoints, checkpoint_folders, make_target, token_array
+from dnd_jax.lora.checkpoints import (
+    IMPORTANCE,
+    TOKENS,
+    Checkpoints,
+    checkpoint_folders,
+    make_target,
+    token_array,
+)
 from dnd_jax.lora.layout import PEFT_PREFIX, Importance, LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
@@ -435,6 +442,64 @@ def test_arrays_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     assert made() == 4
     assert made(bfloat16=True) == 4
     assert made(importance=False) == 4 and made(importance=False) == 0
+
+
+@pytest.mark.parametrize("name", [TOKENS, IMPORTANCE])
+def test_arrays_that_a_power_cut_left_are_made_again(tmp_path, name, capsys):
+    found, cache = opened(write_all(tmp_path / "loras")), tmp_path / "cache"
+    target = ChunkTarget(found.layout)
+    first = token_array(found, "birds", target, cache)
+    values = np.array(first.targets), first.importance
+    (path,) = cache.glob(f"birds/*/{name}")
+    path.write_bytes(bytes(path.stat().st_size))
+    array = token_array(found, "birds", target, cache)
+    assert all(map(np.array_equal, (array.targets, array.importance), values))
+    assert capsys.readouterr().out.count("made again") == 1
+    token_array(found, "birds", target, cache)
+    assert not capsys.readouterr().out and len(list((cache / "birds").iterdir())) == 1
+
+
+def test_clean_up_of_arrays_touches_only_what_it_made(tmp_path):
+    """Arrays of another key go; folders whose names begin alike, and what else is there, stay."""
+    found, cache = opened(write_all(tmp_path / "loras")), tmp_path / "cache"
+    target = ChunkTarget(found.layout)
+    token_array(found, "birds", target, cache)
+    (arrays,) = (cache / "birds").iterdir()
+    other = arrays.rename(arrays.with_name("0" * 24))
+    kept = ["base", "adapters", "collect", "0" * 23, "f" * 24]
+    for name in kept:
+        (cache / "birds" / name).mkdir()
+    (cache / "birds" / ("f" * 24) / "diary").touch()
+    (cache / "birds" / ("e" * 24)).symlink_to(tmp_path / "loras")
+    token_array(found, "birds", target, cache)
+    names = {path.name for path in (cache / "birds").iterdir()}
+    assert names == {*kept, "e" * 24, arrays.name} and not other.exists()
+
+
+@pytest.mark.parametrize("damage", ["zeros", "zeros inside", "truncated"])
+def test_statistics_that_a_power_cut_left_are_made_again(tmp_path, damage, capsys):
+    """And what only looks like them by its name stays."""
+    found, cache = opened(write_all(tmp_path / "loras")), tmp_path / "cache"
+    config = load_file("configs/mini.py")
+    config.generator.target = "element"
+    config = freeze(config)
+    first = make_target(config, found, cache).statistics()
+    (path,) = cache.glob("statistics-*")
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(
+        {
+            "zeros": bytes(len(content)),
+            "zeros inside": content[:half] + bytes(32) + content[half + 32 :],
+            "truncated": content[:half],
+        }[damage]
+    )
+    (cache / "statistics-mine.safetensors").touch()
+    capsys.readouterr()
+    again = make_target(config, found, cache).statistics()
+    assert all(np.array_equal(again[key], value) for key, value in first.items())
+    assert capsys.readouterr().out.count("made again") == 1
+    assert path.read_bytes() == content and (cache / "statistics-mine.safetensors").exists()
 
 
 def test_a_bad_checkpoint_or_a_stop_leaves_no_array(tmp_path):
