@@ -28,8 +28,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import Chip, chip_of
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.costs import hlo
-from dnd_jax.generator.decoder import forward_macs
-from dnd_jax.generator.sizes import condition_shape, encoder_module, features_of
+from dnd_jax.generator.sizes import encoder_module, spec_of
 from dnd_jax.generator.step import device_problems, shard_generation, shard_train_step
 from dnd_jax.loop.optimizers import make_optimizer
 from dnd_jax.loop.prefetch import AHEAD
@@ -83,22 +82,21 @@ def _quiet() -> Iterator[None]:
 
 def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, text encoder)."""
-    features, condition = features_of(config), condition_shape(config)
-    encoder = None
+    spec, encoder = spec_of(config), None
     if config.condition.in_graph:
         module = encoder_module(config)
         ids = jax.ShapeDtypeStruct(
             (1, 2), jnp.int32
         )  # its parameters know no length; longer texts than its window are cut
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    importance = np.ones(features[-1][0], np.float32)
-    sharded = shard_train_step(config, mesh, features, condition, importance, encoder)
-    b, (n, length, _) = config.train.batch_size, condition
+    importance = np.ones(spec.token_grid[0], np.float32)
+    sharded = shard_train_step(config, spec, mesh, importance, encoder)
+    b, (n, length, _) = config.train.batch_size, spec.condition_shape
     if encoder:
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
     else:
-        inputs = {"condition": ((b, *condition), jnp.float32)}
-    inputs["target"] = (b, *features[-1]), jnp.float32
+        inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
+    inputs["target"] = (b, *spec.token_grid), jnp.float32
     batch = {
         key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch)
         for key, (shape, kind) in inputs.items()
@@ -110,17 +108,10 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """(the jitted generation step, the shapes of its arguments): an adapter for each part of the
     mesh that splits a batch."""
-    one, batch = condition_shape(config), batch_ways(mesh)
-    sharded = shard_generation(
-        config.generator,
-        config.train.dtype,
-        mesh,
-        config.mesh.rules,
-        features_of(config),
-        one,
-        batch,
-    )
-    condition = jax.ShapeDtypeStruct((batch, *one), jnp.float32, sharding=sharded.over_batch)
+    spec, batch = spec_of(config), batch_ways(mesh)
+    sharded = shard_generation(spec, mesh, config.mesh.rules, batch)
+    shape = batch, *spec.condition_shape
+    condition = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharded.over_batch)
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), condition)
 
 
@@ -207,8 +198,8 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
     chip = chip_of(devices[0].device_kind)
     batch = jax.tree.leaves(arguments[1])[0].shape[0]
     parts = config.train.micro_batches if step == "train" else 1
-    features, g = features_of(config), config.generator
-    problems = list(device_problems(config, features, mesh, batch, parts).values())
+    spec, method = spec_of(config), config.generator.convolution
+    problems = list(device_problems(spec, mesh, batch, parts).values())
     _, state = bytes_per_device(arguments[0], jax.tree.map(lambda x: x.sharding, arguments[0]))
     plan = Plan(
         step=step,
@@ -217,19 +208,16 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
         batch=batch,
         micro_batches=parts,
         remat=config.train.remat if step == "train" else "none",
-        method=g.convolution,
+        method=method,
         rules=hashlib.sha256(repr(config.mesh.rules).encode()).hexdigest()[:6],
-        convolutions=describe(problems, g.convolution),
+        convolutions=describe(problems, method),
         looped=sum(
             plan.looped and not plan.direct
-            for plan in (choose(problem, g.convolution) for problem in problems)
+            for plan in (choose(problem, method) for problem in problems)
         ),
         state_bytes=state,
         limit_bytes=int(chip.memory) if chip else None,
-        direct_flops=(6 if step == "train" else 2)
-        * batch
-        * forward_macs(features, g.kernel_size)
-        / len(devices),
+        direct_flops=(6 if step == "train" else 2) * batch * spec.forward_macs / len(devices),
     )
     started = time.perf_counter()
     effort = {"exec_time_optimization_effort": FAST} if Placement(mesh).platform == "tpu" else None

@@ -6,14 +6,13 @@ their mean with a bias, then one convolution over N. Every convolution runs over
 axes and mixes the third.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from dnd_jax.config.schema import Features
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.ops.convolution import convolve
 from dnd_jax.ops.cost_model import Problem, choose
 from dnd_jax.parallel.placement import ANYWHERE, Placement
@@ -40,18 +39,16 @@ class HyperConvStage(nn.Module):
 
     features_in: Features
     features_out: Features
-    kernel_size: int
-    dtype: jnp.dtype = jnp.float32
-    convolution: str = "auto"
+    spec: DecoderSpec  # of the whole decoder
     placement: Placement = ANYWHERE
 
     def convolve(self, x_BxNxLxC: jax.Array, name: str, axis: int, size_out: int) -> jax.Array:
         """Mixes `axis` with the float32 kernel `name`; its method decides what that is rounded
         to."""
-        k, size_in, place = self.kernel_size, x_BxNxLxC.shape[axis], self.placement
+        k, size_in, place = self.spec.kernel_size, x_BxNxLxC.shape[axis], self.placement
         kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
         plan = choose(
-            Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.convolution
+            Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.spec.convolution
         )
         if plan.direct:
             kernel = kernel.astype(x_BxNxLxC.dtype)  # before it is gathered: half the bytes
@@ -62,6 +59,7 @@ class HyperConvStage(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxNxLxC: jax.Array) -> jax.Array:
+        k, dtype = self.spec.kernel_size, jnp.dtype(self.spec.dtype)
         n, length, c = self.features_in
         n_out, length_out, c_out = self.features_out
         if x_BxNxLxC.shape[1:] != self.features_in:
@@ -69,60 +67,48 @@ class HyperConvStage(nn.Module):
 
         x = nn.LayerNorm(
             epsilon=LAYER_NORM_EPS, reduction_axes=(-2, -1), feature_axes=(-2, -1), use_fast_variance=False,
-            dtype=self.dtype, name="norm",
+            dtype=dtype, name="norm",
         )(x_BxNxLxC)  # fmt: skip
         width_first = self.convolve(x, "conv1w", 3, c_out)
         width_first = self.convolve(width_first, "conv1h", 2, length_out)
         height_first = self.convolve(x, "conv2h", 2, length_out)
         height_first = jnp.tanh(self.convolve(height_first, "conv2w", 3, c_out))
         bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
-        y = (width_first + height_first + bias.astype(self.dtype)) / 3
+        y = (width_first + height_first + bias.astype(dtype)) / 3
 
         y = self.convolve(y, "conv_n", 1, n_out)
-        bias_n = self.param("bias_n", torch_uniform(n * self.kernel_size**2), (n_out,))
-        y = y + bias_n.astype(self.dtype)[:, None, None]
+        bias_n = self.param("bias_n", torch_uniform(n * k**2), (n_out,))
+        y = y + bias_n.astype(dtype)[:, None, None]
         return x_BxNxLxC + y if self.features_in == self.features_out else y
 
 
 class HyperConvDecoder(nn.Module):
-    """The cascade: features[0] is the condition's (N, L, C), features[-1] the token grid's (T, h,
-    w). No final activation.
+    """The cascade of a spec's stages: (B, N, L, C) -> (B, T, h, w). No final activation.
 
-    convolution: method of dnd_jax.ops.convolution.convolve. placement: on which mesh. remat: what
-    is computed again backwards, of `REMAT`.
+    placement: on which mesh.
     """
 
-    features: Sequence[Features]
-    kernel_size: int
-    dtype: jnp.dtype = jnp.float32
-    convolution: str = "auto"
+    spec: DecoderSpec
     placement: Placement = ANYWHERE
-    remat: str = "none"
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
-        x = self.placement.activation(condition_BxNxLxC.astype(self.dtype))
-        for i, (features_in, features_out) in enumerate(
-            zip(self.features[:-1], self.features[1:], strict=True)
-        ):
-            common = (self.kernel_size, self.dtype, self.convolution, self.placement)
-            x = _stage_class(self.remat)(
-                tuple(features_in), tuple(features_out), *common, name=f"stage_{i}"
-            )(x)
+        x = self.placement.activation(condition_BxNxLxC.astype(self.spec.dtype))
+        stage = _stage_class(self.spec.remat)
+        for i, (features_in, features_out) in enumerate(self.spec.stages):
+            x = stage(features_in, features_out, self.spec, self.placement, name=f"stage_{i}")(x)
         return x
 
 
 def _stage_class(remat: str) -> type[HyperConvStage]:
+    """The stage as the backward pass shall see it, by config.schema.REMAT."""
     if remat == "none":
         return HyperConvStage
-    policy = (
-        jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
-        if remat == "convolutions"
-        else None
-    )
-    return nn.remat(
-        HyperConvStage, policy=policy
-    )  # the stages are not in a scan, so nothing else keeps XLA from merging
+    keep_convolutions = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
+    policy = keep_convolutions if remat == "convolutions" else None
+    # prevent_cse stays on: the stages are in no scan, so nothing else keeps XLA from merging what
+    # is computed again with what was computed first.
+    return nn.remat(HyperConvStage, policy=policy)
 
 
 def weighted_errors(
@@ -148,51 +134,3 @@ def weighted_loss(
     (docs/METHOD.md section 6)."""
     errors_B, cells_B = weighted_errors(output_BxTxHxW, target, importance_T)
     return jnp.sum(errors_B) / jnp.sum(cells_B)
-
-
-def forward_macs(features: Sequence[Features], kernel_size: int) -> int:
-    """Multiply-accumulates of one sample's forward pass by the direct method (docs/SETTINGS.md);
-    FLOP are twice that."""
-    total = 0
-    for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
-        total += (
-            c * c2 * length * n
-            + length * l2 * n * c2
-            + length * l2 * n * c
-            + c * c2 * l2 * n
-            + n * n2 * l2 * c2
-        )
-    return kernel_size**2 * total
-
-
-def convolutions(
-    features: Sequence[Features],
-    kernel_size: int,
-    batch: int,
-    dtype: str,
-    platform: str | None = None,
-    tensor: int = 1,
-) -> dict[str, Problem]:
-    """Every convolution of a decoder, by its parameter's path, as the shapes that a plan is chosen
-    from.
-
-    batch: a device's part. tensor: parts of the output channels, where it divides them.
-    """
-    platform = platform or jax.default_backend()
-    problems = {}
-    for i, ((n, length, c), (n2, l2, c2)) in enumerate(
-        zip(features[:-1], features[1:], strict=True)
-    ):
-        shapes = {  # grid, channels in and out
-            "conv1w": ((n, length), c, c2),
-            "conv1h": ((n, c2), length, l2),
-            "conv2h": ((n, c), length, l2),
-            "conv2w": ((n, l2), c, c2),
-            "conv_n": ((l2, c2), n, n2),
-        }
-        for name, (grid, size_in, size_out) in shapes.items():
-            ways = tensor if size_out % tensor == 0 else 1
-            problems[f"stage_{i}/{name}"] = Problem(
-                batch, *grid, size_in, size_out // ways, kernel_size, dtype, platform
-            )
-    return problems

@@ -21,20 +21,20 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
     target, which the original has no place for."""
     folder = find_generator(run_dir)
     description = read_description(folder)
-    settings = description.generator
-    if settings.target != "chunk":
+    target = description.generator.target
+    if target != "chunk":
         raise InputError(
-            f"{folder}: generator.target = {settings.target!r}; the original's format knows only "
+            f"{folder}: generator.target = {target!r}; the original's format knows only "
             "chunk tokens"
         )
-    module = Generator(
-        description.features, settings.kernel_size, settings.length_projection or None
-    )
     if not (folder / MODEL).is_file():
         raise InputError(f"{folder / MODEL}: no such file")
     params = traverse_util.unflatten_dict(open_tensors(folder / MODEL), sep="/")
     return save_reference_generator(
-        module, params, path, read_safetensors(folder / STATISTICS)["importance"]
+        Generator(description.spec),
+        params,
+        path,
+        read_safetensors(folder / STATISTICS)["importance"],
     )
 
 

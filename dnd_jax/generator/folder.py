@@ -21,6 +21,7 @@ from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.tensors import opened, write_safetensors, write_tensors
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig
 
@@ -54,6 +55,11 @@ class Description:
     layout: LoraLayout
     adapter: AdapterConfig
     encoder_fingerprint: str
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The decoder that the parameters are of."""
+        return DecoderSpec.of(self.generator, self.condition, self.dtype, features=self.features)
 
 
 def read_record(folder: pathlib.Path) -> dict:

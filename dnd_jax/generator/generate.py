@@ -85,10 +85,7 @@ class TrainedGenerator:
         count = mesh.fsdp * mesh.tensor
         devices = jax.local_devices()[: count if count > 0 else None]
         self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
-        features = description.features
-        condition = self.condition.num_prompts, self.condition.max_text_length, features[0][2]
-        how = description.generator, description.dtype, self._mesh, mesh.rules
-        generation = shard_generation(*how, features, condition)
+        generation = shard_generation(description.spec, self._mesh, mesh.rules)
         self.module, self._step = generation.module, generation.step
         flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(

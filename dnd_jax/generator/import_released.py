@@ -18,7 +18,6 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import DESCRIPTION, write_generator
-from dnd_jax.generator.model import Generator
 from dnd_jax.generator.released import CRITERION_WEIGHT, architecture, mapped, read_state_dict
 from dnd_jax.lora.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config, read_shapes
@@ -90,10 +89,10 @@ def import_generator(
             f"{source}: holds no length projection; leave out "
             f"--config.generator.length_projection={projection}"
         )
-    module = Generator(found.features, found.kernel_size, projection or None)
-    tensors = mapped(state, module, found.text_length, source)
-    num_prompts, length, width = found.features[0]
-    layout, settings = _adapter_layout(config, found.features[-1], adapter)
+    spec = dataclasses.replace(found, length_projection=projection)
+    tensors = mapped(state, spec, source)
+    num_prompts, text_length, width = spec.condition_shape
+    layout, settings = _adapter_layout(config, spec.token_grid, adapter)
     importance = np.asarray(
         state.get(CRITERION_WEIGHT, np.ones(layout.num_tokens)), np.float32
     ).reshape(-1)
@@ -106,7 +105,7 @@ def import_generator(
     condition = dataclasses.replace(
         config.condition,
         num_prompts=num_prompts,
-        max_text_length=found.text_length or length,
+        max_text_length=text_length,
         in_graph=False,
     )
     encoder = PromptEncoder(condition)

@@ -36,9 +36,9 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError, listed
 from dnd_jax.core.files import replacing
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
-from dnd_jax.generator.decoder import forward_macs
-from dnd_jax.generator.model import make_generator, param_shapes
-from dnd_jax.generator.sizes import condition_shape, encoder_module
+from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.sizes import encoder_module, spec_of
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
 
@@ -52,16 +52,6 @@ LEAST_WIDTH, LARGE, PADDED_WIDTH = (
 )  # w: below this a base with dimensions this large gets that
 TOPOLOGY = "v5p:2x2x4"  # of the plan proposed next
 LINE = 132
-
-
-def num_parameters(features: tuple[Features, ...], kernel_size: int) -> int:
-    """Parameters of a decoder, in closed form (docs/METHOD.md section 5)."""
-    total = 0
-    for (n, length, c), (n2, l2, c2) in zip(features[:-1], features[1:], strict=True):
-        total += (
-            kernel_size**2 * (2 * c * c2 + 2 * length * l2 + n * n2) + 2 * length * c + l2 * c2 + n2
-        )
-    return total
 
 
 def _stages(first: Features, grid: Features, widest: int) -> tuple[Features, ...]:
@@ -100,7 +90,7 @@ def cascade(
         _stages(first, grid, tokens)
     ]
     for k in (kernel_size,) if kernel_size else range(largest, KERNELS[0] - 1, -2):
-        counted = [(num_parameters(features, k), features) for features in every]
+        counted = [(DecoderSpec(features, k).num_parameters, features) for features in every]
         count, best = max(((c, f) for c, f in counted if c <= budget), default=(0, None))
         if best and (best[-2][0] >= tokens / 8 or k in (kernel_size, KERNELS[0])):
             return best, k
@@ -230,11 +220,8 @@ def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:
 
 def decoder_parameters(config: Config) -> int:
     """Parameters of the configured decoder, counted by shape evaluation of the real module."""
-    module = make_generator(config.generator.features, config.generator, config.train.dtype)
-    return sum(
-        leaf.size
-        for leaf in jax.tree.leaves(param_shapes(module, condition_shape(config))["decoder"])
-    )
+    shapes = param_shapes(Generator(spec_of(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["decoder"]))
 
 
 def _literal(value: object) -> str:
@@ -286,7 +273,7 @@ def _docstring(tokens: Tokens, config: Config, out: str, parameters: int) -> str
     paragraph = lambda text: textwrap.fill(
         plain(text), LINE - 4, break_long_words=False, break_on_hyphens=False
     )
-    tera = 2 * forward_macs(g.features, g.kernel_size) / 1e12
+    tera = 2 * spec_of(config).forward_macs / 1e12
     return "\n".join(
         (
             f"LoRAs of {plain(config.base.path)} from {c.num_prompts} prompts of "
@@ -332,7 +319,7 @@ def init_config(
     tokens = find_tokens(config, base, adapter)
     config = settle(tokens.config, tokens.layout, budget)
     g = config.generator
-    parameters = num_parameters(g.features, g.kernel_size)
+    parameters = spec_of(config).num_parameters
     lines = "\n    ".join(("config = default.get_config()", *_assignments(config), "return config"))
     text = (
         f'"""{_docstring(tokens, config, os.fspath(out), parameters)}\n"""\n\nfrom '

@@ -5,15 +5,13 @@ The frozen text encoder stays outside: its output is computed once and cached, o
 step (see pairs.py).
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dnd_jax.config import schema
-from dnd_jax.config.schema import LENGTH_PROJECTIONS, Features
+from dnd_jax.config.schema import LENGTH_PROJECTIONS
 from dnd_jax.generator.decoder import HyperConvDecoder, torch_uniform
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.parallel.placement import ANYWHERE, Placement
 
 
@@ -47,51 +45,22 @@ class LengthProjection(nn.Module):
         raise ValueError(f"length projection {self.kind!r} is none of {LENGTH_PROJECTIONS}")
 
 
-def param_shapes(module: nn.Module, condition_shape: tuple[int, int, int]) -> dict:
-    """The shapes of a generator's parameters, nested as they are, for a condition (N, L, C);
-    nothing is computed."""
-    condition = jax.ShapeDtypeStruct((1, *condition_shape), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
-
-
 class Generator(nn.Module):
-    """features: (N, L, C) of every stage, the condition's first and the token grid's last. The rest
-    as `HyperConvDecoder`."""
+    """The length projection, where the spec has one, and the decoder. placement: on which mesh."""
 
-    features: Sequence[Features]
-    kernel_size: int
-    length_projection: str | None = None
-    dtype: jnp.dtype = jnp.float32
-    convolution: str = "auto"
+    spec: DecoderSpec
     placement: Placement = ANYWHERE
-    remat: str = "none"
 
     @nn.compact
     def __call__(self, condition_BxNxLxC: jax.Array) -> jax.Array:
-        x = condition_BxNxLxC.astype(self.dtype)
-        if self.length_projection:
-            x = LengthProjection(
-                self.length_projection, self.features[0][1], self.dtype, name="length_projection"
-            )(x)
-        how = (self.dtype, self.convolution, self.placement, self.remat)
-        return HyperConvDecoder(self.features, self.kernel_size, *how, name="decoder")(x)
+        kind, length, dtype = self.spec.length_projection, self.spec.features[0][1], self.spec.dtype
+        x = condition_BxNxLxC.astype(dtype)
+        if kind:
+            x = LengthProjection(kind, length, jnp.dtype(dtype), name="length_projection")(x)
+        return HyperConvDecoder(self.spec, self.placement, name="decoder")(x)
 
 
-def make_generator(
-    features: Sequence[Features],
-    config: schema.Generator,
-    dtype: str,
-    placement: Placement = ANYWHERE,
-    remat: str = "none",
-) -> Generator:
-    """The module of a configuration with its resolved features."""
-    projection = config.length_projection or None
-    return Generator(
-        features,
-        config.kernel_size,
-        projection,
-        jnp.dtype(dtype),
-        config.convolution,
-        placement,
-        remat,
-    )
+def param_shapes(module: Generator) -> dict:
+    """The shapes of a generator's parameters, nested as they are; nothing is computed."""
+    condition = jax.ShapeDtypeStruct((1, *module.spec.condition_shape), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), condition)["params"]

@@ -10,7 +10,6 @@ Stages, kernel size and text length are read off the tensors' shapes. Every tens
 once in both directions, without rounding: loading and saving gives the same bits. Needs PyTorch.
 """
 
-import dataclasses
 import os
 import pathlib
 import pickle
@@ -28,6 +27,7 @@ from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import replacing
 from dnd_jax.core.tensors import DTYPES
 from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.spec import DecoderSpec
 
 torch = packages.deferred("torch")
 CRITERION_WEIGHT = "criterion_weight"
@@ -114,19 +114,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return {key: array(key, value) for key, value in state.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the shapes in a state dict say. text_length: L before the length projection; None
-    without one."""
+def architecture(state: Mapping[str, np.ndarray], source: str) -> DecoderSpec:
+    """Stages, kernel size and text length (0: no length projection) of an original state dict.
 
-    features: tuple[Features, ...]
-    kernel_size: int
-    text_length: int | None
-
-
-def architecture(state: Mapping[str, np.ndarray], source: str) -> Architecture:
-    """Stages, kernel size and text length of an original state dict. Raises InputError listing the
-    tensors that it lacks."""
+    Which of the length projections it is, the shapes do not tell: `length_projection` is left
+    empty. Raises InputError listing the tensors that are missing or unknown.
+    """
     stages = sorted(
         {
             int(m[1])
@@ -168,28 +161,18 @@ def architecture(state: Mapping[str, np.ndarray], source: str) -> Architecture:
         raise InputError(
             f"{source}: kernels of {kernel_size} x {kernel_size}; only odd ones are known"
         )
-    return Architecture(
-        tuple(features), kernel_size, state["down_proj.weight"].shape[-1] if projected else None
-    )
-
-
-def _shapes(module: Generator, text_length: int | None) -> dict[str, tuple[int, ...]]:
-    """{our path: shape} of a generator's parameters."""
-    n, length, c = module.features[0]
-    shapes = param_shapes(module, (n, text_length or length, c))
-    return {
-        "/".join(k.key for k in keys): leaf.shape
-        for keys, leaf in jax.tree.leaves_with_path(shapes)
-    }
+    text_length = state["down_proj.weight"].shape[-1] if projected else 0
+    return DecoderSpec(tuple(features), kernel_size, text_length=text_length)
 
 
 def mapped(
-    state: Mapping[str, np.ndarray], module: Generator, text_length: int | None, source: str
+    state: Mapping[str, np.ndarray], spec: DecoderSpec, source: str
 ) -> dict[str, np.ndarray]:
     """{our path: a view of the stored tensor in our axes}. Raises InputError listing all that is
     missing, unknown or misshapen."""
-    expected = _shapes(module, text_length)
-    table = _table(len(module.features) - 1, bool(module.length_projection))
+    shapes = jax.tree.leaves_with_path(param_shapes(Generator(spec)))
+    expected = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in shapes}
+    table = _table(len(spec.features) - 1, bool(spec.length_projection))
     faults = [f"{key} is missing" for key in table.keys() - state.keys()]
     faults += [f"{key} is unknown" for key in state.keys() - table.keys() - {CRITERION_WEIGHT}]
     mapped = {}
@@ -197,9 +180,9 @@ def mapped(
         ours, (to_ours, _) = table[key]
         value = to_ours(state[key]) if state[key].ndim == len(expected[ours]) else state[key]
         if value.shape != expected[ours]:
-            shape, kernel = state[key].shape, module.kernel_size
+            shape, kernel = state[key].shape, spec.kernel_size
             faults.append(
-                f"{key} has shape {shape}, which does not fit features {module.features} and "
+                f"{key} has shape {shape}, which does not fit features {spec.features} and "
                 f"kernel {kernel}"
             )
         if value.dtype not in DTYPES.values():
@@ -228,16 +211,14 @@ def load_reference_generator(
         raise InputError(f"length_projection {length_projection!r} is none of {LENGTH_PROJECTIONS}")
     if length_projection and max_text_length is None:
         raise InputError("max_text_length is needed with a length projection")
-    module = Generator(
-        tuple(tuple(int(x) for x in f) for f in features), kernel_size, length_projection
+    spec = DecoderSpec(
+        tuple(tuple(int(x) for x in f) for f in features),
+        kernel_size,
+        length_projection or "",
+        max_text_length if length_projection else 0,
     )
-    tensors = mapped(
-        read_state_dict(path),
-        module,
-        max_text_length if length_projection else None,
-        os.fspath(path),
-    )
-    return module, traverse_util.unflatten_dict(
+    tensors = mapped(read_state_dict(path), spec, os.fspath(path))
+    return Generator(spec), traverse_util.unflatten_dict(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()}, sep="/"
     )
 
@@ -258,20 +239,18 @@ def save_reference_generator(
 
     Raises InputError when criterion_weight does not have one value a token.
     """
-    weight = np.asarray(criterion_weight, np.float32).reshape(-1)
-    if weight.size != module.features[-1][0]:
+    weight, tokens = np.asarray(criterion_weight, np.float32).reshape(-1), module.spec.token_grid[0]
+    if weight.size != tokens:
         raise InputError(
-            f"criterion_weight has {weight.size} values, the generator {module.features[-1][0]} "
-            "tokens"
+            f"criterion_weight has {weight.size} values, the generator {tokens} tokens"
         )
     leaves = {
         "/".join(k.key for k in keys): np.asarray(leaf)
         for keys, leaf in jax.tree.leaves_with_path(params)
     }
     state = {CRITERION_WEIGHT: torch.from_numpy(weight.reshape(1, -1, 1, 1).copy())}
-    for key, (ours, (_, from_ours)) in _table(
-        len(module.features) - 1, bool(module.length_projection)
-    ).items():
+    table = _table(len(module.spec.features) - 1, bool(module.spec.length_projection))
+    for key, (ours, (_, from_ours)) in table.items():
         value = np.array(from_ours(leaves.pop(ours)), order="C")
         bfloat16 = value.dtype == ml_dtypes.bfloat16
         state[key] = (

@@ -10,6 +10,7 @@ from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders.bert import Bert, BertConfig
 from dnd_jax.encoders.load import load_module
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
 
 # The paper's encoder, known without a download.
@@ -88,7 +89,7 @@ def features_of(config: schema.Config) -> tuple[Features, ...]:
     )
 
 
-def condition_shape(config: schema.Config) -> tuple[int, int, int]:
-    """(N, L, C) of a condition, before any length projection."""
-    n, length, c = features_of(config)[0]
-    return n, config.condition.max_text_length if config.generator.length_projection else length, c
+def spec_of(config: schema.Config) -> DecoderSpec:
+    """The configured decoder as it is trained. Raises InputError as `features_of`."""
+    c = config.train
+    return DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features_of(config))

@@ -2,7 +2,7 @@
 (docs/METHOD.md sections 4 to 7)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,10 +12,11 @@ import optax
 from flax import linen as nn
 
 from dnd_jax.config import schema
-from dnd_jax.config.schema import Config, Features
+from dnd_jax.config.schema import Config
 from dnd_jax.encoders.load import encode_windows
-from dnd_jax.generator.decoder import convolutions, weighted_errors
-from dnd_jax.generator.model import Generator, make_generator, param_shapes
+from dnd_jax.generator.decoder import weighted_errors
+from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import make_optimizer
 from dnd_jax.ops.cost_model import Problem, compiler_options
 from dnd_jax.parallel.placement import Placement
@@ -36,23 +37,16 @@ class ShardedGeneration:
 
 
 def shard_generation(
-    config: schema.Generator,
-    dtype: str,
-    mesh: jax.sharding.Mesh,
-    rules: tuple,
-    features: Sequence[Features],
-    condition_shape: tuple[int, int, int],
-    batch: int = 1,
+    spec: DecoderSpec, mesh: jax.sharding.Mesh, rules: tuple, batch: int = 1
 ) -> ShardedGeneration:
-    """The one generation step of a configuration, for use and ahead-of-time compilation.
-    condition_shape: (N, L, C); batch: adapters at once, which every device makes by itself where
-    the mesh does not divide them.
+    """The one generation step of a decoder, for use and ahead-of-time compilation.
 
+    batch: adapters at once, which every device makes by itself where the mesh does not divide them.
     Raises InputError for a parameter without a rule.
     """
     place = Placement(mesh)
-    module = make_generator(features, config, dtype, place)
-    shapes = param_shapes(module, condition_shape)
+    module = Generator(dataclasses.replace(spec, remat="none"), place)  # no backward pass here
+    shapes = param_shapes(module)
     shardings = shard_by_rules(mesh, rules, shapes)
     over_batch = (
         leading(mesh, batch, "the adapters") if place.batch_ways(batch) > 1 else replicated(mesh)
@@ -71,20 +65,13 @@ def shard_generation(
 
 
 def device_problems(
-    config: Config, features: Sequence[Features], mesh: jax.sharding.Mesh, batch: int, parts: int
+    spec: DecoderSpec, mesh: jax.sharding.Mesh, batch: int, parts: int
 ) -> dict[str, Problem]:
     """The convolutions of one device, by their parameters' paths, when a batch is computed in so
     many parts."""
     place = Placement(mesh)
     a_part = -(-batch // parts // place.batch_ways(batch))
-    return convolutions(
-        features,
-        config.generator.kernel_size,
-        a_part,
-        config.train.dtype,
-        place.platform,
-        mesh.shape["tensor"],
-    )
+    return spec.convolutions(a_part, place.platform, mesh.shape["tensor"])
 
 
 def make_train_step(
@@ -203,25 +190,23 @@ class ShardedStep:
 
 def shard_train_step(
     config: Config,
+    spec: DecoderSpec,
     mesh: jax.sharding.Mesh,
-    features: Sequence[Features],
-    condition_shape: tuple[int, int, int],
     importance: np.ndarray,
     encoder: tuple[nn.Module, Any] | None = None,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests.
-    condition_shape: (N, L, C).
 
     encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
     step. Raises InputError for a parameter without a rule and for sizes that the mesh does not
     divide.
     """
     c, place = config.train, Placement(mesh)
-    module = make_generator(features, config.generator, c.dtype, place, c.remat)
+    module = Generator(spec, place)
     optimizer = make_optimizer(c)
 
     def init(key):
-        params = module.init(key, jnp.zeros((1, *condition_shape)))["params"]
+        params = module.init(key, jnp.zeros((1, *spec.condition_shape)))["params"]
         return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     shapes = jax.eval_shape(init, jax.random.key(0))

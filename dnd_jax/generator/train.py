@@ -32,10 +32,10 @@ from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
-from dnd_jax.generator.decoder import forward_macs
 from dnd_jax.generator.folder import DESCRIPTION, initial_params, read_record, write_generator
 from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.sizes import resolve_features
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
 from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
@@ -141,15 +141,16 @@ def train(
         encoder.width,
     )
     features = resolve_features(config.generator, condition_shape, target.shape)
+    spec = DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features)
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    problems = device_problems(config, features, mesh, c.batch_size, c.micro_batches)
+    problems = device_problems(spec, mesh, c.batch_size, c.micro_batches)
     if config.generator.convolution == "tuned":
         tune(problems.values())
-    sharded = shard_train_step(config, mesh, features, condition_shape, importance, in_graph)
+    sharded = shard_train_step(config, spec, mesh, importance, in_graph)
     encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
     encoder_fingerprint = encoder.fingerprint
     del encoder, in_graph  # its parameters need not stay on the first device
-    flop = 2 * forward_macs(features, config.generator.kernel_size)
+    flop = 2 * spec.forward_macs
     if hosts.lead():
         count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
         total, held = bytes_per_device(sharded.shapes, sharded.shardings)

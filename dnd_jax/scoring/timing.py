@@ -19,7 +19,6 @@ from dnd_jax.config.schema import Config
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Suite
-from dnd_jax.generator.decoder import forward_macs
 from dnd_jax.generator.folder import find_generator, read_description
 from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.loop.prefetch import shuffled_rows
@@ -86,7 +85,7 @@ def measure_generation(
     encoding, decoding, writing = (
         statistics.median(x) for x in zip(*map(once, range(1, REPEATS + 1)), strict=True)
     )
-    c, module = generator.condition, generator.module
+    c = generator.condition
     return {
         "generate_seconds": encoding + decoding + writing,
         "encode_seconds": encoding,
@@ -94,7 +93,7 @@ def measure_generation(
         "write_seconds": writing,
         "generate_cold_seconds": cold,
         "encode_flop": 2 * _weights(generator.encoder.params) * c.num_prompts * c.max_text_length,
-        "decode_flop": 2 * forward_macs(module.features, module.kernel_size),
+        "decode_flop": 2 * generator.module.spec.forward_macs,
     }
 
 

@@ -1,6 +1,7 @@
 """The decoder and the generator: the original's numbers, our PyTorch reading of the method, weights
 both ways, the cost tables."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -18,15 +19,15 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
-from dnd_jax.generator.decoder import forward_macs, weighted_loss
-from dnd_jax.generator.init_config import num_parameters
-from dnd_jax.generator.model import Generator, make_generator
+from dnd_jax.generator.decoder import weighted_loss
+from dnd_jax.generator.model import Generator
 from dnd_jax.generator.released import (
     load_criterion_weight,
     load_reference_generator,
     save_reference_generator,
 )
-from dnd_jax.generator.sizes import features_of
+from dnd_jax.generator.sizes import spec_of
+from dnd_jax.generator.spec import DecoderSpec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
@@ -93,7 +94,7 @@ def test_golden_decoder(name, convolution, tmp_path):
     module, params = load_reference_generator(
         write_state(tmp_path / "g.pth", setting["param"]), features, setting["kernel_size"]
     )
-    module = module.clone(convolution=convolution)
+    module = Generator(dataclasses.replace(module.spec, convolution=convolution))
     target = np.where(arrays["mask"], arrays["target"], np.nan)
     output, loss, gradients, by_condition = loss_and_gradients(
         module, params, arrays["input"], target, weight, tmp_path
@@ -212,17 +213,12 @@ def test_agrees_with_the_torch_reference(decoder, projection, seed):
 def test_initialisation_has_the_bounds_of_pytorch():
     """The same uniform distributions as PyTorch's defaults: compared by their spread, over the
     sizes of a real stage."""
-    features, k = [(6, 20, 24), (10, 16, 30)], 3
-    params = jax.jit(Generator(features, k, "camera_ready").init)(
-        jax.random.key(0), jnp.zeros((1, 6, 40, 24))
-    )["params"]
+    features, k = ((6, 20, 24), (10, 16, 30)), 3
+    module = Generator(DecoderSpec(features, k, "camera_ready", 40))
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 6, 40, 24)))["params"]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "init.pth")
-        ours = read_state(
-            save_reference_generator(
-                Generator(features, k, "camera_ready"), params, path, np.ones(10)
-            )
-        )
+        ours = read_state(save_reference_generator(module, params, path, np.ones(10)))
     torch.manual_seed(0)
     theirs = {
         n: v.detach().numpy()
@@ -371,23 +367,21 @@ CHECKPOINTS = dict(
 def test_sizes_and_cost_of_the_original_settings(name):
     millions, tera, tokens = SETTINGS[name]
     config = freeze(load_file(f"configs/{name}.py"))
-    features, kernel_size, projection = (
-        config.generator.features,
-        config.generator.kernel_size,
-        config.generator.length_projection,
+    spec = spec_of(config)
+    module = Generator(spec)
+    assert spec.condition_shape[:2] == (
+        config.condition.num_prompts,
+        config.condition.max_text_length,
     )
-    module = make_generator(features, config.generator, config.train.dtype)
-    length = config.condition.max_text_length
-    assert features[0][0] == config.condition.num_prompts and (
-        projection or features[0][1] == length
-    )
-    condition = jax.ShapeDtypeStruct((1, features[0][0], length, features[0][2]), jnp.float32)
+    condition = jax.ShapeDtypeStruct((1, *spec.condition_shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), condition)
-    assert sum(
-        leaf.size for leaf in jax.tree.leaves(variables["params"]["decoder"])
-    ) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["decoder"]))
+        == spec.num_parameters
+        == pytest.approx(millions * 1e6, abs=0.05e6)
+    )
     assert jax.eval_shape(module.apply, variables, condition).shape == (1, *tokens)
-    assert 2 * forward_macs(features, kernel_size) / 1e12 == pytest.approx(tera, abs=0.005)
+    assert 2 * spec.forward_macs / 1e12 == pytest.approx(tera, abs=0.005)
     assert millions == pytest.approx(
         float(re.search(r"([0-9.]+)M parameters", config_text(name))[1])
     )
@@ -406,9 +400,9 @@ def test_sizes_and_cost_of_the_original_settings(name):
 def test_sizes_of_the_small_settings(name):
     """The generator's parameters and tokens as the docstring has them."""
     config, text = freeze(load_file(f"configs/{name}.py")), " ".join(config_text(name).split())
-    features, g = features_of(config), config.generator
-    assert f"{num_parameters(features, g.kernel_size) / 1e6:.1f}M parameters" in text
-    assert "({} tokens of {} x {} weights)".format(*features[-1]) in text
+    spec = spec_of(config)
+    assert f"{spec.num_parameters / 1e6:.1f}M parameters" in text
+    assert "({} tokens of {} x {} weights)".format(*spec.token_grid) in text
 
 
 def config_text(name: str) -> str:

@@ -23,8 +23,8 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.step_cost import train_arguments
 from dnd_jax.data.suite import load_suite
-from dnd_jax.generator.decoder import forward_macs
-from dnd_jax.generator.init_config import cascade, decoder_parameters, init_config, num_parameters
+from dnd_jax.generator.init_config import cascade, decoder_parameters, init_config
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.checkpoints import Checkpoints
 from dnd_jax.lora.layout import LoraLayout
@@ -82,19 +82,12 @@ def gemma(folder: pathlib.Path) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_rule_meets_the_papers_settings(name):
     g = freeze(load_file(f"configs/{name}.py")).generator
-    assert num_parameters(g.features, g.kernel_size) / 1e6 == pytest.approx(
-        SETTINGS[name][0], abs=0.05
-    )
-    features, kernel_size = cascade(g.features[0], g.features[-1])
-    assert kernel_size == g.kernel_size and features[-2][0] == g.features[-2][0]
-    assert (
-        1 / 1.2
-        < num_parameters(features, kernel_size) / num_parameters(g.features, kernel_size)
-        < 1.2
-    )
-    assert (
-        1 / 1.4 < forward_macs(features, kernel_size) / forward_macs(g.features, kernel_size) < 1.4
-    )
+    paper = DecoderSpec(g.features, g.kernel_size)
+    assert paper.num_parameters / 1e6 == pytest.approx(SETTINGS[name][0], abs=0.05)
+    rule = DecoderSpec(*cascade(g.features[0], g.features[-1]))
+    assert rule.kernel_size == g.kernel_size and rule.features[-2][0] == g.features[-2][0]
+    assert 1 / 1.2 < rule.num_parameters / paper.num_parameters < 1.2
+    assert 1 / 1.4 < rule.forward_macs / paper.forward_macs < 1.4
 
 
 sizes = st.tuples(st.integers(1, 200), st.integers(1, 1600), st.integers(1, 1024))
@@ -113,13 +106,13 @@ def test_every_cascade_is_a_decoder_within_its_budget(first, grid, budget):
         return
     assert features[0] == first and features[-1] == grid and all(min(f) >= 1 for f in features)
     assert 3 <= kernel_size <= 11 and kernel_size % 2 == 1
-    assert not budget or num_parameters(features, kernel_size) <= budget
+    assert not budget or DecoderSpec(features, kernel_size).num_parameters <= budget
 
 
 @pytest.mark.parametrize("budget", [5e7, 2e8, 1e9, 2e9])
 def test_a_budget_is_used(budget):
     features, kernel_size = cascade((128, 384, 384), (4508, 18, 258), budget)
-    assert 0.85 * budget < num_parameters(features, kernel_size) <= budget
+    assert 0.85 * budget < DecoderSpec(features, kernel_size).num_parameters <= budget
     assert kernel_size == 11 or budget < 1e9
 
 

@@ -91,9 +91,10 @@ def test_every_released_version_and_back(kind, folders, tmp_path):
     ]
 
     generator = TrainedGenerator(tmp_path / "g")
-    assert [list(f) for f in generator.module.features] == setting["features"]
+    assert [list(f) for f in generator.module.spec.features] == setting["features"]
     assert (
-        generator.module.kernel_size == setting["kernel_size"] and generator.layout.num_tokens == 9
+        generator.module.spec.kernel_size == setting["kernel_size"]
+        and generator.layout.num_tokens == 9
     )
     assert generator.condition.num_prompts == 4
     assert generator.condition.max_text_length == (setting["max_text_length"] if projection else 10)

@@ -15,10 +15,10 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import topology_devices
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.cache import PromptEncoder
-from dnd_jax.generator.decoder import forward_macs
-from dnd_jax.generator.model import make_generator
+from dnd_jax.generator.model import Generator
 from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.sizes import resolve_features
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.train import _row, train
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
@@ -89,7 +89,9 @@ def test_the_numbers_of_a_step_are_those_of_its_data(run, pairs_and_importance):
     features = resolve_features(
         config.generator, batch["condition"].shape[1:], batch["target"].shape[1:]
     )
-    module = make_generator(features, config.generator, config.train.dtype)
+    module = Generator(
+        DecoderSpec.of(config.generator, config.condition, "float32", features=features)
+    )
     first = jnp.zeros((1, *batch["condition"].shape[1:]))
     params = jax.jit(module.init)(jax.random.fold_in(jax.random.key(config.seed), 2), first)[
         "params"
@@ -122,9 +124,8 @@ def test_speed_is_counted_operations_by_time(run, pairs_and_importance):
     features = resolve_features(
         config.generator, batch["condition"].shape[1:], batch["target"].shape[1:]
     )
-    operations = (
-        6 * BATCH * forward_macs(features, config.generator.kernel_size)
-    )  # 2 a multiply-add, twice as many backward
+    macs = DecoderSpec(features, config.generator.kernel_size).forward_macs
+    operations = 6 * BATCH * macs  # 2 a multiply-add, twice as many backward
     for row in read_metrics(run[2] / "generator"):
         seconds = BATCH / row["samples_per_second"]
         assert seconds == pytest.approx(row["seconds"], abs=6e-5)  # which is rounded

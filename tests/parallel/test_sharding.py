@@ -15,8 +15,8 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.step_cost import topology_devices
-from dnd_jax.generator.model import make_generator
-from dnd_jax.generator.sizes import condition_shape, features_of
+from dnd_jax.generator.model import Generator
+from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.step import shard_generation, shard_train_step
 from dnd_jax.loop.optimizers import make_optimizer
 from dnd_jax.parallel.mesh import make_mesh, mesh_record
@@ -50,7 +50,7 @@ def batches(steps: int, batch: int = 16):
 @functools.lru_cache
 def first_params():
     """The parameters that every run starts from."""
-    module = make_generator(FEATURES, settings().generator, "float32")
+    module = Generator(spec_of(settings()))
     return jax.device_get(
         jax.jit(module.init)(jax.random.key(0), np.zeros((1, *FEATURES[0]), np.float32))["params"]
     )
@@ -61,7 +61,7 @@ def train(config: Config, steps: int = 20):
     m = config.mesh
     mesh = make_mesh(m, jax.devices()[: m.data * m.fsdp * m.tensor])
     importance = np.linspace(0.5, 1.5, FEATURES[-1][0], dtype=np.float32)
-    sharded = shard_train_step(config, mesh, FEATURES, FEATURES[0], importance)
+    sharded = shard_train_step(config, spec_of(config), mesh, importance)
     state = {
         "params": first_params(),
         "opt": make_optimizer(config.train).init(first_params()),
@@ -121,7 +121,7 @@ def test_micro_batches_and_remat_change_nothing(mesh, change):
 def test_a_mesh_starts_as_one_device_and_fsdp_divides_its_state():
     config = settings((1, 8, 1))
     sharded = shard_train_step(
-        config, make_mesh(config.mesh), FEATURES, FEATURES[0], np.ones(FEATURES[-1][0])
+        config, spec_of(config), make_mesh(config.mesh), np.ones(FEATURES[-1][0])
     )
     state = sharded.init(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), first_params())
@@ -154,9 +154,7 @@ def test_every_mesh_generates_as_one_device(mesh):
 def generation(config: Config, batch: int):
     m = config.mesh
     mesh = make_mesh(m, jax.devices()[: m.data * m.fsdp * m.tensor])
-    return shard_generation(
-        config.generator, "float32", mesh, m.rules, FEATURES, FEATURES[0], batch
-    )
+    return shard_generation(spec_of(config), mesh, m.rules, batch)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_bfloat16_moment", "adafactor"])
@@ -189,11 +187,9 @@ def sharded_setting(name: str, fsdp: int, tensor: int):
     raw = load_file(f"configs/{name}.py")
     raw.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
     config = freeze(raw)
-    features = features_of(config)
+    spec = spec_of(config)
     mesh = make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
-    return shard_train_step(
-        config, mesh, features, condition_shape(config), np.ones(features[-1][0], np.float32)
-    )
+    return shard_train_step(config, spec, mesh, np.ones(spec.token_grid[0], np.float32))
 
 
 @pytest.mark.parametrize("name, limit", PAPER.items())

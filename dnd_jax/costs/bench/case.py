@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 
 from dnd_jax.config import load, schema, validate
-from dnd_jax.config.schema import Features
-from dnd_jax.generator.decoder import forward_macs
-from dnd_jax.generator.sizes import features_of
+from dnd_jax.generator.sizes import spec_of
+from dnd_jax.generator.spec import DecoderSpec
 
 WHAT = ("forward", "gradient", "train", "generate")
 PASSES = {
@@ -44,16 +43,18 @@ class Case:
         raw.train.update(batch_size=max(self.batch, 1), dtype=self.dtype)
         return validate.freeze(raw)
 
-    def features(self, config: schema.Config) -> tuple[Features, ...]:
-        """(N, L, C) of the measured stages."""
-        every = features_of(config)
-        first, last = self.stages or (0, len(every) - 1)
-        return every[first : last + 1]
+    def spec(self, config: schema.Config) -> DecoderSpec:
+        """The whole generator, or a decoder of the measured stages alone."""
+        whole = dataclasses.replace(spec_of(config), remat="none")
+        if self.stages is None:
+            return whole
+        first, last = self.stages
+        features = whole.features[first : last + 1]
+        return dataclasses.replace(whole, features=features, length_projection="", text_length=0)
 
     def flop(self, config: schema.Config) -> int:
         """Operations by the direct method."""
-        macs = forward_macs(self.features(config), config.generator.kernel_size)
-        return 2 * macs * max(self.batch, 1) * PASSES[self.what]
+        return 2 * self.spec(config).forward_macs * max(self.batch, 1) * PASSES[self.what]
 
 
 def peak_of_process() -> int:

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.config.schema import Config, Features
+from dnd_jax.config.schema import Config
 from dnd_jax.costs.bench.case import Case, peak_of_process, timed
 from dnd_jax.encoders.load import encode_windows
-from dnd_jax.generator.decoder import convolutions, weighted_loss
-from dnd_jax.generator.model import make_generator
+from dnd_jax.generator.decoder import weighted_loss
+from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import encoder_module, layout_of
 from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import make_optimizer
@@ -47,24 +47,18 @@ def random_params(module, *shapes, dtype=jnp.float32) -> dict:
 def operation(case: Case, config: Config) -> Callable[[], object]:
     """A function that runs the case once and returns what must be waited for. Everything it needs
     is on the device already."""
-    features, g = case.features(config), config.generator
-    whole = case.stages is None
-    module = make_generator(
-        features, g if whole else dataclasses.replace(g, length_projection=""), config.train.dtype
-    )
-    batch = max(case.batch, 1)
-    length = config.condition.max_text_length if whole and g.length_projection else features[0][1]
-    shape = (batch, features[0][0], length, features[0][2])
-    params = random_params(module, (1, *shape[1:]))
+    spec, batch = case.spec(config), max(case.batch, 1)
+    module = Generator(spec)
+    params = random_params(module, (1, *spec.condition_shape))
     if case.what == "generate":
-        return _generate(case, config, features, module, params)
-    condition = jax.device_put(normal(shape, 0))
+        return _generate(case, config, module, params)
+    condition = jax.device_put(normal((batch, *spec.condition_shape), 0))
     jit = functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     if case.what == "forward":
         apply = jit(lambda params, condition: module.apply({"params": params}, condition))
         return lambda: apply(params, condition)
-    target = jax.device_put(normal((batch, *features[-1]), 1))
-    importance = jnp.ones(features[-1][0])
+    target = jax.device_put(normal((batch, *spec.token_grid), 1))
+    importance = jnp.ones(spec.token_grid[0])
     if case.what == "gradient":
 
         def loss(params, condition):
@@ -84,9 +78,7 @@ def operation(case: Case, config: Config) -> Callable[[], object]:
     return train
 
 
-def _generate(
-    case: Case, config: Config, features: tuple[Features, ...], module, params
-) -> Callable[[], object]:
+def _generate(case: Case, config: Config, module: Generator, params) -> Callable[[], object]:
     """Prompt ids -> adapter tensors: text encoder, decoder, and weights read back from the tokens
     where the layout is known."""
     encoder = encoder_module(config).clone(dtype=jnp.dtype(config.train.dtype))
@@ -112,7 +104,9 @@ def _generate(
         decode = ChunkTarget(layout).decode
     elif layout is not None:
         decode = ElementTarget(
-            layout, np.zeros(features[-1], np.float32), np.ones(layout.num_tokens, np.float32)
+            layout,
+            np.zeros(module.spec.token_grid, np.float32),
+            np.ones(layout.num_tokens, np.float32),
         ).decode
     ids, valid = jax.device_put((ids, valid))
     return lambda: [decode(np.asarray(t)) for t in tokens(params, encoder_params, ids, valid)]
@@ -144,13 +138,7 @@ def main() -> None:
         **times,
         "peak_bytes": peak_bytes(),
         "plans": describe(
-            convolutions(
-                case.features(config),
-                config.generator.kernel_size,
-                max(case.batch, 1),
-                config.train.dtype,
-            ).values(),
-            spec["variant"],
+            case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]
         ),
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},

@@ -13,8 +13,7 @@ import dataclasses
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
-from dnd_jax.generator.decoder import convolutions
-from dnd_jax.generator.sizes import features_of
+from dnd_jax.generator.sizes import spec_of
 from dnd_jax.ops.cost_model import Plan, Problem, choose
 from dnd_jax.ops.tune import seconds_of
 
@@ -37,12 +36,7 @@ def measure_layer(problem: Problem) -> dict[str, dict[str, float]]:
 
 def layers_table(config: Config) -> str:
     """Measures all layers and returns a Markdown table; equal layers are measured once."""
-    problems = convolutions(
-        features_of(config),
-        config.generator.kernel_size,
-        config.train.batch_size,
-        config.train.dtype,
-    )
+    problems = spec_of(config).convolutions(config.train.batch_size)
     found = {
         problem: measure_layer(problem)
         for problem in tqdm(dict.fromkeys(problems.values()), desc="layers", dynamic_ncols=True)

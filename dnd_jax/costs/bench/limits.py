@@ -11,7 +11,7 @@ each is written and read once.
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.chips import CHIPS, Chip
-from dnd_jax.generator.decoder import convolutions, forward_macs
+from dnd_jax.generator.sizes import spec_of
 from dnd_jax.ops.cost_model import choose, dft_work
 
 DEVICES = 8
@@ -25,11 +25,9 @@ SHOWN = ("TPU v5p", "H200")
 def limits(setting: str, chip: Chip) -> dict[str, float]:
     """Milliseconds and TFLOP of one sample's train step on one of DEVICES chips."""
     config = freeze(load_file(f"configs/{setting}.py"))
-    g, batch = config.generator, config.train.batch_size / DEVICES
+    spec, batch = spec_of(config), config.train.batch_size / DEVICES
     operations = moved = 0.0
-    for problem in convolutions(
-        g.features, g.kernel_size, round(batch), config.train.dtype, chip.platform
-    ).values():
+    for problem in spec.convolutions(round(batch), chip.platform).values():
         plan = choose(problem, "auto")
         for gradient, tiling in ((False, plan.forward), (True, plan.backward)):
             if tiling is None:
@@ -38,7 +36,7 @@ def limits(setting: str, chip: Chip) -> dict[str, float]:
             work = dft_work(problem, tiling, gradient)
             operations += 2 * sum(macs for macs, _ in work)
             moved += sum(step for _, step in work)
-    direct = 6 * forward_macs(g.features, g.kernel_size)
+    direct = 6 * spec.forward_macs
     return {
         "direct_tflop": direct / 1e12,
         "planned_tflop": operations / batch / 1e12,

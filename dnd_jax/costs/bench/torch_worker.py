@@ -32,12 +32,11 @@ def operation(
 ) -> Callable[[], object]:
     """A function that runs the case once, as in jax_worker.py."""
     layout, compiled, bf16 = VARIANTS[variant]
-    features, g = case.features(config), config.generator
-    whole = case.stages is None
-    projection = g.length_projection or None if whole else None
-    batch, (n, length, c) = max(case.batch, 1), features[0]
-    text_length = config.condition.max_text_length
-    generator = torch_generator.Generator(list(features), g.kernel_size, projection, text_length)
+    spec, batch = case.spec(config), max(case.batch, 1)
+    n, text_length, _ = spec.condition_shape
+    generator = torch_generator.Generator(
+        list(spec.features), spec.kernel_size, spec.length_projection or None, text_length
+    )
     generator = generator.to(device).to(memory_format=layout)
     cast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     model = torch.compile(generator) if compiled else generator
@@ -64,7 +63,7 @@ def operation(
 
         return generate
 
-    condition = tensor((batch, n, text_length if projection else length, c), 0)
+    condition = tensor((batch, *spec.condition_shape), 0)
     if case.what == "forward":
 
         def forward():
@@ -72,7 +71,7 @@ def operation(
                 return model(condition)
 
         return forward
-    target = tensor((batch, *features[-1]), 1)
+    target = tensor((batch, *spec.token_grid), 1)
     importance = generator.criterion_weight
     train = case.what == "train"
     optimizer = torch.optim.AdamW(
