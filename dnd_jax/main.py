@@ -148,7 +148,6 @@ def _run(name: str, words: list[str]) -> None:
     if name not in STAGES:
         raise InputError(f"no stage {name!r}{nearest(name, STAGES) or '; run `dnd` for the list'}")
     from dnd_jax.config import command
-    from dnd_jax.config.remembered import remember
     from dnd_jax.core import packages
     from dnd_jax.core.workdir import held
 
@@ -163,7 +162,6 @@ def _run(name: str, words: list[str]) -> None:
         stage.run(given)
         return
     with held(given.workdir, name):
-        remember(given.workdir, given.config_file, given.config)
         stage.run(given)
 
 

@@ -122,8 +122,7 @@ def _settings(
         return "", None, ""
     memory = pathlib.Path(given.get("workdir") or "", paths.CONFIG)
     if not file and stage.settings == stages.RUN and given.get("workdir") and memory.is_file():
-        file, base = remembered(memory)
-        return file, base, str(memory)
+        return str(memory), remembered(memory), str(memory)
     if not file and stage.settings == stages.DEFAULT:
         file = DEFAULT_FILE
     if not file and stage.fallback:

@@ -17,8 +17,8 @@ from dnd_jax.core.records import differences
 FORMAT = 1
 
 
-def remembered(path: pathlib.Path) -> tuple[str, ml_collections.ConfigDict]:
-    """(settings file, settings) that a run remembers; what this version added since takes its
+def remembered(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """The settings that a run remembers; what this version added since takes its
     default.
 
     Raises InputError for a file of another format, or with settings that there are none of.
@@ -37,7 +37,7 @@ def remembered(path: pathlib.Path) -> tuple[str, ml_collections.ConfigDict]:
     _update(config, raw["config"], "config", faults)
     if faults:
         raise listed(f"{path}: settings that this version does not have", faults)
-    return str(raw.get("file", "")), config
+    return config
 
 
 def _update(
@@ -55,14 +55,14 @@ def _update(
                 faults.append(f"{path}.{key} = {value!r}")
 
 
-def remember(workdir: pathlib.Path, file: str, config: Config) -> None:
+def remember(workdir: pathlib.Path, config: Config) -> None:
     """Writes WORKDIR/config.json, after it has listed on the terminal what differs from the
     settings that were there."""
     path = workdir / paths.CONFIG
-    now = {"format": FORMAT, "file": file, "config": config.to_json()}
+    now = {"format": FORMAT, "config": tuples_to_lists(config.to_json())}
     then = read_json(path) if path.is_file() else None
     if isinstance(then, Mapping) and isinstance(then.get("config"), Mapping):
-        changed = differences(then["config"], tuples_to_lists(now["config"]))
+        changed = differences(then["config"], now["config"])
         if changed:
             print(
                 f"settings that differ from those {path} remembered (then -> now):",
@@ -70,8 +70,8 @@ def remember(workdir: pathlib.Path, file: str, config: Config) -> None:
                 sep="\n  ",
                 flush=True,
             )
-        elif then.get("file") == file:
-            return
+    if then == now:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, now)
 

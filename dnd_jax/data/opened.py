@@ -3,6 +3,7 @@ hours are spent on it."""
 
 import pathlib
 
+from dnd_jax.config.remembered import remember
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
@@ -36,4 +37,5 @@ def open_suite(
     if config.evaluate.answers == "likelihood":
         for dataset in suite.unseen:
             labels_of(dataset)
+    remember(workdir, config)
     return suite

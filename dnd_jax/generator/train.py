@@ -21,7 +21,6 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
-from dnd_jax.config.remembered import remember
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
@@ -287,8 +286,6 @@ def _run(given: Given) -> None:
                 pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir"
             )
         with held(workdir, "train") if hosts.lead() else contextlib.nullcontext():
-            if hosts.lead():
-                remember(workdir, given.config_file, config)
             with hosts.lead_first():
                 suite = open_suite(config, workdir, given["strict"])
             folder = train(config, suite, workdir, given["allow"], profile)

@@ -251,7 +251,7 @@ def test_command_warns_reports_and_refuses(files, capsys, tmp_path):
     ]
     write()
     assert (
-        main(["pretrain", suite, f"--workdir={tmp_path / 'w'}", "--config.base.path="]) == 2
+        main(["pretrain", "--config=mini", suite, f"--workdir={tmp_path / 'w'}"]) == 2
     )  # no corpus: it goes on to that
     err = capsys.readouterr().err.splitlines()
     assert (

@@ -98,7 +98,8 @@ def test_text_encoder_equals_bert_padding_included(minilm):
     ]
     ids, valid = minilm_ids(texts, 48)
     assert valid.sum(axis=1).min() == 4 and valid.sum(axis=1).max() == 48
-    assert np.abs(encode(ids, valid) - bert(ids, valid)).max() < TOLERANCE
+    exact = bert(ids, valid, torch.float64)  # PyTorch's own float32 is up to 1e-4 from it
+    assert np.abs(encode(ids, valid) - exact).max() < TOLERANCE
 
 
 def test_text_encoder_is_as_exact_as_pytorch_where_float32_is_worst(minilm):
@@ -122,7 +123,7 @@ def test_windows_beyond_512_are_independent(minilm):
     encoded = encode(ids, valid)
     assert encoded.shape == (2, 1100, 384)
     for first, last in ((0, 512), (512, 1024), (1024, 1100)):
-        expected = bert(ids[:, first:last], valid[:, first:last])
+        expected = bert(ids[:, first:last], valid[:, first:last], torch.float64)
         assert np.abs(encoded[:, first:last] - expected).max() < TOLERANCE
     changed = ids.copy()
     changed[:, :512] = 2000

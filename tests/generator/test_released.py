@@ -67,10 +67,9 @@ def folders(tmp_path_factory) -> pathlib.Path:
 
 def import_it(folders, path, out, projection: str = "", *options: str) -> int:
     chosen = [f"--config.generator.length_projection={projection}"] if projection else []
-    encoder = f"--config.condition.encoder={folders / 'encoder'}"
-    return main(
-        ["import-generator", str(path), f"--out={out}", encoder, *chosen, *map(str, options)]
-    )
+    if not any("condition.encoder" in option for option in options):
+        chosen.append(f"--config.condition.encoder={folders / 'encoder'}")
+    return main(["import-generator", str(path), f"--out={out}", *chosen, *map(str, options)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
