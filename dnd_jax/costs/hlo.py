@@ -2,11 +2,12 @@
 that they put on the links."""
 
 import dataclasses
-import hashlib
 import re
 from collections import defaultdict
 
 import numpy as np
+
+from dnd_jax.core import digests
 
 KINDS = (
     "all-gather",
@@ -180,4 +181,4 @@ def fingerprint(program: str) -> str:
     plain = re.sub(
         r", metadata=\{.*?\}|, stack_frame_id=\d+", "", "\n".join([header, *lines[first:]])
     )
-    return hashlib.sha256(plain.encode()).hexdigest()[:12]
+    return digests.of_text(plain)[:12]

@@ -10,7 +10,6 @@ collectives, and the compiler's time.
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 import re
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import digests
 from dnd_jax.core.chips import Chip, chip_of
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.costs import hlo
@@ -209,7 +209,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
         micro_batches=parts,
         remat=config.train.remat if step == "train" else "none",
         method=method,
-        rules=hashlib.sha256(repr(config.mesh.rules).encode()).hexdigest()[:6],
+        rules=digests.of_text(repr(config.mesh.rules))[:6],
         convolutions=describe(problems, method),
         looped=sum(
             plan.looped and not plan.direct

@@ -9,11 +9,9 @@ number of devices, scaling.png. A combination that was compiled before is not co
 
 import csv
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -21,8 +19,7 @@ import jax
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
-from dnd_jax.core import figures, packages
-from dnd_jax.core.digests import program_digest
+from dnd_jax.core import digests, figures, packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.stopping import stop
@@ -75,10 +72,8 @@ def _key(topology: str, step: str, config: Config, measure: bool) -> str:
     }
     devices = topology or [jax.device_count(), jax.devices()[0].device_kind]
     compilers = jax.__version__, *map(_version, ("jaxlib", "libtpu"))
-    text = json.dumps(
-        [devices, step, settings, measure, compilers, program_digest()], sort_keys=True
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    program = digests.of_program()
+    return digests.of_json([devices, step, settings, measure, compilers, program])[:16]
 
 
 def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[Plan]:

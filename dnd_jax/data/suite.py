@@ -30,7 +30,6 @@ is no tuned reference.
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import os
 import pathlib
@@ -39,6 +38,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
 from dnd_jax.data.sources import FIELDS, FILES, Example, Reading, Source, hold_out, read_source
@@ -154,11 +154,13 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
     )
     train, unseen = (tuple(read[n][1]() for n in names[role]) for role in ("train", "unseen"))
     kinds = {n: str(kinds.get(n, DEFAULT_KIND)) for n in names["unseen"]}
-    digest = hashlib.sha256(json.dumps([names["train"], names["unseen"], kinds]).encode())
-    for examples in (corpus, *(part for d in train + unseen for part in (d.train, d.test))):
-        digest.update(json.dumps([(e.prompt, e.response, e.system) for e in examples]).encode())
+    parts = corpus, *(part for d in train + unseen for part in (d.train, d.test))
+    digest = digests.of_text(
+        json.dumps([names["train"], names["unseen"], kinds]),
+        *(json.dumps([(e.prompt, e.response, e.system) for e in part]) for part in parts),
+    )
     name = str(raw.get("name", root.name if path.name == "suite.json" else path.stem))
-    return Suite(name, root, corpus, train, unseen, kinds, digest.hexdigest())
+    return Suite(name, root, corpus, train, unseen, kinds, digest)
 
 
 Readers = dict[str, tuple[str, Callable[[], Dataset]]]  # name -> (role, what reads it)

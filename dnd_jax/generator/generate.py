@@ -8,8 +8,6 @@ dnd generate --generator=RUN --prompts=FILE --out=DIR [--seed=0] [--samples=1] [
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from flax import traverse_util
 
 from dnd_jax.base.hub import check_repo_id, push, resolve
 from dnd_jax.config import schema
-from dnd_jax.core.digests import digest_of
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
@@ -91,10 +89,8 @@ class TrainedGenerator:
         self.params = jax.device_put(
             traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
         )
-        self.fingerprint = digest_of(folder / DESCRIPTION, folder / MODEL)
-        self.config_hash = hashlib.sha256(
-            json.dumps(description.settings, sort_keys=True).encode()
-        ).hexdigest()
+        self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
+        self.config_hash = digests.of_json(description.settings)
         self._encoder_fingerprint = description.encoder_fingerprint
 
     @functools.cached_property

@@ -5,7 +5,6 @@ dnd import-generator X.pth --out=DIR --adapter=PEFT_FOLDER
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 
@@ -14,6 +13,7 @@ import numpy as np
 from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.schema import Config, Features
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.encoders.cache import PromptEncoder
@@ -123,8 +123,7 @@ def import_generator(
         chunk_width=layout.chunk_width,
         importance=True,
     )
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = digests.of_file(path)
     write_generator(
         out,
         {key: (value.shape, value.dtype) for key, value in tensors.items()},

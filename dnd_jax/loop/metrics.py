@@ -1,13 +1,12 @@
 """What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked
 for, and profiler traces."""
 
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 
-from dnd_jax.core import packages
+from dnd_jax.core import digests, packages
 from dnd_jax.core.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,7 +60,7 @@ def _wandb(
     directory: pathlib.Path, step: int, title: str
 ) -> tuple[Callable[[int, Mapping], None], Callable[[], None]]:
     folder = directory.absolute()
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run when it goes on
+    name = digests.of_text(str(folder))[:16]  # the same run when it goes on
     run = packages.load("wandb").init(
         project="dnd_jax",
         name=f"{folder.parent.name} {title}",

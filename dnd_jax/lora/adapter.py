@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from dnd_jax.core.digests import digest_of
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
@@ -98,7 +98,7 @@ def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def fingerprint(path: str | os.PathLike) -> str:
     """sha256 of a checkpoint's settings and tensors, as they are stored."""
-    return digest_of(config_file(path), weights_file(path))
+    return digests.of_description(config_file(path), weights_file(path))
 
 
 def is_made_from(folder: pathlib.Path, card: str) -> bool:

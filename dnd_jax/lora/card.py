@@ -1,12 +1,12 @@
 """The README.md of what we export: a model card that the hub accepts, saying what made it and how
 to load it."""
 
-import hashlib
 import json
 import pathlib
 import re
 from collections.abc import Sequence
 
+from dnd_jax.core import digests
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 
 TAGS = ("lora", "drag-and-drop-llms", "dnd_jax")
@@ -25,11 +25,6 @@ def is_generated(folder: pathlib.Path) -> bool:
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != {WEIGHTS, CONFIG, CARD}:
         return False
     return TAGS[1] in (folder / CARD).read_text(encoding="utf-8", errors="replace")
-
-
-def digest(texts: Sequence[str]) -> str:
-    """sha256 of a list of texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def card(
@@ -82,7 +77,7 @@ def card(
         "training on the task.\n\n"
         f"- base: `{adapter.base}`\n"
         f"- generator: {generator}; its configuration: sha256 {config_hash[:16]}\n"
-        f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digest(prompts)[:16]})\n"
+        f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digests.of_texts(prompts)[:16]})\n"
         f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n\n"
         f"```python\n{peft}from transformers import AutoModelForCausalLM\n\n{load}```\n\n{served}"
     )

@@ -17,8 +17,6 @@ a dataset has one.
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -30,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import need_space, read_json, replacing
@@ -170,7 +169,7 @@ class Checkpoints:
         """Names which checkpoints there are, for a record: dataset, file, size and settings, but no
         times (copies change them)."""
         seen = [[name, file, size, settings] for name, file, size, _, settings in self.identity()]
-        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+        return digests.of_json(seen)[:16]
 
     def identity(self, dataset: str | None = None) -> list:
         """What tells one dataset's checkpoint files, or all, from others without reading them:
@@ -193,7 +192,7 @@ class Checkpoints:
 
 
 def _hash(*parts) -> str:
-    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:24]
+    return digests.of_json([VERSION, *parts])[:24]
 
 
 def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -> Target:
@@ -243,10 +242,7 @@ def token_array(
     weights; never the whole array. Raises InputError for a checkpoint that is damaged or holds NaN,
     fewer than two of them or none that differ (importance weights need a spread), and a full disk.
     """
-    statistics = {
-        key: hashlib.sha256(value.tobytes()).hexdigest()
-        for key, value in target.statistics().items()
-    }
+    statistics = {key: digests.of_array(value) for key, value in target.statistics().items()}
     kind = [type(target).__name__, getattr(target, "bfloat16", False), statistics]
     key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
     folder = cache / dataset / key

@@ -2,7 +2,6 @@
 the same files."""
 
 import contextlib
-import hashlib
 import pathlib
 import socket
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.parallel import peers
 
@@ -60,7 +60,7 @@ def check_alike(values: Mapping[str, str]) -> None:
     and which."""
     if not several():
         return
-    digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+    digests = [list(bytes.fromhex(digests.of_text(value))) for value in values.values()]
     everywhere = multihost_utils.process_allgather(
         np.asarray(digests, np.uint8)
     )  # (processes, values, 32)

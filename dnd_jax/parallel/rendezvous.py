@@ -7,7 +7,6 @@ who is missing, or which peer is gone and exits with status LOST.
 """
 
 import contextlib
-import hashlib
 import os
 import secrets
 import socket
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dnd_jax.core.digests import program_digest
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, Missing, first_line
 from dnd_jax.core.stopping import Stopped, exit_status, stop
 from dnd_jax.parallel import peers
@@ -259,9 +258,7 @@ def joined(
             found = _meeting_of_lead(), jax.process_count(), jax.process_index()
         meeting, processes, process = found
         print(f"process {process} of {processes}: waiting for the others", flush=True)
-        digest = hashlib.sha256(
-            "\0".join([*run, jax.__version__, program_digest()]).encode()
-        ).hexdigest()
+        digest = digests.of_texts([*run, jax.__version__, digests.of_program()])
         if process == 0:
             peers.present = _gather(meeting, processes, start_timeout, digest)
         else:

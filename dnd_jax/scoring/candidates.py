@@ -3,8 +3,6 @@ PEFT folders."""
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -12,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import digests
 from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.condition_text import condition_texts
@@ -20,7 +19,6 @@ from dnd_jax.generator.folder import read_record
 from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
 from dnd_jax.generator.nearest import nearest
 from dnd_jax.lora.adapter import as_folder, is_made_from, save_adapter
-from dnd_jax.lora.card import digest
 from dnd_jax.lora.checkpoints import Checkpoints, dataset_checkpoints
 from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
@@ -90,7 +88,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     generator = TrainedGenerator(workdir / "generator")
     check_asked_alike(config, generator)
     checkpoints = Checkpoints(config, suite, workdir)
-    loras = hashlib.sha256(json.dumps(checkpoints.identity()).encode()).hexdigest()
+    loras = digests.of_json(checkpoints.identity())
     encoder, adapter, competitors = generator.encoder, generator.adapter, workdir / "competitors"
     n, samples, different = (
         config.condition.num_prompts,
@@ -154,7 +152,7 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
 
     def predicted(prompts: list[str], folder: pathlib.Path) -> pathlib.Path:
         card = (
-            f"Ridge regression from prompts (sha256 {digest(prompts)}), fitted to the training "
+            f"Ridge regression from prompts (sha256 {digests.of_texts(prompts)}), fitted to the training "
             f"LoRA checkpoints (sha256 {loras}) "
             f"as the tokens of a generator (sha256 {generator.fingerprint}).\n"
         )

@@ -14,7 +14,6 @@ Columns, rule and intervals are those of results.json; WORKDIR/lm_eval.json hold
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
-from dnd_jax.core import packages
+from dnd_jax.core import digests, packages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import replacing, write_json
@@ -189,7 +188,7 @@ def load_tasks(
         spec = w.task or str(folder.absolute() / f"{w.dataset}.yaml")
         if w.data:
             data = str(pathlib.Path(w.data).absolute())
-            name = f"{w.dataset}_{w.task}_{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+            name = f"{w.dataset}_{w.task}_{digests.of_text(data)[:8]}"
             spec = str(folder.absolute() / f"{name}.yaml")
             of_harness = {
                 "include": str(manager.task_index[w.task].yaml_path),
