@@ -2,7 +2,6 @@
 names, tokenizers."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
-from dnd_jax.base.hub import FILES, resolve
+from dnd_jax.base.hub import resolve
 from dnd_jax.base.names import lm_name, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.core import packages
@@ -33,18 +32,6 @@ BASES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-
-
-def base_digest(path: str | os.PathLike) -> str:
-    """sha256 of all that a base is: configuration, weights, tokenizer. Its path may come to hold
-    another. Raises InputError as `resolve`."""
-    folder = resolve(path)
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in (*FILES, "*.bin") for file in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
 
 
 def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:

@@ -51,9 +51,23 @@ FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model
 PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
 
 
-def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Path:
+def revision_of(folder: pathlib.Path) -> str:
+    """The commit of a folder in the hub's cache; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and hub_id(folder) else ""
+
+
+def hub_id(folder: pathlib.Path) -> str:
+    """USER/NAME of a folder in the hub's cache, models--USER--NAME/snapshots/COMMIT; empty for any
+    other folder."""
+    found = re.search(r"models--(.+?)--(.+)/snapshots/[0-9a-f]{40}/?$", str(folder.absolute()))
+    return f"{found[1]}/{found[2]}" if found else ""
+
+
+def resolve(
+    path: str | os.PathLike, files: Sequence[str] = FILES, revision: str = ""
+) -> pathlib.Path:
     """The local folder of a model: a folder, "package:NAME/FOLDER" inside an installed package, or
-    a hub id, of which `files` are downloaded.
+    a hub id, of which `files` are downloaded. revision: of a hub id, the commit; empty: the newest.
 
     Raises InputError when it cannot be had.
     """
@@ -77,7 +91,10 @@ def resolve(path: str | os.PathLike, files: Sequence[str] = FILES) -> pathlib.Pa
     if name.startswith((".", "/")) or name.count("/") > 1 or not name:
         raise InputError(f"{name or '(empty path)'}: no such model folder")
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(files)
+        )
+        return pathlib.Path(found)
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
         reason = first_line(error)
         raise InputError(

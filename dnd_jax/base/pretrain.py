@@ -15,11 +15,11 @@ from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
 from dnd_jax.base.chat import build_tokenizer, encode
 from dnd_jax.base.folder import save_base
 from dnd_jax.base.loss import answer_loss
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite

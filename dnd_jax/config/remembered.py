@@ -7,12 +7,12 @@ from typing import Any
 import ml_collections
 
 from dnd_jax.config.load import load_file
+from dnd_jax.config.records import differences
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import tuples
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.records import differences
 
 FORMAT = 1
 
@@ -66,7 +66,7 @@ def remember(workdir: pathlib.Path, config: Config) -> None:
         if changed:
             print(
                 f"settings that differ from those {path} remembered (then -> now):",
-                *changed,
+                *changed.values(),
                 sep="\n  ",
                 flush=True,
             )

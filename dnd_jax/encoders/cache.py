@@ -6,25 +6,26 @@ max_text_length, dropout off. States of many long texts are large (6 MB a text f
 384): they go to disk batch by batch and are mapped into memory from there.
 """
 
-import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dnd_jax.base.hub import resolve
 from dnd_jax.config import schema
+from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.files import need_space, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.encoders.load import LAST, encode_windows, load_encoder
 from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
 
+VERSION = 1  # of the fingerprint, by which files of states are named
 TOKENS_PER_BATCH = 8192  # of a device
-CHUNK = 1 << 24  # bytes of a file hashed at a time
 
 
 def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -33,30 +34,51 @@ def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return (condition * weight).sum(axis=1) / weight.sum(axis=1)
 
 
+def fingerprint(files: Mapping[str, pathlib.Path], config: schema.Condition) -> str:
+    """What an encoder's output depends on: its files (`Encoder.files`), layer and text length."""
+    of_model = digests.of_files(files)
+    return digests.of_json([VERSION, of_model, config.layer, config.max_text_length])
+
+
+def fingerprint_of_format_0(name: str, config: schema.Condition) -> str:
+    """The fingerprint in descriptions without a format number: of every .json, .txt, .safetensors
+    and .model file of the encoder's folder, whether it belongs to the model or not."""
+    path = pathlib.Path(name)
+    kinds = (".json", ".txt", ".safetensors", ".model")
+    folder = None if path.is_file() else resolve(name)
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds) if folder else [path]
+    last = config.layer == LAST
+    which = "last hidden states" if last else f"hidden states of layer {config.layer}"
+    parts = (part for file in files for part in (file.name, *_blocks(file)))
+    return digests.of_text(f"{which}, L = {config.max_text_length}", *parts)
+
+
+def _blocks(path: pathlib.Path) -> Iterator[bytes]:
+    """A file's bytes, a block at a time."""
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(digests.BLOCK), b"")
+
+
 class PromptEncoder:
     """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer
     and text length.
 
     `module` and `params` are what `encode_windows` takes. mesh: of this process' devices, to split
-    parameters and texts over.
+    parameters and texts over. revision: of an encoder from the hub, the commit to take; the
+    attribute says which it is.
     """
 
-    def __init__(self, config: schema.Condition, mesh: jax.sharding.Mesh | None = None):
-        encoder = load_encoder(config.encoder, config.layer, mesh)
+    def __init__(
+        self,
+        config: schema.Condition,
+        mesh: jax.sharding.Mesh | None = None,
+        revision: str = "",
+    ):
+        encoder = load_encoder(config.encoder, config.layer, mesh, revision)
+        self.revision = encoder.revision
         self.module, self.params, self._tokenize = encoder.module, encoder.params, encoder.tokenize
         self.max_text_length = config.max_text_length
-        which = (
-            "last hidden states"
-            if config.layer == LAST
-            else f"hidden states of layer {config.layer}"
-        )
-        digest = hashlib.sha256(f"{which}, L = {config.max_text_length}".encode())
-        for path in encoder.files:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = fingerprint(encoder.files, config)
         self._ways, over_texts = 1, None
         if mesh is not None:
             self._ways, over_texts = (
@@ -140,10 +162,8 @@ class PromptEncoder:
             yield np.asarray(values[: len(texts)], np.float32), valid
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for prompt in prompts:
-            digest.update(len(prompt).to_bytes(8, "little") + prompt.encode())
-        return pathlib.Path(cache, f"{what}_{digest.hexdigest()[:32]}.npy")
+        texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))
+        return pathlib.Path(cache, f"{what}_{digests.of_text(self.fingerprint, *texts)[:32]}.npy")
 
     def _cached(
         self,

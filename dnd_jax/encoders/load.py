@@ -30,7 +30,8 @@ from dnd_jax.base.folder import (
     load_tokenizer,
     read_config,
 )
-from dnd_jax.base.hub import resolve
+from dnd_jax.base.hub import resolve, revision_of
+from dnd_jax.base.identity import model_files
 from dnd_jax.base.names import Table, lm_name, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.core.errors import InputError
@@ -53,30 +54,33 @@ class Encoder:
     tokenize: Callable[
         [Sequence[str], int], tuple[np.ndarray, np.ndarray]
     ]  # texts, L -> (ids, valid), int32 (n, L), padded right
-    files: tuple[pathlib.Path, ...]  # whatever its output depends on
+    files: dict[str, pathlib.Path]  # {name: path} of what its output depends on
+    revision: str = ""  # the commit, where it comes from the hub
 
 
 def load_encoder(
-    name: str | os.PathLike, layer: int = LAST, mesh: jax.sharding.Mesh | None = None
+    name: str | os.PathLike,
+    layer: int = LAST,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str = "",
 ) -> Encoder:
     """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules
     where one is given; a parameter that the mesh does not divide is whole on every device.
 
-    layer: of a decoder-only LM, 0 for its embeddings. Raises InputError for an architecture or
-    layer that does not exist.
+    layer: of a decoder-only LM, 0 for its embeddings. revision: of a hub id, the commit. Raises
+    InputError for an architecture or layer that does not exist.
     """
     if pathlib.Path(name).is_file():
         return _load_vectors(pathlib.Path(name), layer, mesh)
-    folder = resolve(name)
+    folder = resolve(name, revision=revision)
     module, rules, table, rename = _architecture(folder, layer)
     ids = np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = load_tokenizer(folder)
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")
-    )
-    return Encoder(module, params, functools.partial(_tokenize, tokenizer), tuple(files))
+    files = model_files(folder, (CONFIG,))
+    tokenize = functools.partial(_tokenize, tokenizer)
+    return Encoder(module, params, tokenize, files, revision_of(folder))
 
 
 def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
@@ -175,7 +179,9 @@ def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None
     params = jax.device_put(
         params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params)
     )
-    return Encoder(module, params, functools.partial(word_vectors.tokenize, vocabulary), (path,))
+    return Encoder(
+        module, params, functools.partial(word_vectors.tokenize, vocabulary), {"vectors": path}
+    )
 
 
 def _only_last(name: pathlib.Path, layer: int) -> None:

@@ -21,10 +21,10 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.workdir import held
 from dnd_jax.data.condition_text import condition_texts

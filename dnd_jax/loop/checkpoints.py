@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from tqdm import tqdm
 
+from dnd_jax.config.records import check_same_run
 from dnd_jax.core.errors import InputError, first_line
-from dnd_jax.core.records import check_same_run
 from dnd_jax.parallel import hosts
 
 CHECKPOINTS = "checkpoints"

@@ -25,9 +25,9 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.config import schema
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite

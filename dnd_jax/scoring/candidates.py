@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Dataset, Suite

@@ -22,15 +22,16 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.agreement import Asked, agreement
-from dnd_jax.base.folder import base_digest, load_base_config
+from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.hub import packages_of
+from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed

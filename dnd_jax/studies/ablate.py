@@ -18,11 +18,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.records import check_same_run
 from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite

@@ -2,6 +2,7 @@
 conditions and the train step."""
 
 import json
+import shutil
 import tracemalloc
 
 import hypothesis
@@ -36,13 +37,19 @@ from dnd_jax.base import architecture as base_lm
 from dnd_jax.base.chat import build_tokenizer
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import resolve
+from dnd_jax.base.identity import model_files
 from dnd_jax.config.load import load_file as load_file_config
 from dnd_jax.config.schema import Condition, Mesh
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders import bert as bert_model
 from dnd_jax.encoders import t5, word_vectors
-from dnd_jax.encoders.cache import PromptEncoder, mean_pooled
+from dnd_jax.encoders.cache import (
+    PromptEncoder,
+    fingerprint,
+    fingerprint_of_format_0,
+    mean_pooled,
+)
 from dnd_jax.encoders.load import encode_windows, load_encoder
 from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import make_optimizer
@@ -596,9 +603,24 @@ def test_fingerprint_knows_weights_layer_and_length(tmp_path):
 
 def test_fingerprint_of_minilm_stays(minilm):
     """Generators and cached embeddings made before are found again."""
-    assert PromptEncoder(settings(MINILM, max_text_length=32)).fingerprint.startswith(
-        "4d16f817e6087c3c"
-    )
+    config = settings(MINILM, max_text_length=32)
+    assert PromptEncoder(config).fingerprint.startswith("311b2f98e82936d6")
+    assert fingerprint_of_format_0(MINILM, config).startswith("4d16f817e6087c3c")
+
+
+def test_files_that_are_no_part_of_an_encoder_do_not_change_it(tmp_path):
+    path = write_lm(tmp_path)
+    before = PromptEncoder(settings(path)).fingerprint
+    for name in ("trainer_state.json", "notes.txt", "generation_config.json", "README.md"):
+        (path / name).write_text("{}")
+    assert PromptEncoder(settings(path)).fingerprint == before
+    copy = shutil.copytree(path, tmp_path / "moved")
+    assert PromptEncoder(settings(copy)).fingerprint == before
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+        changed = fingerprint(model_files(copy, ("config.json",)), settings(copy))
+        assert changed != before
+        before = changed
 
 
 @pytest.mark.parametrize("kind", KINDS)

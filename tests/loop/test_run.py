@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dnd_jax.config.records import check_same_run
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.records import check_same_run
 from dnd_jax.loop.checkpoints import sums
 from dnd_jax.loop.run import Options, run_loop
 
