@@ -34,7 +34,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
 from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter, verify_adapter
-from dnd_jax.lora.card import VLLM_RANKS, card, digest
+from dnd_jax.lora.card import VLLM_RANKS, card
 from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX
 from dnd_jax.lora.merge import merge_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
