@@ -152,7 +152,7 @@ def test_card_says_what_made_it(made, tmp_path):
         f"generator (sha256 {generator.fingerprint[:16]})" in text
         and generator.config_hash[:16] in text
     )
-    assert f"seed 7 (sha256 {digest(generator.draw(PROMPTS, 7))[:16]})" in text
+    assert f"seed 7 (sha256 {of_texts(generator.draw(PROMPTS, 7))[:16]})" in text
     assert "rank 2, alpha 4 (scale 2)" in text and "PeftModel.from_pretrained" in text
     assert "--enable-lora --max-lora-rank 8 " in text, "the smallest of vLLM's ranks that holds 2"
     assert str(made / "generator") not in text, "paths of the machine stay there"
