@@ -30,6 +30,7 @@ from transformers import (
 
 from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.torch_base import load_torch_base
+from dnd_jax.core.digests import of_texts
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
 from dnd_jax.generator.generate import TrainedGenerator
