@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dnd_jax.base.chat import build_tokenizer
+from dnd_jax.config.schema import Condition
 
 WORDS = (
     "one",
@@ -37,6 +38,7 @@ WORDS = (
     "bird",
     "?",
 )
+VECTORS = "the 1 2 3\n, -1 0 0.5\nSea 4 5 6\nsea 7 8 9\n. . . 1e-2 0 0\nnaïve 0 1 0\nthe 9 9 9\n"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -89,6 +91,46 @@ def write_qwen(
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     words.save_pretrained(folder)
     return folder
+
+
+def random_qwen2(vocab_size: int) -> Qwen2ForCausalLM:
+    """Two layers whose answers depend on every token."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=vocab_size, **sizes, tie_word_embeddings=False)
+    ).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    return model
+
+
+def write_vectors(folder: pathlib.Path) -> pathlib.Path:
+    """A file of word vectors."""
+    (folder / "vectors.txt").write_text(VECTORS, encoding="utf-8")
+    return folder / "vectors.txt"
+
+
+def condition_by(encoder: pathlib.Path, **changes) -> Condition:
+    """The settings of a condition that this encoder makes, of 3 prompts of at most 9 tokens."""
+    return Condition(
+        **{
+            "encoder": str(encoder),
+            "layer": -1,
+            "form": "prompt",
+            "num_prompts": 3,
+            "max_text_length": 9,
+            "in_graph": False,
+        }
+        | changes
+    )
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

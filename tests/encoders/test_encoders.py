@@ -15,6 +15,7 @@ import torch
 from flax import linen as nn
 from rules import assert_one_rule_each
 from safetensors.torch import load_file, save_file
+from small_models import VECTORS, condition_by, write_vectors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -39,7 +40,7 @@ from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.identity import model_files
 from dnd_jax.config.load import load_file as load_file_config
-from dnd_jax.config.schema import Condition, Mesh
+from dnd_jax.config.schema import Mesh
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders import bert as bert_model
@@ -390,8 +391,6 @@ def test_encoders_that_are_refused(change, part, tmp_path):
 # --- Word vectors
 # -------------------------------------------------------------------------------------------------------------
 
-VECTORS = "the 1 2 3\n, -1 0 0.5\nSea 4 5 6\nsea 7 8 9\n. . . 1e-2 0 0\nnaïve 0 1 0\nthe 9 9 9\n"
-
 
 @pytest.mark.parametrize("header", ["", "7 3\n"])
 def test_word_vectors(header, tmp_path):
@@ -433,11 +432,6 @@ def test_damaged_word_vectors(content, part, tmp_path):
 
 # --- One interface
 # ------------------------------------------------------------------------------------------------------------
-
-
-def write_vectors(folder):
-    (folder / "vectors.txt").write_text(VECTORS, encoding="utf-8")
-    return folder / "vectors.txt"
 
 
 def write_with(make):
@@ -488,24 +482,10 @@ class LinearGenerator(nn.Module):
         return nn.DenseGeneral(self.grid, axis=(1, 2, 3))(condition)
 
 
-def settings(encoder, **changes) -> Condition:
-    return Condition(
-        **{
-            "encoder": str(encoder),
-            "layer": -1,
-            "form": "prompt",
-            "num_prompts": 3,
-            "max_text_length": 9,
-            "in_graph": False,
-        }
-        | changes
-    )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_encoder_serves_prompts(kind, tmp_path):
     path = KINDS[kind](tmp_path)
-    how = settings(path, layer=2 if kind == "lm" else -1)
+    how = condition_by(path, layer=2 if kind == "lm" else -1)
     encoder = PromptEncoder(how)
     condition = encoder.encode(PROMPTS)
     assert (
@@ -540,7 +520,7 @@ def test_every_encoder_serves_prompts(kind, tmp_path):
 
 def test_states_go_to_the_disk_batch_by_batch(tmp_path):
     """Of 20000 texts no more than a batch is in memory."""
-    encoder, prompts = PromptEncoder(settings(write_vectors(tmp_path))), PROMPTS * 3333
+    encoder, prompts = PromptEncoder(condition_by(write_vectors(tmp_path))), PROMPTS * 3333
     encoder.encode(prompts[:1000])  # compiled
     tracemalloc.start()
     states = encoder.cached(prompts, tmp_path / "cache")
@@ -551,7 +531,7 @@ def test_states_go_to_the_disk_batch_by_batch(tmp_path):
 
 
 def test_embeddings_that_a_power_cut_left_are_made_again(tmp_path, capsys):
-    encoder = PromptEncoder(settings(write_vectors(tmp_path)))
+    encoder = PromptEncoder(condition_by(write_vectors(tmp_path)))
     states = np.array(encoder.cached(PROMPTS, tmp_path / "cache"))
     (path,) = (tmp_path / "cache").iterdir()
     for content in (bytes(path.stat().st_size), path.read_bytes()[:-1], b""):
@@ -566,7 +546,7 @@ def test_embeddings_that_a_power_cut_left_are_made_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["lm", "vectors"])
 def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path):
-    encoder = PromptEncoder(settings(KINDS[kind](tmp_path)))
+    encoder = PromptEncoder(condition_by(KINDS[kind](tmp_path)))
     ids, valid = encoder.tokenize(PROMPTS)
     train, module = freeze(load_file_config("configs/mini.py")).train, LinearGenerator((4, 3, 5))
     optimizer = make_optimizer(train)
@@ -592,33 +572,33 @@ def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path)
 def test_fingerprint_knows_weights_layer_and_length(tmp_path):
     path = write_lm(tmp_path)
     prints = [
-        PromptEncoder(settings(path, **c)).fingerprint
+        PromptEncoder(condition_by(path, **c)).fingerprint
         for c in ({}, {"layer": 2}, {"layer": 1}, {"max_text_length": 8})
     ]
-    assert PromptEncoder(settings(path)).fingerprint == prints[0]
+    assert PromptEncoder(condition_by(path)).fingerprint == prints[0]
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
-    assert len({*prints, PromptEncoder(settings(path)).fingerprint}) == 5
+    assert len({*prints, PromptEncoder(condition_by(path)).fingerprint}) == 5
 
 
 def test_fingerprint_of_minilm_stays(minilm):
     """Generators and cached embeddings made before are found again."""
-    config = settings(MINILM, max_text_length=32)
+    config = condition_by(MINILM, max_text_length=32)
     assert PromptEncoder(config).fingerprint.startswith("311b2f98e82936d6")
     assert fingerprint_of_format_0(MINILM, config).startswith("4d16f817e6087c3c")
 
 
 def test_files_that_are_no_part_of_an_encoder_do_not_change_it(tmp_path):
     path = write_lm(tmp_path)
-    before = PromptEncoder(settings(path)).fingerprint
+    before = PromptEncoder(condition_by(path)).fingerprint
     for name in ("trainer_state.json", "notes.txt", "generation_config.json", "README.md"):
         (path / name).write_text("{}")
-    assert PromptEncoder(settings(path)).fingerprint == before
+    assert PromptEncoder(condition_by(path)).fingerprint == before
     copy = shutil.copytree(path, tmp_path / "moved")
-    assert PromptEncoder(settings(copy)).fingerprint == before
+    assert PromptEncoder(condition_by(copy)).fingerprint == before
     for name in ("tokenizer_config.json", "model.safetensors"):
         (copy / name).write_bytes((copy / name).read_bytes() + b" ")
-        changed = fingerprint(model_files(copy, ("config.json",)), settings(copy))
+        changed = fingerprint(model_files(copy, ("config.json",)), condition_by(copy))
         assert changed != before
         before = changed
 

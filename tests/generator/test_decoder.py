@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import SETTINGS
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
@@ -347,16 +348,6 @@ def test_criterion_weight_of_another_length_is_refused(tmp_path):
         save_reference_generator(module, params, tmp_path / "out.pth", np.ones(8))
     assert not list(tmp_path.iterdir())
 
-
-# docs/SETTINGS.md: (million parameters, TFLOP of a sample's forward pass, tokens).
-SETTINGS = {
-    "qwen2_5_0_5b_commonsense": (1113.2, 8.26, (4296, 10, 130)),
-    "qwen2_5_1_5b_code": (1715.3, 27.31, (4508, 18, 258)),
-    "qwen2_5_1_5b_math": (1775.3, 37.93, (4508, 18, 258)),
-    "qwen2_5_7b_code": (1936.5, 52.77, (4928, 18, 514)),
-    "qwen2_5_7b_math": (1936.5, 52.77, (4928, 18, 514)),
-    "qwen2_5_vl_3b_math": (2409.6, 28.90, (7308, 18, 258)),
-}
 
 CHECKPOINTS = dict(
     zip(SETTINGS, (50, 80, 80, 100, 80, 100), strict=True)

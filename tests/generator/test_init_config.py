@@ -14,9 +14,9 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import SETTINGS
 from pipeline import tiny_suite
 from small_models import write_encoder, write_qwen
-from test_decoder import SETTINGS
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze

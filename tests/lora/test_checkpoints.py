@@ -15,24 +15,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_sets import NAMES, opened, qwen_shapes
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
-from small_models import write_qwen
-from test_encoders import settings as condition
-from test_encoders import write_vectors
-from test_layout import qwen_shapes
+from small_models import condition_by, write_qwen, write_vectors
 from transformers import AutoModelForCausalLM
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
-from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.lora.adapter import as_folder, load_adapter, save_adapter
 from dnd_jax.lora.checkpoints import (
     IMPORTANCE,
     TOKENS,
-    Checkpoints,
     checkpoint_folders,
     make_target,
     token_array,
@@ -41,7 +37,6 @@ from dnd_jax.lora.layout import PEFT_PREFIX, Importance, LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 
-NAMES = ("birds", "fish")
 SHAPES = qwen_shapes(8, 4, 12, 2, 2)
 
 
@@ -75,14 +70,6 @@ def write_all(root: pathlib.Path, steps=(1, 2, 10), **changes) -> pathlib.Path:
         for step in steps:
             write(root / name / f"checkpoint-{step}", lora(100 * i + step), **changes)
     return root
-
-
-def opened(root: pathlib.Path, **generator) -> Checkpoints:
-    config = load_file("configs/mini.py")
-    config.train.checkpoints = str(root)
-    config.generator.update(target="chunk", **generator)
-    datasets = tuple(Dataset(name, (), ()) for name in NAMES)
-    return Checkpoints(freeze(config), Suite("s", root, (), datasets, (), {}, ""), root)
 
 
 # --- How collections lie on disk
@@ -544,7 +531,7 @@ def test_a_disk_too_small_is_said_before_anything_is_read(tmp_path):
         ):
             token_array(found, "birds", ChunkTarget(found.layout), disk / "cache")
         assert list((disk / "cache" / "birds").iterdir()) == []
-        encoder = PromptEncoder(condition(write_vectors(tmp_path)))
+        encoder = PromptEncoder(condition_by(write_vectors(tmp_path)))
         message = r"the states of 100 prompts need 0.0 GB, 0.0 GB are free; .* --config.condition.in_graph=true, which keeps none"
         with pytest.raises(InputError, match=message):
             encoder.cached(["the sea"] * 100, disk / "embeddings")
@@ -558,8 +545,8 @@ import pathlib, sys
 from dnd_jax.costs.bench.case import peak_of_process
 from dnd_jax.lora.checkpoints import token_array
 from dnd_jax.lora.targets import ChunkTarget
-sys.path[:0] = ["tests", "tests/lora", "tests/encoders"]
-from test_checkpoints import opened
+sys.path.insert(0, "tests")
+from lora_sets import opened
 found = opened(pathlib.Path(sys.argv[1]))
 print(token_array(found, "birds", ChunkTarget(found.layout), pathlib.Path(sys.argv[2])).targets.shape)
 print(peak_of_process())

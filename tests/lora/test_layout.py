@@ -13,16 +13,13 @@ import torch
 import torch_reference
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_sets import BLOCK, qwen_shapes
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX, Importance, LoraLayout
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget, from_statistics
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "tokens_qwen2_5_0_5b_layer0.npz"
-BLOCK = {
-    name: "mlp" if name in ("up_proj", "gate_proj", "down_proj") else "self_attn"
-    for name in MODULE_ORDER
-}
 
 
 def golden_lora() -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -30,33 +27,6 @@ def golden_lora() -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {
             key.removeprefix("lora/"): file[key] for key in file if key.startswith("lora/")
         }, file["tokens"]
-
-
-def qwen_shapes(
-    hidden: int, kv: int, intermediate: int, layers: int, rank: int
-) -> dict[str, tuple[int, int]]:
-    sizes = {
-        **{
-            "q_proj": (hidden, hidden),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (hidden, hidden),
-        },
-        **{
-            "up_proj": (hidden, intermediate),
-            "gate_proj": (hidden, intermediate),
-            "down_proj": (intermediate, hidden),
-        },
-    }
-    shapes = {}
-    for layer in range(layers):
-        for name, (d_in, d_out) in sizes.items():
-            module = f"model.layers.{layer}.{BLOCK[name]}.{name}"
-            shapes[f"{module}.lora_A.weight"], shapes[f"{module}.lora_B.weight"] = (
-                (rank, d_in),
-                (d_out, rank),
-            )
-    return shapes
 
 
 @st.composite

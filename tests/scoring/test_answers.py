@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from small_models import random_qwen2
 
 from dnd_jax.base.chat import build_tokenizer, render
 from dnd_jax.base.folder import load_base
@@ -18,25 +18,6 @@ from dnd_jax.data.suite import Dataset, labels_of
 from dnd_jax.scoring.answers import Scorer, words
 
 RESPONSES = ["Capital: Paris.", "Capital: Rome.", "Capital: Oslo, not Bergen."]
-
-
-def random_qwen2(vocab_size: int) -> Qwen2ForCausalLM:
-    """Two layers whose answers depend on every token."""
-    torch.manual_seed(0)
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=vocab_size, **sizes, tie_word_embeddings=False)
-    ).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * 0.3)
-    return model
 
 
 def test_words_are_words_and_single_marks():

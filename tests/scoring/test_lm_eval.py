@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_answers import random_qwen2
+from small_models import random_qwen2
 
 from dnd_jax.base.chat import build_tokenizer, render
 from dnd_jax.base.folder import load_base_config

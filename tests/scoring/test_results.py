@@ -1,22 +1,19 @@
 """From scores question by question to results.json, its intervals and its table."""
 
 import dataclasses
-import pathlib
 import statistics
 
 import numpy as np
 import pytest
 import scipy.stats
+from scored_runs import NAMES, candidates, runs_of
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.scoring import intervals
-from dnd_jax.scoring.candidates import Candidates
 from dnd_jax.scoring.evaluate import by_method
 from dnd_jax.scoring.report import table
 from dnd_jax.scoring.results import METHODS, combine, pack, rule, unpack
-
-NAMES = {"x": "near", "y": "near", "z": "far"}
 
 
 def test_intervals_are_those_of_scipy():
@@ -54,72 +51,6 @@ def test_large_tests_are_drawn_in_parts(monkeypatch):
 def test_packing_is_exact():
     values = [0.0, 1.0, 1 / 3, 0.1 + 0.2, 1e-9]
     assert unpack(pack(values)) == values and pack([1.0, 0.0, 0.5]) == "1 0 0.5"
-
-
-def candidates(rng, names) -> tuple[Candidates, dict]:
-    """Three training adapters and four samples a dataset, each with random scores on 200 questions:
-    {label: {dataset: scores}}."""
-    training = {f"t{i}": pathlib.Path(f"loras/t{i}") for i in range(3)}
-    by_dataset = {}
-    for name in names:
-        found = {
-            "mean_adapter": ["mean"],
-            "generated": [f"{name}_{i}" for i in range(4)],
-            "ridge": [f"ridge_{name}"],
-        }
-        found |= {
-            "wrong_prompts": [f"wrong_{name}_{i}" for i in range(4)],
-            "tuned": [f"tuned_{name}"],
-        }
-        by_dataset[name] = {
-            method: [pathlib.Path(f) for f in folders] for method, folders in found.items()
-        }
-    labels = {"base", *map(str, training.values())}
-    labels |= {
-        str(f) for found in by_dataset.values() for folders in found.values() for f in folders
-    }
-    scores = {
-        label: {n: (rng.random(200) < rng.random()).astype(float).tolist() for n in names}
-        for label in sorted(labels)
-    }
-    return Candidates(by_dataset, training, {n: "t1" for n in names}), scores
-
-
-def runs_of(seeds, without_tuned=()) -> dict[int, dict]:
-    """Evaluations of three unseen datasets, as `evaluate` makes them."""
-    runs = {}
-    for seed in seeds:
-        found, scores = candidates(np.random.default_rng(seed), NAMES)
-        for name in without_tuned:
-            del found.by_dataset[name]["tuned"]
-        unseen, questions = {}, {}
-        for name, kind in NAMES.items():
-            values, each, training = by_method(
-                found, name, lambda label, name=name, scores=scores: scores[label][name]
-            )
-            unseen[name] = {
-                "kind": kind,
-                **values,
-                "training": training,
-                "content": values,
-                "format": values,
-            }
-            questions[name] = dict.fromkeys(("exact", "content", "format"), each)
-        runs[seed] = {
-            "suite": "s",
-            "unseen": unseen,
-            "questions": questions,
-            "overhead": {},
-            "agreement": {
-                "questions": 2,
-                "answers": 1,
-                "same_answers": 1,
-                "largest_logit_difference": seed / 10,
-            },
-            "seconds": {"train": 1.0},
-            "scores": scores,
-        }
-    return runs
 
 
 @pytest.fixture(scope="module")

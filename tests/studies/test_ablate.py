@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import ROOT, TINY, dnd, start, tiny_suite, when
-from test_results import runs_of
+from scored_runs import runs_of
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
