@@ -148,6 +148,7 @@ def _run(name: str, words: list[str]) -> None:
     if name not in STAGES:
         raise InputError(f"no stage {name!r}{nearest(name, STAGES) or '; run `dnd` for the list'}")
     from dnd_jax.config import command
+    from dnd_jax.config.remembered import remembering
     from dnd_jax.core import packages
     from dnd_jax.core.workdir import held
 
@@ -161,7 +162,7 @@ def _run(name: str, words: list[str]) -> None:
     if not stage.writes:
         stage.run(given)
         return
-    with held(given.workdir, name):
+    with held(given.workdir, name), remembering(given.workdir, given.config):
         stage.run(given)
 
 

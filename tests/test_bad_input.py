@@ -281,7 +281,7 @@ def test_bases_with_faults(tmp_path):
     for content, expected in (
         ([], "not a model's configuration"),
         ({**raw, "hidden_size": "16"}, "hidden_size = '16' should be int"),
-        ({**raw, "hidden_size": None}, "missing hidden_size"),
+        ({**raw, "hidden_size": None}, "hidden_size is missing"),
         ({**raw, "num_attention_heads": 0}, "num_attention_heads 0 must be at least 1"),
         ({**raw, "rope_parameters": "x"}, "rope_parameters 'x' should be"),
     ):

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.names import lm_name, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
+from dnd_jax.config.validate import fields_of
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing
@@ -44,30 +44,6 @@ def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
             f"{file}: not a model's configuration, which is a JSON object; copy the file again"
         )
     return file, raw
-
-
-def config_fields(file: pathlib.Path, raw: Mapping, cls: type):
-    """The dataclass `cls` from a config.json's content; raises InputError naming what is missing,
-    or of another type."""
-    wanted, kinds = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-    missing = [
-        n for n, f in wanted.items() if f.default is dataclasses.MISSING and raw.get(n) is None
-    ]
-    if missing:
-        raise InputError(f"{file}: missing {', '.join(missing)}")
-    given = {name: raw[name] for name in wanted if raw.get(name) is not None}
-    faults = []
-    for name, value in given.items():
-        plain = [
-            kind
-            for kind in (kinds[name], *typing.get_args(kinds[name]))
-            if kind in (int, float, bool, str)
-        ]
-        if plain and type(value) is not plain[0] and not (plain[0] is float and type(value) is int):
-            faults.append(f"{name} = {value!r} should be {plain[0].__name__}")
-    if faults:
-        raise listed(f"{file}", faults)
-    return cls(**given)
 
 
 def load_base_config(path: str | os.PathLike) -> LmConfig:
@@ -104,7 +80,7 @@ def load_base_config(path: str | os.PathLike) -> LmConfig:
         "mlp_bias": kind == "llama" and bool(raw.get("mlp_bias")),
         "qk_norm": kind == "qwen3",
     }
-    config = config_fields(file, raw | implied, LmConfig)
+    config = fields_of(LmConfig, raw | implied, file)
     return dataclasses.replace(config, windows=_windows(raw, config.num_hidden_layers))
 
 
@@ -126,7 +102,7 @@ def _rope(file: pathlib.Path, raw: Mapping) -> tuple[float | None, RopeScaling |
         )
     if kind == "default":
         return theta, None
-    return theta, config_fields(file, {**rope, "rope_type": kind}, RopeScaling)
+    return theta, fields_of(RopeScaling, {**rope, "rope_type": kind}, file)
 
 
 def _windows(raw: Mapping, layers: int) -> tuple[int | None, ...]:

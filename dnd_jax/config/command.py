@@ -1,24 +1,27 @@
 """A command line -> what a stage is called with: its flags, and settings from a file, a run's
 memory and --config.KEY=VALUE."""
 
+import dataclasses
 import functools
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from dnd_jax.config.load import load_file, said, shipped
-from dnd_jax.config.remembered import remembered
+from dnd_jax.config.load import DEFAULTS, load_file, said, shipped
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import stage as stages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, nearest
 from dnd_jax.core.stage import Given, Stage
 
-DEFAULT_FILE = "configs/default.py"
+_FLAG = re.compile(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
+_KEY = "config."  # of --config.KEY=VALUE
 _DEFINE = {
     str: flags.DEFINE_string,
     bool: flags.DEFINE_bool,
@@ -30,119 +33,162 @@ _DEFINE = {
 
 def usage(name: str, stage: Stage, summary: str) -> str:
     """The text of `dnd STAGE --help`."""
-    lines = [
-        f"usage: dnd {name}{f' {stage.argument}' if stage.argument else ''} [--flag=value ...]",
-        "",
-        summary,
-        "",
-    ]
     rows = [(flag.name, flag.meaning) for flag in stage.flags]
     if stage.settings != stages.NONE:
-        where = {
-            stages.RUN: "a settings file, or the name of a shipped one (default: what "
-            f"WORKDIR/{paths.CONFIG} remembers)",
-            stages.FILE: "a settings file, or the name of a shipped one",
-            stages.DEFAULT: "a settings file, or the name of a shipped one (default: "
-            f"{DEFAULT_FILE})",
-        }[stage.settings]
-        if stage.fallback:
-            where = f"{where[:-1]}, else {stage.fallback})"
+        else_ = [
+            *([f"what WORKDIR/{paths.CONFIG} remembers"] if _has_workdir(stage) else []),
+            *([_fallback(stage)] if _fallback(stage) else []),
+        ]
+        default = f" (default: {', else '.join(else_)})" if else_ else ""
+        key = "any setting, such as --config.train.steps=500; dnd_jax/config/schema.py"
         rows += [
-            ("config", where),
-            (
-                "config.KEY",
-                "any setting, such as --config.train.steps=500; dnd_jax/config/schema.py",
-            ),
+            ("config", f"a settings file, or the name of a shipped one{default}"),
+            ("config.KEY", key),
         ]
     width = max((len(flag) for flag, _ in rows), default=0)
-    return "\n".join(
-        [*lines, *(f"  --{flag:<{width}}  {meaning}" for flag, meaning in rows)]
-    ).rstrip()
+    argument = f" {stage.argument}" if stage.argument else ""
+    lines = [f"usage: dnd {name}{argument} [--flag=value ...]", "", summary, ""]
+    return "\n".join([*lines, *(f"  --{flag:<{width}}  {meaning}" for flag, meaning in rows)])
 
 
 def parse(name: str, stage: Stage, words: Sequence[str]) -> Given:
     """What `dnd NAME WORDS` calls the stage with. Raises InputError, with the nearest name for an
     unknown flag or setting."""
-    _once(words)
-    values, rest = _flags(name, stage, words)
-    given = {flag.name: values[flag.name].value for flag in stage.flags}
-    file, base, source = _settings(name, stage, values, given)
-    if base is not None and given.get("suite"):
-        base.suite = given["suite"]
-    rest = _overrides(base, rest, source)
-    argument = rest.pop(0) if rest and stage.argument else ""
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}; options are --name=value")
-    if stage.argument and not argument:
+    asked, arguments = _split(name, stage, words)
+    argument = _argument(name, stage, arguments)
+    values = _values(stage, asked)
+    file = asked.get("config", "")
+    if stage.settings == stages.NONE:
+        if file or any(flag.startswith(_KEY) for flag in asked):
+            raise InputError(f"--config: `dnd {name}` reads no settings")
+        return Given(values, None, "", pathlib.Path("."), argument, tuple(words))
+    file = _settings_file(stage, os.path.expanduser(file), values.get("workdir", ""))
+    base = load_file(file)
+    if values.get("suite"):
+        base.suite = values["suite"]
+    _override(base, asked, file)
+    workdir = pathlib.Path(values.get("workdir") or f"runs/{pathlib.Path(file).stem}")
+    if "workdir" in values:
+        values["workdir"] = str(workdir)
+    given = Given(values, freeze(base), file, workdir, argument, tuple(words))
+    if "seeds" not in values:
+        return given
+    return dataclasses.replace(
+        given, config=dataclasses.replace(given.config, seed=given.seeds()[0])
+    )
+
+
+def _split(name: str, stage: Stage, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """({flag or config.KEY: its text}, the words that belong to none). A switch alone is "true",
+    --noSWITCH "false"; any other flag without = takes the next word.
+
+    Raises InputError for an unknown flag, one without a value, and one that is there twice: which
+    one counts would be a guess.
+    """
+    switches, known = _switches(stage), {flag.name for flag in stage.flags} | {"config"}
+    asked: dict[str, str] = {}
+    rest, queue = [], list(words)
+    while queue:
+        word = queue.pop(0)
+        match = _FLAG.fullmatch(word)
+        if not match:
+            rest.append(word)
+            continue
+        flag, value = match.groups()
+        if flag.startswith("no") and flag not in known and flag[2:] in switches and value is None:
+            flag, value = flag[2:], "false"
+        if flag not in known and not flag.startswith(_KEY):
+            raise InputError(
+                f"--{flag}: no flag of `dnd {name}`{nearest(flag, known)}; `dnd {name} --help` "
+                "lists its flags"
+            )
+        if value is None and flag in switches:
+            value = "true"
+        elif value is None:
+            following = _FLAG.fullmatch(queue[0]) if queue else None
+            if not queue or following and (following[1] in known or following[1][:7] == _KEY):
+                raise InputError(f"--{flag} needs a value: --{flag}=VALUE")
+            value = queue.pop(0)
+        if flag in asked:
+            raise InputError(f"--{flag} is given twice; give it once")
+        asked[flag] = value
+    return asked, rest
+
+
+def _switches(stage: Stage) -> set[str]:
+    """The flags and config.KEYs that are true or false."""
+    ours = {flag.name for flag in stage.flags if flag.kind is bool}
+    leaves = load_file(DEFAULTS).to_dict()
+    sections = {key: of for key, of in leaves.items() if isinstance(of, Mapping)}
+    return ours | {
+        f"{_KEY}{section}.{key}"
+        for section, of in sections.items()
+        for key, value in of.items()
+        if isinstance(value, bool)
+    }
+
+
+def _argument(name: str, stage: Stage, arguments: list[str]) -> str:
+    """What stands behind the stage's name, of a stage that takes one."""
+    most = 1 if stage.argument else 0
+    if len(arguments) > most:
+        raise InputError(f"unexpected argument {arguments[most]!r}; options are --name=value")
+    if len(arguments) < most:
         raise InputError(f"{stage.argument} is needed: dnd {name} {stage.argument}")
-    config = None if base is None else freeze(base)
-    if "workdir" in given and not given["workdir"]:
-        given["workdir"] = f"runs/{pathlib.Path(file).stem}"
-    workdir = pathlib.Path(given.get("workdir") or ".")
-    return Given(given, config, file, workdir, argument, tuple(words))
+    return os.path.expanduser(arguments[0]) if arguments else ""
 
 
-def _once(words: Sequence[str]) -> None:
-    """Raises InputError when a flag is there twice: which one counts would be a guess."""
-    names = [match[1] for word in words if (match := re.match(r"--?([A-Za-z][\w.-]*)", word))]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise InputError(f"--{twice} is given twice; give it once")
-
-
-def _flags(name: str, stage: Stage, words: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """(the stage's flags and --config, the words that are none of them)."""
+def _values(stage: Stage, asked: Mapping[str, str]) -> dict[str, Any]:
+    """{flag: its value, or its default}; a text that begins with ~ is a path."""
     values = flags.FlagValues()
     for flag in stage.flags:
         _DEFINE[flag.kind](flag.name, flag.default, "", flag_values=values)
-    flags.DEFINE_string("config", "", "", flag_values=values)
+    given = [f"--{flag.name}={asked[flag.name]}" for flag in stage.flags if flag.name in asked]
     try:
-        rest = values(["dnd", *words], known_only=True)[1:]
+        values(["dnd", *given])
     except (flags.Error, ValueError) as error:
         raise InputError(said(error)) from None
-    unknown = next((w for w in rest if w.startswith("-") and not re.match(r"--?config\.", w)), None)
-    if unknown:
-        flag = re.match(r"-*([^=]*)", unknown)[1]
-        near = nearest(flag, [flag.name for flag in stage.flags] + ["config"])
-        raise InputError(
-            f"--{flag}: no flag of `dnd {name}`{near}; `dnd {name} --help` lists its flags"
-        )
-    return values, rest
+    found = {flag.name: values[flag.name].value for flag in stage.flags}
+    return {
+        name: os.path.expanduser(value) if isinstance(value, str) else value
+        for name, value in found.items()
+    }
 
 
-def _settings(
-    name: str, stage: Stage, values, given
-) -> tuple[str, ml_collections.ConfigDict | None, str]:
-    """(the settings' file, the settings before --config.KEY, where they were read). Raises
-    InputError where none are named."""
-    file = values["config"].value
-    if stage.settings == stages.NONE:
-        if file:
-            raise InputError(f"--config: `dnd {name}` reads no settings")
-        return "", None, ""
-    memory = pathlib.Path(given.get("workdir") or "", paths.CONFIG)
-    if not file and stage.settings == stages.RUN and given.get("workdir") and memory.is_file():
-        return str(memory), remembered(memory), str(memory)
-    if not file and stage.settings == stages.DEFAULT:
-        file = DEFAULT_FILE
-    if not file and stage.fallback:
-        file = stage.fallback
-        print(f"settings: {file} (no --config was given)", flush=True)
-    if not file:
-        where = f", and {memory} remembers none" if given.get("workdir") else ""
-        raise InputError(
-            f"--config is needed{where}: a settings file, or one of {', '.join(shipped())}"
-        )
-    return file, load_file(file), file
+def _has_workdir(stage: Stage) -> bool:
+    return any(flag.name == stages.WORKDIR.name for flag in stage.flags)
 
 
-def _overrides(base: ml_collections.ConfigDict | None, rest: list[str], source: str) -> list[str]:
-    """Applies --config.KEY=VALUE to the settings; returns the other words."""
-    if base is None:
-        return rest
+def _fallback(stage: Stage) -> str:
+    """The settings of a stage without --config and without remembered ones; empty: that is
+    refused."""
+    return DEFAULTS if stage.settings == stages.DEFAULT else stage.fallback
+
+
+def _settings_file(stage: Stage, file: str, workdir: str) -> str:
+    """The file that the settings are read from. Raises InputError where none is named."""
+    memory = pathlib.Path(workdir, paths.CONFIG)
+    if file:
+        return file
+    if workdir and memory.is_file():
+        return str(memory)
+    if stage.fallback:
+        print(f"settings: {stage.fallback} (no --config was given)", flush=True)
+    if _fallback(stage):
+        return _fallback(stage)
+    where = f", and there is no {memory}" if workdir else ""
+    raise InputError(
+        f"--config is needed{where}: a settings file, or one of {', '.join(shipped())}"
+    )
+
+
+def _override(base: ml_collections.ConfigDict, asked: Mapping[str, str], file: str) -> None:
+    """Puts the values of --config.KEY=VALUE into the settings. Raises InputError for a key that
+    there is none of, or a value of another type."""
+    words = ["dnd", *(f"--{flag}={text}" for flag, text in asked.items() if flag.startswith(_KEY))]
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=["dnd", *rest])
-        return values(["dnd", *rest])[1:]
+        config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=words)
+        values(words)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{said(error)} (configuration {source})") from None
+        raise InputError(f"{said(error)} (configuration {file})") from None

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from dnd_jax.config.load import load_file
+from dnd_jax.config.load import DEFAULTS, load_file
 from dnd_jax.core.errors import listed
 
 # Settings that change no number of a result, beyond rounding: how often something is saved, where,
@@ -104,7 +104,7 @@ def _at(record: Any, key: str) -> Any:
 
 @functools.cache
 def _defaults() -> dict:
-    return json.loads(load_file("configs/default.py").to_json())
+    return json.loads(load_file(DEFAULTS).to_json())
 
 
 def _with_defaults(then: Mapping, now: Mapping) -> dict:

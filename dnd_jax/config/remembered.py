@@ -1,83 +1,41 @@
 """What a run remembers of its settings: WORKDIR/config.json, with which a later stage goes on."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import ml_collections
-
-from dnd_jax.config.load import load_file
+from dnd_jax.config.load import FORMAT, load_file
 from dnd_jax.config.records import differences
 from dnd_jax.config.schema import Config
-from dnd_jax.config.validate import tuples
+from dnd_jax.config.validate import freeze
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, write_json
 
-FORMAT = 1
 
-
-def remembered(path: pathlib.Path) -> ml_collections.ConfigDict:
-    """The settings that a run remembers; what this version added since takes its
-    default.
-
-    Raises InputError for a file of another format, or with settings that there are none of.
-    """
-    raw = read_json(path)
-    if (
-        not isinstance(raw, Mapping)
-        or raw.get("format") != FORMAT
-        or not isinstance(raw.get("config"), Mapping)
-    ):
-        found = raw.get("format") if isinstance(raw, Mapping) else None
-        raise InputError(
-            f"{path}: settings of format {found!r}, this version reads {FORMAT}; give --config=FILE"
-        )
-    config, faults = load_file("configs/default.py"), []
-    _update(config, raw["config"], "config", faults)
-    if faults:
-        raise listed(f"{path}: settings that this version does not have", faults)
-    return config
-
-
-def _update(
-    config: ml_collections.ConfigDict, raw: Mapping[str, Any], path: str, faults: list[str]
-) -> None:
-    for key, value in raw.items():
-        if key not in config:
-            faults.append(f"{path}.{key}")
-        elif isinstance(config[key], ml_collections.ConfigDict) and isinstance(value, Mapping):
-            _update(config[key], value, f"{path}.{key}", faults)
-        else:
-            try:
-                config[key] = tuples(value)
-            except TypeError:
-                faults.append(f"{path}.{key} = {value!r}")
-
-
-def remember(workdir: pathlib.Path, config: Config) -> None:
-    """Writes WORKDIR/config.json, after it has listed on the terminal what differs from the
-    settings that were there."""
+@contextlib.contextmanager
+def remembering(workdir: pathlib.Path, config: Config) -> Iterator[None]:
+    """Remembers a run's settings from here on, and lists on the terminal what differs from those
+    that were. If the block refuses its input, what was remembered stays."""
     path = workdir / paths.CONFIG
-    now = {"format": FORMAT, "config": tuples_to_lists(config.to_json())}
     then = read_json(path) if path.is_file() else None
-    if isinstance(then, Mapping) and isinstance(then.get("config"), Mapping):
-        changed = differences(then["config"], now["config"])
+    changed = _changes(path, config) if then is not None else []
+    if changed:
+        print(f"settings that {path} remembers otherwise (then -> now):", *changed, sep="\n  ")
+    if then is None or changed:
+        write_json(path, {"format": FORMAT, "config": config.to_json()})
+    try:
+        yield
+    except InputError:
         if changed:
-            print(
-                f"settings that differ from those {path} remembered (then -> now):",
-                *changed.values(),
-                sep="\n  ",
-                flush=True,
-            )
-    if then == now:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, now)
+            write_json(path, then)
+        raise
 
 
-def tuples_to_lists(value: Any) -> Any:
-    """A value as it comes back from JSON."""
-    if isinstance(value, Mapping):
-        return {key: tuples_to_lists(of) for key, of in value.items()}
-    return [tuples_to_lists(of) for of in value] if isinstance(value, tuple | list) else value
+def _changes(path: pathlib.Path, config: Config) -> list[str]:
+    """What differs from the settings that a file remembers."""
+    try:
+        then = freeze(load_file(str(path)))
+    except InputError as error:  # of another version: --config was given, so these are replaced
+        return [str(error)]
+    return list(differences(then.to_json(), config.to_json()).values())

@@ -45,9 +45,9 @@ ALLOW = Flag(
 )
 ON_SUITE = (WORKDIR, SUITE, STRICT)
 
-# Where a stage's settings come from. RUN: --config, or what WORKDIR/config.json remembers.
-# FILE: --config. DEFAULT: --config, or configs/default.py. NONE: it has no settings.
-RUN, FILE, DEFAULT, NONE = "run", "file", "default", "none"
+# Where a stage's settings come from. RUN: --config, else what WORKDIR/config.json remembers.
+# DEFAULT: those, else configs/default.py. NONE: it has no settings.
+RUN, DEFAULT, NONE = "run", "default", "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Given:
     """What a stage was called with.
 
     argument: what stands behind its name, of a stage that takes one. config: the frozen settings,
-    config_file their file or WORKDIR/config.json. words: the command as it was typed, behind the
+    their seed the first of --seeds; config_file their file or WORKDIR/config.json. words: the command as it was typed, behind the
     stage's name.
     """
 
@@ -92,7 +92,7 @@ class Stage:
 
     needs: names of modules, or a function of what it was called with that gives them; checked
     before `run`. argument: the name of what stands behind the stage's name ("X.pth"), empty for
-    none. settings: RUN, FILE, DEFAULT or NONE. fallback: the settings that RUN means without
+    none. settings: RUN, DEFAULT or NONE. fallback: the settings that RUN means without
     --config and without remembered ones; empty: that is refused. writes: whether it writes into the
     workdir, which is this process's alone meanwhile and remembers the settings.
     """

@@ -12,7 +12,6 @@ import jax
 
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.schema import STEPS
-from dnd_jax.core import stage
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
 from dnd_jax.costs import step_cost, sweep
@@ -85,4 +84,4 @@ def _needs(given: Given) -> tuple[str, ...]:
     return (*(("libtpu",) if away else ()), *drawn, *encoder)
 
 
-STAGE = Stage(_run, FLAGS, _needs, settings=stage.FILE)
+STAGE = Stage(_run, FLAGS, _needs)

@@ -3,7 +3,6 @@ hours are spent on it."""
 
 import pathlib
 
-from dnd_jax.config.remembered import remember
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
@@ -37,5 +36,4 @@ def open_suite(
     if config.evaluate.answers == "likelihood":
         for dataset in suite.unseen:
             labels_of(dataset)
-    remember(workdir, config)
     return suite

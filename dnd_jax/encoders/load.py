@@ -25,7 +25,6 @@ from dnd_jax.base import architecture as base_lm
 from dnd_jax.base.folder import (
     BASES,
     CONFIG,
-    config_fields,
     load_base_config,
     load_tokenizer,
     read_config,
@@ -34,6 +33,7 @@ from dnd_jax.base.hub import resolve, revision_of
 from dnd_jax.base.identity import model_files
 from dnd_jax.base.names import Table, lm_name, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
+from dnd_jax.config.validate import fields_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders import bert, t5, word_vectors
 from dnd_jax.encoders.bert import bert_name, bert_table
@@ -127,10 +127,10 @@ def _architecture(
             or raw.get("position_embedding_type", "absolute") != "absolute"
         ):
             raise InputError(f"{file}: only hidden_act gelu and absolute positions are supported")
-        config = config_fields(file, raw, bert.BertConfig)
+        config = fields_of(bert.BertConfig, raw, file)
         parts = (bert.Bert(config), bert.RULES, bert_table(config.num_hidden_layers), bert_name)
     elif kind in ("t5", "mt5"):
-        config = config_fields(file, raw, t5.T5Config)
+        config = fields_of(t5.T5Config, raw, file)
         if config.feed_forward_proj not in t5.FEED_FORWARDS:
             raise InputError(
                 f"{file}: feed_forward_proj {config.feed_forward_proj!r} is none of "

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.records import check_same_run
+from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
@@ -285,7 +286,10 @@ def _run(given: Given) -> None:
             hosts.check_shared(
                 pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir"
             )
-        with held(workdir, "train") if hosts.lead() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if hosts.lead():
+                stack.enter_context(held(workdir, "train"))
+                stack.enter_context(remembering(workdir, config))
             with hosts.lead_first():
                 suite = open_suite(config, workdir, given["strict"])
             folder = train(config, suite, workdir, given["allow"], profile)

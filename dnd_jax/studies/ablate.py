@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dnd_jax.config.records import check_same_run
+from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError, listed
@@ -190,7 +191,8 @@ def run(
             own = with_changes(dataclasses.replace(config, seed=seed), changes)
             if not MADE_BY["loras"] & variant.sections:
                 share_scores(own, folder, default, suite)
-        result = run_seed(own, folder, strict)
+        with remembering(folder, own):
+            result = run_seed(own, folder, strict)
     except InputError as error:
         raise InputError(f"variant {variant.name}: {error}") from None
     write_json(folder / DONE, {"settings": settings, "run": result})

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Sequence
 
 from dnd_jax.base.pretrain import make_base
+from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import read_json
@@ -62,7 +63,9 @@ def quickstart(
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
-        runs[seed] = run_seed(dataclasses.replace(config, seed=seed), folder, strict)
+        own = dataclasses.replace(config, seed=seed)
+        with remembering(folder, own):
+            runs[seed] = run_seed(own, folder, strict)
         stop.check()
     return publish(runs, config, workdir)
 

@@ -256,7 +256,7 @@ def test_every_tensor_that_does_not_fit_in_one_error(folder):
         ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl' is not supported as a base"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "missing factor"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope type"),
         ({"num_attention_heads": 5}, "5 heads"),
     ],
@@ -280,7 +280,7 @@ def test_unreadable_files_are_one_clear_error(folder):
     (folder / "pytorch_model.bin").write_bytes(whole)
     refuse(folder, "no such file; only safetensors are read")
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    refuse(folder, "missing vocab_size, hidden_size")
+    refuse(folder, "vocab_size is missing; hidden_size is missing")
     (folder / "config.json").write_text('{"model_type": ')
     refuse(folder, "not JSON")
     refuse(folder, "no usable tokenizer", load=load_tokenizer)

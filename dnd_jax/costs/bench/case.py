@@ -11,7 +11,6 @@ from dnd_jax.config import load, schema, validate
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.spec import DecoderSpec
 
-WHAT = ("forward", "gradient", "train", "generate")
 PASSES = {
     "forward": 1,
     "gradient": 3,

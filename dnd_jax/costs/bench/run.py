@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.load import load_file
-from dnd_jax.config.schema import Config
+from dnd_jax.config.remembered import remembering
+from dnd_jax.config.schema import WHAT, Config
 from dnd_jax.config.validate import freeze
-from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
-from dnd_jax.costs.bench.case import WHAT, Case
+from dnd_jax.costs.bench.case import Case
 from dnd_jax.costs.bench.layers import layers_table
 from dnd_jax.costs.bench.limits import limits_table
 from dnd_jax.costs.bench.tpu import estimate
@@ -33,26 +35,14 @@ from dnd_jax.costs.bench.tpu import estimate
 RESULTS = "bench.json"
 
 
-def cases_of(config: Config, config_file: str) -> list[Case]:
-    """The configured cases, or those of the configuration itself. Raises InputError naming what is
-    wrong in one."""
+def cases_of(config: Config, remembered: pathlib.Path) -> list[Case]:
+    """The configured cases, or those of the configuration itself, which a file remembers."""
     rows = config.bench.cases or tuple(
-        (w, config_file, w, config.train.batch_size, config.train.dtype)
-        for w in WHAT
-        if w != "gradient"
+        (what, str(remembered), what, config.train.batch_size, config.train.dtype)
+        for what in WHAT
+        if what != "gradient"
     )
-    cases, faults = [], []
-    for row in rows:
-        if len(row) not in (5, 7) or row[2] not in WHAT:
-            faults.append(
-                f"{row}: expected (name, config file, one of {', '.join(WHAT)}, batch, dtype[, "
-                "first stage, last stage])"
-            )
-            continue
-        cases.append(Case(*row[:5], stages=tuple(row[5:]) or None))
-    if faults:
-        raise listed("config.bench.cases", faults)
-    return cases
+    return [Case(*row[:5], stages=tuple(row[5:]) or None) for row in rows]
 
 
 def finished(command: list[str]) -> tuple[int, str, str]:
@@ -165,7 +155,7 @@ def bench(config: Config, config_file: str, workdir: pathlib.Path) -> list[dict]
     """Runs all cases, prints the table and keeps WORKDIR/bench.json, case by case."""
     workdir.mkdir(parents=True, exist_ok=True)
     results = []
-    for case in cases_of(config, config_file):
+    for case in cases_of(config, workdir / paths.CONFIG):
         results.append(run_case(case, config))
         write_json(
             workdir / RESULTS,
@@ -202,7 +192,8 @@ def _run(given: Given) -> None:
     elif given["backend"]:
         estimate(given.config, given["topology"] or "v5p:2x2x1", given.workdir)
     else:
-        bench(given.config, given.config_file, given.workdir)
+        with remembering(given.workdir, given.config):
+            bench(given.config, given.config_file, given.workdir)
 
 
 def _needs(given: Given) -> tuple[str, ...]:

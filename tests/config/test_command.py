@@ -1,0 +1,236 @@
+"""Command lines, settings by name and by a run's memory, and what `dnd` prints."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dnd_jax.config import command
+from dnd_jax.config.load import load_file, shipped
+from dnd_jax.config.remembered import remembering
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.stage import DEFAULT, NONE, SEEDS, SUITE, WORKDIR, Flag, Stage
+from dnd_jax.main import STAGES, main
+
+ROOT = pathlib.Path(__file__).parents[2]
+STAGE = Stage(
+    print,
+    (WORKDIR, SUITE, SEEDS, Flag("fast", bool, False, "hurry"), Flag("limit", int, 0, "most")),
+)
+LOOKING = Stage(print, (WORKDIR, Flag("note", str, "", "any text")), settings=DEFAULT)
+
+
+def parsed(*words, stage=STAGE):
+    return command.parse("stage", stage, words)
+
+
+def refusal(*words, stage=STAGE) -> str:
+    with pytest.raises(InputError) as caught:
+        parsed(*words, stage=stage)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder that is no checkout, and the present one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["qwen2_5_7b_math", "qwen2_5_7b_math.py", "configs/mini.py"])
+def test_shipped_settings_are_found_by_name_outside_a_checkout(file, outside):
+    name = pathlib.Path(file).stem
+    expected = freeze(load_file(str(ROOT / "configs" / f"{name}.py")))
+    for words in ([f"--config={file}"], ["--config", file], ["-config", file]):
+        given = parsed(*words)
+        assert given.config == expected
+        assert given.workdir == pathlib.Path("runs", name)
+    (outside / name).write_text("of something else")
+    (outside / "mine.py").write_text("from dnd_jax.configs.mini import get_config\n")
+    assert parsed(f"--config={name}").config == expected
+    assert parsed("--config=mine.py").config == freeze(load_file("mini"))
+    assert parsed(f"--config={outside}/mine.py").workdir == pathlib.Path("runs/mine")
+
+
+def test_config_files_that_are_not_there_name_the_shipped_ones(outside):
+    assert "did you mean mini?; shipped settings: " in refusal("--config=minni")
+    assert "no such config file" in refusal("--config=elsewhere/mini.py")
+    (outside / "configs").mkdir()
+    (outside / "configs/mini.py").write_text("def get_config():\n    return 3\n")
+    assert "get_config() gives 3" in refusal("--config=configs/mini.py")  # one's own comes first
+
+
+def test_bench_cases_are_found_outside_a_checkout(outside):
+    for name in ("bench_cpu", "bench_gpu"):
+        for case in freeze(load_file(name)).bench.cases:
+            assert freeze(load_file(case[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--limit=1", "--limit=2"], "limit"),
+        (["--limit", "1", "--limit=1"], "limit"),
+        (["--fast", "--fast"], "fast"),
+        (["--fast", "--nofast"], "fast"),
+        (["--config=mini", "--config", "mini"], "config"),
+        (["--config.train.steps=1", "--config.train.steps=2"], "config.train.steps"),
+        (
+            ["--config.generator.importance", "--noconfig.generator.importance"],
+            "config.generator.importance",
+        ),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(words, flag):
+    assert refusal(*words) == f"--{flag} is given twice; give it once"
+
+
+def test_values_that_begin_with_dashes_are_values():
+    given = parsed("--note", "--note-of-mine", "--workdir=--note=x", stage=LOOKING)
+    assert given["note"] == "--note-of-mine" and given["workdir"] == "--note=x"
+    given = parsed("--note=--workdir", stage=LOOKING)
+    assert given["note"] == "--workdir" and given.workdir == pathlib.Path("runs/default")
+    assert refusal("--note", "--workdir=x", stage=LOOKING).startswith("--note needs a value")
+    assert refusal("--config=mini", "--config.train.steps").startswith("--config.train.steps needs")
+    assert parsed("--config=mini", "--config.condition.layer", "-1").config.condition.layer == -1
+
+
+def test_switches_and_other_words():
+    assert not parsed("--config=mini")["fast"] and not parsed("--config=mini", "--nofast")["fast"]
+    given = parsed("--fast", "--config", "mini", "--noconfig.generator.importance", "--limit", "3")
+    assert given["fast"] and given["limit"] == 3 and not given.config.generator.importance
+    assert parsed("--config=mini", "--config.condition.in_graph").config.condition.in_graph
+    assert "unexpected argument 'x'" in refusal("--config=mini", "--fast", "x")
+    assert "--fst: no flag of `dnd stage`; did you mean fast?" in refusal("--fst")
+    taking = Stage(print, (), argument="FILE", settings=NONE)
+    assert parsed("~/x", stage=taking).argument == os.path.expanduser("~/x")
+    assert "FILE is needed: dnd stage FILE" in refusal(stage=taking)
+    assert "reads no settings" in refusal("x", "--config.seed=1", stage=taking)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from dnd_jax.configs.mini import get_config\n")
+    given = parsed("--config=~/mine.py", "--workdir=~/w", "--suite=~/s", "--config.base.path=~/b")
+    assert given.workdir == tmp_path / "w" and given["suite"] == f"{tmp_path}/s"
+    assert given.config.suite == f"{tmp_path}/s" and given.config.base.path == f"{tmp_path}/b"
+
+
+def test_a_stage_goes_on_with_what_its_run_remembers(outside, capsys):
+    first = parsed("--config=mini", "--config.train.steps=7", "--suite=s", "--workdir=w")
+    with remembering(first.workdir, first.config):
+        pass
+    for stage in (STAGE, LOOKING):
+        assert parsed("--workdir=w", stage=stage).config == first.config
+    then = (outside / "w/config.json").read_text()
+    with remembering(first.workdir, parsed("--workdir=w").config):
+        assert capsys.readouterr().out == ""
+    assert (outside / "w/config.json").read_text() == then
+
+    # Differences are listed, whichever way they are given.
+    for words, line in (
+        (["--config.train.steps=9"], "  train.steps: 7 -> 9"),
+        (["--config=mini", "--suite=s"], "  train.steps: 9 -> 600"),
+    ):
+        with remembering(first.workdir, parsed("--workdir=w", *words).config):
+            title, found = capsys.readouterr().out.splitlines()
+            assert title.startswith("settings that w/config.json remembers otherwise")
+            assert found == line
+    assert parsed("--workdir=w").config.train.steps == 600
+
+    # What is refused is not remembered.
+    with (
+        pytest.raises(InputError),
+        remembering(first.workdir, parsed("--workdir=w", "--config.seed=5").config),
+    ):
+        assert parsed("--workdir=w").config.seed == 5  # for who interrupts the stage
+        raise InputError("made with other settings")
+    assert parsed("--workdir=w").config.seed == 0
+
+
+def test_remembered_settings_of_other_versions(outside, capsys):
+    config = parsed("--config=mini").config
+    raw = {"format": 1, "config": json.loads(json.dumps(config.to_json()))}
+    path = outside / "w/config.json"
+    path.parent.mkdir()
+
+    def store(raw) -> str:
+        path.write_text(json.dumps(raw))
+        return "--workdir=w"
+
+    del raw["config"]["train"]["remat"], raw["config"]["sweep"]
+    assert parsed(store(raw)).config == config
+    raw["config"]["train"]["stepz"] = 3
+    raw["config"]["lora"]["rank"] = "four"
+    message = refusal(store(raw))
+    assert "w/config.json: not this version's settings (give --config=FILE)" in message
+    assert "config.train.stepz is unknown; did you mean steps?" in message
+    assert "config.lora.rank = 'four' should be int" in message
+    for unread in ({**raw, "format": 2}, {"model_type": "qwen2"}, [1]):
+        assert "this version reads 1; give --config=FILE" in refusal(store(unread))
+    store([1])
+    with remembering(path.parent, parsed("--workdir=w", "--config=mini").config):
+        assert "w/config.json: settings of format None" in capsys.readouterr().out
+    assert parsed("--workdir=w").config == config
+
+
+def test_seeds_of_the_command_line_are_those_of_the_run():
+    assert parsed("--config=mini", "--seeds=4,5").config.seed == 4
+    assert parsed("--config=mini", "--config.seed=3").seeds() == [3]
+    assert "expected different whole numbers" in refusal("--config=mini", "--seeds=4,4")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "collect", "train", "evaluate", "lm-eval", "plan"])
+def test_no_stage_means_the_toy(stage, outside, capsys):
+    assert main([stage, "--workdir=w"]) == 2
+    message = capsys.readouterr().err
+    assert "dnd: --config is needed, and there is no w/config.json: a settings file" in message
+    assert all(name in message for name in shipped()) and len(shipped()) > 15
+    assert not (outside / "w").exists()
+
+
+def test_quickstart_alone_takes_mini_and_says_so(outside, capsys):
+    from dnd_jax.studies.quickstart import STAGE as quickstart
+
+    given = command.parse("quickstart", quickstart, ["--workdir=w"])
+    assert given.config == freeze(load_file("mini"))
+    assert capsys.readouterr().out == "settings: mini (no --config was given)\n"
+    with remembering(given.workdir, parsed("--config=real_text_small").config):
+        pass
+    assert command.parse("quickstart", quickstart, ["--workdir=w"]).config.base.hidden_size == (
+        freeze(load_file("real_text_small")).base.hidden_size
+    )
+
+
+@pytest.mark.parametrize("name", ["train", "suite", "generate"])
+def test_help_of_a_stage_shows_its_flags_and_no_others(name, capsys):
+    import importlib
+
+    stage = importlib.import_module(f"dnd_jax.{STAGES[name][0]}").STAGE
+    assert main([name, "--help"]) == 0
+    shown = set(re.findall(r"^  --(\S+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown == {flag.name for flag in stage.flags} | {"config", "config.KEY"}
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench", "--limits"), ("suite", "--help")])
+def test_a_reader_that_has_read_enough_is_no_error(arguments):
+    """As `dnd ... | head` does: the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dnd_jax", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(reader)
+    os.close(writer)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
