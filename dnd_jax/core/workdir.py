@@ -9,6 +9,7 @@ from dnd_jax.core.files import read_json, write_json
 
 CONFIG = "config.json"  # the settings that the run goes on with
 SUITE = "suite"  # the embedded suite, where none is given
+SUITE_FAULTS = "suite_faults.json"  # of the suite that was checked last
 PRETRAIN = "pretrain"  # metrics and checkpoints of the base's training
 BASE = "base"  # the base as a Hugging Face folder
 COLLECT = "collect"  # metrics and checkpoints of the LoRAs' training

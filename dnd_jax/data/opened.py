@@ -30,7 +30,7 @@ def open_suite(
             f"{config.suite or workdir / 'suite'}: names no unseen dataset, so there is nothing "
             "to score; add one"
         )
-    report.check(suite, strict)
+    report.check(suite, strict, workdir / paths.SUITE_FAULTS)
     for dataset in suite.train + suite.unseen:  # now, not after hours of training
         condition_texts(dataset.train, config.condition.form)
     if config.evaluate.answers == "likelihood":

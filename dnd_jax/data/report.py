@@ -6,30 +6,37 @@ Faults make scores mean something else than they seem (docs/METHOD.md section 7 
 they are warned of when a suite is loaded, and refused with --strict. Notes are only for the report.
 """
 
+import contextlib
 import dataclasses
-import re
+import itertools
+import os
+import pathlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.errors import listed
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.stage import DEFAULT, ON_SUITE, Given, Stage
-from dnd_jax.data.sources import Example
-from dnd_jax.data.suite import Dataset, Suite, load_suite
-
-SAME_SHARE = (
-    0.5  # of the smaller dataset's questions: above it two datasets share too much to count as two
+from dnd_jax.data.questions import (
+    INNER,
+    LABEL_LENGTH,
+    Files,
+    asked_of,
+    choices,
+    is_label,
+    shape,
 )
+from dnd_jax.data.sources import Example
+from dnd_jax.data.suite import SPLITS, Dataset, Suite, load_suite
+
+SAME_SHARE = 0.5  # of the smaller dataset's prompts: above it two share too much to count as two
 FEW = 12  # different answers that can be a set of labels
-LABEL_LENGTH = 16  # characters of a response that can be a label
 MAJORITY = 0.9  # share of one answer in a test set that is worth a note
 CHANCE = 10  # fewer answers may be alike by chance
 SHOWN = 3
-_CHOICE = re.compile(r"^[ \t]*\(?([A-Za-z]|\d{1,2})[:.)][ \t]+\S", re.MULTILINE)
-_FIRST_TWO = (["a", "b"], ["1", "2"], ["0", "1"])  # labels that choices begin with
-_INNER = re.compile(r"\w+")
-_TOLD_APART = re.compile(r"\w+|[-+*/=<>^%|&~]")  # "3 + 4" and "3 - 4" are two questions
+CHECKS = 1  # counted up whenever the checks find something else than before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,59 +51,25 @@ class Finding:
         return f"{self.dataset}: {self.text}"
 
 
-def normal(text: str) -> str:
-    """Words and operators alone, in lower case: what is compared when texts are called the same."""
-    return " ".join(_TOLD_APART.findall(text.casefold()))
-
-
-def question(prompt: str) -> str:
-    """A prompt without its choices (lines such as "A: iron", from the first on), normalised."""
-    first = _CHOICE.search(prompt) if choices(prompt) else None
-    return normal(prompt[: first.start()] if first and normal(prompt[: first.start()]) else prompt)
-
-
-def choices(prompt: str) -> list[str]:
-    """The labels of a prompt's choices: ["A", "B", ...]; none where lines do not begin as such
-    (code may have "x: int")."""
-    found = _CHOICE.findall(prompt)
-    return found if [label.casefold() for label in found[:2]] in _FIRST_TWO else []
-
-
-def is_label(response: str) -> bool:
-    """Whether a response can be one of a few labels, such as "[A]" or "True"."""
-    return len(response) <= LABEL_LENGTH and len(_INNER.findall(response)) == 1
-
-
-def shape(response: str) -> str:
-    """The form of a label: "[A]" -> "[X]", "[12]" -> "[0]", "True" -> "Word", "b" -> "x"."""
-
-    def kind(match: re.Match) -> str:
-        word = match.group()
-        if word.isdigit():
-            return "0"
-        if len(word) == 1:
-            return "X" if word.isupper() else "x"
-        return "WORD" if word.isupper() else "Word" if word[0].isupper() else "word"
-
-    return _INNER.sub(kind, response)
-
-
 def _where(examples: Sequence[Example]) -> str:
     more = ", ..." if len(examples) > SHOWN else ""
     return f" ({', '.join(e.where for e in examples[:SHOWN])}{more})"
 
 
-def _duplicates(dataset: Dataset) -> Iterator[Finding]:
-    for split, examples in (("train", dataset.train), ("test", dataset.test)):
+def _duplicates(dataset: Dataset, files: Files) -> Iterator[Finding]:
+    """Examples of one file that have the same system text and prompt."""
+    for split in SPLITS:
+        examples, asked = getattr(dataset, split), files[dataset.name, split]
+        times = Counter(asked.prompts) if len(asked.sets[0]) < len(examples) else {}
         first: dict[tuple[str, str], Example] = {}
         again, contradicting = [], []
-        for example in examples:
-            key = (example.system, " ".join(example.prompt.split()))
-            earlier = first.setdefault(key, example)
+        for example, prompt in zip(examples, asked.prompts, strict=True):
+            if times.get(prompt, 1) == 1:
+                continue
+            earlier = first.setdefault((example.system, " ".join(example.prompt.split())), example)
             if earlier is not example:
-                (
-                    again if earlier.response.split() == example.response.split() else contradicting
-                ).append(example)
+                same = earlier.response.split() == example.response.split()
+                (again if same else contradicting).append(example)
         if again:
             yield Finding(
                 dataset.name,
@@ -110,31 +83,30 @@ def _duplicates(dataset: Dataset) -> Iterator[Finding]:
             )
 
 
-Asked = tuple[set[str], set[str]]  # normalised prompts and questions
-
-
-def _overlaps(dataset: Dataset, trained: Mapping[str, Asked]) -> Iterator[Finding]:
+def _overlaps(dataset: Dataset, trained: Sequence[str], files: Files) -> Iterator[Finding]:
     """Test questions that occur in the dataset's own train file or in one that is trained on."""
-    tested = [(e, normal(e.prompt), question(e.prompt)) for e in dataset.test]
-    for name, (prompts, questions) in trained.items():
-        same = [e for e, prompt, _ in tested if prompt in prompts]
-        alike = [e for e, prompt, asked in tested if asked in questions and prompt not in prompts]
-        if found := same + alike:
-            how = (
-                f", {len(alike)} of them with other choices"
-                if alike and choices(alike[0].prompt)
-                else ""
-            )
-            total = len(dataset.test)
-            yield Finding(
-                dataset.name,
-                f"{len(found)} of {total} test questions occur in {name}'s "
-                f"train{how}{_where(found)}",
-            )
+    tested = files[dataset.name, "test"]
+    for name in dict.fromkeys([dataset.name, *trained]):
+        shared = [a & b for a, b in zip(tested.sets, files[name, "train"].sets, strict=True)]
+        if not any(shared):
+            continue
+        rows = list(zip(dataset.test, tested.prompts, tested.questions, strict=True))
+        same = [e for e, prompt, _ in rows if prompt in shared[0]]
+        alike = [e for e, prompt, asked in rows if asked in shared[1] and prompt not in shared[0]]
+        how = (
+            f", {len(alike)} of them with other choices"
+            if alike and choices(alike[0].prompt)
+            else ""
+        )
+        yield Finding(
+            dataset.name,
+            f"{len(same + alike)} of {len(dataset.test)} test questions occur in {name}'s "
+            f"train{how}{_where(same + alike)}",
+        )
 
 
-def _labels(dataset: Dataset, suite: Suite) -> Iterator[Finding]:
-    """One-label tests, and labels that no trained adapter can ever give."""
+def _answers(dataset: Dataset) -> Iterator[Finding]:
+    """Files with one answer, or nearly."""
     counts = Counter(e.response for e in dataset.test)
     (most, count), total = counts.most_common(1)[0], len(dataset.test)
     if len(counts) == 1 and total >= CHANCE:
@@ -144,41 +116,50 @@ def _labels(dataset: Dataset, suite: Suite) -> Iterator[Finding]:
         )
     elif count >= MAJORITY * total and total >= CHANCE:
         yield Finding(dataset.name, f"{count} of {total} test answers are {most!r}", fault=False)
-    if (
-        dataset.labeled
-        and len(dataset.train) >= CHANCE
-        and len(answers := {e.response for e in dataset.train}) == 1
-    ):
+    answers = {e.response for e in dataset.train}
+    if dataset.labeled and len(dataset.train) >= CHANCE and len(answers) == 1:
         yield Finding(
             dataset.name, f"every one of {len(dataset.train)} train answers is {answers.pop()!r}"
         )
-    for split, examples in (("train", dataset.train), ("test", dataset.test)):
-        asked = [e for e in examples if is_label(e.response) and choices(e.prompt)]
-        stray = [e for e in asked if _INNER.findall(e.response)[0] not in choices(e.prompt)]
-        if len(asked) > len(examples) / 2 and stray:
-            kind = f"such as {stray[0].response!r} of {', '.join(choices(stray[0].prompt))}"
+
+
+def _choices(dataset: Dataset, files: Files) -> Iterator[Finding]:
+    """Answers that are none of the choices of their prompts."""
+    for split in SPLITS:
+        examples = getattr(dataset, split)
+        labels = _labels(examples)
+        choices = files[dataset.name, split].choices
+        pairs = list(zip((labels.get(e.response) for e in examples), choices, strict=True))
+        asked = sum(label is not None and bool(found) for label, found in pairs)
+        stray = [
+            i for i, (label, found) in enumerate(pairs) if label and found and label not in found
+        ]
+        if asked > len(examples) / 2 and stray:
             yield Finding(
                 dataset.name,
-                f"{len(stray)} {split} answers name none of their choices, {kind}{_where(stray)}",
+                f"{len(stray)} {split} answers name none of their choices, such as "
+                f"{examples[stray[0]].response!r} of {', '.join(choices[stray[0]])}"
+                f"{_where([examples[i] for i in stray])}",
             )
-    if (
-        not all(map(is_label, counts))
-        or max(len(counts), len({e.response for e in dataset.train})) > FEW
-    ):
+
+
+def _forms(dataset: Dataset, learnt: Mapping[str, str] | None) -> Iterator[Finding]:
+    """Labels that no trained adapter can ever give. learnt: the forms of all training answers,
+    for an unseen dataset."""
+    counts, total = Counter(e.response for e in dataset.test), len(dataset.test)
+    trained = Counter(e.response for e in dataset.train)
+    if max(len(counts), len(trained)) > FEW or not all(map(is_label, counts)):
         return  # numbers and names take forms that no train answer happened to have
-    forms = {shape(e.response) for e in dataset.train if is_label(e.response)}
+    forms = _forms_of([dataset])
     never = [e for e in dataset.test if shape(e.response) not in forms]
     if forms and never:
         yield Finding(
             dataset.name,
             f"{len(never)} of {total} test answers look like {never[0].response!r}, but no train "
-            "answer does (those look like "
-            f"{next(e.response for e in dataset.train if is_label(e.response))!r}): they can "
-            "never match",
+            f"answer does (those look like {next(iter(forms.values()))!r}): they can never match",
         )
-    learnt = {shape(e.response) for d in suite.train for e in d.train if is_label(e.response)}
-    unknown = [e for e in dataset.test if shape(e.response) not in learnt]
-    if dataset in suite.unseen and learnt and unknown and not never:
+    unknown = [e for e in dataset.test if learnt and shape(e.response) not in learnt]
+    if unknown and not never:
         yield Finding(
             dataset.name,
             f"{len(unknown)} of {total} test answers look like {unknown[0].response!r}, as none "
@@ -192,15 +173,32 @@ def _labels(dataset: Dataset, suite: Suite) -> Iterator[Finding]:
         )
 
 
-def _same_files(suite: Suite) -> Iterator[Finding]:
-    every = suite.train + suite.unseen
-    for split in ("train", "test"):
-        asked = [{normal(e.prompt) for e in getattr(d, split)} for d in every]
-        whole = [sorted((e.prompt, e.response) for e in getattr(d, split)) for d in every]
-        for i, dataset in enumerate(every):
-            for j, earlier in enumerate(every[:i]):
-                shared, least = len(asked[i] & asked[j]), min(len(asked[i]), len(asked[j]))
-                if whole[i] == whole[j]:
+def _labels(examples: Sequence[Example]) -> dict[str, str]:
+    """The responses that can be labels, with the word in each: {"[A]": "A"}."""
+    responses = dict.fromkeys(e.response for e in examples)
+    return {r: INNER.findall(r)[0] for r in responses if is_label(r)}
+
+
+def _forms_of(datasets: Iterable[Dataset]) -> dict[str, str]:
+    """The forms of the train answers that can be labels, with the first answer of each."""
+    forms: dict[str, str] = {}
+    for dataset in datasets:
+        for label in _labels(dataset.train):
+            forms.setdefault(shape(label), label)
+    return forms
+
+
+def _same_files(suite: Suite, files: Files) -> Iterator[Finding]:
+    """Datasets with the same examples, or most of their prompts in common."""
+    for split in SPLITS:
+        prompts = [files[d.name, split].sets[0] for d in suite.every]
+        times = Counter(itertools.chain.from_iterable(prompts))
+        several = {prompt for prompt, count in times.items() if count > 1}
+        common = [its & several for its in prompts]
+        for i, dataset in enumerate(suite.every):
+            for j, earlier in enumerate(suite.every[:i]):
+                shared, least = len(common[i] & common[j]), min(len(prompts[i]), len(prompts[j]))
+                if shared == least and _alike(getattr(dataset, split), getattr(earlier, split)):
                     yield Finding(
                         dataset.name,
                         f"its {split} examples are those of {earlier.name}: one dataset under two "
@@ -213,21 +211,27 @@ def _same_files(suite: Suite) -> Iterator[Finding]:
                     )
 
 
+def _alike(some: Sequence[Example], others: Sequence[Example]) -> bool:
+    """Whether two files have the same prompts and responses, in whatever order."""
+    return len(some) == len(others) and Counter((e.prompt, e.response) for e in some) == Counter(
+        (e.prompt, e.response) for e in others
+    )
+
+
 def findings(suite: Suite) -> list[Finding]:
     """All that is to be said about a suite, faults first."""
-    asked = {
-        d.name: ({normal(e.prompt) for e in d.train}, {question(e.prompt) for e in d.train})
-        for d in suite.train
-    }
-    found = list(_same_files(suite))
+    files = asked_of(suite)
+    trained, learnt = [d.name for d in suite.train], _forms_of(suite.train)
+    found = list(_same_files(suite, files))
     if len(suite.train) == 1:
         lesson = "the generator cannot learn what prompts mean; wrong prompts will do as well"
-        found.append(Finding(suite.train[0].name, f"is the only training dataset: {lesson}"))
-    for dataset in suite.train + suite.unseen:
-        own = {normal(e.prompt) for e in dataset.train}, {question(e.prompt) for e in dataset.train}
-        found += _duplicates(dataset)
-        found += _overlaps(dataset, {dataset.name: own, **asked})
-        found += _labels(dataset, suite)
+        found.append(Finding(trained[0], f"is the only training dataset: {lesson}"))
+    for i, dataset in enumerate(suite.every):
+        found += _duplicates(dataset, files)
+        found += _overlaps(dataset, trained, files)
+        found += _answers(dataset)
+        found += _choices(dataset, files)
+        found += _forms(dataset, learnt if i >= len(suite.train) else None)
         found += [Finding(dataset.name, note, fault=False) for note in dataset.notes]
         if not dataset.labeled:
             found.append(
@@ -240,13 +244,30 @@ def findings(suite: Suite) -> list[Finding]:
     return sorted(found, key=lambda f: not f.fault)
 
 
-def check(suite: Suite, strict: bool = False) -> None:
-    """Warns of a suite's faults on stderr; strict: raises InputError that lists them."""
-    faults = [str(f) for f in findings(suite) if f.fault]
+def check(suite: Suite, strict: bool = False, kept: pathlib.Path | None = None) -> None:
+    """Warns of a suite's faults on stderr; strict: raises InputError that lists them.
+
+    kept: a file that holds the faults of the suite that was checked last; they are read from it
+    when it is this one, unchanged.
+    """
+    faults = _faults(suite, kept)
     if faults and strict:
         raise listed(f"{suite.name}: faults in the data (--strict)", faults)
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr, flush=True)
+
+
+def _faults(suite: Suite, kept: pathlib.Path | None) -> list[str]:
+    """The suite's faults, from the file `kept` or found and written there."""
+    state = {"checks": CHECKS, "root": os.path.abspath(suite.root), "suite": suite.fingerprint}
+    with contextlib.suppress(InputError, LookupError, TypeError):  # absent, damaged or another's
+        stored = read_json(kept) if kept else {}
+        if stored["state"] == state:
+            return list(map(str, stored["faults"]))
+    faults = [str(f) for f in findings(suite) if f.fault]
+    if kept:
+        write_json(kept, {"state": state, "faults": faults})
+    return faults
 
 
 def report(suite: Suite) -> str:

@@ -10,23 +10,20 @@ optionally "system" (the original's files), or are conversations: ShareGPT's {"c
 """
 
 import dataclasses
-import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jinja2
 import jinja2.sandbox
 import numpy as np
 
-from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError, first_line, listed
-
-datasets = packages.deferred("datasets")
-pyarrow, parquet = packages.deferred("pyarrow"), packages.deferred("pyarrow.parquet")
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.data.rows import Row, hub_rows, json_rows, parquet_rows, read_lines
 
 FIELDS = ("prompt", "response", "system")
-FILES = (".jsonl", ".json", ".parquet")
 ROLES = {
     "human": "user",
     "user": "user",
@@ -34,11 +31,9 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-Row = tuple[str, object]  # where it stands ("FILE:LINE"), and its value
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One question; `where` is its file and line, for messages. An unlabeled prompt has an empty
     response."""
 
@@ -59,89 +54,6 @@ class Source:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     system: str = ""  # for rows that bring none
     limit: int = 0  # that many rows, drawn by a fixed seed in their order; 0: all
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """A UTF-8 file. Raises InputError naming the file (and line) that cannot be read."""
-    path = pathlib.Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line, at = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
-        raise InputError(
-            f"{path}:{line}: not UTF-8 at byte {at} of the line; save the file as UTF-8"
-        ) from None
-
-
-def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
-    """(line number, text) of a UTF-8 file's non-blank lines. Raises InputError as `read_text`
-    does."""
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return [(number, text) for number, line in lines if (text := line.strip())]
-
-
-def json_rows(path: str | os.PathLike, faults: list[str]) -> list[Row]:
-    """The rows of a JSONL file, or of a JSON file that holds one list; lines that are no JSON are
-    added to `faults`."""
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})"
-            ) from None
-        return [(f"{path}: row {i}", row) for i, row in enumerate(rows, start=1)]
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            rows.append((f"{path}:{number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-    return rows
-
-
-def parquet_rows(path: str | os.PathLike) -> list[Row]:
-    """The rows of a parquet file. Raises InputError naming a file that is damaged or none."""
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    return [(f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist(), start=1)]
-
-
-def hub_rows(source: Source, default_split: str) -> Iterable[Row]:
-    """The rows of a `datasets` folder (saved by save_to_disk, or one that load_dataset reads) or of
-    a hub id.
-
-    Raises InputError when it cannot be had, or has no such split (listing those there are).
-    """
-    split, folder = source.split or default_split, pathlib.Path(source.source)
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            found = datasets.load_from_disk(source.source)
-        else:
-            found = datasets.load_dataset(
-                source.source, source.config or None, revision=source.revision or None
-            )
-    except (
-        Exception
-    ) as error:  # datasets, its readers, fsspec and the hub client all raise their own
-        reason = first_line(error)
-        raise InputError(
-            f"{source.source}: no dataset to be had here or on the hub ({reason})"
-        ) from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise InputError(f"{source.source}: no split {split!r}; there are {', '.join(found)}")
-        found = found[split]
-    name = f"{source.source}/{source.config}" if source.config else source.source
-    return ((f"{name}[{split}]: row {i}", row) for i, row in enumerate(found, start=1))
 
 
 def _conversation(where: str, turns: object, system: str) -> tuple[dict, int]:
@@ -191,8 +103,35 @@ def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mappi
 
     Raises InputError: here for a template that is none, when called for a column that a row lacks.
     """
+    readers = _column_readers(columns, name)
+
+    def read(where: str, row: Mapping) -> dict:
+        values = {}
+        for field, reader in readers.items():
+            try:
+                value = reader(row)
+            except KeyError:
+                raise InputError(
+                    f"{where}: no column {columns[field]!r} for {field}; there are {', '.join(row)}"
+                ) from None
+            except Exception as error:  # a template can raise whatever Python raises
+                raise InputError(
+                    f"{where}: columns.{field} cannot be filled in ({error}); there are "
+                    f"{', '.join(row)}"
+                ) from None
+            number = isinstance(value, bool | int | float) and not _missing(value)
+            values[field] = str(value) if number else value
+        return values
+
+    return read
+
+
+def _column_readers(
+    columns: Mapping[str, str], name: str
+) -> dict[str, Callable[[Mapping], object]]:
+    """What reads each field of a row. Raises InputError for a template that is none."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_said
     )
     environment.globals["zip"] = zip
     readers: dict[str, Callable[[Mapping], object]] = {}
@@ -207,25 +146,20 @@ def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mappi
             readers[field] = lambda row, template=template: template.render(row)
         else:
             readers[field] = lambda row, expression=expression: _column(row, expression)
+    return readers
 
-    def read(where: str, row: Mapping) -> dict:
-        values = {}
-        for field, reader in readers.items():
-            try:
-                value = reader(row)
-            except KeyError:
-                raise InputError(
-                    f"{where}: no column {columns[field]!r} for {field}; there are {', '.join(row)}"
-                ) from None
-            except (jinja2.TemplateError, TypeError, IndexError, ValueError) as error:
-                raise InputError(
-                    f"{where}: columns.{field} cannot be filled in ({error}); there are "
-                    f"{', '.join(row)}"
-                ) from None
-            values[field] = str(value) if isinstance(value, bool | int | float) else value
-        return values
 
-    return read
+def _missing(value: object) -> bool:
+    """Whether a value says that there is none: null, or a table's NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _said(value: object) -> object:
+    """What a template prints for a value. Raises ValueError for one that has no text of its own, so
+    that no "None" is taught; `{{ x or "" }}` asks for an empty text."""
+    if _missing(value) or isinstance(value, list | tuple | Mapping):
+        raise ValueError("a value is missing" if _missing(value) else "a list or object is no text")
+    return value
 
 
 @dataclasses.dataclass
@@ -245,44 +179,20 @@ def read_source(
     Raises InputError naming file, line and key of the first few faults, or too few examples.
     """
     faults: list[str] = []
-    path, suffix = source.source, pathlib.Path(source.source).suffix
-    if suffix in (".jsonl", ".json"):
-        rows: Iterable[Row] = json_rows(path, faults)
-    elif suffix == ".parquet":
-        rows = parquet_rows(path)
-    else:
-        rows = hub_rows(source, split)
-    if source.limit:
-        rows = list(rows)
-        keep = np.random.default_rng(0).choice(
-            len(rows), min(source.limit, len(rows)), replace=False
-        )
-        rows = [rows[i] for i in np.sort(keep)]
-    read = column_reader(source.columns, path) if source.columns else None
+    rows = _drawn(_rows(source, split, faults), source.limit)
+    read = column_reader(source.columns, source.source) if source.columns else None
     examples, longer = [], 0
     for where, row in rows:
-        if not isinstance(row, Mapping):
-            faults.append(f"{where}: expected an object, got {type(row).__name__}")
-            continue
         try:
-            if read:
-                row = read(where, row)
-            elif (
-                "prompt" not in row
-                and (turns := row.get("conversations", row.get("messages"))) is not None
-            ):
-                row, more = _conversation(where, turns, row.get("system") or "")
-                longer += more > 0
+            fields, more = _fields(where, row, read)
+            examples.append(_example(where, fields, source.system, answers))
+            longer += more > 0
         except InputError as error:
             faults.append(str(error))
-            continue
-        example = _example(where, row, source.system, answers, faults)
-        if example:
-            examples.append(example)
     if faults:
         raise listed("malformed examples", faults, most=5)
     if len(examples) < least:
-        raise InputError(f"{path}: {len(examples)} example(s), at least {least} needed")
+        raise InputError(f"{source.source}: {len(examples)} example(s), at least {least} needed")
     without = [e.where for e in examples if not e.response]
     if without and len(without) < len(examples):
         raise InputError(
@@ -291,18 +201,50 @@ def read_source(
     return Reading(tuple(examples), longer)
 
 
-def _example(
-    where: str, row: Mapping, system: str, answers: bool, faults: list[str]
-) -> Example | None:
-    """The example of a row with "prompt", "response", "system"; or None, and why is added to
-    `faults`."""
-    row = {**row, "system": row.get("system") or system}
-    needed = FIELDS if answers or row.get("response") else ("prompt", "system")
-    bad = [
-        key
-        for key in needed
-        if not isinstance(row.get(key), str) or (key != "system" and not row[key].strip())
-    ]
+def _rows(source: Source, split: str, faults: list[str]) -> Iterable[Row]:
+    """The rows of a source, whatever kind it is."""
+    suffix = pathlib.Path(source.source).suffix
+    if suffix in (".jsonl", ".json"):
+        return json_rows(source.source, faults)
+    if suffix == ".parquet":
+        return parquet_rows(source.source)
+    return hub_rows(source.source, source.config, source.split or split, source.revision)
+
+
+def _drawn(rows: Iterable[Row], limit: int) -> Iterable[Row]:
+    """`limit` of the rows, drawn by a fixed seed, in their order; 0: all."""
+    if not limit:
+        return rows
+    rows = list(rows)
+    keep = np.random.default_rng(0).choice(len(rows), min(limit, len(rows)), replace=False)
+    return [rows[i] for i in np.sort(keep)]
+
+
+def _fields(where: str, row: object, read: Callable | None) -> tuple[Mapping, int]:
+    """(a row with "prompt", "response" and "system", questions that it leaves unread). read: the
+    reader of a column map. Raises InputError."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
+    if read:
+        return read(where, row), 0
+    if "prompt" not in row:
+        turns = row.get("conversations", row.get("messages"))
+        if turns is not None:
+            return _conversation(where, turns, row.get("system") or "")
+    return row, 0
+
+
+def _example(where: str, row: Mapping, system: str, answers: bool) -> Example:
+    """The example of a row with "prompt", "response", "system". Raises InputError for what is no
+    text."""
+    prompt, response, system = row.get("prompt"), row.get("response"), row.get("system") or system
+    if not response and not answers:
+        response = ""
+    bad = [] if _is_text(prompt) else ["prompt"]
+    if not _is_text(response) and (answers or response):
+        bad.append("response")
+    if type(system) is not str:
+        bad.append("system")
     if bad:
         there = (
             ""
@@ -310,9 +252,26 @@ def _example(
             else f" (columns {', '.join(k for k in row if k != 'system')}; name them in a column "
             "map)"
         )
-        faults.append(f"{where}: {' and '.join(bad)} must be given as text{there}")
-        return None
-    return Example(row["prompt"], row.get("response") or "", row["system"], where)
+        raise InputError(f"{where}: {' and '.join(bad)} must be given as text{there}")
+    for text in (prompt, response, system):
+        if not (text.isascii() or _encodes(text)):
+            raise InputError(
+                f"{where}: {text[:40]!r} ... holds half of a character (a surrogate, as left by "
+                "cutting through an emoji), which is no text; remove it"
+            )
+    return Example(prompt, response, system, where)
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str and value != "" and not value.isspace()
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_jsonl(
@@ -357,7 +316,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     prompts = []
     for where, row in json_rows(path, faults):
         text = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text) or not _encodes(text):
             faults.append(f'{where}: expected an object with a "prompt" text')
         prompts.append(text)
     if faults:

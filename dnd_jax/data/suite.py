@@ -34,19 +34,22 @@ import json
 import os
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as encode_string
 
 import numpy as np
 
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
-from dnd_jax.data.sources import FIELDS, FILES, Example, Reading, Source, hold_out, read_source
+from dnd_jax.data.rows import FILES
+from dnd_jax.data.sources import FIELDS, Example, Reading, Source, hold_out, read_source
 
 DEFAULT_KIND = "unseen"
 MOST_LABELS = 32  # different answers of a dataset whose labels' likelihoods are compared
 SPLITS = ("train", "test")
-ROLES = ("train", "unseen", "test")
+POOLS = ("train", "unseen")
+ROLES = (*POOLS, "test")
 OWN = {"name", "role", "holdout"}  # keys of a listed dataset beside those of its source
 
 
@@ -83,15 +86,21 @@ class Suite:
     fingerprint: str  # of everything a run reads from it
 
     @property
+    def every(self) -> tuple[Dataset, ...]:
+        """All datasets, the training ones first."""
+        return self.train + self.unseen
+
+    @property
     def datasets(self) -> tuple[Dataset, ...]:
         """Those that a LoRA can be tuned on: all but the unseen ones without responses."""
         return self.train + tuple(d for d in self.unseen if d.labeled)
 
     def with_training(self, count: int, seed: int) -> "Suite":
-        """The suite with `count` of its training datasets, in their order; 0: all. Of one seed,
-        fewer are among more.
+        """Returns the suite with only `count` of its training datasets, drawn by the seed and kept
+        in their order; count 0 keeps all.
 
-        Raises InputError when it has fewer.
+        With the same seed, the datasets of a smaller count are a subset of those of a larger one.
+        Raises InputError when the suite has fewer than `count`.
         """
         if not count:
             return self
@@ -112,55 +121,68 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
     """
     root = pathlib.Path(root)
     path = root if root.suffix == ".json" and not root.is_dir() else root / "suite.json"
-    root = path.parent
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected an object")
-    known = (
-        {"name", "corpus", "datasets", "kinds"}
-        if "datasets" in raw
-        else {"name", "corpus", "train", "unseen", "kinds"}
-    )
-    unknown = sorted(raw.keys() - known)
-    if unknown:
-        raise InputError(
-            f"{path}: unknown key(s) {', '.join(unknown)}; expected name, corpus, train, unseen "
-            "and kinds, or name, corpus, "
-            "datasets and kinds"
-        )
-    read = (
-        _listed(path, raw, least_prompts)
-        if "datasets" in raw
-        else _in_places(path, raw, least_prompts)
-    )
-    names = {
-        role: [name for name, (its, _) in read.items() if its == role]
-        for role in ("train", "unseen")
-    }
+    raw = _description(path)
+    read = (_listed if "datasets" in raw else _in_places)(path, raw, least_prompts)
+    names = {role: [n for n, (its, _) in read.items() if its == role] for role in POOLS}
     if not names["train"]:
         raise InputError(
             f"{path}: train names no dataset, so there is nothing to learn from; add one"
         )
+    kinds = _kinds(path, raw, names["unseen"])
+    corpus = _corpus(path, raw)
+    train, unseen = (tuple(read[n][1]() for n in names[role]) for role in POOLS)
+    parts = corpus, *(part for d in train + unseen for part in (d.train, d.test))
+    listing = json.dumps([names["train"], names["unseen"], kinds])
+    digest = digests.of_text(listing, *map(_encoded, parts))
+    name = str(raw.get("name", path.parent.name if path.name == "suite.json" else path.stem))
+    return Suite(name, path.parent, corpus, train, unseen, kinds, digest)
+
+
+def _description(path: pathlib.Path) -> dict:
+    """The JSON object of a suite's file. Raises InputError for an unknown key."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected an object")
+    own = {"datasets"} if "datasets" in raw else {"train", "unseen"}
+    unknown = sorted(raw.keys() - {"name", "corpus", "kinds"} - own)
+    if unknown:
+        raise InputError(
+            f"{path}: unknown key(s) {', '.join(unknown)}; expected name, corpus, train, unseen "
+            "and kinds, or name, corpus, datasets and kinds"
+        )
+    return raw
+
+
+def _kinds(path: pathlib.Path, raw: Mapping, unseen: list[str]) -> dict[str, str]:
+    """The kind of every unseen dataset. Raises InputError for one of a dataset that is not."""
     kinds = raw.get("kinds", {})
-    if not isinstance(kinds, dict) or not kinds.keys() <= set(names["unseen"]):
+    if not isinstance(kinds, dict) or not kinds.keys() <= set(unseen):
         raise InputError(f"{path}: kinds must map names of unseen datasets to a word")
+    return {n: str(kinds.get(n, DEFAULT_KIND)) for n in unseen}
+
+
+def _corpus(path: pathlib.Path, raw: Mapping) -> tuple[Example, ...]:
+    """The examples that a base is pretrained on; none where the suite names no corpus."""
     corpora = raw.get("corpus") or []
-    corpora = [
+    sources = [
         _source(path, "corpus", source)
         for source in (corpora if isinstance(corpora, list) else [corpora])
     ]
-    corpus = tuple(
-        example for source in corpora for example in read_source(source, 2, answers=False).examples
-    )
-    train, unseen = (tuple(read[n][1]() for n in names[role]) for role in ("train", "unseen"))
-    kinds = {n: str(kinds.get(n, DEFAULT_KIND)) for n in names["unseen"]}
-    parts = corpus, *(part for d in train + unseen for part in (d.train, d.test))
-    digest = digests.of_text(
-        json.dumps([names["train"], names["unseen"], kinds]),
-        *(json.dumps([(e.prompt, e.response, e.system) for e in part]) for part in parts),
-    )
-    name = str(raw.get("name", root.name if path.name == "suite.json" else path.stem))
-    return Suite(name, root, corpus, train, unseen, kinds, digest)
+    return tuple(e for source in sources for e in read_source(source, 2, answers=False).examples)
+
+
+def _encoded(examples: Sequence[Example]) -> str:
+    """json.dumps of the list of (prompt, response, system), in less time: the pairs of response
+    and system, which are few in most files, are encoded once each."""
+    ends: dict[tuple[str, str], str] = {}
+    encoded = []
+    for prompt, response, system, _ in examples:
+        end = ends.get((response, system))
+        if end is None:
+            end = f"{encode_string(response)}, {encode_string(system)}]"
+            ends[response, system] = end
+        encoded.append(f"[{encode_string(prompt)}, {end}")
+    return f"[{', '.join(encoded)}]"
 
 
 Readers = dict[str, tuple[str, Callable[[], Dataset]]]  # name -> (role, what reads it)

@@ -1,13 +1,18 @@
 """The data report finds every fault that is put into a clean suite, by name and number, and none in
 a clean one."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.data import report as hygiene
-from dnd_jax.data.report import choices, findings, question, shape
+from dnd_jax.data.questions import alike, choices, normal, question, shape
+from dnd_jax.data.report import findings
 from dnd_jax.data.suite import load_suite
 from dnd_jax.data.world import write_world
 from dnd_jax.main import main
@@ -213,6 +218,80 @@ def test_parts_of_a_prompt():
         "WORD",
         "word.",
     ]
+
+
+TEXTS = [
+    "What is it?",
+    "what  is IT",
+    "whatis it",
+    "3 + 4",
+    "3+4",
+    "3 - 4",
+    "ſtop",
+    "stop",
+    "K",
+    "k",
+]
+TEXTS += [
+    "“Hi” there",
+    "Hi there",
+    "été",
+    "Été!",
+    "日本 語",
+    "日本語",
+    "",
+    "!",
+    "\0",
+    "a\0b",
+    "a b",
+    "ﬁn",
+    "fin",
+]
+
+
+@given(st.lists(st.sampled_from(TEXTS) | st.text("aA b+\0.é\n", max_size=6), max_size=30))
+def test_alike_is_equality_of_normal_texts(texts):
+    values, expected = alike(texts), [normal(text) for text in texts]
+    for i in range(len(texts)):
+        for j in range(i):
+            assert (values[i] == values[j]) == (expected[i] == expected[j]), (texts[i], texts[j])
+
+
+def test_a_suite_is_checked_once(files, capsys, tmp_path, monkeypatch):
+    """Later stages print the faults that the first one kept, until the suite changes or moves."""
+    rows, write = files
+    rows["three_test"] = [{**r, "response": "[A]"} for r in rows["three_test"]]
+    kept, calls, real = tmp_path / "w" / "suite_faults.json", [], hygiene.findings
+    monkeypatch.setattr(hygiene, "findings", lambda suite: calls.append(suite.name) or real(suite))
+
+    def said(suite) -> str:
+        hygiene.check(suite, kept=kept)
+        return capsys.readouterr().err
+
+    first = said(load_suite(write()))
+    assert "three: every one of 20 test answers" in first and calls == ["mine"]
+    assert said(load_suite(write())) == first and len(calls) == 1
+    with pytest.raises(InputError, match="three: every one of 20"):
+        hygiene.check(load_suite(write()), strict=True, kept=kept)
+    assert len(calls) == 1
+    kept.write_text("[]")  # damaged: found anew
+    assert said(load_suite(write())) == first and len(calls) == 2
+    rows["three_test"][0]["response"] = "[B]"
+    assert said(load_suite(write())) == "" and len(calls) == 3
+    assert said(load_suite(write())) == "" and len(calls) == 3
+    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}_moved")
+    assert said(load_suite(moved / "mine.json")) == "" and len(calls) == 4
+
+
+def test_fingerprint_stays(tmp_path):
+    """The one that runs of cfc09d1 recorded: sha256 over json.dumps of names and examples."""
+    write_world(tmp_path, seed=3)
+    suite = load_suite(tmp_path)
+    names = [[d.name for d in its] for its in (suite.train, suite.unseen)]
+    digest = hashlib.sha256(json.dumps([*names, suite.kinds]).encode())
+    for part in (suite.corpus, *(its for d in suite.every for its in (d.train, d.test))):
+        digest.update(json.dumps([(e.prompt, e.response, e.system) for e in part]).encode())
+    assert suite.fingerprint == digest.hexdigest()
 
 
 def test_command_warns_reports_and_refuses(files, capsys, tmp_path):

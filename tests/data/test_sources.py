@@ -108,6 +108,39 @@ def test_column_map_faults(tmp_path, columns, expected):
     ] in str(error.value)
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), ["iron"], {"text": "iron"}])
+def test_nothing_becomes_no_word(tmp_path, nothing):
+    """null, NaN and lists in a template or a column are faults of their row, not the text "None"."""
+    path = lines(tmp_path / "raw.jsonl", [{"q": "a", "more": "b"}, {"q": "c", "more": nothing}])
+    for expression in ("{{q}} {{more}}", "more"):
+        with pytest.raises(InputError, match="raw.jsonl:2: .*prompt"):
+            read_source(Source(path, columns={"prompt": expression, "response": "q"}))
+    asked = {"prompt": "{{q}}{{ (more or '') if more is none else 'x' }}", "response": "q"}
+    assert read_source(Source(path, columns=asked)).examples[0].prompt == "ax"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"prompt": "a \\ud83d", "response": "b"}', "holds half of a character"),
+        (
+            '{"prompt": "a", "response": "b", "n": ' + "7" * 5000 + "}",
+            "not JSON .Exceeds the limit",
+        ),
+        ('{"prompt": "a", "n": ' + "[" * 50000 + "]" * 50000 + "}", "not JSON .nested too deep"),
+        ('{"prompt": "a", "response": "b"} {}', "not JSON .Extra data at column 34"),
+        ('{"prompt": "a", "response": "b"', "not JSON .Expecting"),
+    ],
+)
+def test_text_that_is_no_text(tmp_path, line, why):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n")
+    with pytest.raises(InputError, match=f"x.jsonl:3: .*{why}"):
+        read_source(Source(str(path)))
+    with pytest.raises(InputError, match="x.jsonl:3: "):
+        read_prompts(path)
+
+
 def test_conversations(tmp_path):
     rows = [
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
