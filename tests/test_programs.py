@@ -20,7 +20,8 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import generate_arguments, train_arguments
-from dnd_jax.lora.collect import make_collect_step, make_optimizer
+from dnd_jax.loop.optimizers import lora_optimizer
+from dnd_jax.lora.collect import make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading, replicated, sharding_table
 
@@ -47,7 +48,7 @@ def collect_text(config: Config, sizes: LmConfig) -> str:
     """The lowered step of `dnd collect` for 8 tasks, one a device."""
     lora, mesh, module = config.lora, make_mesh(config.mesh), BaseLM(sizes)
     params = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-    optimizer = make_optimizer(lora)
+    optimizer = lora_optimizer(lora)
     shapes = sizes.lora_shapes(lora.rank, lora.targets)
     tasks = {
         key: jax.ShapeDtypeStruct((TASKS, *shape), jnp.float32) for key, shape in shapes.items()

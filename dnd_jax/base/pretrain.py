@@ -23,6 +23,7 @@ from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
+from dnd_jax.loop.optimizers import base_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import run_loop
 from dnd_jax.parallel.mesh import make_mesh
@@ -82,12 +83,7 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
         data = data.packed(config.base.max_length)
     width = data.response_width
     module = BaseLM(sizes_to_pretrain(config.base, len(tokenizer)))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, min(c.warmup_steps, c.steps - 1), c.steps
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=c.weight_decay)
-    )
+    optimizer = base_optimizer(c)
 
     mesh = make_mesh(config.mesh)
 

@@ -30,7 +30,7 @@ from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.costs import hlo
 from dnd_jax.generator.sizes import encoder_module, spec_of
 from dnd_jax.generator.step import device_problems, shard_generation, shard_train_step
-from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.prefetch import AHEAD
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
@@ -273,7 +273,7 @@ def make_plan(config: Config, devices: list, step: str = "train", measure: bool 
 
 def _update_cost(config: Config, state: Any, effort: dict | None) -> dict:
     """The compiler's cost of the optimiser alone."""
-    optimizer = make_optimizer(config.train)
+    optimizer = train_optimizer(config.train)
 
     def update(state, gradient):
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])

@@ -17,7 +17,7 @@ from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_errors
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.spec import DecoderSpec
-from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.ops.cost_model import Problem, compiler_options
 from dnd_jax.parallel.placement import Placement
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
@@ -203,7 +203,7 @@ def shard_train_step(
     """
     c, place = config.train, Placement(mesh)
     module = Generator(spec, place)
-    optimizer = make_optimizer(c)
+    optimizer = train_optimizer(c)
 
     def init(key):
         params = module.init(key, jnp.zeros((1, *spec.condition_shape)))["params"]

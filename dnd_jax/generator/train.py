@@ -39,7 +39,7 @@ from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
 from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
-from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.run import Options, run_loop
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
 from dnd_jax.ops.cost_model import describe
@@ -59,7 +59,9 @@ def first_state(config: Config, sharded: ShardedStep) -> dict:
         return sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
     of = sharded.shapes["params"], sharded.shardings["params"]
     params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
-    opt = jax.jit(make_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(params)
+    opt = jax.jit(train_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(
+        params
+    )
     if hosts.lead():
         print(f"starting from the parameters of {config.train.init_from}", flush=True)
     return {

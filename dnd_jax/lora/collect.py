@@ -24,13 +24,13 @@ from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
-from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
+from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import run_loop
 from dnd_jax.lora.adapter import save_adapter
@@ -52,14 +52,6 @@ def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str
         return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
 
     return {name: init(name, shape) for name, shape in shapes.items()}
-
-
-def make_optimizer(config: schema.Lora) -> optax.GradientTransformation:
-    """AdamW at a constant rate with a global-norm clip."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
-    )
 
 
 def make_collect_step(
@@ -169,7 +161,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
             )
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x)[entries], *rows), over_tasks)
 
-    optimizer = make_optimizer(c)
+    optimizer = lora_optimizer(c)
 
     def init(key):
         lora = init_lora(key, shapes)

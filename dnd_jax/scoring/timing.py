@@ -21,9 +21,10 @@ from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Suite
 from dnd_jax.generator.folder import find_generator, read_description
 from dnd_jax.generator.generate import TrainedGenerator
+from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
-from dnd_jax.lora.collect import init_lora, make_collect_step, make_optimizer
+from dnd_jax.lora.collect import init_lora, make_collect_step
 from dnd_jax.lora.peft_settings import AdapterConfig
 
 PAPER = "2,500 to 12,000"  # times less than full-shot tuning, docs/METHOD.md section 8
@@ -114,7 +115,7 @@ def measure_tuning(
     """
     started = time.perf_counter()
     module, params = load_base(base)
-    optimizer = make_optimizer(lora)
+    optimizer = lora_optimizer(lora)
     step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
     tensors = init_lora(jax.random.key(seed), shapes)
     state = jax.tree.map(

@@ -53,7 +53,7 @@ from dnd_jax.encoders.cache import (
 )
 from dnd_jax.encoders.load import encode_windows, load_encoder
 from dnd_jax.generator.step import make_train_step
-from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import ANYWHERE, Placement
 
@@ -549,7 +549,7 @@ def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path)
     encoder = PromptEncoder(condition_by(KINDS[kind](tmp_path)))
     ids, valid = encoder.tokenize(PROMPTS)
     train, module = freeze(load_file_config("configs/mini.py")).train, LinearGenerator((4, 3, 5))
-    optimizer = make_optimizer(train)
+    optimizer = train_optimizer(train)
     condition = encoder.encode(PROMPTS).reshape(2, 3, 9, -1)
     params = module.init(jax.random.key(0), condition)["params"]
     target = np.random.default_rng(0).normal(size=(2, 4, 3, 5)).astype(np.float32)

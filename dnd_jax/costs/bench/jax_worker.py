@@ -19,7 +19,7 @@ from dnd_jax.generator.decoder import weighted_loss
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import encoder_module, layout_of
 from dnd_jax.generator.step import make_train_step
-from dnd_jax.loop.optimizers import make_optimizer
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 from dnd_jax.ops.cost_model import compiler_options, describe
 
@@ -66,7 +66,7 @@ def operation(case: Case, config: Config) -> Callable[[], object]:
 
         gradient = jit(jax.grad(loss, argnums=(0, 1)))
         return lambda: gradient(params, condition)
-    optimizer = make_optimizer(config.train)
+    optimizer = train_optimizer(config.train)
     step = jit(make_train_step(module, optimizer, config.train, importance, 0), donate_argnums=0)
     state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
