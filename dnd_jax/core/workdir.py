@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.lock import locked
 
 CONFIG = "config.json"  # the settings that the run goes on with
 SUITE = "suite"  # the embedded suite, where none is given
@@ -28,10 +29,13 @@ HARNESS = "lm_eval.json"  # what `dnd lm-eval` found
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path, stage: str) -> Iterator[None]:
-    """The folder of a run, made if it is not there, for this process alone while the block
-    lasts."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    yield
+    """The folder of a run, made if it is not there, for this process alone while the block lasts;
+    a stage may hold it again inside. Readers need not.
+
+    Raises InputError that says who has it: stage, process, host and since when.
+    """
+    with locked(workdir, stage):
+        yield
 
 
 @contextlib.contextmanager

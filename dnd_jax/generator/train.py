@@ -282,21 +282,21 @@ def _run(given: Given) -> None:
     config, workdir = given.config, given.workdir
     address, profile = _address(given), _window(given["profile"])
     same = [json.dumps(config.to_json(), sort_keys=True), *given["allow"], *given["profile"]]
-    with rendezvous.joined(*address, given["multihost"], given["start-timeout"], same):
+    joined = rendezvous.joined(*address, given["multihost"], given["start-timeout"], same)
+    with joined, contextlib.ExitStack() as stack:
+        if hosts.lead():
+            stack.enter_context(held(workdir, "train"))
+            stack.enter_context(remembering(workdir, config))
         hosts.check_shared(workdir)
         if config.train.checkpoint_dir and "://" not in config.train.checkpoint_dir:
             hosts.check_shared(
                 pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir"
             )
-        with contextlib.ExitStack() as stack:
-            if hosts.lead():
-                stack.enter_context(held(workdir, "train"))
-                stack.enter_context(remembering(workdir, config))
-            with hosts.lead_first():
-                suite = open_suite(config, workdir, given["strict"])
-            folder = train(config, suite, workdir, given["allow"], profile)
-            if hosts.lead():
-                print(f"generator: {folder}")
+        with hosts.lead_first():
+            suite = open_suite(config, workdir, given["strict"])
+        folder = train(config, suite, workdir, given["allow"], profile)
+        if hosts.lead():
+            print(f"generator: {folder}")
 
 
 def _address(given: Given) -> tuple[str, int, int]:

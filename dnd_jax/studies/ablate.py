@@ -26,6 +26,7 @@ from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
+from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
 from dnd_jax.scoring.evaluate import EVALUATION, evaluation_settings
 from dnd_jax.studies import ablate_report
@@ -257,9 +258,11 @@ def ablate(
                 or "the configuration as it is"
             )
             print(f"{i + 1} of {len(every)}: {variant.name} ({what}), seed {seed}", flush=True)
-            runs.setdefault(variant.name, {})[seed] = run(
-                config, variant, workdir, seed, fingerprints[seed], strict
-            )
+            folder, shared = (workdir / v.folder / f"seed_{seed}" for v in (variant, default))
+            with held(shared, "ablate"), held(folder, "ablate"):  # links lead from one to the other
+                runs.setdefault(variant.name, {})[seed] = run(
+                    config, variant, workdir, seed, fingerprints[seed], strict
+                )
         rows = [
             ablate_report.row(
                 v.name, with_changes(config, v.changes), _differs(config, v), v.folder, runs[v.name]

@@ -18,7 +18,7 @@ from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import read_json
 from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
-from dnd_jax.core.workdir import timed
+from dnd_jax.core.workdir import held, timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
@@ -30,7 +30,11 @@ from dnd_jax.scoring.report import publish
 
 def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dict:
     """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    with held(workdir, "quickstart"):
+        return _stages(config, workdir, strict)
+
+
+def _stages(config: Config, workdir: pathlib.Path, strict: bool) -> dict:
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
     with timed(workdir, "pretrain"):

@@ -1,0 +1,52 @@
+"""Which processes there are: whether one that wrote its name down is still the one that has it."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import time
+
+
+@functools.cache
+def system() -> str:
+    """Names this start of this machine, and in it the table of processes that this one is in:
+    containers of one host have several. Two processes with the same value can look each other
+    up."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # macOS
+        return _output("sysctl", "-n", "kern.bootsessionuuid")
+
+
+def uptime() -> float:
+    """Seconds since this machine started."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def started(pid: int) -> str | None:
+    """When the process of this number started, as the system writes it: a number that is used
+    again has another value. "" where there is none, None where that cannot be seen."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass  # another user's
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        if pathlib.Path("/proc/self/stat").exists():
+            return None
+        state, _, since = _output("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
+    else:
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        state, since = fields[0], fields[19]
+    return "" if state[:1] in ("Z", "X") else since.strip() or None  # dead, though not yet buried
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
