@@ -14,6 +14,7 @@ import time
 import kubernetes_validate
 import pytest
 import yaml
+from launch_tools import refusal
 from pipeline import TINY, start, tiny_suite, when
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,28 +26,39 @@ AWKWARD = [
     "--workdir=/nfs/a b",
     """--config.note=it's "so" $HOME \\ & |""",
 ]
-TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scancel", "scontrol", "tar", "rm")
+TOOLS = ("gcloud", "kubectl", "srun", "sbatch", "scancel", "scontrol")
+REAL = ("tar", "rm")
+
+
+def write_program(path: pathlib.Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
 
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH whose first folder has a stub for every tool, which records how it was called; calls()
-    are their words."""
+    """(environment, calls, stub): a PATH whose first folder has stand-ins that refuse what the real
+    tools do, and records of tar and rm, which are real. calls() are the words of all calls;
+    stub(tool, text) has a tool run text once it has accepted its words."""
     folder, record = tmp_path / "stubs", tmp_path / "calls"
     folder.mkdir()
+
+    def stub(tool: str, text: str = "") -> None:
+        note = f'printf "%s\\0" {tool} "$@" END >> "{record}"'
+        check = f'"{sys.executable}" -S "{ROOT}/tests/launch_tools.py" {tool} "$@" || exit 2'
+        write_program(folder / tool, f"{note}\n{'' if tool in REAL else check}\n{text}")
+
     for tool in TOOLS:
-        (folder / tool).write_text(
-            f'#!/bin/bash\nprintf "%s\\0" {tool} "$@" END >> "{record}"\n[ {tool} != gcloud ] || '
-            "echo ACTIVE\n"
-        )
-        (folder / tool).chmod(0o755)
+        stub(tool, "echo ACTIVE" if tool == "gcloud" else "")
+    for tool in REAL:
+        stub(tool, f'exec {shutil.which(tool)} "$@"')
 
     def calls() -> list[list[str]]:
         text = record.read_text() if record.exists() else ""
         return [call.split("\0") for call in text.split("\0END\0") if call]
 
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    return env, calls, folder
+    return env, calls, stub
 
 
 def script(name: str, *arguments: str, env=None, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -142,6 +154,60 @@ def test_dry_run_prints_what_is_run_and_runs_nothing(name, arguments, stubs):
     done = script(name, *arguments, env={**env, "SLURM_JOB_ID": "7"})
     assert done.returncode == 0, done.stderr
     assert calls() == commands
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "gcloud compute tpus queued-resource ssh dnd --zone=us-east5-a --command=true",
+            "no such command: gcloud compute tpus queued-resource ssh",
+        ),
+        ("gcloud compute tpus queued-resources stop dnd --zone=us-east5-a", "no such command"),
+        (
+            "gcloud compute tpus queued-resources ssh dnd --zone=us-east5-a --workers=all "
+            "--command=true",
+            "--workers=all: not known",
+        ),
+        ("gcloud compute tpus queued-resources ssh dnd --worker=all", "is needed"),
+        (
+            "gcloud compute tpus queued-resources create dnd --node-id=dnd --node-count=2 "
+            "--node-prefix=dnd",
+            "is needed",
+        ),
+        ("kubectl get jobset", "1 arguments instead of 2"),
+        ("kubectl apply --file=-", "--file=-: not known"),
+        ("kubectl logs --selector=a=b --follow --tail=many", "--tail=many: not known"),
+        ("srun --wait=300 --kill-on-bad-exit dnd train --wait", "--kill-on-bad-exit: not known"),
+        ("scancel --signal=TERM", "0 arguments instead of 1"),
+        ("scontrol queue 7", "no such command: scontrol queue 7"),
+    ],
+)
+def test_the_stand_ins_refuse(line, message, stubs):
+    env, _, _ = stubs
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_what_is_shipped_runs_as_it_arrives(tmp_path, stubs):
+    """The archive of `ship`, unpacked, holds the package and its settings, and no more."""
+    env, calls, stub = stubs
+    stub("rm", "")  # the archive stays
+    done = script("tpu_vm.sh", "ship", *TPU, env=env)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "there").mkdir()
+    subprocess.run(["tar", "-xzf", calls()[0][2], "-C", tmp_path / "there"], check=True)
+    assert not {".git", ".venv", "runs"} & {path.name for path in (tmp_path / "there").iterdir()}
+    program = "from dnd_jax.config import load; print(load.__file__, load.load_file('mini').suite)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "there")},
+        capture_output=True,
+        text=True,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith(str(tmp_path / "there"))
 
 
 def test_tpu_vm_commands(stubs):
@@ -277,18 +343,15 @@ def test_missing_tool_is_named(tmp_path):
     assert done.returncode == 2 and "kubectl is not on PATH" in done.stderr
 
 
-def test_create_waits_until_active_and_tells_a_failure(stubs):
-    env, calls, folder = stubs
-    (folder / "sleep").write_text("#!/bin/bash\n")
-    (folder / "sleep").chmod(0o755)
-    states = folder / "states"
+def test_create_waits_until_active_and_tells_a_failure(stubs, tmp_path):
+    env, _, stub = stubs
+    write_program(tmp_path / "stubs" / "sleep", "")
+    states = tmp_path / "states"
 
     def create(*sequence):
         states.write_text("\n".join(sequence) + "\n")
-        (folder / "gcloud").write_text(
-            f'#!/bin/bash\n[ "$4" != describe ] || {{ head -n 1 "{states}"; sed -i 1d "{states}"; '
-            "}\n"
-        )
+        text = f'{{ head -n 1 "{states}"; sed -i 1d "{states}"; }}'
+        stub("gcloud", f'[ "$4" != describe ] || {text}')
         return script("tpu_vm.sh", "create", *TPU, "--type=v4-8", env=env)
 
     done = create("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
@@ -304,7 +367,7 @@ def test_create_waits_until_active_and_tells_a_failure(stubs):
 # --------------------------------------------------------------------------------- a worker, for
 # real
 
-COUNTER = """#!/bin/bash
+COUNTER = """
 printf 'argument %s\\n' "$@"
 trap 'echo saved; exit 0' TERM
 while :; do sleep 0.1; done
@@ -314,17 +377,13 @@ while :; do sleep 0.1; done
 def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
     """gcloud is a program that runs --command in a folder of its own, as ssh would in a worker's
     home; the rest is real."""
-    env, _, folder = stubs
-    (folder / "rm").unlink()
+    env, _, stub = stubs
     home = tmp_path / "home"
     (home / "dnd_jax" / ".venv" / "bin").mkdir(parents=True)
     shutil.copytree(LAUNCH, home / "dnd_jax" / "launch")
     program = home / "dnd_jax" / ".venv" / "bin" / "dnd"
-    program.write_text(COUNTER)
-    program.chmod(0o755)
-    (folder / "gcloud").write_text(
-        f'#!/bin/bash\ncd "{home}"\nfor last; do :; done\nexec bash -c "${{last#--command=}}"\n'
-    )
+    write_program(program, COUNTER)
+    stub("gcloud", f'cd "{home}"\nfor last; do :; done\nexec bash -c "${{last#--command=}}"')
     pid, log = home / "dnd_jax" / "dnd.pid", home / "dnd_jax" / "dnd.log"
 
     def tpu(command, *arguments):
@@ -385,16 +444,12 @@ def alive(process: int) -> bool:
     ids=["stopped by us", "done", "failed", "stopped by SLURM"],
 )
 def test_slurm_requeues_what_was_stopped(status, stopped, requeued, tmp_path, stubs):
-    env, calls, folder = stubs
+    env, calls, stub = stubs
     ready = tmp_path / "ready"
     until = "while :; do sleep 0.1; done" if stopped else ":"
-    (folder / "srun").write_text(
-        f'#!/bin/bash\ntrap "exit {status}" TERM\necho $$ $DND_REQUEUE > "{ready}"\n{until}\nexit '
-        f"{status}\n"
-    )
-    (folder / "scancel").write_text(
-        f'#!/bin/bash\n[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cut -d" " -f1 "{ready}")"\n'
-    )
+    began = f'trap "exit {status}" TERM\necho $$ $DND_REQUEUE > "{ready}"'
+    stub("srun", f"{began}\n{until}\nexit {status}")
+    stub("scancel", f'[ "$*" = "--signal=TERM 7.0" ] && kill -TERM "$(cut -d" " -f1 "{ready}")"')
     job = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", "train", "--config=x.py"],
         env={**env, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)},
@@ -417,6 +472,8 @@ def test_slurm_requeues_what_was_stopped(status, stopped, requeued, tmp_path, st
 def test_slurm_directives():
     text = (LAUNCH / "slurm.sbatch").read_text()
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
+    options = [f"--{name}{'=' * bool(value)}{value}" for name, value in directives.items()]
+    assert refusal(["sbatch", *options, "launch/slurm.sbatch", "train"]) == ""
     assert (
         directives["signal"] == "B:SIGTERM@120"
         and "requeue" in directives
@@ -777,6 +834,7 @@ def test_commands_of_the_readme(stubs):
         if words[0] == "docker":
             continue
         if words[0] == "sbatch":
+            assert refusal(words) == ""
             at = words.index("launch/slurm.sbatch")
             words = ["bash", *words[at : at + 1], "--dry-run", *words[at + 1 :]]
         else:
@@ -785,5 +843,9 @@ def test_commands_of_the_readme(stubs):
         words[0] = sys.executable if words[0] == "python" else words[0]
         done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT)
         assert done.returncode == 0 and done.stdout and not done.stderr, (line, done.stderr)
+        shown = printed(done.stdout.partition(" <<'EOF'\n")[0])
+        asked = [words for words in shown if words[0] in TOOLS]
+        assert [why for words in asked if (why := refusal(words))] == [], line
+        assert asked or words[0] == sys.executable
         tried += 1
     assert tried == 1 + 7 + 4 + 1 and calls() == []
