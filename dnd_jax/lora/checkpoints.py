@@ -35,7 +35,8 @@ from dnd_jax.core.files import need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
-from dnd_jax.lora.layout import Importance, LoraLayout
+from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.peft_settings import (
     WEIGHTS,
     config_file,
@@ -269,7 +270,7 @@ def _write_tokens(
     shape = len(paths), *target.shape
     _remove_stale(folder)
     need_space(folder.parent, 4 * math.prod(shape), f"the tokens of {dataset}")
-    spread = Importance()
+    moments = Moments()
 
     def tokens(reader: concurrent.futures.Executor) -> Iterator[np.ndarray]:
         ahead = reader.submit(
@@ -284,13 +285,13 @@ def _write_tokens(
             del tensors
             yield encoded
             if importance:
-                spread.add(encoded)
+                moments.add(encoded)
 
     with replacing(folder, directory=True) as temporary:
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             write_array(temporary / TOKENS, shape, np.float32, tokens(reader))
         if importance:
-            weights = spread.weights(dataset)
+            weights = importance_weights(moments, dataset)
             write_array(temporary / IMPORTANCE, weights.shape, weights.dtype, [weights])
 
 

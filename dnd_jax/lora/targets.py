@@ -19,11 +19,9 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import replacing
 from dnd_jax.core.tensors import opened, write_safetensors
 from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.lora.moments import Moments
 
 Tensors = Mapping[str, np.ndarray]
-BLOCK = (
-    1 << 18
-)  # cells that statistics are updated for at a time: what a processor's cache holds in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,29 +57,12 @@ class ElementTarget:
         cls, layout: LoraLayout, checkpoints: Callable[[], Iterable[tuple[str, Tensors]]]
     ) -> "ElementTarget":
         """Statistics over all training checkpoints, read once, one at a time. A token that never
-        differs gets scale 1.
-
-        Welford's running mean a cell; of the squared deviations only their mean over a token's
-        cells is needed.
-        """
-        count, mean, square = (
-            0,
-            np.zeros((layout.num_tokens, *layout.chunk_shape)),
-            np.zeros(layout.num_tokens),
-        )
-        block = max(1, BLOCK // mean[0].size)
+        differs gets scale 1."""
+        moments = Moments(by_token=True)
         for source, tensors in checkpoints():
-            chunks = layout.cut(tensors, source)
-            count += 1
-            for first in range(0, len(chunks), block):
-                at = slice(first, first + block)
-                step = chunks[at] - mean[at]
-                mean[at] += step / count
-                square[at] += np.nanmean(step * (chunks[at] - mean[at]), axis=(1, 2))
-        scale = np.sqrt(square / count)
-        return cls(
-            layout, mean.astype(np.float32), np.where(scale > 0, scale, 1).astype(np.float32)
-        )
+            moments.add(layout.cut(tensors, source))
+        scale = np.where(moments.std > 0, moments.std, 1)
+        return cls(layout, moments.mean.astype(np.float32), scale.astype(np.float32))
 
     @property
     def shape(self) -> tuple[int, int, int]:

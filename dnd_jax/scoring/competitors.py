@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dnd_jax.lora.targets import BLOCK, ElementTarget
+from dnd_jax.lora.moments import BLOCK
+from dnd_jax.lora.targets import ElementTarget
 
 RIDGE_STRENGTHS = tuple(
     10.0**p for p in range(-3, 5)

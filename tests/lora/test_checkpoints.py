@@ -33,7 +33,8 @@ from dnd_jax.lora.checkpoints import (
     make_target,
     token_array,
 )
-from dnd_jax.lora.layout import PEFT_PREFIX, Importance, LoraLayout
+from dnd_jax.lora.layout import PEFT_PREFIX, LoraLayout
+from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 
@@ -326,10 +327,10 @@ def test_a_mixed_collection_lists_what_differs(tmp_path):
 
 
 def importance_of(tokens) -> np.ndarray:
-    importance = Importance()
+    moments = Moments()
     for of_checkpoint in tokens:
-        importance.add(of_checkpoint)
-    return importance.weights()
+        moments.add(of_checkpoint)
+    return importance_weights(moments)
 
 
 @given(st.integers(2, 7), st.integers(0, 2**32 - 1), st.booleans())
@@ -355,8 +356,7 @@ def test_streamed_statistics_equal_those_of_the_stack(count, seed, padded):
 
 
 def test_blocks_do_not_matter(monkeypatch):
-    from dnd_jax.lora import layout as layout_module
-    from dnd_jax.lora import targets
+    from dnd_jax.lora import moments as lora_moments
 
     layout = LoraLayout.from_shapes(SHAPES)
     sets = [lora(i) for i in range(4)]
@@ -366,8 +366,7 @@ def test_blocks_do_not_matter(monkeypatch):
         return importance_of(layout.tokenize(s) for s in sets), target.mean, target.scale
 
     whole = fitted()
-    monkeypatch.setattr(layout_module.Importance, "BLOCK", 1)
-    monkeypatch.setattr(targets, "BLOCK", 1)
+    monkeypatch.setattr(lora_moments, "BLOCK", 1)
     for one, other in zip(whole, fitted(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7)
 

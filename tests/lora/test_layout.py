@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from lora_sets import BLOCK, qwen_shapes
 
 from dnd_jax.core.errors import InputError
-from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX, Importance, LoraLayout
+from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX, LoraLayout
+from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget, from_statistics
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "tokens_qwen2_5_0_5b_layer0.npz"
@@ -299,10 +300,10 @@ def test_predicted_negative_std_counts_as_zero():
 def importance_of(targets) -> np.ndarray:
     """The weights (T,) of checkpoints' tokens, as `token_array` makes them: one checkpoint after
     the other."""
-    importance = Importance()
+    moments = Moments()
     for target in targets:
-        importance.add(target)
-    return importance.weights()
+        moments.add(target)
+    return importance_weights(moments)
 
 
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
