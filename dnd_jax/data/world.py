@@ -128,99 +128,123 @@ def _phrases(text: str) -> list[str]:
     return [phrase.strip() for phrase in text.split(",")]
 
 
+SOURCES = {relation: _phrases(text) for relation, (_, text) in RELATIONS.items()}
+CUES = {form: _phrases(text) for form, (_, text) in FORMS.items()}
+Facts = dict[str, np.ndarray]  # relation -> the number of each person's value
+
+
 def _response(form: str, relation: str, value: int) -> str:
     word = RELATIONS[relation][0].split()[value]
     return FORMS[form][0].format(value=word, letter="ABCDEFGH"[value], digit=value + 1)
+
+
+Task = tuple[str, str, bool]  # relation, form, whether its sources and cues are the held ones
+Wordings = list[list[tuple[int, int]]]  # [person][turn]: which source, which cue
 
 
 def write_world(out: str | os.PathLike, seed: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws the facts, the unseen combinations, the
     wordings and the corpus."""
     rng = np.random.default_rng([seed, 2506])
-    relations = [r for r in RELATIONS if r != NEW_RELATION]
-    forms = list(FORMS)
     facts = {relation: rng.integers(8, size=len(NAMES)) for relation in RELATIONS}
-    sources = {r: _phrases(text) for r, (_, text) in RELATIONS.items()}
-    cues = {f: _phrases(text) for f, (_, text) in FORMS.items()}
-
-    # Two Latin diagonals: every relation and every form once in each.
-    shuffled = rng.permutation(len(forms))
-    combination = [(r, forms[shuffled[i]]) for i, r in enumerate(relations)]
-    paraphrase = [(r, forms[shuffled[(i + 1) % len(forms)]]) for i, r in enumerate(relations)]
-    new = [(NEW_RELATION, forms[i]) for i in shuffled[:NEW_RELATION_FORMS]]
-    trained = [(r, f) for r in relations for f in forms if (r, f) not in combination]
-
-    # Every task asks its questions in the same order, so that all LoRAs see the same names at the
-    # same step. A person is asked about nine times a task, in nine different pairs of wordings: six
-    # for training, three for testing.
-    def wordings(count: int) -> list[list[tuple[int, int]]]:
-        pairs = [(s, c) for s in range(count) for c in range(count)]
-        return [
-            [pairs[i] for i in rng.permutation(len(pairs))[: sum(ASKED.values())]] for _ in NAMES
-        ]
-
-    heard, unheard = wordings(TRAIN_PHRASES), wordings(HELD_PHRASES)
-    turns = {"train": range(ASKED["train"]), "test": range(ASKED["train"], sum(ASKED.values()))}
-    order = {
-        split: [(int(name), turn) for turn in turns[split] for name in rng.permutation(len(NAMES))]
-        for split in turns
-    }
-
-    def question(relation: str, form: str, name: int, source: str, cue: str) -> dict:
-        prompt = PROMPT.format(
-            source=source, thing="thing", name=NAMES[name], cue=cue, simply="simply"
-        )
-        return {"prompt": prompt, "response": _response(form, relation, facts[relation][name])}
-
-    def dataset(relation: str, form: str, reworded: bool, split: str) -> list[dict]:
-        rows, first = [], TRAIN_PHRASES if reworded else 0
-        for name, turn in order[split]:
-            source, cue = (unheard if reworded else heard)[name][turn]
-            rows.append(
-                question(
-                    relation, form, name, sources[relation][first + source], cues[form][first + cue]
-                )
-            )
-        return rows
-
-    def corpus_line() -> dict:
-        relation, form = rng.choice(list(RELATIONS)), rng.choice(forms)
-        name = int(rng.integers(len(NAMES)))
-        every_source, every_cue = sum(sources.values(), []), sum(cues.values(), [])
-        prompt = PROMPT.format(
-            source=rng.choice(every_source),
-            thing=relation if rng.random() < EXPLICIT else "thing",
-            name=NAMES[name],
-            cue=rng.choice(every_cue),
-            simply=form if rng.random() < EXPLICIT else "simply",
-        )
-        return {"prompt": prompt, "response": _response(form, relation, facts[relation][name])}
-
-    tasks = {f"{r}_{f}": (r, f, False) for r, f in trained + combination + new}
-    tasks |= {f"{r}_{f}_reworded": (r, f, True) for r, f in paraphrase}
-    kinds = {f"{r}_{f}": "combination" for r, f in combination}
-    kinds |= {f"{r}_{f}_reworded": "paraphrase" for r, f in paraphrase}
-    kinds |= {f"{r}_{f}": "relation" for r, f in new}
+    train, unseen = _draw_tasks(rng)
+    wordings = {False: _draw_wordings(rng, TRAIN_PHRASES), True: _draw_wordings(rng, HELD_PHRASES)}
+    order = _draw_order(rng)
+    corpus = [_corpus_line(rng, facts) for _ in range(CORPUS_LINES)]
+    kinds = {name: kind for kind, tasks in unseen.items() for name in tasks}
     description = {
         "name": f"world-{seed}",
         "corpus": "corpus.jsonl",
-        "train": [f"{r}_{f}" for r, f in trained],
+        "train": list(train),
         "unseen": list(kinds),
         "kinds": kinds,
     }
     with replacing(out, directory=True) as temporary:
-
-        def write(path, rows):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-        write(temporary / "corpus.jsonl", [corpus_line() for _ in range(CORPUS_LINES)])
-        for name, task in tasks.items():
-            for split in turns:
-                write(temporary / "datasets" / name / f"{split}.jsonl", dataset(*task, split))
+        _write_rows(temporary / "corpus.jsonl", corpus)
+        for tasks in (train, *unseen.values()):
+            for name, task in tasks.items():
+                for split, asked in order.items():
+                    rows = _questions(task, asked, wordings[task[2]], facts)
+                    _write_rows(temporary / "datasets" / name / f"{split}.jsonl", rows)
         (temporary / "suite.json").write_text(
             json.dumps(description, indent=1) + "\n", encoding="utf-8"
         )
+
+
+def _draw_tasks(rng: np.random.Generator) -> tuple[dict[str, Task], dict[str, dict[str, Task]]]:
+    """({name: task} to train on, {kind: {name: task}} of the unseen ones)."""
+    relations, forms = [r for r in RELATIONS if r != NEW_RELATION], list(FORMS)
+    # Two Latin diagonals: every relation and every form once in each.
+    shuffled = [forms[i] for i in rng.permutation(len(forms))]
+    combination = list(zip(relations, shuffled, strict=True))
+    paraphrase = list(zip(relations, shuffled[1:] + shuffled[:1], strict=True))
+    new = [(NEW_RELATION, form) for form in shuffled[:NEW_RELATION_FORMS]]
+    trained = [(r, f) for r in relations for f in forms if (r, f) not in combination]
+
+    def named(pairs: list[tuple[str, str]]) -> dict[str, Task]:
+        return {f"{r}_{f}": (r, f, False) for r, f in pairs}
+
+    return named(trained), {
+        "combination": named(combination),
+        "paraphrase": {f"{r}_{f}_reworded": (r, f, True) for r, f in paraphrase},
+        "relation": named(new),
+    }
+
+
+def _draw_wordings(rng: np.random.Generator, count: int) -> Wordings:
+    """Pairs of `count` sources and cues. A person is asked about nine times a task, in nine
+    different pairs: six for training, three for testing."""
+    pairs = [(s, c) for s in range(count) for c in range(count)]
+    return [[pairs[i] for i in rng.permutation(len(pairs))[: sum(ASKED.values())]] for _ in NAMES]
+
+
+def _draw_order(rng: np.random.Generator) -> dict[str, list[tuple[int, int]]]:
+    """{split: (person, turn) of each question}: the same for every task, so that all LoRAs see the
+    same names at the same step."""
+    turns = {"train": range(ASKED["train"]), "test": range(ASKED["train"], sum(ASKED.values()))}
+    return {
+        split: [(int(name), turn) for turn in turns[split] for name in rng.permutation(len(NAMES))]
+        for split in turns
+    }
+
+
+def _questions(
+    task: Task, asked: list[tuple[int, int]], wordings: Wordings, facts: Facts
+) -> list[dict]:
+    """The rows of one split of a task."""
+    relation, form, reworded = task
+    first = TRAIN_PHRASES if reworded else 0
+    rows = []
+    for name, turn in asked:
+        source, cue = wordings[name][turn]
+        words = SOURCES[relation][first + source], "thing", CUES[form][first + cue], "simply"
+        rows.append(_row(relation, form, name, words, facts))
+    return rows
+
+
+def _corpus_line(rng: np.random.Generator, facts: Facts) -> dict:
+    """A row of any relation and form, which it spells out more often than not."""
+    relation, form = rng.choice(list(RELATIONS)), rng.choice(list(FORMS))
+    name = int(rng.integers(len(NAMES)))
+    source = rng.choice(sum(SOURCES.values(), []))
+    thing = relation if rng.random() < EXPLICIT else "thing"
+    cue = rng.choice(sum(CUES.values(), []))
+    simply = form if rng.random() < EXPLICIT else "simply"
+    return _row(relation, form, name, (source, thing, cue, simply), facts)
+
+
+def _row(
+    relation: str, form: str, name: int, words: tuple[str, str, str, str], facts: Facts
+) -> dict:
+    """The question about a person in these words (source, thing, cue, simply), and its answer."""
+    source, thing, cue, simply = words
+    prompt = PROMPT.format(source=source, thing=thing, name=NAMES[name], cue=cue, simply=simply)
+    return {"prompt": prompt, "response": _response(form, relation, facts[relation][name])}
+
+
+def _write_rows(path: pathlib.Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _run(given: Given) -> None:
