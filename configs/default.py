@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip": 1.0,
                 "checkpoints": 50,
+                "too_long": "skip",
                 "save_every": 100,
             },
             "condition": {

@@ -85,9 +85,22 @@ class Sequences:
     ids: np.ndarray  # int32 (n, S)
     start: np.ndarray  # int32 (n,)
     end: np.ndarray  # int32 (n,)
+    skipped: int = 0  # examples that were too long and are not here
+    cut: int = 0  # and those that are here with the beginning of their prompt cut
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def lost(self, what: str, max_length: int) -> str:
+        """One line that counts what was too long; empty where nothing was."""
+        if not self.skipped + self.cut:
+            return ""
+        how = [f"{self.skipped} skipped"] * bool(self.skipped)
+        how += [f"{self.cut} cut at the beginning of their prompts"] * bool(self.cut)
+        return (
+            f"{what}: {self.skipped + self.cut} of {len(self) + self.skipped} examples have more "
+            f"than base.max_length={max_length} tokens: {', '.join(how)}"
+        )
 
     def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
         """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
@@ -129,33 +142,75 @@ class Sequences:
         return int((self.end - self.start).max())
 
 
-def encode(tokenizer, examples: Sequence[Example], max_length: int) -> Sequences:
+def encode(
+    tokenizer, examples: Sequence[Example], max_length: int, too_long: str = "refuse"
+) -> Sequences:
     """Tokenises examples; one without a response ends where that would start.
 
-    Raises InputError naming the file and line of one that has more than max_length tokens, or for a
-    tokenizer without an end token.
+    too_long, of an example with more than max_length tokens: "refuse" it with an InputError that
+    names its file and line; "skip" it; or "cut" the beginning of its prompt, never its system text,
+    template or answer (skipped, where those alone are too long). Raises InputError where all are
+    skipped, and for a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; "
             "set one"
         )
-    prompts = tokenizer(
-        [render(tokenizer, e.prompt, e.system) for e in examples], add_special_tokens=False
-    )["input_ids"]
-    responses = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
-    rows = [
-        p + r + [tokenizer.eos_token_id] * bool(r) for p, r in zip(prompts, responses, strict=True)
+    prompts = _tokens(tokenizer, [render(tokenizer, e.prompt, e.system) for e in examples])
+    responses = _tokens(tokenizer, [e.response for e in examples])
+    pairs = [
+        (p, r + [tokenizer.eos_token_id] * bool(r)) for p, r in zip(prompts, responses, strict=True)
     ]
-    for example, row in zip(examples, rows, strict=True):
-        if len(row) > max_length:
-            raise InputError(
-                f"{example.where}: {len(row)} tokens with its response, more than "
-                f"base.max_length={max_length}; "
-                "shorten it or raise the setting"
-            )
-    ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id, np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    start = np.array([len(p) for p in prompts], np.int32)
-    return Sequences(ids, start, np.array([len(r) for r in rows], np.int32))
+    long = [i for i, (p, r) in enumerate(pairs) if len(p) + len(r) > max_length]
+    if long and too_long == "refuse":
+        example, (p, r) = examples[long[0]], pairs[long[0]]
+        raise InputError(
+            f"{example.where}: {len(p) + len(r)} tokens with its response, more than "
+            f"base.max_length={max_length}; shorten it or raise the setting"
+        )
+    cut = dict.fromkeys(long)  # None: skipped
+    if too_long == "cut":
+        cut = {i: _cut(tokenizer, examples[i], max_length - len(pairs[i][1])) for i in long}
+    kept = [
+        (cut.get(i, p), r) for i, (p, r) in enumerate(pairs) if i not in cut or cut[i] is not None
+    ]
+    if not kept:
+        raise InputError(
+            f"{examples[0].where}: all {len(examples)} examples have more than "
+            f"base.max_length={max_length} tokens; raise the setting"
+        )
+    skipped = len(pairs) - len(kept)
+    return _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
+
+
+def _tokens(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def _cut(tokenizer, example: Example, room: int) -> list[int] | None:
+    """The tokens of a rendered prompt that lost as much of its beginning as makes them fit; None
+    where no character of it has room."""
+
+    def rest(first: int) -> list[int]:
+        text = render(tokenizer, example.prompt[first:], example.system)
+        return _tokens(tokenizer, [text])[0]
+
+    fewest, most = 0, len(example.prompt)  # characters to cut: too few, and the first that may do
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if len(rest(middle)) <= room else (middle, most)
+    found = rest(most)
+    return found if most < len(example.prompt) and len(found) <= room else None
+
+
+def _padded(
+    pairs: Sequence[tuple[list[int], list[int]]], pad: int, skipped: int, cut: int
+) -> Sequences:
+    """(prompt, response) token lists as arrays."""
+    start = np.array([len(p) for p, _ in pairs], np.int32)
+    end = np.array([len(p) + len(r) for p, r in pairs], np.int32)
+    ids = np.full((len(pairs), end.max()), pad, np.int32)
+    for row, (p, r) in zip(ids, pairs, strict=True):
+        row[: len(p) + len(r)] = p + r
+    return Sequences(ids, start, end, skipped, cut)

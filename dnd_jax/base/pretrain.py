@@ -78,9 +78,12 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
     tokenizer = build_tokenizer(
         (f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size
     )
-    data = encode(tokenizer, suite.corpus, config.base.max_length)
+    length = config.base.max_length
+    data = encode(tokenizer, suite.corpus, length, "skip")
+    if lost := data.lost("the corpus", length):
+        print(lost, flush=True)
     if c.loss == "text":
-        data = data.packed(config.base.max_length)
+        data = data.packed(length)
     width = data.response_width
     module = BaseLM(sizes_to_pretrain(config.base, len(tokenizer)))
     optimizer = base_optimizer(c)

@@ -78,6 +78,9 @@ class Lora:
     weight_decay: Amount
     clip: Rate
     checkpoints: Positive  # M
+    # an example with more than base.max_length tokens is left out ("skip"), loses the beginning of
+    # its prompt ("cut") or ends the run ("refuse"); how many were, of which dataset, is said
+    too_long: Annotated[str, one_of("skip", "cut", "refuse")]
     save_every: Positive
 
     def faults(self) -> list[str]:

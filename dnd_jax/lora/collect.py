@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.chat import encode
+from dnd_jax.base.chat import Sequences, encode
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.loss import answer_loss
@@ -29,7 +29,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.stage import ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
-from dnd_jax.data.suite import Suite
+from dnd_jax.data.suite import SPLITS, Suite
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import run_loop
@@ -137,8 +137,7 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     tokenizer = load_tokenizer(base_path)
     shapes = module.config.lora_shapes(c.rank, c.targets)
     adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
-    train = [encode(tokenizer, d.train, config.base.max_length) for d in suite.datasets]
-    test = [encode(tokenizer, d.test, config.base.max_length) for d in suite.datasets]
+    train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
     width = max(t.response_width for t in train)
     pad = tokenizer.pad_token_id
     # A number of tasks that the mesh does not divide is filled up with copies inside the step
@@ -203,6 +202,17 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
     exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
     write_json(folder / DONE, {"settings": record, "exact_match": exact})
     return folder
+
+
+def _encoded(tokenizer, suite: Suite, split: str, config: Config) -> list[Sequences]:
+    """One split of every dataset; says how many of its examples are too long for the base."""
+    length, found = config.base.max_length, []
+    for dataset in suite.datasets:
+        examples = getattr(dataset, split)
+        found.append(encode(tokenizer, examples, length, config.lora.too_long))
+        if lost := found[-1].lost(f"{dataset.name}'s {split}", length):
+            print(f"{lost} (config.lora.too_long={config.lora.too_long})", flush=True)
+    return found
 
 
 def score_table(folder: pathlib.Path) -> str:

@@ -189,6 +189,41 @@ def test_texts_in_full_rows(tokenizer_of):
         data.packed(500)
 
 
+def test_what_is_too_long_is_skipped_cut_or_refused(tokenizer_of):
+    """A cut prompt loses its beginning alone: system text, template and answer stay whole."""
+    tokenizer, room = tokenizer_of(None), 60
+    long = Example(
+        f"{'It is told that rain is wet. ' * 40}Why is iron hard?", "[B]", "Be brief.", "f:3"
+    )
+    hopeless = Example("Why?", "[B] " * 200, "", "f:4")
+    examples = [*EXAMPLES, long, hopeless]
+    with pytest.raises(InputError, match=r"^f:3: \d+ tokens .* more than base.max_length=60"):
+        encode(tokenizer, examples, room)
+    whole, skipped = encode(tokenizer, EXAMPLES, room), encode(tokenizer, examples, room, "skip")
+    np.testing.assert_array_equal(skipped.ids, whole.ids)
+    assert (skipped.skipped, skipped.cut, whole.lost("x", room)) == (2, 0, "")
+    assert skipped.lost("a's train", room) == (
+        "a's train: 2 of 4 examples have more than base.max_length=60 tokens: 2 skipped"
+    )
+
+    data = encode(tokenizer, examples, room, "cut")
+    assert (len(data), data.skipped, data.cut) == (3, 1, 1)
+
+    def packed(text: str) -> str:  # this tokenizer puts a space before each piece
+        return text.replace(" ", "")
+
+    text = packed(tokenizer.decode(data.ids[2, : data.end[2]]))
+    answer = f"[B]{tokenizer.eos_token}"
+    before, after = map(packed, render(tokenizer, "PROMPT", long.system).split("PROMPT"))
+    assert text.startswith(before) and text.endswith(f"{after}{answer}")
+    assert packed(tokenizer.decode(data.ids[2, data.start[2] : data.end[2]])) == answer
+    kept = text.removeprefix(before).removesuffix(f"{after}{answer}")
+    assert packed(long.prompt).endswith(kept) and len(kept) > len("Whyisironhard?")
+    assert room - 3 <= data.end[2] <= room
+    with pytest.raises(InputError, match="f:4: all 1 examples have more than base.max_length=60"):
+        encode(tokenizer, [hopeless], room, "cut")
+
+
 def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
     """One long question costs its own batch alone; the loss is that of rows padded to it."""
     tokenizer = tokenizer_of(None)
