@@ -6,6 +6,10 @@ import re
 
 import pytest
 
+import dnd_jax
+from dnd_jax.config.load import shipped
+from dnd_jax.main import STAGES
+
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("dnd_jax", "configs", "tests", "docs", "launch")
 KINDS = (".py", ".md", ".sh", ".sbatch", ".yaml", ".cfg", ".toml")
@@ -86,6 +90,15 @@ def test_names_of_ours_exist(page):
         assert exists(name.split(".")), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_stages_and_settings_that_there_are(page):
+    text = page.read_text(encoding="utf-8")
+    settings = set(re.findall(r"--config=([a-z]\w*)(?![\w/.])", text))
+    assert settings <= set(shipped())
+    stages = set(re.findall(r"^(?:\| .*`)?dnd ([a-z][a-z-]+)", text, re.M))
+    assert stages <= STAGES.keys()
+
+
 def exists(parts: list[str]) -> bool:
     """Whether the parts are a package, a module, or what a module defines at its top."""
     place = ROOT / parts[0]
@@ -96,7 +109,7 @@ def exists(parts: list[str]) -> bool:
         module = place / f"{part}.py"
         if module.is_file():
             return i == len(parts) - 1 or parts[i + 1] in defined(module)
-        return part in defined(place / "__init__.py")
+        return place == ROOT / "dnd_jax" and part in dnd_jax.__all__
     return True
 
 

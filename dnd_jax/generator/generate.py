@@ -146,6 +146,11 @@ class TrainedGenerator:
         return folder
 
 
+def load_generator(run_dir: str | os.PathLike, mesh: schema.Mesh = ONE_DEVICE) -> TrainedGenerator:
+    """A trained or imported generator, ready for use. Arguments and errors as `TrainedGenerator`."""
+    return TrainedGenerator(run_dir, mesh)
+
+
 def generate_adapter(
     run_dir: str | os.PathLike,
     prompts: Sequence[str] | str | os.PathLike,
@@ -158,7 +163,7 @@ def generate_adapter(
     The seed draws N of the prompts. Raises InputError for too few prompts, a damaged generator or
     an unwritable folder.
     """
-    generator, source = TrainedGenerator(run_dir), "prompts"
+    generator, source = load_generator(run_dir), "prompts"
     if isinstance(prompts, str | os.PathLike):
         source, prompts = os.fspath(prompts), generator.read(prompts)
     return generator.write(list(prompts), out_dir, seed, source)

@@ -10,8 +10,8 @@ import pathlib
 
 import numpy as np
 
-from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.hub import packages_of
+from dnd_jax.base.known import base_sizes
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
@@ -44,7 +44,7 @@ def _adapter_layout(
             config.lora,
             f"{config.base.path} with rank {config.lora.rank} on {', '.join(config.lora.targets)}",
         )
-        shapes = load_base_config(config.base.path).lora_shapes(c.rank, c.targets)
+        shapes = base_sizes(config.base.path).lora_shapes(c.rank, c.targets)
         settings = AdapterConfig(config.base.path, c.rank, c.alpha, tuple(sorted(c.targets)))
     layout = LoraLayout.from_shapes(shapes, width if width > 0 else None)
     if (layout.num_tokens, *layout.token_shape) != features:

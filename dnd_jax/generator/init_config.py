@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.known import base_sizes
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.config.validate import freeze
@@ -139,7 +139,7 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
                 f"{adapter}: names no base (base_model_name_or_path); give --base=FOLDER_OR_ID"
             )
     try:
-        lm = load_base_config(base)
+        lm = base_sizes(base)
     except InputError as error:
         if not adapter:
             raise InputError(

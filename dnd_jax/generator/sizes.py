@@ -4,7 +4,7 @@ plans, benchmarks and training."""
 from flax import linen as nn
 
 from dnd_jax.base.architecture import sizes_to_pretrain
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.known import base_sizes
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError
@@ -61,7 +61,7 @@ def layout_of(config: schema.Config) -> LoraLayout:
     """The layout of the configured base's LoRA. Raises InputError when the config.json of a given
     base cannot be had or used."""
     base, lora = config.base, config.lora
-    sizes = load_base_config(base.path) if base.path else sizes_to_pretrain(base, 1)
+    sizes = base_sizes(base.path, text_part=True) if base.path else sizes_to_pretrain(base, 1)
     return LoraLayout.from_shapes(
         sizes.lora_shapes(lora.rank, lora.targets), config.generator.chunk_width or None
     )
