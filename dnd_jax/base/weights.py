@@ -17,9 +17,8 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.names import Table
-from dnd_jax.core.errors import InputError, listed
-from dnd_jax.core.files import read_json
-from dnd_jax.core.tensors import opened
+from dnd_jax.core.errors import listed
+from dnd_jax.core.tensors import opened, stored_tensors
 from dnd_jax.parallel.rules import shard_by_rules
 
 
@@ -31,28 +30,11 @@ class StoredWeights:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, tuple[pathlib.Path, str]] = {}
-        for path in self._files():
-            with opened(path) as file:
-                for stored in file.keys():  # noqa: SIM118, not a dict
-                    name = rename(stored)
-                    if name is not None:
-                        self.shapes[name] = tuple(file.get_slice(stored).get_shape())
-                        self._where[name] = (path, stored)
-
-    def _files(self) -> list[pathlib.Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            whole = self.folder / "model.safetensors"
-            if not whole.is_file() and list(self.folder.glob("pytorch_model*.bin")):
-                raise InputError(
-                    f"{whole}: no such file; only safetensors are read; save it again from "
-                    "transformers"
-                )
-            return [whole]
-        places = read_json(index)
-        if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
-            raise InputError(f"{index}: no weight_map; copy the file again")
-        return [self.folder / shard for shard in sorted(set(places["weight_map"].values()))]
+        for stored, tensor in stored_tensors(folder).items():
+            name = rename(stored)
+            if name is not None:
+                self.shapes[name] = tensor.shape
+                self._where[name] = (tensor.path, stored)
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:

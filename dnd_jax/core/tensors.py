@@ -1,11 +1,13 @@
-"""safetensors files larger than memory: written one tensor after another, and changed in place.
+"""safetensors: the weights of a model's folder, whole or in shards; files larger than memory,
+written one tensor after another, and changed in place.
 
 The format: the header's length (8 bytes, little-endian), a JSON header {name: {"dtype", "shape",
-"data_offsets"}}, then the bytes. Reading goes through the safetensors package; this is only for
-what it cannot do.
+"data_offsets"}}, then the bytes. Reading goes through the safetensors package; only what
+it cannot do is done here.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import recover
+from dnd_jax.core.files import read_json, recover
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -41,6 +43,52 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from None
+
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and what its file's header says of it; dtype: as safetensors names
+    it."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The weights of a model's folder: model.safetensors, else the shards that its index names.
+
+    Raises InputError when they are not there, naming what is.
+    """
+    index, whole = folder / INDEX, folder / WHOLE
+    if whole.is_file() or not index.is_file():  # in this order, as transformers reads
+        if not whole.is_file() and list(folder.glob("pytorch_model*.bin")):
+            raise InputError(
+                f"{whole}: no such file; only safetensors are read; save it again from transformers"
+            )
+        return [whole]
+    places = read_json(index)
+    shards = places.get("weight_map") if isinstance(places, dict) else None
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and name == os.path.basename(name) for name in shards.values()
+    ):
+        raise InputError(f"{index}: no weight_map of files beside it; copy the file again")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of a model's folder, by its name, from the files' headers alone. Raises
+    InputError as `weight_files`, and naming a file that is absent or damaged."""
+    found = {}
+    for path in weight_files(folder):
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118, not a dict
+                part = file.get_slice(key)
+                found[key] = Stored(path, tuple(part.get_shape()), part.get_dtype())
+    return found
 
 
 def write_safetensors(

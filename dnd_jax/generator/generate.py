@@ -37,7 +37,7 @@ from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
 from dnd_jax.lora.card import card, is_generated
-from dnd_jax.lora.merge import merge_adapter
+from dnd_jax.lora.merge import FILES, merge_adapter
 from dnd_jax.parallel.mesh import make_mesh
 
 
@@ -194,7 +194,7 @@ def _run(given: Given) -> None:
     folders, merged = _places(given)
     generator = TrainedGenerator(given["generator"], given.config.mesh)
     prompts = generator.read(given["prompts"])
-    base = resolve(given["base"] or generator.adapter.base) if merged else None
+    base = resolve(given["base"] or generator.adapter.base, FILES) if merged else None
     for sample, folder in enumerate(folders):
         seed = given["seed"] + sample
         folder = generator.write(prompts, folder, seed, given["prompts"], given["dtype"])

@@ -4,55 +4,38 @@ model.
     dnd generate --generator=RUN --prompts=FILE --out=DIR --merge=MODEL [--base=FOLDER]
 
 Each shard of the base is copied as a file and the adapted matrices are changed in place, one at a
-time: W + scale * B A in float32, rounded to the base's own dtype.
+time: W + scale * B A in float32, rounded to the base's own dtype. Everything else that the base
+ships (settings, tokenizer, code, licences) is copied, but for its README and weights in other
+formats.
 """
 
+import json
 import os
 import pathlib
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from safetensors import safe_open
 
-from dnd_jax.base.hub import resolve
+from dnd_jax.base import hub
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, replacing
-from dnd_jax.core.tensors import DTYPES, open_tensors, opened
+from dnd_jax.core.tensors import DTYPES, Stored, open_tensors, opened, stored_tensors
 from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.card import is_hub_id
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-KEPT = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-)  # beside the weights: settings, tokenizer, chat template
-
-
-def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files of a base. Raises InputError when there is none, or one that the index names
-    is missing."""
-    index = folder / INDEX
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise InputError(
-            f"{folder}: no {', '.join(absent)}; merging needs the base's weights as safetensors"
-        )
-    return [folder / name for name in names]
-
-
-def _find(shards: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
-    """{tensor: (shard, shape, dtype as safetensors names it)} from the headers."""
-    found = {}
-    for shard in shards:
-        with opened(shard) as file:
-            for key in file.keys():  # noqa: SIM118, not a dict
-                part = file.get_slice(key)
-                found[key] = shard, tuple(part.get_shape()), part.get_dtype()
-    return found
+# Files of a base on the hub that a merged model needs or must have.
+FILES = (*hub.FILES, "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*POLICY*")
+TEMPLATES = "additional_chat_templates"  # the one folder that transformers reads
+# Weights, and what training left beside them.
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite|index\.json)"
+)
+_NAMES = ("_name_or_path", "name_or_path")  # where transformers read a config or tokenizer from
+_TOWERS = re.compile(r"^((model|language_model)\.)+")
 
 
 def merge_adapter(
@@ -64,54 +47,96 @@ def merge_adapter(
     Raises InputError listing the adapted modules that the base lacks, or stores in other shapes or
     quantised.
     """
-    folder, tensors, scale = (
-        resolve(base),
-        load_adapter(adapter),
-        load_adapter_config(adapter).scale,
-    )
-    modules = LoraLayout.from_tensors(tensors).modules
-    shards = _shards(folder)
-    stored, faults = _find(shards), []
-    for module in modules:
-        shape = (
-            tensors[f"{module}.lora_B.weight"].shape[0],
-            tensors[f"{module}.lora_A.weight"].shape[1],
-        )
-        _, found, dtype = stored.get(f"{module}.weight", (None, None, None))
-        if found is None:
-            faults.append(f"{module}.weight is missing")
-        elif found != shape or dtype not in DTYPES:
-            faults.append(
-                f"{module}.weight is {found} {dtype}, the adapter is for {shape} in floating point"
-            )
-    if faults:
-        raise listed(f"{adapter}: cannot be merged into {folder}", faults)
-
+    folder = hub.resolve(base, FILES)
+    tensors, scale = load_adapter(adapter), load_adapter_config(adapter).scale
+    stored = stored_tensors(folder)
+    weights = _adapted(stored, tensors, f"{adapter}: cannot be merged into {folder}")
     with replacing(out, directory=True) as temporary:
-        for path in folder.iterdir():
-            if path.is_file() and path.suffix in KEPT:
-                shutil.copyfile(path, temporary / path.name)
-        for shard in shards:
+        _copy_documents(folder, temporary)
+        for shard in sorted({place.path for place in stored.values()}):
             shutil.copyfile(shard, temporary / shard.name)
-            weights = open_tensors(temporary / shard.name, "r+")
-            for module in modules:
-                if stored[f"{module}.weight"][0] == shard:
-                    a, b = (
-                        np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32)
-                        for side in "AB"
-                    )
-                    weight = weights[f"{module}.weight"]
-                    merged = (np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)).astype(
-                        weight.dtype
-                    )
-                    weight[:] = merged
-                    weight.flush()
-                    with safe_open(temporary / shard.name, framework="numpy") as file:
-                        if not np.array_equal(file.get_tensor(f"{module}.weight"), merged):
-                            raise InputError(
-                                f"{out}: what was read back differs from what was written; the "
-                                "disk is not to be trusted"
-                            )
+            here = {name: module for name, module in weights.items() if stored[name].path == shard}
+            _add(temporary / shard.name, here, tensors, scale, out)
         if card:
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return pathlib.Path(out)
+
+
+def _adapted(
+    stored: Mapping[str, Stored], tensors: Mapping[str, np.ndarray], title: str
+) -> dict[str, str]:
+    """{name of a stored weight: the adapted module that it is of}. Raises InputError that lists the
+    modules whose weight is missing, ambiguous or of another shape."""
+    weights, faults = {}, []
+    for module in LoraLayout.from_tensors(tensors).modules:
+        names = _spellings(f"{module}.weight", stored)
+        if len(names) != 1:
+            faults.append(
+                f"{module}.weight is " + (f"one of {' and '.join(names)}" if names else "missing")
+            )
+            continue
+        place = stored[names[0]]
+        b, a = (tensors[f"{module}.lora_{side}.weight"] for side in "BA")
+        if place.shape != (len(b), a.shape[1]) or place.dtype not in DTYPES:
+            faults.append(
+                f"{names[0]} is {place.shape} {place.dtype}, the adapter is for "
+                f"{(len(b), a.shape[1])} in floating point"
+            )
+        weights[names[0]] = module
+    if faults:
+        raise listed(title, faults)
+    return weights
+
+
+def _spellings(name: str, stored: Mapping[str, Stored]) -> Sequence[str]:
+    """The stored names that can be this one.
+
+    A model of text and images has its language model under model.language_model. in memory, where
+    PEFT takes its names from, under model. in the files of Qwen2.5-VL, language_model.model. in
+    others: transformers renames them while it loads. A name that is stored as it is counts alone.
+    """
+    if name in stored:
+        return [name]
+    bare = _TOWERS.sub("", name)
+    return [other for other in stored if _TOWERS.sub("", other) == bare]
+
+
+def _copy_documents(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Copies what stands beside the weights; local paths that transformers left in settings go."""
+    for path in folder.iterdir():
+        if path.name == TEMPLATES and path.is_dir():
+            shutil.copytree(path, out / path.name, copy_function=shutil.copyfile)
+        if not path.is_file() or path.name.startswith((".", "README")):
+            continue
+        if path.name.endswith(".safetensors.index.json") or not _WEIGHTS.fullmatch(path.name):
+            shutil.copyfile(path, out / path.name)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        raw = read_json(out / name) if (out / name).is_file() else {}
+        local = [key for key in _NAMES if raw.get(key) and not is_hub_id(str(raw[key]))]
+        if local:
+            kept = {key: value for key, value in raw.items() if key not in local}
+            text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+            (out / name).write_text(text, encoding="utf-8")
+
+
+def _add(
+    shard: pathlib.Path,
+    modules: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    scale: float,
+    out: str | os.PathLike,
+) -> None:
+    """Adds the updates of {stored weight: module} to a shard, in place, and reads them back."""
+    weights = open_tensors(shard, "r+")
+    for name, module in modules.items():
+        a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")
+        weight = weights[name]
+        merged = (np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)).astype(weight.dtype)
+        weight[:] = merged
+        weight.flush()
+        with opened(shard) as file:
+            if not np.array_equal(file.get_tensor(name), merged):
+                raise InputError(
+                    f"{out}: what was read back differs from what was written; the disk is not to "
+                    "be trusted"
+                )

@@ -383,6 +383,99 @@ def test_merged_float32_model_equals_peft(tmp_path):
     np.testing.assert_allclose(found, with_peft(base, folder), atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", ["as transformers saves it", "as PEFT names it"])
+def test_merged_model_of_text_and_images_equals_peft(tmp_path, stored):
+    """Qwen2.5-VL's files say model.layers, PEFT model.language_model.layers."""
+    text = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    text |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "out_hidden_size": 16, "patch_size": 4},
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    kind = Qwen2_5_VLForConditionalGeneration
+    kind(config).save_pretrained(tmp_path / "base")
+    targets = r".*language_model.*(q_proj|v_proj|down_proj)"
+    model = get_peft_model(
+        kind.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, lora_alpha=5, target_modules=targets, init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path / "a")
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+        plain = model.unload().eval()(ids).logits.numpy()
+    shard = tmp_path / "base" / "model.safetensors"
+    names = load_file(shard)
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert any(".language_model.layers.0." in key for key in load_adapter(tmp_path / "a"))
+    if stored == "as PEFT names it":
+        renamed = {
+            k.replace("model.layers.", "model.language_model.layers."): v for k, v in names.items()
+        }
+        save_file(renamed, shard, {"format": "pt"})
+    merge_adapter(tmp_path / "base", tmp_path / "a", tmp_path / "m")
+    assert load_file(shard).keys() == load_file(tmp_path / "m" / "model.safetensors").keys()
+    with torch.no_grad():
+        found = kind.from_pretrained(tmp_path / "m").eval()(ids).logits.numpy()
+    assert np.abs(expected - plain).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    both = dict(names) | {
+        "language_model.model.layers.0.mlp.down_proj.weight": names[
+            "model.layers.0.mlp.down_proj.weight"
+        ]
+    }
+    save_file(both, shard, {"format": "pt"})
+    with pytest.raises(InputError, match="layers.0.mlp.down_proj.weight is one of .* and "):
+        merge_adapter(tmp_path / "base", tmp_path / "a", tmp_path / "n")
+
+
+def test_a_merged_model_has_what_its_base_ships(tmp_path):
+    """Licences, code and templates; no other weights, no README of the base, no path of its
+    maker."""
+    base = write_qwen(tmp_path / "base", tie_word_embeddings=False)
+    shipped = [
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "modeling_x.py",
+        "tokenizer.model",
+        "x.jinja",
+    ]
+    left = [
+        "README.md",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "q4.gguf",
+        ".gitattributes",
+    ]
+    for name in shipped + left:
+        (base / name).write_text(name)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("x")
+    (base / "original").mkdir()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/me/base"}))
+    before = {path.name for path in base.iterdir()}
+    folder = save_adapter(tmp_path / "a", lora(base), AdapterConfig("x/y", 2, 5.0, MODULE_ORDER))
+    merge_adapter(base, folder, tmp_path / "m")
+    assert {p.name for p in (tmp_path / "m").iterdir()} == before - {*left, "original"}
+    assert (tmp_path / "m" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+    assert json.loads((tmp_path / "m" / "config.json").read_text()) == config
+
+
 def test_what_cannot_be_merged_leaves_nothing(made, tmp_path):
     tensors, config = lora(made / "base"), AdapterConfig("x/y", 2, 4.0, MODULE_ORDER)
     renamed = {
@@ -404,7 +497,7 @@ def test_what_cannot_be_merged_leaves_nothing(made, tmp_path):
     with pytest.raises(InputError, match=f"{shard.name}: not a readable safetensors file"):
         merge_adapter(tmp_path / "cut", folder, tmp_path / "m")
     shard.unlink()
-    with pytest.raises(InputError, match=f"no {shard.name}; merging needs"):
+    with pytest.raises(InputError, match=f"{shard.name}: no such file"):
         merge_adapter(tmp_path / "cut", folder, tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
 
