@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.workdir import REVISIONS
 
 huggingface_hub = packages.deferred("huggingface_hub")
 
@@ -49,6 +51,28 @@ def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
 PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
+
+
+def is_hub_id(name: str | os.PathLike) -> bool:
+    """Whether a model is asked of the hub by this name: it is no folder, file or package here."""
+    name = os.fspath(name)
+    local = name.startswith((".", "/", PACKAGE)) or pathlib.Path(name).exists()
+    return bool(name) and name.count("/") <= 1 and not local
+
+
+def kept_revision(name: str | os.PathLike, workdir: pathlib.Path) -> str:
+    """The commit of a hub id that a run took before, which it goes on with; empty for none."""
+    path = workdir / REVISIONS
+    known = read_json(path) if is_hub_id(name) and path.is_file() else {}
+    return str(known.get(os.fspath(name), ""))
+
+
+def keep_revision(name: str | os.PathLike, revision: str, workdir: pathlib.Path) -> None:
+    """Records the commit of a hub id that a run takes, the first time."""
+    if revision and is_hub_id(name) and not kept_revision(name, workdir):
+        path = workdir / REVISIONS
+        known = read_json(path) if path.is_file() else {}
+        write_json(path, known | {os.fspath(name): revision})
 
 
 def revision_of(folder: pathlib.Path) -> str:

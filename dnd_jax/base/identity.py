@@ -5,9 +5,11 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from dnd_jax.base.hub import PACKAGE, hub_id, resolve
+from dnd_jax.base.hub import hub_id, resolve
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.workdir import BASE
+from dnd_jax.parallel import hosts
 
 SETTINGS = ("config.json", "generation_config.json")
 CHAT = ("chat_template.jinja", "chat_template.json")
@@ -68,28 +70,33 @@ def base_name(path: str | os.PathLike) -> str:
     return hub_id(folder) or str(folder.resolve()) if folder.is_dir() else name
 
 
-def one_name(names: Iterable[str], decides: str | os.PathLike | None) -> str:
-    """The name of the base of LoRAs that name it so. decides: the base that is given, if any.
+def means_base(then: object, path: str | os.PathLike) -> bool:
+    """Whether a record without a format number, which names the base by its path, means this one:
+    the same path, hub id or folder; or a base that was pretrained in a workdir that has moved."""
+    if not isinstance(then, str):
+        return False
+    old, new = pathlib.Path(then), pathlib.Path(path)
+    moved = old.name == new.name == BASE and (new / "pretrain.json").is_file()
+    return moved or then == os.fspath(path) or base_name(then) == base_name(path)
 
-    One name stays as it is, but a folder's becomes absolute. Of several (a hub id and a folder, a
-    quantised copy) that of the given base is taken, with a note. Raises InputError without one.
+
+def one_name(names: Iterable[str], decides: str | os.PathLike | None) -> str:
+    """The name of the one base of LoRAs whose settings name it so: that of the base that
+    `decides`, with a note where they differ (a hub id and a folder, a quantised copy); without it
+    theirs, a folder's made absolute.
+
+    Raises InputError when they name several and nothing decides.
     """
-    names = sorted(set(names))
-    if len(names) == 1 and (decides is None or _lasts(names[0])):
-        return base_name(names[0])
+    names = sorted({base_name(name) for name in names})
+    if decides is None and len(names) == 1:
+        return names[0]
     spelled = ", ".join(map(repr, names))
     if decides is None:
         raise InputError(
-            f"the LoRA checkpoints name several bases ({spelled}); if they are one base, "
+            f"the LoRA checkpoints name several bases ({spelled}); if they are copies of one, "
             "say which by --config.base.path=FOLDER or hub id"
         )
-    name = base_name(decides)
-    if len(names) > 1:
-        print(f"note: the LoRA checkpoints name {spelled}; taken as {name}", flush=True)
-    return name
-
-
-def _lasts(name: str) -> bool:
-    """Whether a name means the same base elsewhere: a hub id or package, no folder."""
-    local = name.startswith((".", "/", "~")) or pathlib.Path(name).exists() or not name
-    return name.startswith(PACKAGE) or (name.count("/") == 1 and not local)
+    decided = base_name(decides)
+    if names != [decided] and hosts.lead():
+        print(f"note: the LoRA checkpoints' base is {decided}; they name {spelled}", flush=True)
+    return decided

@@ -6,6 +6,7 @@ dnd pretrain --config=configs/mini.py --workdir=runs/mini
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,24 @@ import optax
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
 from dnd_jax.base.chat import build_tokenizer, encode
 from dnd_jax.base.folder import save_base
+from dnd_jax.base.hub import is_hub_id, keep_revision, kept_revision, resolve, revision_of
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.loop.optimizers import base_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.run import Options, run_loop
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
 
 DONE = "pretrain.json"  # beside the weights: the settings that made them
+FORMAT = 1  # of it
 
 
 def make_train_step(module: BaseLM, optimizer: optax.GradientTransformation):
@@ -46,10 +49,12 @@ def make_train_step(module: BaseLM, optimizer: optax.GradientTransformation):
     return step
 
 
-def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Path:
+def pretrain(
+    config: Config, suite: Suite, workdir: pathlib.Path, allowed: Collection[str] = ()
+) -> pathlib.Path:
     """Trains the base and returns its folder; an existing one made with the same settings is kept.
 
-    Raises InputError when the suite has no corpus or one that lacks the responses to learn, or the
+    allowed: names of settings that may differ from those of the run that is resumed. Raises InputError when the suite has no corpus or one that lacks the responses to learn, or the
     folder was made with other settings.
     """
     folder = workdir / "base"
@@ -61,8 +66,11 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
     }
     record["suite"] = suite.fingerprint
     if (folder / DONE).is_file():
-        check_same_run(folder / DONE, read_json(folder / DONE), record)
-        return folder
+        stored = read_numbered(folder / DONE, FORMAT)
+        number = stored.pop("format")
+        then = stored["settings"] if number else stored  # at first the record was all of it
+        if check_same_run(folder / DONE, then, record, allowed):
+            return folder
     if not suite.corpus:
         raise InputError(
             f"{suite.root}/suite.json: no corpus to pretrain a base on; add one or set "
@@ -115,21 +123,30 @@ def pretrain(config: Config, suite: Suite, workdir: pathlib.Path) -> pathlib.Pat
         steps=c.steps,
         save_every=c.save_every,
         record=record,
+        options=Options(allowed=tuple(allowed)),
     )
     save_base(folder, module.config, jax.device_get(state["params"]), tokenizer)
-    write_json(folder / DONE, record)
+    write_numbered(folder / DONE, FORMAT, {"settings": record})
     return folder
 
 
-def make_base(config: Config, suite: Suite, workdir: pathlib.Path) -> str:
+def make_base(
+    config: Config, suite: Suite, workdir: pathlib.Path, allowed: Collection[str] = ()
+) -> str:
     """The given base, or the one pretrained in the workdir."""
-    return config.base.path or str(pretrain(config, suite, workdir))
+    if config.base.path:
+        return find_base(config, workdir)
+    return str(pretrain(config, suite, workdir, allowed))
 
 
 def find_base(config: Config, workdir: pathlib.Path) -> str:
-    """The given base, or the one that was pretrained in the workdir. Raises InputError when it was
-    not."""
-    folder = workdir / paths.BASE
+    """The given base (of a hub id the folder of the commit that this run took first), or the one
+    that was pretrained in the workdir. Raises InputError when it was not."""
+    folder, given = workdir / paths.BASE, config.base.path
+    if is_hub_id(given):
+        found = resolve(given, revision=kept_revision(given, workdir))
+        keep_revision(given, revision_of(found), workdir)
+        return str(found)
     if not config.base.path and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder}: no base here; run `dnd pretrain` first or set --config.base.path"
@@ -139,7 +156,7 @@ def find_base(config: Config, workdir: pathlib.Path) -> str:
 
 def _run(given: Given) -> None:
     suite = open_suite(given.config, given.workdir, given["strict"])
-    print(f"base: {make_base(given.config, suite, given.workdir)}")
+    print(f"base: {make_base(given.config, suite, given.workdir, given['allow'])}")
 
 
-STAGE = Stage(_run, ON_SUITE, writes=True)
+STAGE = Stage(_run, (*ON_SUITE, ALLOW), writes=True)

@@ -41,8 +41,8 @@ SAME_NUMBERS = (
     "mesh",
 )
 GONE: dict[str, Any] = {}  # {key: value}
-# What an earlier version recorded instead of a value of now: {key: function that gives it}.
-Older = Mapping[str, Callable[[], Any]]
+# {key: whether a value that an earlier version recorded of it means the present one}
+Older = Mapping[str, Callable[[Any], bool]]
 
 
 def differences(then: Any, now: Any, path: str = "") -> dict[str, str]:
@@ -59,15 +59,15 @@ def check_same_run(
     where: os.PathLike,
     then: Mapping,
     now: Mapping,
-    allowed: Collection[str] | None = None,
+    allowed: Collection[str] | None = (),
     older: Older | None = None,
     free: Collection[str] = SAME_NUMBERS,
 ) -> bool:
     """Whether a stored record is the present one; False when what differs is allowed to.
 
     allowed: names ("train.steps", "train") that may differ; None where the user cannot give any.
-    older: what an earlier version recorded for the present value of a key. free: the keys that do
-    not count. Raises InputError listing everything else that differs.
+    older: what earlier versions recorded otherwise. free: the keys that do not count. Raises
+    InputError listing everything else that differs.
     """
     then, now = (json.loads(json.dumps(record)) for record in (then, now))
     changed = {
@@ -75,7 +75,7 @@ def check_same_run(
         for key, line in differences(_with_defaults(then, now), now).items()
         if not _named(key, free)
         and not (key in GONE and _at(then, key) == GONE[key])
-        and not (key in (older or {}) and _at(then, key) == older[key]())
+        and not (key in (older or {}) and older[key](_at(then, key)))
     }
     refused = [key for key in changed if not _named(key, allowed or ())]
     if refused:

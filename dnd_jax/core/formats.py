@@ -26,10 +26,15 @@ def read_numbered(path: str | os.PathLike, newest: int, oldest: int = 0) -> dict
     if not isinstance(raw, dict):
         raise InputError(f"{path}: not a JSON object; copy the file again")
     number = raw.get(FORMAT, 0)
+    check_format(path, number, newest, oldest)
+    return raw | {FORMAT: number}
+
+
+def check_format(path: str | os.PathLike, number: object, newest: int, oldest: int = 0) -> None:
+    """Raises InputError unless this is a format number from `oldest` to `newest`."""
     if isinstance(number, bool) or not isinstance(number, int) or not oldest <= number <= newest:
         reads = f"{oldest} to {newest}" if oldest < newest else f"{newest}"
         raise InputError(
             f"{path}: format {number!r}, this version of dnd reads {reads}; use the version that "
             "wrote it"
         )
-    return raw | {FORMAT: number}

@@ -43,6 +43,12 @@ ALLOW = Flag(
     [],
     "settings that may differ from the run that is resumed, such as train.steps,train.clip",
 )
+BASE_NAME = Flag(
+    "base-name",
+    str,
+    "",
+    "what adapters call their base, such as a hub id (default: config.base.path, made absolute)",
+)
 ON_SUITE = (WORKDIR, SUITE, STRICT)
 
 # Where a stage's settings come from. RUN: --config, else what WORKDIR/config.json remembers.

@@ -9,6 +9,7 @@ from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.lock import locked
 
 CONFIG = "config.json"  # the settings that the run goes on with
+REVISIONS = "revisions.json"  # {hub id: the commit that the run took}
 SUITE = "suite"  # the embedded suite, where none is given
 SUITE_FAULTS = "suite_faults.json"  # of the suite that was checked last
 PRETRAIN = "pretrain"  # metrics and checkpoints of the base's training

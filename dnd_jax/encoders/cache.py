@@ -21,7 +21,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.files import need_space, replacing
 from dnd_jax.core.stopping import stop
-from dnd_jax.encoders.load import LAST, encode_windows, load_encoder
+from dnd_jax.encoders.load import LAST, encode_windows, encoder_files, load_encoder
 from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
 
 VERSION = 1  # of the fingerprint, by which files of states are named
@@ -38,6 +38,11 @@ def fingerprint(files: Mapping[str, pathlib.Path], config: schema.Condition) -> 
     """What an encoder's output depends on: its files (`Encoder.files`), layer and text length."""
     of_model = digests.of_files(files)
     return digests.of_json([VERSION, of_model, config.layer, config.max_text_length])
+
+
+def identify(config: schema.Condition) -> str:
+    """`PromptEncoder.fingerprint`, without loading it."""
+    return fingerprint(encoder_files(config.encoder), config)
 
 
 def fingerprint_of_format_0(name: str, config: schema.Condition) -> str:

@@ -78,9 +78,16 @@ def load_encoder(
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = load_tokenizer(folder)
-    files = model_files(folder, (CONFIG,))
     tokenize = functools.partial(_tokenize, tokenizer)
+    files = encoder_files(folder)
     return Encoder(module, params, tokenize, files, revision_of(folder))
+
+
+def encoder_files(name: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """{name: path} of what the output of a folder's, package's or hub id's encoder, or that of a
+    vector file, depends on."""
+    path = pathlib.Path(name)
+    return {"vectors": path} if path.is_file() else model_files(resolve(name), (CONFIG,))
 
 
 def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:

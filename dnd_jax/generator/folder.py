@@ -19,12 +19,14 @@ import numpy as np
 from dnd_jax.config import schema, validate
 from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.files import read_json, replacing, write_json
+from dnd_jax.core.files import replacing
+from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.tensors import opened, write_safetensors, write_tensors
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig
 
+FORMAT = 1  # of generator.json
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 
 
@@ -55,6 +57,7 @@ class Description:
     layout: LoraLayout
     adapter: AdapterConfig
     encoder_fingerprint: str
+    encoder_revision: str  # the commit of an encoder from the hub
 
     @property
     def spec(self) -> DecoderSpec:
@@ -63,17 +66,20 @@ class Description:
 
 
 def read_record(folder: pathlib.Path) -> dict:
-    """The recorded settings of a generator folder, of any version, and as "checkpoints" the digest
-    of its LoRAs where there is one. Raises InputError when its description has none."""
-    raw = _sections(folder / DESCRIPTION, read_json(folder / DESCRIPTION), "settings")
-    return raw["settings"] | {key: raw[key] for key in ("checkpoints",) if key in raw}
+    """The recorded settings of a generator folder, of any version; as "encoder" the encoder's
+    fingerprint, and as "checkpoints" the digest of its LoRAs where there is one. Raises InputError
+    when its description has none."""
+    file = folder / DESCRIPTION
+    raw = _sections(file, read_numbered(file, FORMAT), "settings")
+    digests = {"encoder": raw.get("encoder_fingerprint"), "checkpoints": raw.get("checkpoints")}
+    return raw["settings"] | {key: value for key, value in digests.items() if value is not None}
 
 
 def read_description(folder: pathlib.Path) -> Description:
     """The description of a generator folder, checked. Raises InputError naming the file and what it
     lacks or has too much."""
     file = folder / DESCRIPTION
-    raw = _sections(file, read_json(file), "settings", "layout", "adapter")
+    raw = _sections(file, read_numbered(file, FORMAT), "settings", "layout", "adapter")
     try:
         settings = _sections(file, raw["settings"], "condition", "generator", "train")
         condition = {
@@ -91,6 +97,7 @@ def read_description(folder: pathlib.Path) -> Description:
             layout=LoraLayout.from_json(raw["layout"]),
             adapter=validate.section(AdapterConfig, raw["adapter"], "adapter"),
             encoder_fingerprint=str(raw["encoder_fingerprint"]),
+            encoder_revision=str(raw.get("encoder_revision", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
@@ -122,7 +129,7 @@ def write_generator(
         write_tensors(temporary, shapes, params)
     with replacing(folder / STATISTICS) as temporary:
         write_safetensors(temporary, statistics)
-    write_json(folder / DESCRIPTION, description)
+    write_numbered(folder / DESCRIPTION, FORMAT, description)
 
 
 def initial_params(

@@ -21,11 +21,11 @@ from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free
-from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import read_jsonl, read_prompts
-from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.encoders.cache import PromptEncoder, fingerprint_of_format_0
 from dnd_jax.generator.folder import (
     DESCRIPTION,
     MODEL,
@@ -61,10 +61,17 @@ def draw_prompts(
 class TrainedGenerator:
     """A generator folder loaded for use: prompts -> LoRA tensors."""
 
-    def __init__(self, run_dir: str | os.PathLike, mesh: schema.Mesh = ONE_DEVICE):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        mesh: schema.Mesh = ONE_DEVICE,
+        encoder: str = "",
+        base_name: str = "",
+    ):
         """run_dir: a generator folder, or the workdir that has one. mesh: for a generator or text
         encoder too large for one device, over whose fsdp and tensor they are split; an adapter is
-        no batch to split over slice and data, which are left out.
+        no batch to split over slice and data, which are left out. encoder: where its text encoder
+        lies now; base_name: what adapters call their base; empty: as it was trained.
 
         Raises InputError naming the missing or damaged file, and for a mesh that does not fit the
         devices.
@@ -76,6 +83,10 @@ class TrainedGenerator:
             description.adapter,
             description.layout,
         )
+        if encoder:
+            self.condition = dataclasses.replace(self.condition, encoder=encoder)
+        if base_name:
+            self.adapter = dataclasses.replace(self.adapter, base=base_name)
         self._seed = description.seed
         self.target = targets.from_statistics(
             description.generator.target, self.layout, read_safetensors(folder / STATISTICS)
@@ -91,16 +102,17 @@ class TrainedGenerator:
         )
         self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
         self.config_hash = digests.of_json(description.settings)
-        self._encoder_fingerprint = description.encoder_fingerprint
+        self._description = description
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
         """The text encoder it was trained with, loaded when first needed."""
-        encoder = PromptEncoder(self.condition, self._mesh)
-        if encoder.fingerprint != self._encoder_fingerprint:
+        name, wanted = self.condition.encoder, self._description.encoder_fingerprint
+        encoder = PromptEncoder(self.condition, self._mesh, self._description.encoder_revision)
+        found = encoder.fingerprint
+        if found != wanted and fingerprint_of_format_0(name, self.condition) != wanted:
             raise InputError(
-                f"{self.condition.encoder}: not the encoder that {self.folder} was trained with "
-                "(its files differ)"
+                f"{name}: not the encoder that {self.folder} was trained with (its files differ)"
             )
         return encoder
 
@@ -173,6 +185,7 @@ FLAGS = (
     Flag("generator", str, "", "a trained or imported generator's folder"),
     Flag("prompts", str, "", 'file of prompts: JSONL with "prompt", or plain text, one a line'),
     OUT,
+    BASE_NAME,
     Flag("seed", int, 0, "draws the prompts"),
     Flag("samples", int, 1, "adapters, from as many draws"),
     Flag("dtype", str, "float32", "of the adapter's tensors, float32 or bfloat16"),
@@ -192,7 +205,9 @@ FLAGS = (
 def _run(given: Given) -> None:
     given.need("generator", "prompts", "out")
     folders, merged = _places(given)
-    generator = TrainedGenerator(given["generator"], given.config.mesh)
+    generator = TrainedGenerator(
+        given["generator"], given.config.mesh, base_name=given["base-name"]
+    )
     prompts = generator.read(given["prompts"])
     base = resolve(given["base"] or generator.adapter.base, FILES) if merged else None
     for sample, folder in enumerate(folders):

@@ -141,6 +141,7 @@ def import_generator(
             "layout": layout.to_json(),
             "adapter": dataclasses.asdict(settings),
             "encoder_fingerprint": encoder.fingerprint,
+            "encoder_revision": encoder.revision,
         },
     )
     return out

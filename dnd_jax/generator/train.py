@@ -20,20 +20,20 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from dnd_jax.base.hub import packages_of
-from dnd_jax.config.records import check_same_run
+from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.workdir import held
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
-from dnd_jax.generator.folder import DESCRIPTION, initial_params, read_record, write_generator
+from dnd_jax.generator.folder import initial_params, write_generator
 from dnd_jax.generator.pairs import PairedDataset, Pairs
+from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
@@ -75,26 +75,22 @@ def train(
     config: Config,
     suite: Suite,
     workdir: pathlib.Path,
-    allowed: Sequence[str] | None = None,
+    allowed: Sequence[str] | None = (),
     profile: tuple[int, int] | None = None,
+    base_name: str = "",
 ) -> pathlib.Path:
     """Trains the generator on the suite's training datasets and returns WORKDIR/generator; a
     finished one is kept.
 
     allowed: names of settings that may differ from those of the run that is resumed, None where the
-    user cannot give any. profile: steps between which to trace. Several processes share the work;
+    user cannot give any. profile: steps between which to trace. base_name: what
+    generated adapters call their base; empty: as the checkpoints' settings. Several processes share the work;
     process 0 writes. Raises InputError for checkpoints that do not fit together, too few prompts,
     or a folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
-    finished = False
-    if (folder / DESCRIPTION).is_file():
-        then, now = read_record(folder), _settings(config, suite)
-        if "checkpoints" in then:  # folders of earlier versions do not say
-            now["checkpoints"] = Checkpoints(config, suite, workdir).digest()
-        finished = check_same_run(folder / DESCRIPTION, then, now, allowed)
-    if hosts.agreed(finished):
+    if hosts.agreed(is_finished(folder, config, suite, workdir, allowed)):
         return folder
 
     mesh = make_mesh(config.mesh)
@@ -105,17 +101,20 @@ def train(
             "auto, dft or direct"
         )
     # Now, not after everything is encoded.
-    checkpoints = Checkpoints(config, suite, workdir)
-    record = {**_settings(config, suite), "checkpoints": checkpoints.digest()}
+    checkpoints = Checkpoints(config, suite, workdir, base_name)
+    older = older_values(config, checkpoints)
+    record = {**settings_of(config, suite), "checkpoints": checkpoints.digest()}
     hosts.check_alike(
         {"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]}
     )
-    check_newest(folder, c.checkpoint_dir, record, allowed)
+    check_newest(folder, c.checkpoint_dir, record, allowed, older)
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
         target = make_target(config, checkpoints, workdir / "targets")
-        encoder = PromptEncoder(
-            config.condition, None if hosts.several() else mesh
-        )  # here one process encodes by itself
+        revision = kept_revision(config.condition.encoder, workdir)
+        alone = None if hosts.several() else mesh  # here one process encodes by itself
+        encoder = PromptEncoder(config.condition, alone, revision)
+        if hosts.lead():
+            keep_revision(config.condition.encoder, encoder.revision, workdir)
         datasets, spreads = [], []
         for dataset in tqdm(
             suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
@@ -150,7 +149,10 @@ def train(
         tune(problems.values())
     sharded = shard_train_step(config, spec, mesh, importance, in_graph)
     encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
-    encoder_fingerprint = encoder.fingerprint
+    of_encoder = {
+        "encoder_fingerprint": encoder.fingerprint,
+        "encoder_revision": encoder.revision,
+    }
     del encoder, in_graph  # its parameters need not stay on the first device
     flop = 2 * spec.forward_macs
     if hosts.lead():
@@ -179,7 +181,7 @@ def train(
         lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
-        record={**record, "encoder": encoder_fingerprint},
+        record={**record, "encoder": of_encoder["encoder_fingerprint"]},
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
         init=lambda: first_state(config, sharded),
         row_of=lambda step, values, seconds: _row(
@@ -191,6 +193,7 @@ def train(
             checkpoint_dir=c.checkpoint_dir,
             trackers=c.trackers,
             allowed=allowed if allowed is None else tuple(allowed),
+            older=older,
             profile=profile,
             notes={"config": config.to_json(), "mesh": mesh_record(mesh)},
         ),
@@ -206,12 +209,12 @@ def train(
             on_host,
             {"importance": importance, **target.statistics()},
             {
-                "settings": _settings(config, suite),
+                "settings": settings_of(config, suite),
                 "checkpoints": record["checkpoints"],
                 "features": features,
                 "layout": checkpoints.layout.to_json(),
                 "adapter": dataclasses.asdict(checkpoints.adapter),
-                "encoder_fingerprint": encoder_fingerprint,
+                **of_encoder,
             },
         )
     else:
@@ -243,22 +246,9 @@ def _row(
     return row
 
 
-# Settings of the generator's training that change no number in it.
-_FREE = ("checkpoints", "save_every", "keep_last", "keep_every", "checkpoint_dir", "trackers")
-
-
-def _settings(config: Config, suite: Suite) -> dict:
-    """What a generator depends on, for its record."""
-    full = config.to_json()
-    training = {key: value for key, value in full["train"].items() if key not in _FREE}
-    return {key: full[key] for key in ("seed", "condition", "generator")} | {
-        "train": training,
-        "suite": suite.fingerprint,
-    }
-
-
 FLAGS = (
     ALLOW,
+    BASE_NAME,
     Flag(
         "profile",
         list,
@@ -294,7 +284,7 @@ def _run(given: Given) -> None:
             )
         with hosts.lead_first():
             suite = open_suite(config, workdir, given["strict"])
-        folder = train(config, suite, workdir, given["allow"], profile)
+        folder = train(config, suite, workdir, given["allow"], profile, given["base-name"])
         if hosts.lead():
             print(f"generator: {folder}")
 

@@ -15,11 +15,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from tqdm import tqdm
 
-from dnd_jax.config.records import check_same_run
+from dnd_jax.config.records import Older, check_same_run
 from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.formats import check_format
 from dnd_jax.parallel import hosts
 
 CHECKPOINTS = "checkpoints"
+FORMAT = 1  # of a checkpoint's record
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:
@@ -88,7 +90,8 @@ def check_newest(
     directory: pathlib.Path,
     checkpoint_dir: str,
     record: Mapping,
-    allowed: Collection[str] | None = None,
+    allowed: Collection[str] | None = (),
+    older: Older | None = None,
 ) -> None:
     """For before long preparations: raises InputError where the newest checkpoint of a `run` in
     `directory` was made with other settings, of those that `record` has. What cannot be read is
@@ -103,14 +106,15 @@ def check_newest(
         then = {key: then.get(key) for key in record}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    check_same_run(newest, then, record, allowed)
+    check_same_run(newest, then, record, allowed, older)
 
 
 def restore(
     manager: ocp.CheckpointManager,
     shapes: Any,
     record: Mapping,
-    allowed: Collection[str] | None = None,
+    allowed: Collection[str] | None = (),
+    older: Older | None = None,
 ) -> tuple[int, Any]:
     """(step, state) of the newest readable checkpoint, on the shardings of `shapes` (arrays or
     shapes that have one); (0, None) when there is none.
@@ -138,7 +142,9 @@ def restore(
                     f"{manager.directory}/{step}: its record has no settings: not made by dnd; "
                     "use another folder"
                 )
-            check_same_run(manager.directory / str(step), stored["settings"], record, allowed)
+            where = manager.directory / str(step)
+            check_format(where, stored.get("format", 0), FORMAT)
+            check_same_run(where, stored["settings"], record, allowed, older)
             try:
                 state = reader.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))

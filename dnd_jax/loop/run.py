@@ -21,9 +21,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from dnd_jax.config.records import Older
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stopping import Stopped, stop
-from dnd_jax.loop.checkpoints import CHECKPOINTS, address, open_checkpoints, restore, sums
+from dnd_jax.loop.checkpoints import CHECKPOINTS, FORMAT, address, open_checkpoints, restore, sums
 from dnd_jax.loop.metrics import Metrics
 from dnd_jax.loop.prefetch import ahead
 from dnd_jax.loop.profiler import Profiler
@@ -37,7 +38,8 @@ class Options:
     """What a run may do differently without training differently.
 
     checkpoint_dir: a folder or gs:// address (empty: in the run's directory). allowed: names of
-    settings that may have changed, None where the user cannot give any. profile: traces the steps
+    settings that may have changed, None where the user cannot give any. older: as of
+    `check_same_run`. profile: traces the steps
     between these two. notes: JSON beside the record, not compared.
     """
 
@@ -45,7 +47,8 @@ class Options:
     keep_every: int = 0
     checkpoint_dir: str = ""
     trackers: tuple[str, ...] = ()
-    allowed: tuple[str, ...] | None = None
+    allowed: tuple[str, ...] | None = ()
+    older: Older = dataclasses.field(default_factory=dict)
     profile: tuple[int, int] | None = None
     notes: Mapping = dataclasses.field(default_factory=dict)
 
@@ -86,7 +89,7 @@ def run_loop(
         options.keep_every,
     )
     record, lead = json.loads(json.dumps(record)), hosts.lead()
-    first, restored = restore(manager, state, record, options.allowed)
+    first, restored = restore(manager, state, record, options.allowed, options.older)
     if first > steps:
         raise InputError(
             f"{title}: {manager.directory} holds {first} steps, {steps} are asked for; ask for "
@@ -118,6 +121,7 @@ def run_loop(
                 state=ocp.args.StandardSave(state),
                 record=ocp.args.JsonSave(
                     {
+                        "format": FORMAT,
                         "settings": record,
                         "step": step,
                         "data_position": step,

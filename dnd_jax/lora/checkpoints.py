@@ -9,10 +9,10 @@ written to WORKDIR/targets/DATASET/KEY/ as they come:
     importance.npy    float32 (T,), the importance weights of this dataset (docs/METHOD.md section
     3), if they were asked for
 
-KEY is a hash of the checkpoint files' names, sizes and times of change, of their settings, and of
-the target with its statistics. Contents are not hashed: a set of 7B checkpoints has 8 GB, which a
-resumed run should not read again to learn that nothing changed. Arrays of another KEY are deleted:
-a dataset has one.
+KEY is a hash of the checkpoints' names, contents and settings, and of the target with its
+statistics. A set of 7B checkpoints has 8 GB, which a resumed run does not read again to learn that
+nothing changed: core/digests.py keeps what it has hashed. Arrays of another KEY are deleted: a
+dataset has one.
 """
 
 import concurrent.futures
@@ -27,12 +27,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from dnd_jax.base.hub import is_hub_id
+from dnd_jax.base.identity import one_name
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
+from dnd_jax.core.workdir import BASE
 from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import LoraLayout
@@ -111,28 +114,32 @@ def checkpoint_folders(
 
 
 TOKENS, IMPORTANCE = "tokens.npy", "importance.npy"
-VERSION = 1  # of what the files hold
+VERSION = 2  # of what the files hold
 
 
 class Checkpoints:
     """The LoRA checkpoints of the training datasets: one layout and one scale, checked by the
     files' headers alone."""
 
-    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
-        """Raises InputError listing every checkpoint that differs from the first in base, rank,
-        scale, modules or shapes."""
+    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = ""):
+        """base_name: what the generated adapters call their base; empty: as `_base`.
+
+        Raises InputError listing every checkpoint that differs from the first in rank, scale,
+        modules or shapes, and for several bases of which none is given.
+        """
         self.root = pathlib.Path(config.train.checkpoints or workdir / "loras")
         self.folders = checkpoint_folders(self.root, [d.name for d in suite.train])
         every = [path for paths in self.folders.values() for path in paths]
         first = every[0]
         self.adapter, shapes = load_adapter_config(first), read_shapes(first)
         self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
-        faults = []
+        faults, bases = [], {self.adapter.base}
         for path in every[1:]:
             other = load_adapter_config(path)
+            bases.add(other.base)
             differ = [
                 f"{key} {getattr(other, key)!r} instead of {getattr(self.adapter, key)!r}"
-                for key in ("base", "rank", "alpha")
+                for key in ("rank", "alpha")
                 if getattr(other, key) != getattr(self.adapter, key)
             ]
             found = read_shapes(path)
@@ -158,7 +165,20 @@ class Checkpoints:
             if differ:
                 faults.append(f"{path} has {', '.join(differ)}")
         if faults:
-            raise listed(f"checkpoints of another layout, base or scale than {first}", faults)
+            raise listed(f"checkpoints of another layout or scale than {first}", faults)
+        base = base_name or self._base(bases, config, workdir)
+        self.adapter = dataclasses.replace(self.adapter, base=base)
+
+    def _base(self, names: set[str], config: Config, workdir: pathlib.Path) -> str:
+        """What the checkpoints' base is called. Those of `dnd collect` keep a hub id that they
+        name; else the given base decides, or the one that was pretrained in the workdir."""
+        own = not config.train.checkpoints
+        first = min(names)
+        if own and len(names) == 1 and is_hub_id(first) and not first.endswith(f"/{BASE}"):
+            return first
+        pretrained = workdir / BASE
+        has_own = own and (pretrained / "config.json").is_file()
+        return one_name(names, config.base.path or (pretrained if has_own else None))
 
     def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""
@@ -166,30 +186,30 @@ class Checkpoints:
             if dataset in (None, name):
                 yield from ((str(path), load_adapter(path)) for path in paths)
 
-    def digest(self) -> str:
-        """Names which checkpoints there are, for a record: dataset, file, size and settings, but no
-        times (copies change them)."""
-        seen = [[name, file, size, settings] for name, file, size, _, settings in self.identity()]
-        return digests.of_json(seen)[:16]
-
-    def identity(self, dataset: str | None = None) -> list:
-        """What tells one dataset's checkpoint files, or all, from others without reading them:
-        names, sizes, times of change in nanoseconds, and their settings."""
+    def digest(self, dataset: str | None = None) -> str:
+        """sha256 of one dataset's checkpoints, or of all: their names, tensors and settings, but not
+        where they or their base lie."""
+        found = [
+            (name, path)
+            for name, paths in self.folders.items()
+            if dataset in (None, name)
+            for path in paths
+        ]
+        tensors = digests.contents(weights_file(path) for _, path in found)
         seen = []
-        for name, paths in self.folders.items():
-            if dataset in (None, name):
-                for path in paths:
-                    stat = weights_file(path).stat()
-                    seen.append(
-                        [
-                            name,
-                            path.name,
-                            stat.st_size,
-                            stat.st_mtime_ns,
-                            read_json(config_file(path)),
-                        ]
-                    )
-        return seen
+        for name, path in found:
+            settings = {**read_json(config_file(path)), "base_model_name_or_path": None}
+            seen.append([name, path.name, tensors[weights_file(path)], settings])
+        return digests.of_json(seen)
+
+    def digest_of_format_0(self) -> str:
+        """The digest in records without a format number: of sizes instead of contents."""
+        seen = [
+            [name, path.name, weights_file(path).stat().st_size, read_json(config_file(path))]
+            for name, paths in self.folders.items()
+            for path in paths
+        ]
+        return digests.of_json(seen)[:16]
 
 
 def _hash(*parts) -> str:
@@ -203,7 +223,7 @@ def make_target(config: Config, checkpoints: Checkpoints, cache: pathlib.Path) -
         return ChunkTarget(checkpoints.layout, config.generator.bfloat16_checkpoints)
     path = (
         cache
-        / f"statistics-{_hash(checkpoints.identity(), checkpoints.layout.to_json())}.safetensors"
+        / f"statistics-{_hash(checkpoints.digest(), checkpoints.layout.to_json())}.safetensors"
     )
     stored = load_statistics(path)
     if stored is not None:
@@ -245,7 +265,7 @@ def token_array(
     """
     statistics = {key: digests.of_array(value) for key, value in target.statistics().items()}
     kind = [type(target).__name__, getattr(target, "bfloat16", False), statistics]
-    key = _hash(checkpoints.identity(dataset), checkpoints.layout.to_json(), kind, importance)
+    key = _hash(checkpoints.digest(dataset), checkpoints.layout.to_json(), kind, importance)
     folder = cache / dataset / key
 
     def stored() -> TokenArray | None:

@@ -11,7 +11,9 @@ without which a generator cannot compose them. Datasets of `train` keep each of 
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,19 @@ from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.chat import Sequences, encode
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
+from dnd_jax.base.identity import base_digest, base_name, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
-from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.core.files import read_json
+from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import SPLITS, Suite
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.run import Options, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
@@ -40,6 +44,7 @@ from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import leading, replicated
 
 DONE = "collect.json"
+FORMAT = 1  # of it
 
 
 def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
@@ -113,30 +118,40 @@ def score_loras(
     return np.array(scores)
 
 
-def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path) -> pathlib.Path:
+def collect(
+    config: Config,
+    suite: Suite,
+    base_path: str,
+    workdir: pathlib.Path,
+    allowed: Collection[str] = (),
+    name: str = "",
+) -> pathlib.Path:
     """Trains the LoRAs of all datasets of a suite and returns WORKDIR/loras; one made with the same
     settings is kept.
 
-    Writes loras/collect.json with each task's exact match on its test file. Raises InputError as
+    allowed: names of settings that may differ from those of the run that is resumed. name: what the
+    adapters call the base; empty: its hub id or absolute path. Writes loras/collect.json with each task's exact match on its test file. Raises InputError as
     the loop does.
     """
     folder, c = workdir / "loras", config.lora
     record = {
         "seed": config.seed,
-        "base": str(base_path),
+        "base": base_digest(base_path),
         "lora": dataclasses.asdict(c),
         "max_length": config.base.max_length,
     }
     record["suite"] = suite.fingerprint
+    older = {"base": lambda then: means_base(then, base_path)}
     if (folder / DONE).is_file():
-        check_same_run(folder / DONE, read_json(folder / DONE)["settings"], record)
-        return folder
+        then = read_numbered(folder / DONE, FORMAT)["settings"]
+        if check_same_run(folder / DONE, then, record, allowed, older):
+            return folder
 
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)
     shapes = module.config.lora_shapes(c.rank, c.targets)
-    adapter = AdapterConfig(str(base_path), c.rank, c.alpha, c.targets)
+    adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
     train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
     width = max(t.response_width for t in train)
     pad = tokenizer.pad_token_id
@@ -195,12 +210,15 @@ def collect(config: Config, suite: Suite, base_path: str, workdir: pathlib.Path)
         save_every=c.save_every,
         record=record,
         after_step=keep,
+        options=Options(allowed=tuple(allowed), older=older),
     )
     scores = score_loras(
         module, params, jax.device_get(state["lora"]), adapter.scale, test, c.batch_size
     )
     exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
-    write_json(folder / DONE, {"settings": record, "exact_match": exact})
+    for dataset in suite.datasets:
+        _remove_stale(folder / dataset.name, c)
+    write_numbered(folder / DONE, FORMAT, {"settings": record, "exact_match": exact})
     return folder
 
 
@@ -215,6 +233,14 @@ def _encoded(tokenizer, suite: Suite, split: str, config: Config) -> list[Sequen
     return found
 
 
+def _remove_stale(folder: pathlib.Path, c: schema.Lora) -> None:
+    """Removes the checkpoints of a dataset that an interrupted run of other `steps` left."""
+    for path in folder.glob("step_*"):
+        step = re.fullmatch(r"step_(\d{6})", path.name)
+        if step and not c.steps - c.checkpoints < int(step[1]) <= c.steps:
+            shutil.rmtree(path)
+
+
 def score_table(folder: pathlib.Path) -> str:
     """Each task's exact match on its test file, as text."""
     exact = read_json(folder / DONE)["exact_match"]
@@ -224,8 +250,15 @@ def score_table(folder: pathlib.Path) -> str:
 
 def _run(given: Given) -> None:
     suite = open_suite(given.config, given.workdir, given["strict"])
-    folder = collect(given.config, suite, find_base(given.config, given.workdir), given.workdir)
+    base = find_base(given.config, given.workdir)
+    more = given["allow"], given["base-name"]
+    folder = collect(given.config, suite, base, given.workdir, *more)
     print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
 
 
-STAGE = Stage(_run, ON_SUITE, lambda given: packages_of(given.config.base.path), writes=True)
+STAGE = Stage(
+    _run,
+    (*ON_SUITE, ALLOW, BASE_NAME),
+    lambda given: packages_of(given.config.base.path),
+    writes=True,
+)

@@ -84,8 +84,7 @@ def check_writes(path: pathlib.Path) -> None:
         raise InputError(
             f"{path}: not there, though process 0 is through; process {jax.process_index()} "
             f"({socket.gethostname()}) reads other "
-            "files, or copies with other times: share the folder of the LoRA checkpoints, or copy "
-            "it with its times (rsync -a)"
+            "files: share the folder of the LoRA checkpoints, or copy it again"
         )
 
 

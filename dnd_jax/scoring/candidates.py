@@ -77,7 +77,7 @@ def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
             (config.condition, config.train.datasets),
         )
     )
-    check_same_run(generator.folder, then, now)
+    check_same_run(generator.folder, then, now, None)
 
 
 def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
@@ -85,10 +85,10 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     those that are there and were made from this generator, these prompts and checkpoints are
     kept."""
     suite = suite.with_training(config.train.datasets, config.seed)
-    generator = TrainedGenerator(workdir / "generator")
+    generator = TrainedGenerator(workdir / "generator", encoder=config.condition.encoder)
     check_asked_alike(config, generator)
     checkpoints = Checkpoints(config, suite, workdir)
-    loras = digests.of_json(checkpoints.identity())
+    loras = checkpoints.digest()
     encoder, adapter, competitors = generator.encoder, generator.adapter, workdir / "competitors"
     n, samples, different = (
         config.condition.num_prompts,

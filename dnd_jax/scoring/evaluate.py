@@ -14,9 +14,10 @@ own.
 """
 
 import dataclasses
+import json
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -24,15 +25,16 @@ from tqdm import tqdm
 from dnd_jax.base.agreement import Asked, agreement
 from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.hub import packages_of
-from dnd_jax.base.identity import base_digest
+from dnd_jax.base.identity import base_digest, base_digest_of_format_0
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
-from dnd_jax.config.records import check_same_run
+from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.stage import ON_SUITE, Given, Stage
+from dnd_jax.core.files import read_json
+from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
@@ -46,6 +48,9 @@ from dnd_jax.scoring.results import METHODS, pack, unpack
 from dnd_jax.scoring.timing import measure_overhead
 
 EVALUATION = "evaluation.json"
+FORMAT = 1  # of it
+# They choose the adapters, whose scores are kept by their contents.
+NOT_OF_A_SCORE = ("evaluate.samples", "evaluate.num_prompts")
 TIMED = 100  # steps of tuning that are timed for the overhead
 
 
@@ -82,13 +87,20 @@ def score_keys(candidates: Candidates, base_path) -> dict[str, str]:
     }
 
 
-def read_kept(path: pathlib.Path, settings: dict) -> dict:
-    """What a stopped or finished stage has kept, its "scores" by score_keys. Raises InputError when
-    its settings were others."""
+def read_kept(path: pathlib.Path, settings: dict, base_path, allowed: Collection[str] = ()) -> dict:
+    """What a stopped or finished stage has kept, its "scores" by score_keys; nothing of one with
+    other settings that are allowed to differ. Raises InputError for settings that are not."""
     if not path.is_file():
-        return {"settings": settings, "scores": {}}
-    stored = read_json(path)
-    check_same_run(path, stored["settings"], settings)
+        return {"scores": {}}
+    stored = read_numbered(path, FORMAT)
+    free = (*SAME_NUMBERS, *NOT_OF_A_SCORE)
+    if not check_same_run(path, stored["settings"], settings, allowed, free=free):
+        print(f"{path}: its scores are of other settings, all is scored anew", flush=True)
+        return {"scores": {}}
+    if not stored["format"]:  # keys had another digest of the base
+        text = json.dumps([stored["scores"], stored.get("adapters")])
+        text = text.replace(base_digest_of_format_0(base_path), base_digest(base_path))
+        stored["scores"], stored["adapters"] = json.loads(text)
     return stored
 
 
@@ -99,14 +111,14 @@ def score_all(
     base,
     path: pathlib.Path,
     settings: dict,
+    scores: dict,
 ) -> dict:
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
-    keys: score_keys.
+    keys: score_keys. scores: those that are known.
 
     Returns {key: {unseen dataset: {"exact", "content", "format"}}}; each value is the list of
     scores question by question, packed.
     """
-    scores = read_kept(path, settings)["scores"]
     scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
     jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
     for dataset in suite.unseen:
@@ -127,7 +139,7 @@ def score_all(
             for name, of in each.items()
         }
         scores[key] = scores.get(key, {}) | new
-        write_json(path, {"settings": settings, "scores": scores})
+        write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
     return scores
 
 
@@ -198,11 +210,18 @@ def measured_in_jax(
 
 
 def evaluation_settings(config: Config, suite: str) -> dict:
-    """What WORKDIR/evaluation.json must agree with; suite: its fingerprint."""
-    return {"seed": config.seed, "evaluate": dataclasses.asdict(config.evaluate), "suite": suite}
+    """What the scores in WORKDIR/evaluation.json depend on; suite: its fingerprint."""
+    asked = {
+        key: value
+        for key, value in dataclasses.asdict(config.evaluate).items()
+        if f"evaluate.{key}" not in (*SAME_NUMBERS, *NOT_OF_A_SCORE)
+    }
+    return {"seed": config.seed, "evaluate": asked, "suite": suite}
 
 
-def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
+def evaluate(
+    config: Config, suite: Suite, base_path, workdir: pathlib.Path, allowed: Collection[str] = ()
+) -> dict:
     """Runs the whole stage and returns {"train": names, "unseen": {NAME: scores}, "questions",
     "agreement", "overhead"}, kept in WORKDIR/evaluation.json too. "questions": {NAME: {measure:
     {method: scores question by question, packed}}}."""
@@ -213,11 +232,11 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
     adapters = [
         keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
     ]
-    stored = read_kept(path, settings)
+    stored = read_kept(path, settings, base_path, allowed)
     if stored.get("adapters") == adapters:
         return stored["result"]
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
-    scores = score_all(suite, candidates, keys, base, path, settings)
+    scores = score_all(suite, candidates, keys, base, path, settings, stored["scores"])
 
     unseen, questions = {}, {}
     for dataset in suite.unseen:
@@ -247,8 +266,10 @@ def evaluate(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> 
         "questions": questions,
         **measured_in_jax(config, suite, candidates, base, base_path, workdir),
     }
-    write_json(
-        path, {"settings": settings, "scores": scores, "adapters": adapters, "result": result}
+    write_numbered(
+        path,
+        FORMAT,
+        {"settings": settings, "scores": scores, "adapters": adapters, "result": result},
     )
     return result
 
@@ -258,7 +279,7 @@ def _run(given: Given) -> None:
     suite = open_suite(config, workdir, given["strict"], scored=True)
     base = find_base(config, workdir)
     with timed(workdir, "evaluate"):
-        evaluation = evaluate(config, suite, base, workdir)
+        evaluation = evaluate(config, suite, base, workdir, given["allow"])
     publish(
         {
             config.seed: {
@@ -278,4 +299,4 @@ def needs(config: Config) -> tuple[str, ...]:
     return ("torch", "peft", "matplotlib", *models)
 
 
-STAGE = Stage(_run, ON_SUITE, lambda given: needs(given.config), writes=True)
+STAGE = Stage(_run, (*ON_SUITE, ALLOW), lambda given: needs(given.config), writes=True)

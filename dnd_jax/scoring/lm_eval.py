@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -31,13 +31,15 @@ from dnd_jax.core import digests, packages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import replacing, write_json
-from dnd_jax.core.stage import ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.formats import write_numbered
+from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.scoring import intervals, report
 from dnd_jax.scoring.candidates import make_candidates
 from dnd_jax.scoring.evaluate import (
+    FORMAT,
     by_method,
     evaluation_settings,
     read_kept,
@@ -269,6 +271,7 @@ def lm_eval_stage(
     tasks: Sequence[str] = (),
     limit: int = 0,
     unsafe_code: bool = False,
+    allowed: Collection[str] = (),
 ) -> dict:
     """Runs the stage and returns what it writes to WORKDIR/lm_eval.json; a stopped one goes on.
 
@@ -290,7 +293,8 @@ def lm_eval_stage(
 
     path = workdir / SCORES.format(f"_{limit}" if limit else "")
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
-    scores, keys = read_kept(path, settings)["scores"], score_keys(candidates, base_path)
+    scores = read_kept(path, settings, base_path, allowed)["scores"]
+    keys = score_keys(candidates, base_path)
     jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
         for label in scored_on(candidates, w.dataset):
@@ -309,7 +313,7 @@ def lm_eval_stage(
                 for title, (metric, values) in found.items()
             }
             scores[key] = scores.get(key, {}) | new
-            write_json(path, {"settings": settings, "scores": scores})
+            write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
     return finish(
         config,
         suite,
@@ -351,7 +355,7 @@ def finish(
         "intervals": intervals.NOTE,
     }
     results |= {"unseen": entries, "mean": mean}
-    write_json(workdir / paths.HARNESS, results)
+    write_numbered(workdir / paths.HARNESS, FORMAT, results)
     metrics = ", ".join(f"{title} {entry['metric']}" for title, entry in entries.items())
     print(
         "\nlm-eval "
@@ -379,6 +383,7 @@ def _run(given: Given) -> None:
         given["tasks"],
         given["limit"],
         given["unsafe-code"],
+        given["allow"],
     )
 
 
@@ -386,4 +391,4 @@ def _needs(given: Given) -> tuple[str, ...]:
     return ("torch", "peft", "lm_eval", *packages_of(given.config.base.path))
 
 
-STAGE = Stage(_run, (*ON_SUITE, *FLAGS), _needs, writes=True)
+STAGE = Stage(_run, (*ON_SUITE, ALLOW, *FLAGS), _needs, writes=True)

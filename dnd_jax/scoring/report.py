@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.files import read_json, replacing, write_json
+from dnd_jax.core.files import read_json, replacing
+from dnd_jax.core.formats import write_numbered
 from dnd_jax.lora.checkpoints import checkpoint_folders
 from dnd_jax.scoring.intervals import LEVEL
 from dnd_jax.scoring.plots import bars, curves, projection
-from dnd_jax.scoring.results import MEANING, METHODS, TITLES, combine
+from dnd_jax.scoring.results import MEANING, METHODS, RESULTS_FORMAT, TITLES, combine
 
 
 def _cell(value: float | Mapping | None, width: int = 0) -> str:
@@ -188,7 +189,7 @@ def publish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dic
     """Writes results.json and report.html of the seeds' evaluations and prints the tables, the
     report's path last."""
     results = combine(runs, config)
-    write_json(workdir / paths.RESULTS, results)
+    write_numbered(workdir / paths.RESULTS, RESULTS_FORMAT, results)
     root = pathlib.Path(config.train.checkpoints or workdir / paths.LORAS)
     training = {
         name: folders[-1]

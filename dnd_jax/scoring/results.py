@@ -10,6 +10,7 @@ import numpy as np
 from dnd_jax.config.schema import Config
 from dnd_jax.scoring import intervals
 
+RESULTS_FORMAT = 1  # of results.json
 # The columns of every table, in order; "generated" also has a spread over the S draws of prompts.
 PARTS = (
     "content",

@@ -15,24 +15,30 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dnd_jax.config.records import check_same_run
+from dnd_jax.base.identity import base_digest
+from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, listed
-from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import ALLOW, ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
-from dnd_jax.scoring.evaluate import EVALUATION, evaluation_settings
+from dnd_jax.encoders.cache import identify
+from dnd_jax.generator.folder import MODEL, find_generator
+from dnd_jax.scoring.evaluate import EVALUATION, NOT_OF_A_SCORE, evaluation_settings
+from dnd_jax.scoring.evaluate import FORMAT as EVALUATION_FORMAT
 from dnd_jax.studies import ablate_report
 from dnd_jax.studies.quickstart import needs, run_seed
 
 DEFAULT = "default"
+FORMAT = 1  # of run.json and ablation.json
 DONE = "run.json"  # of a finished run: its settings and what came out
 BASE = "{base}"  # in a text value: the folder of the run's base
 # What is in a run's folder, and the sections of the configuration that it depends on.
@@ -163,6 +169,7 @@ def run(
     seed: int,
     suite: str,
     strict: bool = False,
+    allowed: Collection[str] = (),
 ) -> dict:
     """The run of a variant with one seed, as `quickstart.run_seed` returns it; a finished one is
     read. suite: its fingerprint.
@@ -174,12 +181,14 @@ def run(
     folder, default = (workdir / name / f"seed_{seed}" for name in (variant.folder, DEFAULT))
     settings = {
         name: value for name, value in own.to_json().items() if name in SECTIONS | {"seed"}
-    } | {"fingerprint": suite}
+    } | {"fingerprint": suite, "contents": contents(own)}
     try:
         if (folder / DONE).is_file():
-            stored = read_json(folder / DONE)
-            check_same_run(folder / DONE, stored["settings"], settings)
-            return stored["run"]
+            stored = read_numbered(folder / DONE, FORMAT)
+            older = {"contents": lambda then: then is None}
+            how = allowed, older, (*SAME_NUMBERS, "suite")
+            if check_same_run(folder / DONE, stored["settings"], settings, *how):
+                return stored["run"]
         if variant.changes:
             shared = link(folder, default, variant)
             base = own.base.path or str((default if "base" in shared else folder) / "base")
@@ -193,11 +202,22 @@ def run(
             if not MADE_BY["loras"] & variant.sections:
                 share_scores(own, folder, default, suite)
         with remembering(folder, own):
-            result = run_seed(own, folder, strict)
+            result = run_seed(own, folder, strict, allowed)
     except InputError as error:
         raise InputError(f"variant {variant.name}: {error}") from None
-    write_json(folder / DONE, {"settings": settings, "run": result})
+    write_numbered(folder / DONE, FORMAT, {"settings": settings, "run": result})
     return result
+
+
+def contents(config: Config) -> dict:
+    """Digests of what the settings lead to by paths, of those that are given."""
+    base, start, loras = config.base.path, config.train.init_from, config.train.checkpoints
+    return {
+        "base": base_digest(base) if base and BASE not in base else "",
+        "encoder": identify(config.condition) if BASE not in config.condition.encoder else "",
+        "init_from": digests.of_file(find_generator(start) / MODEL) if start else "",
+        "checkpoints": os.path.realpath(loras) if loras else "",
+    }
 
 
 def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[str]:
@@ -221,19 +241,23 @@ def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, su
     """Begins a variant's scoring with the default's scores, of the base and of adapters by their
     content, if asked alike."""
     path, settings = folder / EVALUATION, evaluation_settings(config, suite)
-    stored = read_json(default / EVALUATION)
-    alike = {
-        **stored["settings"]["evaluate"],
-        "samples": config.evaluate.samples,
-        "num_prompts": config.evaluate.num_prompts,
-    }
-    if path.is_file() or alike != settings["evaluate"]:
+    stored = read_numbered(default / EVALUATION, EVALUATION_FORMAT)
+    free = (*SAME_NUMBERS, *NOT_OF_A_SCORE)
+    try:
+        check_same_run(default / EVALUATION, stored["settings"], settings, free=free)
+    except InputError:  # it was asked otherwise
         return
-    write_json(path, {"settings": settings, "scores": stored["scores"]})
+    if not path.is_file():
+        scores = {"settings": settings, "scores": stored["scores"]}
+        write_numbered(path, stored["format"], scores)
 
 
 def ablate(
-    config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False
+    config: Config,
+    workdir: pathlib.Path,
+    seeds: Sequence[int],
+    strict: bool = False,
+    allowed: Collection[str] = (),
 ) -> dict:
     """Runs what is not finished, the default first, and returns ablation.json's content; prints the
     table.
@@ -261,7 +285,7 @@ def ablate(
             folder, shared = (workdir / v.folder / f"seed_{seed}" for v in (variant, default))
             with held(shared, "ablate"), held(folder, "ablate"):  # links lead from one to the other
                 runs.setdefault(variant.name, {})[seed] = run(
-                    config, variant, workdir, seed, fingerprints[seed], strict
+                    config, variant, workdir, seed, fingerprints[seed], strict, allowed
                 )
         rows = [
             ablate_report.row(
@@ -285,7 +309,7 @@ def _differs(config: Config, variant: Variant) -> dict[str, list]:
 
 
 def _run(given: Given) -> None:
-    ablate(given.config, given.workdir, given.seeds(), given["strict"])
+    ablate(given.config, given.workdir, given.seeds(), given["strict"], given["allow"])
 
 
 def _needs(given: Given) -> tuple[str, ...]:
@@ -293,4 +317,4 @@ def _needs(given: Given) -> tuple[str, ...]:
     return tuple(name for config in own for name in needs(config))
 
 
-STAGE = Stage(_run, (*ON_SUITE, SEEDS), _needs, writes=True)
+STAGE = Stage(_run, (*ON_SUITE, SEEDS, ALLOW), _needs, writes=True)

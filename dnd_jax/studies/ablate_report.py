@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import figures
-from dnd_jax.core.files import replacing, write_json
+from dnd_jax.core.files import replacing
+from dnd_jax.core.formats import write_numbered
 from dnd_jax.scoring import intervals
 from dnd_jax.scoring.results import METHODS, PARTS, combine, summarise
 
@@ -72,7 +73,7 @@ def _scores(by_seed: Sequence[Mapping], combined: Mapping) -> dict[str, dict]:
 def write(rows: Sequence[Mapping], seeds: Sequence[int], workdir: pathlib.Path) -> dict:
     """Writes the three files and returns ablation.json's content."""
     report = {"seeds": list(seeds), "intervals": intervals.NOTE, "variants": list(rows)}
-    write_json(workdir / "ablation.json", report)
+    write_numbered(workdir / "ablation.json", 1, report)
     with replacing(workdir / "ablation.md") as temporary:
         temporary.write_text(as_markdown(report) + "\n", encoding="utf-8")
     plot(report, workdir / "ablation.png")

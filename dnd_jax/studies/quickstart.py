@@ -9,14 +9,14 @@ with the same numbers.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import read_json
-from dnd_jax.core.stage import ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held, timed
 from dnd_jax.data.opened import open_suite
@@ -28,27 +28,35 @@ from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.report import publish
 
 
-def run_seed(config: Config, workdir: pathlib.Path, strict: bool = False) -> dict:
+def run_seed(
+    config: Config,
+    workdir: pathlib.Path,
+    strict: bool = False,
+    allowed: Collection[str] = (),
+    base_name: str = "",
+) -> dict:
     """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
     with held(workdir, "quickstart"):
-        return _stages(config, workdir, strict)
+        return _stages(config, workdir, strict, allowed, base_name)
 
 
-def _stages(config: Config, workdir: pathlib.Path, strict: bool) -> dict:
+def _stages(
+    config: Config, workdir: pathlib.Path, strict: bool, allowed: Collection[str], base_name: str
+) -> dict:
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
     with timed(workdir, "pretrain"):
-        base = make_base(config, suite, workdir)
+        base = make_base(config, suite, workdir, allowed)
     if not config.train.checkpoints:
         with timed(workdir, "collect"):
-            loras = collect(config, suite, base, workdir)
+            loras = collect(config, suite, base, workdir, allowed, base_name)
         print(
             f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True
         )
     with timed(workdir, "train"):
-        train(config, suite, workdir)
+        train(config, suite, workdir, allowed, base_name=base_name)
     with timed(workdir, "evaluate"):
-        evaluation = evaluate(config, suite, base, workdir)
+        evaluation = evaluate(config, suite, base, workdir, allowed)
     return {
         "suite": suite.name,
         "fingerprint": suite.fingerprint,
@@ -58,7 +66,12 @@ def _stages(config: Config, workdir: pathlib.Path, strict: bool) -> dict:
 
 
 def quickstart(
-    config: Config, workdir: pathlib.Path, seeds: Sequence[int], strict: bool = False
+    config: Config,
+    workdir: pathlib.Path,
+    seeds: Sequence[int],
+    strict: bool = False,
+    allowed: Collection[str] = (),
+    base_name: str = "",
 ) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
     results.json's content."""
@@ -69,13 +82,14 @@ def quickstart(
             print(f"seed {seed} in {folder}", flush=True)
         own = dataclasses.replace(config, seed=seed)
         with remembering(folder, own):
-            runs[seed] = run_seed(own, folder, strict)
+            runs[seed] = run_seed(own, folder, strict, allowed, base_name)
         stop.check()
     return publish(runs, config, workdir)
 
 
 def _run(given: Given) -> None:
-    quickstart(given.config, given.workdir, given.seeds(), given["strict"])
+    how = given["strict"], given["allow"], given["base-name"]
+    quickstart(given.config, given.workdir, given.seeds(), *how)
 
 
 def needs(config: Config) -> tuple[str, ...]:
@@ -84,5 +98,9 @@ def needs(config: Config) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    _run, (*ON_SUITE, SEEDS), lambda given: needs(given.config), fallback="mini", writes=True
+    _run,
+    (*ON_SUITE, SEEDS, ALLOW, BASE_NAME),
+    lambda given: needs(given.config),
+    fallback="mini",
+    writes=True,
 )

@@ -1,0 +1,64 @@
+"""What a generator was made with: the record of its training, which stands in generator.json and
+beside every checkpoint."""
+
+import pathlib
+from collections.abc import Collection
+
+from dnd_jax.base.hub import is_hub_id
+from dnd_jax.config.records import SAME_NUMBERS, Older, check_same_run
+from dnd_jax.config.schema import Condition, Config
+from dnd_jax.core import digests
+from dnd_jax.data.suite import Suite
+from dnd_jax.encoders.cache import fingerprint_of_format_0, identify
+from dnd_jax.generator.folder import DESCRIPTION, MODEL, find_generator, read_record
+from dnd_jax.lora.checkpoints import Checkpoints
+
+
+def settings_of(config: Config, suite: Suite) -> dict:
+    """The settings that a generator depends on; what it starts from by its contents."""
+    full = config.to_json()
+    training = {k: value for k, value in full["train"].items() if f"train.{k}" not in SAME_NUMBERS}
+    if config.train.init_from:
+        start = find_generator(config.train.init_from)
+        training["init_from"] = digests.of_file(start / MODEL)
+    sections = {key: full[key] for key in ("seed", "condition", "generator")}
+    return sections | {"train": training, "suite": suite.fingerprint}
+
+
+def older_values(config: Config, checkpoints: Checkpoints) -> Older:
+    """What records without a format number say instead of the present digests."""
+    return {
+        "checkpoints": lambda then: then == checkpoints.digest_of_format_0(),
+        "encoder": lambda then: (
+            then == fingerprint_of_format_0(config.condition.encoder, config.condition)
+        ),
+        "train.init_from": lambda then: then == config.train.init_from,
+    }
+
+
+def is_finished(
+    folder: pathlib.Path,
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    allowed: Collection[str] | None,
+) -> bool:
+    """Whether a folder has the generator of this configuration. suite: with the datasets that are
+    trained on. Raises InputError when it has one of other settings that are not allowed to differ.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    then, now = read_record(folder), settings_of(config, suite)
+    checkpoints = Checkpoints(config, suite, workdir)
+    if "checkpoints" in then:  # the first versions do not say
+        now["checkpoints"] = checkpoints.digest()
+    now["encoder"] = _encoder(then, config.condition)
+    older = older_values(config, checkpoints)
+    return check_same_run(folder / DESCRIPTION, then, now, allowed, older)
+
+
+def _encoder(then: dict, condition: Condition) -> str:
+    """The encoder's fingerprint. A hub id is the commit that was recorded: it is not asked for."""
+    if is_hub_id(condition.encoder) and condition.encoder == then["condition"]["encoder"]:
+        return then["encoder"]
+    return identify(condition)

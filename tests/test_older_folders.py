@@ -1,0 +1,143 @@
+"""Folders that commit cfc09d1 made (tests/golden/cfc09d1, by its `dnd quickstart` on the suite
+beside it, in the folder that held both) are taken as they are: nothing in them is made again."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import tiny
+
+from dnd_jax.base.pretrain import DONE as PRETRAINED
+from dnd_jax.base.pretrain import find_base, make_base
+from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.suite import load_suite
+from dnd_jax.generator.folder import DESCRIPTION
+from dnd_jax.generator.generate import generate_adapter
+from dnd_jax.generator.train import train
+from dnd_jax.lora.collect import DONE as COLLECTED
+from dnd_jax.lora.collect import collect
+from dnd_jax.scoring import evaluate as evaluation
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "cfc09d1"
+
+
+@pytest.fixture
+def moved(tmp_path, monkeypatch):
+    """The folders in another place; the current folder is theirs, as it was."""
+    folder = shutil.copytree(GOLDEN, tmp_path / "moved")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def config(folder: pathlib.Path, **sections):
+    """The settings of that run, with paths of now."""
+    c = tiny.get_config()
+    c.base.update(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, max_length=128, vocab_size=400
+    )
+    c.pretrain.update(steps=3, save_every=8)
+    c.lora.update(steps=3, checkpoints=2, save_every=8, targets=("q_proj", "v_proj"))
+    c.condition.encoder = str(folder / "suite" / "vectors.txt")
+    c.generator.update(kernel_size=3, features=((0, 0, 0), (4, 4, 8), (0, 0, 0)))
+    c.train.update(steps=3, save_every=8)
+    c.evaluate.update(samples=1, max_new_tokens=2)
+    for name, values in sections.items():
+        c[name].update(values)
+    return freeze(c)
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def never(*args, **kwargs):
+    raise AssertionError("this was made already")
+
+
+def test_base_loras_and_generator_are_kept(moved, monkeypatch):
+    for name in ("base.pretrain", "lora.collect", "generator.train"):
+        monkeypatch.setattr(f"dnd_jax.{name}.run_loop", never)
+    monkeypatch.chdir(moved.parent)  # every path is spelled otherwise than it was
+    suite, run = load_suite(moved / "suite"), moved / "run"
+    before = files(run)
+    # What changes no number may change too.
+    now = config(
+        moved,
+        pretrain={"save_every": 1},
+        lora={"save_every": 1},
+        train={"micro_batches": 2, "keep_last": 5, "trackers": ("tensorboard",)},
+    )
+    base = make_base(now, suite, run)
+    assert base == str(run / "base")
+    assert collect(now, suite, base, run) == run / "loras"
+    assert train(now, suite, run) == run / "generator"
+    assert files(run) == before
+    with pytest.raises(InputError, match=r"base/pretrain.json .*--allow=pretrain.steps .*3 -> 4"):
+        make_base(config(moved, pretrain={"steps": 4}), suite, run)
+    with pytest.raises(InputError, match=r"collect.json .*--allow=base .*'run/base' -> '\w{64}'"):
+        other = shutil.copytree(run / "base", moved / "other")
+        collect(now, suite, str(other), run)
+
+
+def test_replaced_loras_and_encoders_are_noticed(moved):
+    suite, run = load_suite(moved / "suite"), moved / "run"
+    with open(moved / "suite" / "vectors.txt", "a") as file:
+        file.write("more 1 2 3 4 5 6\n")
+    with pytest.raises(InputError, match=r"generator.json was made with other .*: encoder: '"):
+        train(config(moved), suite, run)
+
+
+def test_generate(moved):
+    prompts = ["bird one", "bird two", "bird three", "bird four"]
+    out = generate_adapter("run", prompts, moved / "adapter")
+    assert {path.name for path in out.iterdir()} >= {"adapter_model.safetensors", "README.md"}
+
+
+def test_scores_are_kept(moved, monkeypatch):
+    """Those of every adapter that is still the same, though the base's digest is now another."""
+    pytest.importorskip("peft")
+    suite, run = load_suite(moved / "suite"), moved / "run"
+    asked, answers_to = [], evaluation.answers_to
+
+    def counted(base, datasets, how):
+        asked.append([d.name for d in datasets])
+        return answers_to(base, datasets, how)
+
+    monkeypatch.setattr(evaluation, "answers_to", counted)
+    monkeypatch.setattr(
+        evaluation, "measured_in_jax", lambda *args: {"agreement": {}, "overhead": {}}
+    )
+    now = config(moved, evaluate={"batch_size": 3})
+    stored = json.loads((run / "evaluation.json").read_text())
+    result = evaluation.evaluate(now, suite, find_base(now, run), run)
+    # Ridge's adapters are made anew: on another machine their last bits may be others.
+    assert sum(map(len, asked)) <= 3
+    for name, entry in result["unseen"].items():
+        assert entry | {"ridge": 0} == stored["result"]["unseen"][name] | {"ridge": 0}
+    asked.clear()
+    more = config(moved, evaluate={"samples": 2})  # one more adapter for each of 3 datasets, twice
+    evaluation.evaluate(more, suite, find_base(now, run), run)
+    assert sum(map(len, asked)) == 6
+    assert json.loads((run / "evaluation.json").read_text())["format"] == 1
+    evaluation.evaluate(now, suite, find_base(now, run), run)  # fewer again
+    assert sum(map(len, asked)) == 6
+    with pytest.raises(InputError, match=r"--allow=evaluate.max_new_tokens .* 2 -> 3"):
+        longer = config(moved, evaluate={"max_new_tokens": 3})
+        evaluation.evaluate(longer, suite, find_base(now, run), run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"base/{PRETRAINED}", f"loras/{COLLECTED}", f"generator/{DESCRIPTION}", "evaluation.json"],
+)
+def test_a_later_format_is_refused(moved, name):
+    suite, run = load_suite(moved / "suite"), moved / "run"
+    path, now = run / name, config(moved)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(InputError, match=rf"{name}: format 99, this version of dnd reads 0 to 1;"):
+        base = make_base(now, suite, run)
+        collect(now, suite, base, run)
+        train(now, suite, run)
+        evaluation.evaluate(now, suite, base, run)
