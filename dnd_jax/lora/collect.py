@@ -27,6 +27,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_name, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
+from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_json

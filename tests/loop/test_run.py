@@ -38,7 +38,7 @@ def test_changed_settings_are_allowed_only_where_the_user_can_say_so():
     ):
         check_same_run("x", {"a": 1}, {"a": 2}, allowed=[])
     with pytest.raises(InputError, match="restore them, or use another --workdir .*a: 1 -> 2"):
-        check_same_run("x", {"a": 1}, {"a": 2})
+        check_same_run("x", {"a": 1}, {"a": 2}, allowed=None)
 
 
 def events(folder) -> list[tuple[int, str, float]]:
