@@ -8,7 +8,7 @@ About a quarter of an hour on two cores, nearly all of it PyTorch's. Needs 12 GB
 
 from dnd_jax.configs import default
 
-COMMON_SENSE = "configs/qwen2_5_0_5b_commonsense.py"
+COMMON_SENSE = "qwen2_5_0_5b_commonsense"
 
 
 def get_config():
@@ -18,8 +18,8 @@ def get_config():
     config.bench.cases = (
         ("0.5B decoder, forward", COMMON_SENSE, "forward", 1, "float32"),
         ("0.5B stages 1-2, forward and backward", COMMON_SENSE, "gradient", 1, "float32", 0, 2),
-        ("embedded default, train step", "configs/mini.py", "train", 16, "float32"),
-        ("embedded default, generation", "configs/mini.py", "generate", 1, "float32"),
+        ("embedded default, train step", "mini", "train", 16, "float32"),
+        ("embedded default, generation", "mini", "generate", 1, "float32"),
     )
     config.bench.rounds = 1
     config.bench.repeats = 5

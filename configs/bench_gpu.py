@@ -6,7 +6,7 @@ dnd bench --config=configs/bench_gpu.py --workdir=runs/bench
 
 from dnd_jax.configs import default
 
-COMMON_SENSE = "configs/qwen2_5_0_5b_commonsense.py"
+COMMON_SENSE = "qwen2_5_0_5b_commonsense"
 
 
 def get_config():

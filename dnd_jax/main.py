@@ -13,58 +13,30 @@ from dnd_jax.core.errors import CheckFailed, InputError, Missing, first_line, ne
 STAGES: dict[str, tuple[str, str]] = {
     "quickstart": (
         "studies.quickstart",
-        "the whole pipeline on a suite: table, results.json, report.html",
+        "the whole pipeline on a suite: results.json, report.html",
     ),
     "suite": ("data.world", "write the embedded suite to --out"),
-    "data-report": (
-        "data.report",
-        "what is in a suite's data, and what is wrong with it: duplicates, test questions in "
-        "train, ...",
-    ),
+    "data-report": ("data.report", "what is in a suite's data, and what is wrong with it"),
     "pretrain": ("base.pretrain", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
     "collect": ("lora.collect", "one LoRA a dataset, all at once -> WORKDIR/loras"),
-    "train": (
-        "generator.train",
-        "the generator, from prompts and LoRA checkpoints -> WORKDIR/generator",
-    ),
-    "generate": (
-        "generator.generate",
-        "prompts -> a PEFT adapter, or several; merged into its base; pushed to the hub",
-    ),
-    "evaluate": (
-        "scoring.evaluate",
-        "score generated adapters and their competitors in PyTorch -> WORKDIR/results.json",
-    ),
-    "lm-eval": (
-        "scoring.lm_eval",
-        "score the same adapters by EleutherAI's harness -> WORKDIR/lm_eval.json",
-    ),
-    "verify-adapter": (
-        "lora.verify",
-        "an adapter folder on its base in PyTorch: does it change the logits as its matrices say?",
-    ),
+    "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
+    "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
+    "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
+    "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
+    "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
     "import-generator": (
         "generator.import_released",
-        "a released generator (.pth) -> --out, a generator folder",
+        "a released .pth -> --out, a generator folder",
     ),
-    "export-generator": (
-        "generator.export_released",
-        "a generator folder -> --out, the original's .pth",
-    ),
+    "export-generator": ("generator.export_released", "a generator folder -> --out, a .pth"),
     "init-config": ("generator.init_config", "settings for another base -> --out=NAME.py"),
     "plan": (
         "costs.plan",
-        "compile the real steps for devices that need not be there: memory, time, links",
+        "the real steps compiled for devices that need not be there: their cost",
     ),
-    "bench": (
-        "costs.bench.run",
-        "our methods and PyTorch side by side, measured; or a TPU compiler's estimates",
-    ),
-    "ablate": (
-        "studies.ablate",
-        "a configuration beside variants of it: table and plot, with a control of wrong prompts",
-    ),
-    "overhead": ("studies.overhead", "time and memory of generating an adapter against tuning one"),
+    "bench": ("costs.bench.run", "our methods and PyTorch side by side, measured"),
+    "ablate": ("studies.ablate", "a configuration beside variants of it: table and plot"),
+    "overhead": ("studies.overhead", "time and memory of generating an adapter, of tuning one"),
 }
 
 
@@ -136,9 +108,8 @@ def _main(argv: list[str]) -> int:
 def _environment() -> None:
     """What the libraries read of the environment, before any of them is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not glob.glob("/dev/accel*") + glob.glob(
-        "/dev/vfio/[0-9]*"
-    ):  # libtpu without a TPU: no questions to a metadata server
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

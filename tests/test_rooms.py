@@ -28,7 +28,6 @@ OPPONENT = {
 }
 # To be divided: this set goes when it is empty.
 STILL_LONG = {
-    "main",
     "costs.step_cost",
     "costs.sweep",
     "data.sources",

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from dnd_jax.base.known import base_sizes
-from dnd_jax.config.load import load_file
+from dnd_jax.config.load import DEFAULTS, load_file
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError, listed
@@ -202,7 +202,7 @@ def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple], title
 def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:
     """The configuration with stages, kernel size and length projection for a layout's tokens,
     computing in bfloat16."""
-    c, g, default = config.condition, config.generator, freeze(load_file("configs/default.py"))
+    c, g, default = config.condition, config.generator, freeze(load_file(DEFAULTS))
     projection = g.length_projection or ("camera_ready" if c.max_text_length > LONGEST_TEXT else "")
     length = min(SQUEEZED, c.max_text_length) if projection else c.max_text_length
     grid = layout.num_tokens, *(layout.token_shape if g.target == "chunk" else layout.chunk_shape)
@@ -235,7 +235,7 @@ def _literal(value: object) -> str:
 
 def _assignments(config: Config) -> Iterator[str]:
     """The lines that turn the default configuration into this one."""
-    default = freeze(load_file("configs/default.py"))
+    default = freeze(load_file(DEFAULTS))
     for field in dataclasses.fields(Config):
         section, ours, theirs = (
             field.name,

@@ -103,7 +103,7 @@ def test_extras_bring_what_setup_cfg_says():
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     section = parser["options.extras_require"]
-    brings = {"jax[tpu]": ["libtpu"], "%(eval)s": []}
+    brings = {"jax[tpu]": ["libtpu"]}
     for extra, modules in packages.EXTRAS.items():
         lines = [line for line in section[extra].splitlines() if line]
         names = [re.split(r"[<>=]", line)[0] for line in lines]

@@ -30,7 +30,7 @@ class Case:
     """
 
     name: str
-    config: str  # file
+    config: str  # a settings file, or the name of a shipped one
     what: str
     batch: int
     dtype: str

@@ -24,7 +24,7 @@ SHOWN = ("TPU v5p", "H200")
 
 def limits(setting: str, chip: Chip) -> dict[str, float]:
     """Milliseconds and TFLOP of one sample's train step on one of DEVICES chips."""
-    config = freeze(load_file(f"configs/{setting}.py"))
+    config = freeze(load_file(setting))
     spec, batch = spec_of(config), config.train.batch_size / DEVICES
     operations = moved = 0.0
     for problem in spec.convolutions(round(batch), chip.platform).values():
