@@ -26,6 +26,12 @@ EXAMPLES = {
 }
 
 
+def random_params(module, inputs: np.ndarray) -> dict:
+    """Without `module.init`, whose compilation takes longer than all else here."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(module.init, jax.random.key(0), inputs)
+    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, x.dtype), shapes["params"])
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
     """A folder with the base, the generator and the suite that the examples speak of, of random
@@ -38,14 +44,14 @@ def place(tmp_path_factory) -> pathlib.Path:
 
     tokenizer = build_tokenizer([e.prompt for e in suite.corpus], 300)
     sizes = sizes_to_pretrain(config.base, len(tokenizer))
-    key, ids = jax.random.key(0), np.zeros((1, 2), np.int32)
-    save_base(config.base.path, sizes, jax.jit(BaseLM(sizes).init)(key, ids)["params"], tokenizer)
+    ids = np.zeros((1, 2), np.int32)
+    save_base(config.base.path, sizes, random_params(BaseLM(sizes), ids), tokenizer)
 
     layout = dnd_jax.layout_of(config)
     grid = layout.num_tokens, *layout.token_shape
     spec = dnd_jax.DecoderSpec(((4, 16, 384), (8, 6, 20), grid), kernel_size=3)
     module = dnd_jax.Generator(spec)
-    params = jax.jit(module.init)(key, np.zeros((1, *spec.condition_shape), np.float32))["params"]
+    params = random_params(module, np.zeros((1, *spec.condition_shape), np.float32))
     released = root / "released.pth"
     dnd_jax.save_reference_generator(module, params, released, np.ones(layout.num_tokens))
     import_generator(released, root / "runs" / "tiny" / "generator", config)

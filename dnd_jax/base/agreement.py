@@ -20,7 +20,7 @@ COMPARED = (
 
 
 class Asked(NamedTuple):
-    """An adapter in both forms, and questions to it."""
+    """Questions to one adapter, and that adapter as JAX and as PyTorch take it."""
 
     folder: str  # PEFT's
     lora: Lora

@@ -138,7 +138,7 @@ class LmConfig:
 
 
 def sizes_to_pretrain(base: schema.Base, vocab_size: int) -> LmConfig:
-    """The architecture of a base that `dnd pretrain` makes."""
+    """The architecture of the base that `dnd pretrain` makes from these settings."""
     names = {f.name for f in dataclasses.fields(LmConfig)} & {
         f.name for f in dataclasses.fields(base)
     }
@@ -204,8 +204,8 @@ def rotate(x_BxSxHxE: jax.Array, positions_BxS: jax.Array, frequency: jax.Array)
 
 
 def causal_mask(length: int, window: int | None, valid_BxS: jax.Array | None) -> jax.Array:
-    """Which keys (last axis) each query sees, bool (B or 1, S, S): real ones up to its own place,
-    the last `window` of them."""
+    """bool (B or 1, S, S): whether a query (second axis) sees a key (last axis). It sees real
+    tokens up to its own position; with a window, the last `window` of them."""
     mask = jnp.tril(jnp.ones((length, length), bool))[None]
     if window is not None and window < length:
         mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -window)[None]
@@ -267,8 +267,8 @@ class Layer(nn.Module):
 
 
 class BaseLM(nn.Module):
-    """Token ids -> logits, or the final hidden states with `head` applied later to the positions
-    that matter."""
+    """Token ids (B, S) -> logits (B, S, V). Where only some positions matter: `hidden`, then `head`
+    on those."""
 
     config: LmConfig
     dtype: jnp.dtype = jnp.float32

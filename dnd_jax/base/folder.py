@@ -1,5 +1,5 @@
-"""Hugging Face folders (config.json, *.safetensors, tokenizer files) <-> our base LM; resolving
-names, tokenizers."""
+"""Hugging Face folders (config.json, *.safetensors, tokenizer files) <-> our base LM, and their
+tokenizers."""
 
 import dataclasses
 import json
@@ -124,11 +124,11 @@ def _windows(raw: Mapping, layers: int) -> tuple[int | None, ...]:
 def load_base(
     path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[BaseLM, dict]:
-    """(module, parameters) of a base LM from a Hugging Face folder or id, computing and stored in
+    """(module, parameters) of a base LM from a Hugging Face folder or id; computed and stored in
     `dtype`.
 
-    With a mesh the parameters lie on it by base_lm.RULES, read shard by shard; without one, whole
-    on the default device.
+    With a mesh, the parameters are read shard by shard and lie on it by architecture.RULES. Without
+    one, they lie whole on the default device.
     """
     folder = resolve(path)
     config = load_base_config(folder)

@@ -1,4 +1,4 @@
-"""Folders to the Hugging Face hub."""
+"""The Hugging Face hub: where a model's name leads, and folders that are pushed."""
 
 import importlib.util
 import os

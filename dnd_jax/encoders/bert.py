@@ -72,7 +72,7 @@ class Bert(nn.Module):
 
     @property
     def width(self) -> int:
-        """C."""
+        """C of the hidden states."""
         return self.config.hidden_size
 
     @property
@@ -105,7 +105,7 @@ class Bert(nn.Module):
 
 
 def bert_table(layers: int) -> Table:
-    """BERT's encoder."""
+    """(stored name, our path, transposed) of every parameter of BERT's encoder."""
     table = [
         ("embeddings.word_embeddings.weight", "word_embeddings/embedding", False),
         ("embeddings.position_embeddings.weight", "position_embeddings", False),
@@ -128,8 +128,8 @@ def bert_table(layers: int) -> Table:
 
 
 def bert_name(stored: str) -> str | None:
-    """Pooler and heads are not used; the first BERTs call a LayerNorm's parameters gamma and
-    beta."""
+    """The table's name of a stored tensor. None for pooler and heads, which are not used; gamma and
+    beta, as the first BERTs call a LayerNorm's parameters, are renamed."""
     name = stored.removeprefix("bert.")
     if name.startswith(("pooler.", "cls.")) or name.endswith("position_ids"):
         return None

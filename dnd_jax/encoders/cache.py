@@ -111,19 +111,17 @@ class PromptEncoder:
         return np.concatenate([states for states, _ in self._batches(prompts)])
 
     def cached(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
-        """`encode`, kept as a memory-mapped file under `cache` whose name is the hash of encoder
-        and prompts.
-
-        Raises InputError when the disk has no room for it.
-        """
+        """`encode`, kept in a file under `cache` that is mapped into memory; its name is a hash of
+        encoder and prompts. Raises InputError when the disk has no room for it."""
         parts = (states for states, _ in self._batches(prompts))
         return self._cached(
             prompts, cache, "states", (self.max_text_length, self.width), np.float32, parts
         )
 
     def cached_means(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
-        """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way; of the
-        states no more than a batch, unless `cached` has them already."""
+        """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way. The
+        states are read where `cached` has kept them; else only one batch of them is held at a
+        time."""
         states = open_array(self._path(prompts, cache, "states"))
         parts = (mean_pooled(*batch) for batch in self._batches(prompts, states))
         return self._cached(prompts, cache, "means", (self.width,), np.float32, parts)
@@ -141,7 +139,8 @@ class PromptEncoder:
         return both[:, 0], both[:, 1]
 
     def _batch_size(self, prompts: Sequence[str]) -> int:
-        """Texts at once: a multiple of the mesh's parts."""
+        """How many texts are encoded at once: a multiple of the parts that the mesh splits them
+        into."""
         of_one = min(
             -(-len(prompts) // self._ways), max(1, TOKENS_PER_BATCH // self.max_text_length)
         )

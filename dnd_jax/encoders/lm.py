@@ -9,11 +9,9 @@ from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm
 
 
 class LmEncoder(nn.Module):
-    """layer 0 gives the embeddings, n the output of block n, the last one after the final norm.
-    Later blocks do not exist here.
-
-    Parameters are named and sharded as BaseLM's.
-    """
+    """The first blocks of a decoder-only LM. layer 0: the embeddings. layer n: the output of block
+    n, for the last block after the final norm. Blocks behind `layer` are not made. Parameters are
+    named and sharded as BaseLM's."""
 
     config: LmConfig
     layer: int
@@ -21,7 +19,7 @@ class LmEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """C."""
+        """C of the hidden states."""
         return self.config.hidden_size
 
     @property

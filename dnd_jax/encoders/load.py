@@ -2,7 +2,7 @@
 
     BERT family (MiniLM, BERT, GTE, BGE)           model_type bert                          bert.py
     T5, T5 v1.1 and mT5's encoder                  model_type t5, mt5                       t5.py
-    a decoder-only LM's hidden states of a layer   model_type qwen2, qwen3, llama, mistral  lm_encoder.py
+    a decoder-only LM's hidden states of a layer   model_type qwen2, qwen3, llama, mistral  lm.py
     word vectors                                   a text file: word v1 ... vC              word_vectors.py
 
 All are Linen modules of one shape: module.apply({"params": params}, ids (B, L), valid (B, L)) ->

@@ -18,7 +18,8 @@ from dnd_jax.base.names import Table
 
 
 def t5_table(layers: int, gated: bool) -> Table:
-    """T5's encoder; its first block holds the position bias of all."""
+    """(stored name, our path, transposed) of every parameter of T5's encoder, whose first block
+    holds the position bias of all."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     table = [
         ("shared.weight", "word_embeddings/embedding", False),
@@ -43,7 +44,8 @@ def t5_table(layers: int, gated: bool) -> Table:
 
 
 def t5_name(stored: str) -> str | None:
-    """Decoder and head are not used; the encoder's own table of embeddings is the shared one."""
+    """The table's name of a stored tensor. None for decoder and head, which are not used; the
+    encoder's own table of embeddings goes by the name of the shared one."""
     if stored.startswith(("decoder.", "lm_head.")):
         return None
     return "shared.weight" if stored == "encoder.embed_tokens.weight" else stored
@@ -136,7 +138,7 @@ class T5Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """C."""
+        """C of the hidden states."""
         return self.config.d_model
 
     @property

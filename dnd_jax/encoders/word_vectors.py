@@ -35,12 +35,12 @@ class WordVectors(nn.Module):
 
     @property
     def width(self) -> int:
-        """C."""
+        """C of a vector."""
         return self.config.width
 
     @property
     def window(self) -> None:
-        """Any L."""
+        """None: texts may have any length."""
         return None
 
     @nn.compact

@@ -2,7 +2,7 @@
 tokens a dataset, made once.
 
 The folders may be ours or PEFT's, LLaMA-Factory's checkpoint-N, or the original's flat
-N.safetensors (adapters.checkpoint_folders). Checkpoints are read one at a time and their tokens
+N.safetensors (`checkpoint_folders`). Checkpoints are read one at a time and their tokens
 written to WORKDIR/targets/DATASET/KEY/ as they come:
 
     tokens.npy        float32 (M, T, h, w), to be mapped into memory

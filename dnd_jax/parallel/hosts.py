@@ -16,18 +16,19 @@ from dnd_jax.parallel import peers
 
 
 def lead() -> bool:
-    """Whether this process writes what only one may write."""
+    """Whether this is process 0, which alone writes the files of a run."""
     return jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether there are more processes than this."""
+    """Whether the run has more than one process."""
     return jax.process_count() > 1
 
 
 @contextlib.contextmanager
 def lead_first() -> Iterator[None]:
-    """The block is done by process 0, then by all others, who wait outside of any collective."""
+    """Process 0 runs the block first; all others run it when process 0 is through. While they wait,
+    no collective is open that could time out."""
     mine = peers.present
     if mine is not None and mine.process:
         mine.wait_turn()
@@ -37,8 +38,8 @@ def lead_first() -> Iterator[None]:
 
 
 def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:
-    """Raises InputError in the processes that do not see the folder of process 0, which --flag
-    gives."""
+    """Process 0 leaves a mark in the folder that --flag gives. A process that does not see it there
+    raises InputError: its folder is another one."""
     mine = peers.present
     if mine is None:
         return
@@ -56,8 +57,8 @@ def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:
 
 
 def check_alike(values: Mapping[str, str]) -> None:
-    """Raises InputError in all processes when one has another value than process 0, saying of what
-    and which."""
+    """Compares {what: text} over all processes. Where one has another text than process 0, all
+    processes raise InputError, which names what differs and in which process."""
     if not several():
         return
     digests = [list(bytes.fromhex(digests.of_text(value))) for value in values.values()]
@@ -78,8 +79,9 @@ def check_alike(values: Mapping[str, str]) -> None:
 
 
 def check_writes(path: pathlib.Path) -> None:
-    """Raises InputError in all processes but 0, which has made this in the folder that all share,
-    unless its input differs."""
+    """Process 0 calls this before it writes `path`, which the other processes only read. If another
+    process comes here, it has looked for the file under another name than process 0, because it
+    reads other input files: it raises InputError."""
     if not lead():
         raise InputError(
             f"{path}: not there, though process 0 is through; process {jax.process_index()} "
@@ -89,18 +91,18 @@ def check_writes(path: pathlib.Path) -> None:
 
 
 def all_of(flag: bool) -> bool:
-    """Whether it is so in every process."""
+    """Whether the flag is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag)))) if several() else flag
 
 
 def agreed(flag: bool) -> bool:
-    """What process 0 says, in all of them."""
+    """The flag of process 0, in every process."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if several() else flag
 
 
 def to_host(x: jax.Array) -> np.ndarray | None:
-    """The whole of a sharded array in process 0, None in the others; one array at a time through
-    the devices."""
+    """A sharded array as NumPy in process 0, None in all others. Every process must call it: the
+    devices exchange their parts, one array at a time."""
     if several() and not x.is_fully_replicated:
         mesh = x.sharding.mesh
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -21,12 +21,12 @@ KEYS = {"slice": "slices", "data": "data", "fsdp": "fsdp", "tensor": "tensor"}
 def make_mesh(
     config: schema.Mesh, device_list: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """The mesh of all devices, or of those given: slice x data x fsdp x tensor, slices connected by
-    the data centre's network.
+    """The mesh slice x data x fsdp x tensor of all devices, or of those given. Slices are connected
+    by the data centre's network.
 
-    slices 0 takes as many as the devices report; with more than one given and none reported,
-    processes are grouped in order. One of the other sizes may be -1. Raises InputError with the
-    equation and a mesh that works when the sizes do not fit.
+    config.slices 0: as many slices as the devices report. More than one where they report none:
+    equal runs of processes, in order. One of data, fsdp and tensor may be -1: the rest. If the
+    sizes do not fit the devices, raises InputError with the equation and a mesh that works.
     """
     devices = list(jax.devices() if device_list is None else device_list)
     slices = config.slices or len({_slice(d) for d in devices})
@@ -77,8 +77,8 @@ def _counted(devices: Sequence[jax.Device]) -> str:
 
 
 def _working(sizes: dict[str, int], devices: int) -> dict[str, int]:
-    """The nearest sizes that fit: tensor and fsdp as far as they divide what there is, data the
-    rest."""
+    """The nearest sizes that fit: tensor and fsdp by their common divisors with what is left of the
+    devices, data the rest."""
     left, found = devices, {}
     for axis in ("slice", "tensor", "fsdp"):
         found[axis] = math.gcd(left, max(sizes[axis], 1))
@@ -90,7 +90,8 @@ def _working(sizes: dict[str, int], devices: int) -> dict[str, int]:
 
 
 def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices in an order that keeps neighbours on the mesh neighbours in the network."""
+    """The devices as an array of this shape, such that neighbours in it are neighbours in the
+    network."""
     slices, reported = shape[0], len({_slice(d) for d in devices})
     if reported not in (1, slices):
         raise InputError(

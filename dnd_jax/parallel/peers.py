@@ -19,7 +19,7 @@ RESUME = "start every process again with the same command to resume"
 
 
 class Line:
-    """JSON objects over a socket, one a line; from several threads."""
+    """A socket that carries JSON objects, one a line. Several threads may send."""
 
     def __init__(self, connection: socket.socket):
         self._socket, self._rest, self._lock = connection, b"", threading.Lock()
@@ -32,7 +32,8 @@ class Line:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def closed(self) -> bool:
-        """Whether the other side has left. Not while another thread receives."""
+        """Whether the other side has closed the connection. Not to be asked while another thread
+        receives."""
         before = self._socket.gettimeout()
         try:
             self._socket.settimeout(0)
@@ -45,8 +46,8 @@ class Line:
             self._socket.settimeout(before)
 
     def receive(self, seconds: float) -> dict | None:
-        """The next message; None when the connection is closed or speaks no JSON objects. Raises
-        TimeoutError."""
+        """The next message. None: the connection is closed, or what came is no JSON object. Raises
+        TimeoutError when nothing whole comes within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
             while b"\n" not in self._rest:
@@ -65,7 +66,8 @@ class Line:
 
 
 class Peers:
-    """The connections of this process: to all others in process 0, else to process 0."""
+    """The connections of this process: process 0 has one to every other process, each of the others
+    has one to process 0."""
 
     def __init__(self, process: int, lines: dict[int, Line], names: dict[int, str], token: str):
         self.process, self.token = (
@@ -76,7 +78,7 @@ class Peers:
         self._over, self._turn = threading.Event(), threading.Semaphore(0)
 
     def watch(self) -> None:
-        """Starts to give and to expect signs of life."""
+        """Starts the threads that send signs of life and expect those of the peers."""
         threading.Thread(target=self._beat, daemon=True, name="peers").start()
         for peer in self._lines:
             threading.Thread(
@@ -109,7 +111,8 @@ class Peers:
                 )
 
     def _lost(self, peer: int, why: str, status: int = LOST) -> None:
-        """Tells the others and this user, and ends the process, whatever it hangs in."""
+        """Tells the other processes and the user which peer is lost and why, then ends this process
+        at once, even from within a collective that never returns."""
         if self._over.is_set():
             return
         self._over.set()
@@ -123,17 +126,17 @@ class Peers:
         os._exit(status)
 
     def pass_turn(self) -> None:
-        """Process 0 lets all others go on that wait for it."""
+        """Process 0: lets the processes go on that wait in `wait_turn`."""
         self._tell(turn=True)
 
     def wait_turn(self) -> None:
-        """Waits for process 0, however long it takes."""
+        """Any other process: waits until process 0 calls `pass_turn`, however long that takes."""
         while not self._turn.acquire(timeout=1.0):
             stop.check()
 
     def leave(self, why: str = "", status: int = LOST) -> None:
-        """The end of this process' part: done, or why it stops early, which ends all others with
-        this status."""
+        """Ends this process' part. Without `why`: it is done, and the others go on. With it: it
+        stops early, and all others end with `status`."""
         self._over.set()
         if why:
             self._tell(peer=self.process, why=f"stopped: {why}", status=status)

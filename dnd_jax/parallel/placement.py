@@ -1,5 +1,5 @@
-"""Where the decoder's arrays lie on a device mesh while they are computed with.
-`dnd_jax/parallel/rules.py` says where they are kept."""
+"""Where the decoder's arrays lie on a device mesh while they are computed with. Where they are kept
+in between: `dnd_jax/parallel/rules.py`."""
 
 import dataclasses
 import math
@@ -61,8 +61,8 @@ class Placement:
     def convolve(
         self, function: Callable, x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int
     ) -> jax.Array:
-        """function(x, kernel) on every device's parts; the result with its output channels, on
-        `axis`, whole again."""
+        """Runs function(x, kernel) on every device's own parts. The result's output channels, on
+        `axis`, are gathered again."""
         if self.mesh is None or self.mesh.size == 1:
             return function(x_BxNxLxC, kernel)
         batch = BATCH_AXES if self.batch_ways(len(x_BxNxLxC)) > 1 else None
@@ -97,8 +97,8 @@ class Placement:
         return self._constrain(x_Bx, BATCH_AXES if self.batch_ways(x_Bx.shape[0]) > 1 else None)
 
     def gather_small(self, params: Any) -> Any:
-        """Parameters with all that is small gathered. Kernels stay as they are: the convolution
-        that needs one gathers it."""
+        """The parameters, of which all but the convolutions' kernels are gathered on every device.
+        A kernel is gathered by the convolution that needs it."""
         return jax.tree.map(lambda p: p if p.ndim == 4 else self._constrain(p), params)
 
     def _constrain(self, x: jax.Array, *axes) -> jax.Array:

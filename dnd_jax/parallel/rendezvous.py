@@ -46,8 +46,8 @@ def _is_hello(message: dict | None) -> bool:
 
 
 class _Meeting(NamedTuple):
-    """Where process 0 awaits the others: beside the coordinator, whose own port is JAX's. mend:
-    what moves it."""
+    """Where process 0 waits for the others: a port beside the coordinator's, which is JAX's own.
+    mend: the flags that choose another place."""
 
     host: str
     port: int
@@ -107,7 +107,7 @@ def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
 
 
 def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peers:
-    """Process 0: waits for all others."""
+    """What process 0 does: it waits until all others have joined."""
     hello = _hello(0, run)
     joined, lines = {0: hello}, {}
 
@@ -166,7 +166,7 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
 
 
 def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: str) -> Peers:
-    """Any other process: joins process 0."""
+    """What every other process does: it joins process 0."""
     hello, deadline = _hello(process, run), time.monotonic() + seconds
     while True:
         try:
@@ -207,8 +207,8 @@ def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: 
 
 
 def _meeting_of_lead() -> _Meeting:
-    """An address of process 0, told to all over JAX's own network: for a JAX that has started
-    without saying who is who."""
+    """Where to meet process 0, when JAX has started already and nobody was told: process 0 chooses
+    an address and sends it to all over JAX's own network."""
     with contextlib.ExitStack() as stack:
         probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         try:

@@ -63,7 +63,7 @@ def _divides(mesh: jax.sharding.Mesh, axes: tuple, shape: tuple[int, ...]) -> bo
 
 
 def shaped(shapes: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie."""
+    """The shapes with their shardings, for compilation without arrays."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
@@ -93,8 +93,8 @@ def sharding_table(shapes: Any, shardings: Any) -> list[str]:
 
 
 def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
-    """The first axis (batch, tasks) over slice x data x fsdp. Raises InputError when it does not
-    divide."""
+    """The sharding that splits the first axis (batch, tasks) over slice x data x fsdp. Raises
+    InputError naming `what` when they do not divide its size."""
     ways = batch_ways(mesh)
     if size % ways:
         fits = max(ways, size // ways * ways)
