@@ -33,6 +33,11 @@ PATIENCE = 3.0  # seconds until the progress is shown
 
 def of_text(*parts: str | bytes) -> str:
     """sha256 of texts (as UTF-8) and bytes, one behind the other."""
+    return of_parts(parts)
+
+
+def of_parts(parts: Iterable[str | bytes]) -> str:
+    """`of_text` of parts that are made one at a time, and never all in memory."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)

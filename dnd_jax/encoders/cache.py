@@ -6,6 +6,7 @@ max_text_length, dropout off. States of many long texts are large (6 MB a text f
 384): they go to disk batch by batch and are mapped into memory from there.
 """
 
+import itertools
 import math
 import os
 import pathlib
@@ -167,7 +168,8 @@ class PromptEncoder:
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
         texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))
-        return pathlib.Path(cache, f"{what}_{digests.of_text(self.fingerprint, *texts)[:32]}.npy")
+        digest = digests.of_parts(itertools.chain([self.fingerprint], texts))
+        return pathlib.Path(cache, f"{what}_{digest[:32]}.npy")
 
     def _cached(
         self,
