@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from pipeline import dnd
 
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.costs.bench import run
+from dnd_jax.costs.bench.case import Case
 from dnd_jax.ops import convolution, cost_model, tune
 from dnd_jax.ops.cost_model import Problem, choose
 
@@ -18,13 +22,59 @@ def test_bench_measures_every_variant_of_every_case(tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert [r["case"]["name"] for r in results] == ["forward", "train", "generate", "first stage"]
     for result in results:
-        assert list(result["rows"]) == ["jax direct", "jax auto", "torch eager"]
-        for row in result["rows"].values():
-            assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["peak_bytes"] > 1e8
-            assert row["speedup"]["least"] <= row["speedup"]["median"] <= row["speedup"]["most"]
-        assert result["rows"]["torch eager"]["speedup"]["median"] == 1
+        rows = result["rows"]
+        assert list(rows) == ["jax direct", "jax auto", "torch eager"]
+        torch = rows["torch eager"]["seconds"]
+        for row in rows.values():
+            seconds = row["seconds"]
+            assert len(seconds) == 2 and min(seconds) > 0 and row["peak_bytes"] > 1e8
+            assert row["median"] == pytest.approx(sum(seconds) / 2)
+            assert row["flops_per_second"] * row["median"] == pytest.approx(result["direct_flop"])
+            assert row["speedup"] == {
+                "median": pytest.approx(sum(torch) / sum(seconds)),
+                "least": min(torch) / max(seconds),
+                "most": max(torch) / min(seconds),
+            }
         assert f"| {result['case']['name']}, batch" in done.stdout
+    flop = [result["direct_flop"] for result in results]
+    assert flop[1] == 3 * flop[0] > 0 and flop[2] > 0  # a gradient is two forward passes more
     assert done.stdout.strip().endswith(f"results: {tmp_path / 'bench.json'}")
+
+
+def test_ratios_are_to_the_fastest_of_pytorch(monkeypatch):
+    """Rows of known seconds: which variant is the reference, and which way the ratio goes."""
+    seconds = {
+        "direct": [4.0, 2.0, 6.0],
+        "auto": [1.0, 0.5, 0.5],
+        "eager": [8.0, 8.0, 8.0],
+        "compile": [2.0, 1.0, 4.0],
+    }
+    rounds = {name: iter(values) for name, values in seconds.items()}
+    peaks = iter(range(100))
+    monkeypatch.setattr(
+        run,
+        "measure",
+        lambda side, case, variant, repeats: {
+            "seconds": [next(rounds[variant])],
+            "peak_bytes": next(peaks),
+            "compile_seconds": 1.0,
+        },
+    )
+    raw = load_file("tests/bench_tiny.py")
+    raw.bench.update(methods=("direct", "auto"), torch=("eager", "compile"), rounds=3)
+    result = run.run_case(Case("x", "tests/tiny.py", "forward", 2, "float32"), freeze(raw))
+    rows = result["rows"]
+    assert {label.split()[1]: row["seconds"] for label, row in rows.items()} == seconds
+    assert {label: row["speedup"] for label, row in rows.items()} == {
+        "jax direct": {"median": 0.5, "least": 1 / 6, "most": 2.0},
+        "jax auto": {"median": 4.0, "least": 1.0, "most": 8.0},
+        "torch eager": {"median": 0.25, "least": 0.125, "most": 0.5},
+        "torch compile": {"median": 1.0, "least": 0.25, "most": 4.0},
+    }
+    assert [row["peak_bytes"] for row in rows.values()] == [8, 9, 10, 11]  # the largest
+    assert rows["jax auto"]["flops_per_second"] == result["direct_flop"] / 0.5
+    line = next(line for line in run.table([result]).splitlines() if "jax auto" in line)
+    assert "| 0.5 (0.5-1) | 4.00 (1.00-8.00) |" in line
 
 
 def test_a_case_that_is_none(tmp_path):

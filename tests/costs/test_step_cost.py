@@ -278,6 +278,19 @@ def plan_of(**changes) -> Plan:
     return Plan(**usual | changes)
 
 
+@pytest.mark.parametrize(
+    "changes, fits",
+    [
+        ({"peak_bytes": 16, "limit_bytes": 16}, True),
+        ({"peak_bytes": 17, "limit_bytes": 16}, False),
+        ({"peak_bytes": 17, "limit_bytes": None}, True),  # virtual devices
+        ({"peak_bytes": None, "limit_bytes": 16, "error": "out of memory"}, False),
+    ],
+)
+def test_a_plan_fits_up_to_its_chips_memory(changes, fits):
+    assert plan_of(**changes).fits is fits
+
+
 def test_scaling_compares_what_differs_in_the_number_of_devices_alone(tmp_path):
     def of(size, batch, **changes):
         mesh = {"slice": 1, "data": size, "fsdp": 1, "tensor": 1}
@@ -375,22 +388,32 @@ SETTINGS = pathlib.Path("configs")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, topology, mesh_sizes, changes",
+    "name, topology, mesh_sizes, changes, peak, limit",
     [
-        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1), {}),
-        ("qwen2_5_0_5b_commonsense", "v5e:4x4", (2, 8, 1), {"remat": "stages", "micro_batches": 2}),
-        ("qwen2_5_7b_code", "v5p:4x4x4", (2, 8, 4), {}),
+        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1), {}, 41.8, 95.74),
+        (
+            "qwen2_5_0_5b_commonsense",
+            "v5e:4x4",
+            (2, 8, 1),
+            {"remat": "stages", "micro_batches": 2},
+            15.6,
+            15.75,
+        ),
+        ("qwen2_5_7b_code", "v5p:4x4x4", (2, 8, 4), {}, 26.7, 95.74),
     ],
 )
-def test_the_papers_settings_fit(name, topology, mesh_sizes, changes):
-    """Numbers of the day in docs/SCALING.md."""
+def test_the_papers_settings_fit(name, topology, mesh_sizes, changes, peak, limit):
+    """The GiB of docs/SCALING.md."""
     from dnd_jax.costs.step_cost import topology_devices
 
     raw = load_file(str(SETTINGS / f"{name}.py"))
     raw.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True)))
     raw.train.update(changes)
     plan = make_plan(freeze(raw), topology_devices(topology))
-    assert plan.fits, plan
+    assert plan.fits and plan.limit_bytes / 2**30 == pytest.approx(limit, abs=0.01), plan
+    assert plan.peak_bytes / 2**30 == pytest.approx(peak, rel=0.02), plan
+    parts = plan.argument_bytes + plan.temporary_bytes + plan.output_bytes + plan.ahead_bytes
+    assert parts == pytest.approx(plan.peak_bytes, rel=0.01)  # beside them, the program
     assert plan.flops < plan.direct_flops and plan.estimate_seconds > 0 and plan.hash
 
 
