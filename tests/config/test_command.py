@@ -234,3 +234,13 @@ def test_a_reader_that_has_read_enough_is_no_error(arguments):
     os.close(writer)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
+
+
+def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside):
+    from dnd_jax.costs.bench.run import cases_of
+
+    given = parsed("--config=mini", "--config.generator.kernel_size=5", "--workdir=w")
+    with remembering(given.workdir, given.config):
+        cases = cases_of(given.config, outside / "w/config.json")
+    assert [case.what for case in cases] == ["forward", "train", "generate"]
+    assert all(case.load().generator == given.config.generator for case in cases)
