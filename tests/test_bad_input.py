@@ -93,7 +93,7 @@ def test_byte_order_mark_and_blank_lines_are_fine(tmp_path):
     [
         ({"train": []}, "train names no dataset"),
         ({"train": ["bird-colon", "bird-rank", "bird-rank"]}, "named twice: bird-rank"),
-        ({"unseen": ["../bird-colon"]}, "unseen must be a list of dataset names"),
+        ({"unseen": ["../bird-colon"]}, "unseen: '../bird-colon' cannot name a folder: it has a /"),
         ({"tarin": []}, "unknown key(s) tarin"),
         ({"unseen": ["nowhere"]}, "nowhere/train.jsonl: cannot be read"),
         ({"kinds": {"bird-rank": "x", "nope": "y"}}, "kinds must map names of unseen"),

@@ -55,7 +55,7 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
             _exchange(target, path)
         else:
             target.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
         raise _refused(error, path, staging) from error
     finally:
@@ -133,11 +133,12 @@ def _settle(target: pathlib.Path, mode: int) -> None:
     if stat.S_IMODE(target.stat().st_mode) & 0o777 != wanted & 0o777:
         with contextlib.suppress(PermissionError):  # a file system without permissions
             target.chmod(wanted)
-    _sync(target)
+    sync(target)
 
 
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk."""
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk. Raises OSError as the
+    system does."""
     file = os.open(path, os.O_RDONLY)
     try:
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync leaves it in the drive's cache
@@ -199,9 +200,12 @@ def need_space(
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(as_json(value), encoding="utf-8")
+
+
+def as_json(value: Any) -> str:
+    """`value` as indented JSON, the content of a file."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: str | os.PathLike) -> Any:

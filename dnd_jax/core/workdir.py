@@ -26,6 +26,9 @@ RESULTS = "results.json"  # tables
 REPORT = "report.html"
 SECONDS = "seconds.json"  # of each stage
 HARNESS = "lm_eval.json"  # what `dnd lm-eval` found
+# The folders among them: nothing else in a workdir may have such a name.
+NAMES = (SUITE, PRETRAIN, BASE, COLLECT, LORAS, TARGETS, EMBEDDINGS, GENERATOR)
+NAMES += (ADAPTERS, COMPETITORS, "lm_eval", "plans", "profile")
 
 
 @contextlib.contextmanager

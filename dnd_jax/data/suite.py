@@ -42,6 +42,7 @@ import numpy as np
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
+from dnd_jax.core.names import name_fault, twin_faults
 from dnd_jax.data.rows import FILES
 from dnd_jax.data.sources import FIELDS, Example, Reading, Source, hold_out, read_source
 
@@ -192,13 +193,16 @@ def _in_places(path: pathlib.Path, raw: Mapping, least: int) -> Readers:
     """The datasets of "train" and "unseen", under datasets/NAME."""
     for key in ("train", "unseen"):
         names = raw.get(key)
-        if not isinstance(names, list) or not all(
-            isinstance(n, str) and n and n == os.path.basename(n) for n in names
-        ):
+        if not isinstance(names, list):
             raise InputError(
                 f"{path}: {key} must be a list of dataset names (folders under datasets/)"
             )
+        faults = [fault for name in names if (fault := name_fault(name))]
+        if faults:
+            raise listed(f"{path}: {key}", faults)
     names = raw["train"] + raw["unseen"]
+    if faults := twin_faults(names):
+        raise listed(f"{path}", faults)
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise InputError(
@@ -226,8 +230,8 @@ def _listed(path: pathlib.Path, raw: Mapping, least: int) -> Readers:
     for i, entry in enumerate(entries):
         name, role, holdout = entry.get("name"), entry.get("role"), entry.get("holdout", 0)
         what = f"datasets[{i}]"
-        if not isinstance(name, str) or not name or name != os.path.basename(name):
-            faults.append(f"{what}.name = {name!r} must be a word that can name a folder")
+        if fault := name_fault(name):
+            faults.append(f"{what}.name = {fault}")
             continue
         what += f" ({name})"
         if role not in ROLES:
@@ -259,6 +263,7 @@ def _listed(path: pathlib.Path, raw: Mapping, least: int) -> Readers:
         f"{name} has a test, but no entry of role train or unseen"
         for name in tests.keys() - pools.keys()
     ]
+    faults += twin_faults(pools)
     if faults:
         raise listed(f"{path}", faults)
 

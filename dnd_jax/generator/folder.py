@@ -2,12 +2,13 @@
 generation and further training.
 
 generator.json            settings, checkpoints (digest of the LoRAs it was trained on), features,
-layout, adapter,
-                          encoder_fingerprint; written last: a folder with it is whole
+                          layout, adapter, encoder_fingerprint; removed first and written last: a
+                          folder with it is whole
 model.safetensors         parameters by path, "decoder/stage_0/conv1w", ...
 statistics.safetensors    importance weights (T,) and the statistics of the target
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -19,8 +20,9 @@ import numpy as np
 from dnd_jax.config import schema, validate
 from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.files import replacing
-from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.files import as_json, replacing, sync
+from dnd_jax.core.formats import FORMAT as KEY
+from dnd_jax.core.formats import read_numbered
 from dnd_jax.core.tensors import opened, write_safetensors, write_tensors
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
@@ -123,13 +125,48 @@ def write_generator(
     statistics: Mapping[str, np.ndarray],
     description: Mapping,
 ) -> None:
-    """Writes the three files. params: (path, array) in the order of `shapes` {path: (shape,
-    dtype)}, held one at a time."""
-    with replacing(folder / MODEL) as temporary:
-        write_tensors(temporary, shapes, params)
-    with replacing(folder / STATISTICS) as temporary:
-        write_safetensors(temporary, statistics)
-    write_numbered(folder / DESCRIPTION, FORMAT, description)
+    """Writes the three files, or leaves those that are there. params: (path, array) in the order of
+    `shapes` {path: (shape, dtype)}, held one at a time.
+
+    The old description goes before the first of the new files takes its place, and the new one
+    comes last: killed between, the folder has none, and is no generator.
+    """
+    with (
+        replacing(folder / DESCRIPTION) as described,
+        replacing(folder / STATISTICS) as its_statistics,
+        replacing(folder / MODEL) as model,
+    ):
+        write_tensors(model, shapes, params)
+        write_safetensors(its_statistics, statistics)
+        described.write_text(as_json({KEY: FORMAT, **description}), encoding="utf-8")
+        sync(model)  # here, not while there is no description
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        sync(folder)
+    # The blocks end from the last to the first: model, statistics, description.
+
+
+@contextlib.contextmanager
+def steady(folder: pathlib.Path) -> Iterator[None]:
+    """A block that reads several files of a generator. Raises InputError when they were replaced
+    meanwhile, so that they may be of two generators."""
+
+    def written() -> tuple[int, int] | None:
+        try:
+            stat = (folder / DESCRIPTION).stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+    before = written()
+    replaced = InputError(f"{folder}: was replaced while it was read; run the same command again")
+    try:
+        yield
+    except InputError:
+        if written() != before:
+            raise replaced from None
+        raise
+    if written() != before:
+        raise replaced
 
 
 def initial_params(
@@ -144,6 +181,13 @@ def initial_params(
     alone do not tell.
     """
     folder = find_generator(run_dir)
+    with steady(folder):
+        return _read_params(folder, shapes, shardings, settings)
+
+
+def _read_params(
+    folder: pathlib.Path, shapes: Mapping, shardings: Mapping, settings: Mapping
+) -> dict:
     stored = dataclasses.asdict(read_description(folder).generator)
     faults = [
         f"config.generator.{key} is {settings[key]!r}, there it is {stored[key]!r}"

@@ -32,6 +32,7 @@ from dnd_jax.generator.folder import (
     STATISTICS,
     find_generator,
     read_description,
+    steady,
 )
 from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.lora import targets
@@ -77,7 +78,10 @@ class TrainedGenerator:
         devices.
         """
         self.folder = folder = find_generator(run_dir)
-        description = read_description(folder)
+        with steady(folder):
+            description = read_description(folder)
+            statistics, flat = (read_safetensors(folder / file) for file in (STATISTICS, MODEL))
+            self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
         self.condition, self.adapter, self.layout = (
             description.condition,
             description.adapter,
@@ -88,19 +92,15 @@ class TrainedGenerator:
         if base_name:
             self.adapter = dataclasses.replace(self.adapter, base=base_name)
         self._seed = description.seed
-        self.target = targets.from_statistics(
-            description.generator.target, self.layout, read_safetensors(folder / STATISTICS)
-        )
+        self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         count = mesh.fsdp * mesh.tensor
         devices = jax.local_devices()[: count if count > 0 else None]
         self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
         generation = shard_generation(description.spec, self._mesh, mesh.rules)
         self.module, self._step = generation.module, generation.step
-        flat = read_safetensors(folder / MODEL)
         self.params = jax.device_put(
             traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
         )
-        self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
         self.config_hash = digests.of_json(description.settings)
         self._description = description
 

@@ -24,8 +24,10 @@ from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import digests
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.names import name_fault, twin_faults
 from dnd_jax.core.stage import ALLOW, ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
@@ -110,11 +112,10 @@ def variants(config: Config) -> list[Variant]:
         )
     faults, found = [], []
     for name, changes in named:
-        if not re.fullmatch(r"[\w=.,+-]+", name) or name == DEFAULT or name.startswith("."):
-            faults.append(
-                f"{name!r} cannot name a variant's folder; use letters, digits and =.,+- (and not "
-                f"{DEFAULT!r})"
-            )
+        if fault := name_fault(name, (DEFAULT, *paths.NAMES)):
+            faults.append(fault)
+        elif re.fullmatch(r"seed_\d+", name):
+            faults.append(f"{name!r} cannot name a variant: it is the folder of a seed")
         elif name in (v.name for v in found):
             faults.append(f"{name} is there twice")
         try:
@@ -125,6 +126,7 @@ def variants(config: Config) -> list[Variant]:
             found.append(Variant(name, changed))
         except InputError as error:
             faults.append(f"{name}: {error}")
+    faults += twin_faults(v.name for v in found)
     if faults:
         raise listed("config.ablate", faults)
     return found if any(not v.changes for v in found) else [Variant(DEFAULT, {}), *found]

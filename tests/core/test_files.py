@@ -183,7 +183,7 @@ def test_clean_up_removes_only_what_it_made(tmp_path):
 def test_everything_is_on_the_disk_before_and_after_it_is_renamed(tmp_path, monkeypatch):
     """The order of the calls: each file and folder inside, the rename, the folder around it."""
     calls = []
-    monkeypatch.setattr(files, "_sync", lambda path: calls.append(path.name))
+    monkeypatch.setattr(files, "sync", lambda path: calls.append(path.name))
     monkeypatch.setattr(
         files, "exchange", lambda *both: calls.append("exchange") or exchange(*both)
     )

@@ -402,7 +402,7 @@ def test_listed_suite(listed):
     [
         (0, {"role": "trian"}, "datasets[0] (a).role = 'trian' is none of train, unseen, test"),
         (0, {"soruce": "x"}, "datasets[0] (a).soruce is unknown; did you mean source?"),
-        (0, {"name": "../a"}, "datasets[0].name = '../a' must be a word"),
+        (0, {"name": "../a"}, "datasets[0].name = '../a' cannot name a folder: it has a /"),
         (0, {"limit": "5"}, "datasets[0] (a).limit = '5' is of the wrong type"),
         (0, {"source": ""}, "datasets[0] (a) needs a source"),
         (

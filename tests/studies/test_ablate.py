@@ -102,7 +102,17 @@ def test_the_default_is_there_even_if_no_variant_is_it():
         (
             (),
             (("a/b", {"train.pairing": "fixed"}), ("default", {"train.steps": 9})),
-            "'a/b' cannot name .*'default' cannot name",
+            "'a/b' cannot name .*'default' cannot name .*something else",
+        ),
+        (
+            (),
+            tuple((name, {"train.steps": 9}) for name in ("..", "base", "seed_1", "-x", "a.json")),
+            r"'\.\.' .*begins with \.; 'base' .*else there; 'seed_1' .*a seed; '-x' .*; 'a\.json'",
+        ),
+        (
+            (),
+            (("Wide", {"train.steps": 9}), ("wide", {"train.steps": 8})),
+            "'Wide' and 'wide' are one folder on some systems",
         ),
         ((), (), r"config\.ablate lists nothing to compare; take one of configs/ablate_\*\.py"),
     ],
