@@ -1,7 +1,8 @@
 """The paper's common-sense setting: LoRAs of Qwen2.5-0.5B-Instruct from 128 prompts
 (docs/SETTINGS.md).
 
-    dnd train --config=configs/qwen2_5_0_5b_commonsense.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
+    dnd train --config=configs/qwen2_5_0_5b_commonsense.py --suite=SUITE --workdir=RUN \\
+        --config.train.checkpoints=LORAS
 
 LORAS holds DATASET/*/ PEFT folders of rank 8 on all seven projections, 50 of each of 6 datasets;
 `dnd collect` makes them. 4296 tokens of 10 x 130; a generator of 1113.2M parameters; 8.26 TFLOP a

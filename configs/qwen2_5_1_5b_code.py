@@ -1,7 +1,8 @@
 """The paper's code setting: LoRAs of Qwen2.5-1.5B-Instruct from 16 prompts of 26624 tokens
 (docs/SETTINGS.md).
 
-    dnd train --config=configs/qwen2_5_1_5b_code.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
+    dnd train --config=configs/qwen2_5_1_5b_code.py --suite=SUITE --workdir=RUN \\
+        --config.train.checkpoints=LORAS
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 80 of each of 7 datasets.
 4508 tokens of 18 x 258; a generator of 1715.3M parameters; 27.31 TFLOP a sample forward by the

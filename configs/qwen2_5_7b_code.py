@@ -1,7 +1,8 @@
 """The paper's code setting: LoRAs of Qwen2.5-Coder-7B-Instruct from 16 prompts of 26624 tokens
 (docs/SETTINGS.md).
 
-    dnd train --config=configs/qwen2_5_7b_code.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
+    dnd train --config=configs/qwen2_5_7b_code.py --suite=SUITE --workdir=RUN \\
+        --config.train.checkpoints=LORAS
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of each of 7 datasets.
 4928 tokens of 18 x 514; a generator of 1936.5M parameters; 52.77 TFLOP a sample forward by the

@@ -1,7 +1,8 @@
 """The paper's visual math setting: LoRAs of Qwen2.5-VL-3B-Instruct from 16 prompts of 1536 tokens
 (docs/SETTINGS.md).
 
-    dnd train --config=configs/qwen2_5_vl_3b_math.py --suite=SUITE --workdir=RUN --config.train.checkpoints=LORAS
+    dnd train --config=configs/qwen2_5_vl_3b_math.py --suite=SUITE --workdir=RUN \\
+        --config.train.checkpoints=LORAS
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset: a
 warning says that from one the generator cannot learn what prompts mean. The embeddings of one text

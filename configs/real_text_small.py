@@ -1,7 +1,8 @@
 """Real text on two CPU cores: real question sets, real MiniLM embeddings, a small base pretrained
 from scratch on the questions.
 
-    dnd quickstart --config=configs/real_text_small.py --suite=common_sense.json --workdir=runs/real_text
+    dnd quickstart --config=configs/real_text_small.py --suite=common_sense.json \\
+        --workdir=runs/real_text
 
 common_sense.json lists ARC-c, ARC-e and BoolQ to train on and leaves OBQA out: docs/REAL_TEXT.md
 has it, and what came out. A 3.4M-parameter Qwen2 base that has seen questions only, never an

@@ -93,7 +93,10 @@ def _main(argv: list[str]) -> int:
     except RuntimeError as error:  # as JAX's and PyTorch's own are
         if "RESOURCE_EXHAUSTED" not in str(error) and type(error).__name__ != "OutOfMemoryError":
             raise
-        hint = "a smaller batch, train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` says what fits"
+        hint = (
+            "a smaller batch, train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` "
+            "says what fits"
+        )
         print(f"dnd: no room on the device ({first_line(error)}); take {hint}", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -45,7 +45,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.usage = "local_multiprocess.py --processes=N [--devices=K] [--grace=SECONDS] [--dry-run] -- COMMAND ..."
+    parser.usage = (
+        "local_multiprocess.py --processes=N [--devices=K] [--grace=SECONDS] [--dry-run] -- "
+        "COMMAND ..."
+    )
     parser.add_argument("--processes", type=positive, required=True, help="how many processes")
     parser.add_argument(
         "--devices",

@@ -57,7 +57,12 @@ def test_cited_files_and_sections_are_there(path):
     if path.parent != ROOT / "tests":  # tests of bad input name files on purpose that are not there
         assert not lacking(text)
     assert not re.search(r"(?<![/\w(\[])(?:METHOD|CONFIGS|SETTINGS)\.md", text)  # without docs/
-    known = {int(number) for number in re.findall(r"^(\d+)\. ", "\n".join(headings(ROOT / "docs" / "METHOD.md")), re.M)}  # fmt: skip
+    known = {
+        int(number)
+        for number in re.findall(
+            r"^(\d+)\. ", "\n".join(headings(ROOT / "docs" / "METHOD.md")), re.M
+        )
+    }
     for cited in SECTIONS.findall(text):
         assert set(map(int, re.findall(r"\d+", cited))) <= known, cited
 

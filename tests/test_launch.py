@@ -679,7 +679,10 @@ def several(*arguments: str, program: str, env=None) -> subprocess.CompletedProc
 
 
 def test_local_processes_get_their_flags_and_devices():
-    program = "import os, sys; print(*sys.argv[1:]); print(os.environ['XLA_FLAGS'], os.environ['JAX_PLATFORMS'], file=sys.stderr)"
+    program = (
+        "import os, sys; print(*sys.argv[1:]); "
+        "print(os.environ['XLA_FLAGS'], os.environ['JAX_PLATFORMS'], file=sys.stderr)"
+    )
     env = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false",

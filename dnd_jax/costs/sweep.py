@@ -139,7 +139,10 @@ def nearest_miss(plans: Sequence[Plan]) -> str:
         return "nothing fits; take more chips or a smaller batch"
     p = min(known, key=lambda p: p.peak_bytes / p.limit_bytes)
     over = f"{p.peak_bytes / 2**30:.1f} GiB of {p.limit_bytes / 2**30:.1f}"
-    return f"nothing fits; the nearest is {p.step} on {p.devices}, mesh {mesh_name(p)}, which wants {over}; {what_would_help(p)}"
+    return (
+        f"nothing fits; the nearest is {p.step} on {p.devices}, mesh {mesh_name(p)}, which wants "
+        f"{over}; {what_would_help(p)}"
+    )
 
 
 def _size(plan: Plan) -> int:
@@ -197,12 +200,24 @@ def as_markdown(plans: Sequence[Plan]) -> str:
         flops, moved = (None, None) if p.looped else (p.flops, p.bytes)
         batch = f"{p.batch} / {p.micro_batches}" if p.micro_batches > 1 else str(p.batch)
         cells = [
-            p.step, p.devices, mesh_name(p), p.rules, batch, p.remat, p.method,
-            shown(p.peak_bytes, 2**30), shown(p.limit_bytes, 2**30),
-            shown(flops, 1e12), shown(moved, 1e9), shown(links, 1e9, 3), shown(p.estimate_seconds, 1e-3),
-            shown(p.link_seconds, 1e-3, 3), shown(p.measured_seconds, 1e-3), shown(p.samples_per_second),
+            p.step,
+            p.devices,
+            mesh_name(p),
+            p.rules,
+            batch,
+            p.remat,
+            p.method,
+            shown(p.peak_bytes, 2**30),
+            shown(p.limit_bytes, 2**30),
+            shown(flops, 1e12),
+            shown(moved, 1e9),
+            shown(links, 1e9, 3),
+            shown(p.estimate_seconds, 1e-3),
+            shown(p.link_seconds, 1e-3, 3),
+            shown(p.measured_seconds, 1e-3),
+            shown(p.samples_per_second),
             "yes" if p.fits else "NO",
-        ]  # fmt: skip
+        ]
         lines.append("| " + " | ".join(f"**{c}**" if p in stars else c for c in cells) + " |")
     lines += [
         "",
@@ -238,9 +253,12 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
         label="compute, by the compiler",
     )
     left.barh(
-        at, [(p.link_seconds or 0) * 1e3 for p in shown], left=[(p.estimate_seconds or 0) * 1e3 for p in shown],
-        color="#dd8452", label="links, not overlapped",
-    )  # fmt: skip
+        at,
+        [(p.link_seconds or 0) * 1e3 for p in shown],
+        left=[(p.estimate_seconds or 0) * 1e3 for p in shown],
+        color="#dd8452",
+        label="links, not overlapped",
+    )
     if any(p.measured_seconds for p in shown):
         left.plot(
             [(p.measured_seconds or float("nan")) * 1e3 for p in shown],

@@ -4,7 +4,8 @@ one of two forms.
 Files in their places (the corpus pretrains a base from scratch and is optional with a given one;
 "system" is optional too):
 
-    suite.json       {"name", "corpus": "corpus.jsonl", "train": [NAME, ...], "unseen": [NAME, ...], "kinds": {NAME: KIND}}
+    suite.json       {"name", "corpus": "corpus.jsonl", "train": [NAME, ...], "unseen": [NAME, ...],
+                      "kinds": {NAME: KIND}}
     corpus.jsonl     {"prompt", "response"} a line
     datasets/NAME/train.jsonl, test.jsonl    {"prompt", "response", "system"} a line
 

@@ -66,9 +66,13 @@ class HyperConvStage(nn.Module):
             raise ValueError(f"stage expects (B, {n}, {length}, {c}), got {x_BxNxLxC.shape}")
 
         x = nn.LayerNorm(
-            epsilon=LAYER_NORM_EPS, reduction_axes=(-2, -1), feature_axes=(-2, -1), use_fast_variance=False,
-            dtype=dtype, name="norm",
-        )(x_BxNxLxC)  # fmt: skip
+            epsilon=LAYER_NORM_EPS,
+            reduction_axes=(-2, -1),
+            feature_axes=(-2, -1),
+            use_fast_variance=False,
+            dtype=dtype,
+            name="norm",
+        )(x_BxNxLxC)
         width_first = self.convolve(x, "conv1w", 3, c_out)
         width_first = self.convolve(width_first, "conv1h", 2, length_out)
         height_first = self.convolve(x, "conv2h", 2, length_out)

@@ -195,7 +195,7 @@ def _read_params(
         if stored[key] != settings[key]
     ]
     with opened(folder / MODEL) as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         wanted = {
             "/".join(k.key for k in keys): leaf.shape
             for keys, leaf in jax.tree.leaves_with_path(shapes)

@@ -1,7 +1,8 @@
 """`dnd init-config`: a configuration for a base that configs/ has none for, written as a small diff
 over configs/default.py.
 
-    dnd init-config --base=FOLDER_OR_ID --out=configs/NAME.py [--adapter=PEFT] [--budget=1e9] [--config.lora.rank=16 ...]
+    dnd init-config --base=FOLDER_OR_ID --out=configs/NAME.py [--adapter=PEFT] \\
+        [--budget=1e9] [--config.lora.rank=16 ...]
 
 The tokens (T, h, w) come from the base's config.json and config.lora, or from an adapter, which
 also serves bases that we cannot run. The cascade between the condition (N, L, C) and the tokens
@@ -252,7 +253,8 @@ def _assignments(config: Config) -> Iterator[str]:
             if getattr(ours, f.name) != getattr(theirs, f.name)
         ]
         changes = {key: _literal(getattr(ours, key)) for key in keys if key != "features"}
-        update = f"config.{section}.update({', '.join(f'{key}={value}' for key, value in changes.items())})"
+        keys = ", ".join(f"{key}={value}" for key, value in changes.items())
+        update = f"config.{section}.update({keys})"
         if len(changes) > 1 and len(update) <= LINE - 4:
             yield update
         else:

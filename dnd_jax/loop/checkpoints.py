@@ -166,7 +166,8 @@ def restore(
                         aside = manager.directory / f"{broken}.damaged"
                         aside.rmtree(missing_ok=True)
                         (manager.directory / str(broken)).rename(aside)
-                        found = f"{manager.directory}/{broken} is damaged ({_reason(fault)}), moved to {aside.name}"
+                        where = f"{manager.directory}/{broken}"
+                        found = f"{where} is damaged ({_reason(fault)}), moved to {aside.name}"
                         tqdm.write(f"{found}; going on from step {step}")
             manager.reload()
         return step, state

@@ -1,7 +1,8 @@
 """Weight tokens: any PEFT LoRA of a decoder LLM <-> one array of equally sized tokens
 (docs/METHOD.md section 2).
 
-    layout = LoraLayout.from_tensors(tensors)      # {"...q_proj.lora_A.weight": (r, d_in), "...lora_B.weight": (d_out, r)}
+    layout = LoraLayout.from_tensors(tensors)
+        # {"...q_proj.lora_A.weight": (r, d_in), "...lora_B.weight": (d_out, r)}
     tokens = layout.tokenize(tensors)              # float32 [T, r+2, w+2]
     tensors = layout.detokenize(tokens)            # the same keys and shapes back
 

@@ -83,9 +83,20 @@ def config_file(path: str | os.PathLike) -> pathlib.Path:
 # Settings of PEFT under which an adapter is not W + scale * B A alone, or not on the modules that
 # it names.
 _OTHER_METHODS = (
-    "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora",
-    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
-)  # fmt: skip
+    "use_dora",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+)
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -93,7 +104,7 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if
     missing or damaged."""
     with opened(weights_file(path)) as file:
-        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118, not a dict
+        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
 
 
 def _of_module(raw: Mapping, pattern: str, default: str, module: str):

@@ -138,7 +138,10 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
                     continue
                 here = ", ".join(_name(joined[i]) for i in sorted(joined))
                 missing = ", ".join(str(i) for i in range(processes) if i not in joined)
-                why = f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; missing: {missing}"
+                why = (
+                    f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; "
+                    f"missing: {missing}"
+                )
                 raise refuse(Missing(f"{why}; start them, or raise --start-timeout")) from None
             line = Line(connection)
             try:

@@ -1,7 +1,8 @@
 """Stage `lm-eval`: the same adapters, scored by EleutherAI's lm-evaluation-harness (`pip install
 dnd-jax[lm-eval]`).
 
-    dnd lm-eval --config=... --workdir=... [--tasks=NAME,NAME:TASK,NAME:TASK@DATA] [--limit=100] [--unsafe-code]
+    dnd lm-eval --config=... --workdir=... [--tasks=NAME,NAME:TASK,NAME:TASK@DATA] \\
+        [--limit=100] [--unsafe-code]
 
 NAME is an unseen dataset of the suite: its own test questions become a task of the harness
 (WORKDIR/lm_eval/tasks/NAME.yaml, which the `lm_eval` command runs too). NAME:TASK scores NAME's

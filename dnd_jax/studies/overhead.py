@@ -1,7 +1,8 @@
 """`dnd overhead`: what generating an adapter costs against tuning one, on the same task and device,
 in time and peak memory.
 
-    dnd overhead --generator=DIR --prompts=FILE [--base=FOLDER] [--config.lora.steps=675] [--limit=50] [--workdir=DIR]
+    dnd overhead --generator=DIR --prompts=FILE [--base=FOLDER] [--config.lora.steps=675] \\
+        [--limit=50] [--workdir=DIR]
 
 FILE is the task's JSONL: its prompts condition the generator, its examples tune the LoRA (that of
 the generator: its base, rank and modules; config.lora says how long). Each side has a process of

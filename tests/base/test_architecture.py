@@ -43,9 +43,14 @@ from dnd_jax.parallel.rules import shard_by_rules
 TOLERANCE = 1e-4
 VOCABULARY, LENGTH = 96, 29
 SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32, "rope_theta": 50.0,
@@ -54,16 +59,30 @@ LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}
 FAMILIES = {  # name: (configuration class, model class, changes)
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True)),
     "qwen2, one sliding layer": (
-        Qwen2Config, Qwen2ForCausalLM, dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=12)),
-    "qwen3, tied, biased": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8, tie_word_embeddings=True, attention_bias=True)),
+    "qwen3, tied, biased": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        dict(head_dim=8, tie_word_embeddings=True, attention_bias=True),
+    ),
     "llama 2": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=None, rms_norm_eps=1e-5)),
-    "llama, linear, biased": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True)),
-    "llama 3": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "llama, linear, biased": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True),
+    ),
+    "llama 3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
+    ),
     "mistral, sliding": (MistralConfig, MistralForCausalLM, dict(sliding_window=6, head_dim=10)),
     "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=None)),
-}  # fmt: skip
+}
 
 
 def make(name: str, **more):
@@ -217,7 +236,7 @@ def test_a_window_without_a_size_has_transformers_own(tmp_path):
 
 
 # --- On a mesh
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

@@ -1,4 +1,5 @@
-"""What a stage needs beyond a plain install: said before it starts, and imported by nothing else."""
+"""What a stage needs beyond a plain install: said before it starts, and imported by nothing
+else."""
 
 import configparser
 import json

@@ -127,9 +127,14 @@ def test_estimates_of_a_tpu_compiler(tmp_path):
     """The real train step on four v5p chips, with the first stage of the paper's first setting."""
     assert importlib.util.find_spec("libtpu"), "the test extra installs libtpu"
     done = dnd(
-        "bench", "--backend=tpu-aot", "--topology=v5p:2x2x1", "--config=configs/qwen2_5_0_5b_commonsense.py",
-        "--config.generator.features=((128,384,384),(128,200,300))", "--config.train.batch_size=16", f"--workdir={tmp_path}",
-    )  # fmt: skip
+        "bench",
+        "--backend=tpu-aot",
+        "--topology=v5p:2x2x1",
+        "--config=configs/qwen2_5_0_5b_commonsense.py",
+        "--config.generator.features=((128,384,384),(128,200,300))",
+        "--config.train.batch_size=16",
+        f"--workdir={tmp_path}",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "bench_tpu.json").read_text())["rows"]
     direct, auto = rows["direct"], rows["auto"]

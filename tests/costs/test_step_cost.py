@@ -271,10 +271,21 @@ def test_a_given_base_lends_its_sizes(tmp_path):
 def plan_of(**changes) -> Plan:
     gib = 2**30
     usual = dict(
-        step="train", devices="8 TPU v5e", mesh={"slice": 1, "data": 8, "fsdp": 1, "tensor": 1}, batch=64, micro_batches=1,
-        remat="none", method="auto", rules="", convolutions="", state_bytes=2 * gib, peak_bytes=40 * gib, limit_bytes=16 * gib,
-        flops=1e12, estimate_seconds=0.1,
-    )  # fmt: skip
+        step="train",
+        devices="8 TPU v5e",
+        mesh={"slice": 1, "data": 8, "fsdp": 1, "tensor": 1},
+        batch=64,
+        micro_batches=1,
+        remat="none",
+        method="auto",
+        rules="",
+        convolutions="",
+        state_bytes=2 * gib,
+        peak_bytes=40 * gib,
+        limit_bytes=16 * gib,
+        flops=1e12,
+        estimate_seconds=0.1,
+    )
     return Plan(**usual | changes)
 
 

@@ -79,7 +79,10 @@ def test_one_training_dataset_is_warned_of_and_none_refused(files, capsys):
             )
         path.write_text(json.dumps(described))
         if name == "two":
-            message = "one: is the only training dataset: the generator cannot learn what prompts mean; wrong prompts will do as well"
+            message = (
+                "one: is the only training dataset: the generator cannot learn what prompts mean; "
+                "wrong prompts will do as well"
+            )
             assert (
                 main(["data-report", f"--suite={path}"]) == 0 and message in capsys.readouterr().out
             )

@@ -110,7 +110,8 @@ def test_column_map_faults(tmp_path, columns, expected):
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), ["iron"], {"text": "iron"}])
 def test_nothing_becomes_no_word(tmp_path, nothing):
-    """null, NaN and lists in a template or a column are faults of their row, not the text "None"."""
+    """null, NaN and lists in a template or a column are faults of their row, not the text
+    "None"."""
     path = lines(tmp_path / "raw.jsonl", [{"q": "a", "more": "b"}, {"q": "c", "more": nothing}])
     for expression in ("{{q}} {{more}}", "more"):
         with pytest.raises(InputError, match="raw.jsonl:2: .*prompt"):
@@ -144,11 +145,29 @@ def test_text_that_is_no_text(tmp_path, line, why):
 def test_conversations(tmp_path):
     rows = [
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
-        {"conversations": [{"from": "human", "value": "e"}, {"from": "gpt", "value": "f"}, {"from": "human", "value": "g"}],
-         "system": "t"},
-        {"messages": [{"role": "system", "content": "u"}, {"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]},
-    ]  # fmt: skip
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "c"},
+                {"from": "gpt", "value": "d"},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "e"},
+                {"from": "gpt", "value": "f"},
+                {"from": "human", "value": "g"},
+            ],
+            "system": "t",
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "u"},
+                {"role": "user", "content": "h"},
+                {"role": "assistant", "content": "i"},
+            ]
+        },
+    ]
     reading = read_source(Source(lines(tmp_path / "x.jsonl", rows)))
     assert content(reading) == [("a", "b", ""), ("c", "d", "s"), ("e", "f", "t"), ("h", "i", "u")]
     assert reading.longer_conversations == 1

@@ -161,7 +161,7 @@ def test_flat_files_without_settings_and_mixed_kinds(tmp_path):
 
 
 # --- One layout, one scale
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_any_subset_of_modules(tmp_path):
@@ -531,7 +531,10 @@ def test_a_disk_too_small_is_said_before_anything_is_read(tmp_path):
             token_array(found, "birds", ChunkTarget(found.layout), disk / "cache")
         assert list((disk / "cache" / "birds").iterdir()) == []
         encoder = PromptEncoder(condition_by(write_vectors(tmp_path)))
-        message = r"the states of 100 prompts need 0.0 GB, 0.0 GB are free; .* --config.condition.in_graph=true, which keeps none"
+        message = (
+            r"the states of 100 prompts need 0.0 GB, 0.0 GB are free; .* "
+            r"--config.condition.in_graph=true, which keeps none"
+        )
         with pytest.raises(InputError, match=message):
             encoder.cached(["the sea"] * 100, disk / "embeddings")
         assert list((disk / "embeddings").iterdir()) == []
@@ -547,7 +550,8 @@ from dnd_jax.lora.targets import ChunkTarget
 sys.path.insert(0, "tests")
 from lora_sets import opened
 found = opened(pathlib.Path(sys.argv[1]))
-print(token_array(found, "birds", ChunkTarget(found.layout), pathlib.Path(sys.argv[2])).targets.shape)
+cache = pathlib.Path(sys.argv[2])
+print(token_array(found, "birds", ChunkTarget(found.layout), cache).targets.shape)
 print(peak_of_process())
 """
 

@@ -361,7 +361,10 @@ def test_who_joined_of_a_detected_cluster_is_said_when_not_all_do(inputs, tmp_pa
         in out
     ), out
     # A scheduler that starts again what is not bad input is told another status.
-    fault = "process 0 was not found at 127.0.0.1:65535 (port 32767) within 5 s (Connection refused); start it, or"
+    fault = (
+        "process 0 was not found at 127.0.0.1:65535 (port 32767) within 5 s (Connection refused); "
+        "start it, or"
+    )
     assert other_status == 3 and f"dnd: {named(1, second)} of 2 is here, but {fault}" in other, (
         other
     )

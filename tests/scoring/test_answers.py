@@ -187,9 +187,14 @@ def test_greedy_equals_transformers(tmp_path):
     def theirs(end):
         with torch.inference_mode():
             out = model.generate(
-                input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(valid).long(), max_new_tokens=new,
-                do_sample=False, eos_token_id=end, pad_token_id=end, min_new_tokens=None,
-            )[:, ids.shape[1] :].numpy()  # fmt: skip
+                input_ids=torch.from_numpy(ids).long(),
+                attention_mask=torch.from_numpy(valid).long(),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+                min_new_tokens=None,
+            )[:, ids.shape[1] :].numpy()
         return np.pad(out, ((0, 0), (0, new - out.shape[1])), constant_values=end)
 
     free = theirs(22)

@@ -400,7 +400,10 @@ def test_four_devices_and_one_training_dataset(suite, tmp_path):
     (small / "suite.json").write_text(json.dumps(described))
     done = dnd("quickstart", TINY, f"--suite={small}", f"--workdir={tmp_path / 'w'}", devices=4)
     assert done.returncode == 0, done.stderr[-2000:]
-    warning = f"warning: {described['train'][0]}: is the only training dataset: the generator cannot learn what prompts mean"
+    warning = (
+        f"warning: {described['train'][0]}: is the only training dataset: the generator cannot "
+        "learn what prompts mean"
+    )
     assert warning in done.stderr
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert [set(METHODS) - set(entry) for entry in results["unseen"].values()] == [{"ridge"}] * 2

@@ -49,9 +49,12 @@ def operation(
     if case.what == "generate":
         sizes = encoder_module(config).config
         bert = transformers.BertConfig(
-            vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size,
-            num_hidden_layers=sizes.num_hidden_layers, num_attention_heads=sizes.num_attention_heads,
-        )  # fmt: skip
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_hidden_layers=sizes.num_hidden_layers,
+            num_attention_heads=sizes.num_attention_heads,
+        )
         encoder = transformers.BertModel(bert, add_pooling_layer=False).to(device).eval()
         ids = torch.randint(sizes.vocab_size, (batch * n, text_length), device=device)
         windows = ids.split(bert.max_position_embeddings, dim=1)
