@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
                 "num_prompts": 0,
                 "batch_size": 128,
                 "max_new_tokens": 32,
+                "free_form": False,
+                "agreement": True,
+                "overhead": True,
             },
             "bench": {
                 "cases": (),

@@ -33,4 +33,5 @@ def get_config():
     config.generator.kernel_size = 11
     config.generator.length_projection = "camera_ready"
     config.train.update(steps=2500, batch_size=48, dtype="bfloat16")
+    config.evaluate.update(max_new_tokens=1024, batch_size=32, free_form=True)
     return config

@@ -33,4 +33,5 @@ def get_config():
     config.generator.kernel_size = 11
     config.generator.length_projection = "camera_ready"
     config.train.update(steps=5000, batch_size=128, dtype="bfloat16")
+    config.evaluate.update(max_new_tokens=2048, batch_size=32, free_form=True)
     return config

@@ -21,4 +21,5 @@ def get_config():
     config.base.max_length = 8192
     config.lora.update(steps=705, checkpoints=80)
     config.condition.max_text_length = 4608
+    config.evaluate.max_new_tokens = 2048
     return config

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from dnd_jax.core.errors import CheckFailed, InputError, Missing, first_line, nearest
+from dnd_jax.core.errors import CheckFailed, InputError, Missing, first_line, is_no_room, nearest
 
 # Stage -> (the module whose STAGE it is, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
@@ -91,7 +91,7 @@ def _main(argv: list[str]) -> int:
         )
         return exit_status(getattr(error, "signum", None))
     except RuntimeError as error:  # as JAX's and PyTorch's own are
-        if "RESOURCE_EXHAUSTED" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+        if not is_no_room(error):
             raise
         hint = (
             "a smaller batch, train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` "

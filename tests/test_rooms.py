@@ -35,7 +35,6 @@ STILL_LONG = {
     "lora.layout",
     "ops.cost_model",
     "ops.dft",
-    "scoring.lm_eval",
 }
 
 

@@ -2,9 +2,10 @@
 along them."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.base.architecture import Lora
@@ -14,9 +15,9 @@ from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.sources import Example
 
-COMPARED = (
-    32  # questions of a dataset that are compared: logits of a large vocabulary are gigabytes
-)
+# Questions of a dataset that are compared: logits of a large vocabulary are gigabytes. And tokens
+# of an answer: each is a pass of our base over the whole text.
+COMPARED, TOKENS = 32, 32
 
 
 class Asked(NamedTuple):
@@ -29,13 +30,19 @@ class Asked(NamedTuple):
 
 
 def agreement(
-    base: TorchBase, asked: Iterable[Asked], batch_size: int, max_new_tokens: int
+    base: TorchBase,
+    asked: Iterable[Asked],
+    batch_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.float32,
 ) -> dict:
-    """{"questions", "answers", "same_answers", "largest_logit_difference"} of greedy answers to the
-    first COMPARED questions of each adapter, and of the logits along PyTorch's. Memory: logits of
-    `batch_size` questions."""
-    module, params = load_base(base.base)
-    greedy = make_greedy(module, max_new_tokens)
+    """{"questions", "answers", "tokens", "dtype", "same_answers", "largest_logit_difference"} of
+    greedy answers to the first COMPARED questions of each adapter, at most TOKENS long, and of the
+    logits along PyTorch's. mesh, dtype: of the base in JAX, as in `load_base`. Memory: both bases
+    and the logits of `batch_size` questions."""
+    module, params = load_base(base.base, mesh, dtype)
+    tokens = min(base.max_new_tokens, TOKENS)
+    greedy = make_greedy(module, tokens)
     end, pad = base.tokenizer.eos_token_id, base.tokenizer.pad_token_id
 
     @jax.jit
@@ -51,20 +58,21 @@ def agreement(
         for first in range(0, len(questions), batch_size):
             stop.check()
             batch = questions[first : first + batch_size]
-            prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch)
+            prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch, tokens)
             ours = np.asarray(greedy(params, lora, scale, *pad_left(prompts, pad), end)).tolist()
             ours = [row[: row.index(end)] if end in row else row for row in ours]
             same += sum(a == b for a, b in zip(ours, theirs, strict=True))
             total += len(theirs)
             rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
             ids, valid = pad_left(rows, pad)
-            difference = np.abs(
-                np.asarray(logits_of(params, lora, scale, ids, valid)) - base.logits(rows)
-            )
+            ours = np.asarray(logits_of(params, lora, scale, ids, valid), np.float32)
+            difference = np.abs(ours - base.logits(rows))
             worst = max(worst, float((difference * valid[..., None]).max()))
     return {
         "questions": every,
         "answers": total,
+        "tokens": tokens,
+        "dtype": jnp.dtype(dtype).name,
         "same_answers": same,
         "largest_logit_difference": worst,
     }

@@ -1,5 +1,5 @@
-"""Answers in PyTorch, greedy or the likeliest label: the real transformers model with the real PEFT
-adapter, as exported."""
+"""A base in PyTorch: the real transformers model with the real PEFT adapter, as exported. Its answers
+are greedy, or the likeliest label."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
 from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.errors import InputError, NoRoom, first_line, is_no_room
 from dnd_jax.data.sources import Example
 
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
@@ -30,35 +30,22 @@ def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     stays but its special tokens: greedy is greedy (Qwen2.5's own settings punish every token of the
     prompt).
 
-    Raises InputError when it has no usable configuration or weights, or no room.
+    Raises InputError when it has no usable configuration or weights, NoRoom when it does not fit.
     """
-    folder = resolve(base)
+    folder, device = resolve(base), "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        text = (
-            type(transformers.AutoConfig.from_pretrained(folder))
-            in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        )
-        name = "AutoModelForCausalLM" if text else "AutoModelForImageTextToText"
-        kind = getattr(transformers, name)
-        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        special = {
-            key: value
-            for key, value in model.generation_config.to_dict().items()
-            if key.endswith("_token_id")
-        }
-        model.generation_config = transformers.GenerationConfig(**special)
-        missing = sorted(report["missing_keys"])
+        model, missing = _from_pretrained(folder)
         if not missing:
-            return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{folder}: no room for it on the GPU ({first_line(error)}); set "
-            "XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
-            "by CUDA_VISIBLE_DEVICES="
-        ) from None
+            return model.eval().to(device)
     # transformers, safetensors and the model's own code raise whatever a damaged folder makes of
     # them
     except Exception as error:
+        if is_no_room(error):
+            raise NoRoom(
+                f"{folder}: no room for it on the {'GPU' if device == 'cuda' else 'machine'} "
+                f"({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
+                "by CUDA_VISIBLE_DEVICES="
+            ) from None
         why = " ".join(str(error).split())[:300]
         raise InputError(
             f"{folder}: transformers cannot load it ({why}); give a whole model folder"
@@ -70,6 +57,18 @@ def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     )
 
 
+def _from_pretrained(folder: pathlib.Path) -> tuple["torch.nn.Module", list[str]]:
+    """(the model on the CPU, the names of its tensors that the files lack)."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    settings = model.generation_config.to_dict()
+    special = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    model.generation_config = transformers.GenerationConfig(**special)
+    return model, sorted(report["missing_keys"])
+
+
 class TorchBase:
     """A base model in PyTorch whose LoRA adapter can be exchanged."""
 
@@ -77,8 +76,8 @@ class TorchBase:
         self.base = pathlib.Path(base)
         self.tokenizer = load_tokenizer(base)
         self.model = load_torch_base(base)
-        self._device = self.model.device
-        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self.max_new_tokens = max_new_tokens
+        self._device, self._batch_size = self.model.device, batch_size
         self._loaded = 0
 
     def use(self, adapter: str | os.PathLike | None) -> None:
@@ -93,30 +92,36 @@ class TorchBase:
         if not pathlib.Path(adapter, "adapter_config.json").is_file():
             raise InputError(f"{adapter}: no adapter_config.json, so no PEFT adapter")
         try:
-            if not isinstance(self.model, peft.PeftModel):
-                # The first one wraps the model, which reports nothing; it is loaded again below,
-                # which does.
-                self.model = peft.PeftModel.from_pretrained(
-                    self.model, adapter, adapter_name=f"{_SLOT}0"
-                )
-                self._loaded = 0
-            old, self._loaded = f"{_SLOT}{self._loaded}", self._loaded + 1
-            result = self.model.load_adapter(adapter, adapter_name=f"{_SLOT}{self._loaded}")
+            old, new, result = self._load(adapter)
         except (RuntimeError, ValueError, SafetensorError) as error:
+            if is_no_room(error):
+                raise
             raise InputError(
                 f"{adapter}: not an adapter of {self.base} ({first_line(error)})"
             ) from None
-        name = f"{_SLOT}{self._loaded}"
-        missing = [key for key in result.missing_keys if name in key]
+        missing = [key for key in result.missing_keys if new in key]
         if missing or result.unexpected_keys:
             raise InputError(
                 f"{adapter}: not an adapter of {self.base}: {len(missing)} tensors missing, "
                 f"{len(result.unexpected_keys)} unknown "
                 f"({(list(result.unexpected_keys) + missing)[0]})"
             )
-        self.model.set_adapter(name)
+        self.model.set_adapter(new)
         self.model.delete_adapter(old)
         self.model.eval()
+
+    def _load(self, adapter: str | os.PathLike) -> tuple[str, str, object]:
+        """Loads an adapter beside the present one: (the old one's name, the new one's, what PEFT
+        says of its tensors)."""
+        if not isinstance(self.model, peft.PeftModel):
+            # The first one wraps the model, which reports nothing; it is loaded again below, which
+            # does.
+            name = f"{_SLOT}0"
+            self.model = peft.PeftModel.from_pretrained(self.model, adapter, adapter_name=name)
+            self._loaded = 0
+        old, self._loaded = f"{_SLOT}{self._loaded}", self._loaded + 1
+        new = f"{_SLOT}{self._loaded}"
+        return old, new, self.model.load_adapter(adapter, adapter_name=new)
 
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each example as the base is asked: the training template, up to where the
@@ -124,8 +129,9 @@ class TorchBase:
         texts = [render(self.tokenizer, e.prompt, e.system) for e in examples]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Greedy answers as token ids, without the end token."""
+    def answer_ids(self, examples: Sequence[Example], at_most: int = 0) -> list[list[int]]:
+        """Greedy answers as token ids, without the end token. at_most: tokens of an answer; 0:
+        max_new_tokens. An answer of so many tokens was cut off: it has no end token."""
         prompts, answers = self.prompt_ids(examples), []
         end = self.tokenizer.eos_token_id
         for first in range(0, len(prompts), self._batch_size):
@@ -134,7 +140,7 @@ class TorchBase:
                 out = self.model.generate(
                     input_ids=ids,
                     attention_mask=valid,
-                    max_new_tokens=self._max_new_tokens,
+                    max_new_tokens=at_most or self.max_new_tokens,
                     do_sample=False,
                     eos_token_id=end,
                     pad_token_id=self.tokenizer.pad_token_id,
@@ -145,37 +151,35 @@ class TorchBase:
     def choose(self, examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
         """Of the labels, the answer to each example that the base finds most likely, its end token
         included."""
-        end = self.tokenizer.eos_token_id
-        answers = [
-            [*ids, end]
-            for ids in self.tokenizer(list(labels), add_special_tokens=False)["input_ids"]
-        ]
-        width = max(map(len, answers))
-        rows = [
-            (prompt + answer, len(answer))
-            for prompt in self.prompt_ids(examples)
-            for answer in answers
-        ]
-        scores: list[float] = []
+        ends = [self.tokenizer.eos_token_id]
+        ids = self.tokenizer(list(labels), add_special_tokens=False)["input_ids"]
+        answers = [answer + ends for answer in ids]
+        prompts = self.prompt_ids(examples)
+        rows = [(prompt + answer, len(answer)) for prompt in prompts for answer in answers]
+        width, scores = max(map(len, answers)), []
         for first in range(0, len(rows), self._batch_size):
-            part = rows[first : first + self._batch_size]
-            padded, valid = self._padded([row for row, _ in part])
-            with torch.inference_mode():
-                logits = self.model(
-                    input_ids=padded,
-                    attention_mask=valid,
-                    position_ids=(valid.cumsum(dim=1) - 1).clamp(min=0),
-                    logits_to_keep=width + 1,
-                ).logits[:, :-1]
-            chosen = logits.float().log_softmax(dim=-1).gather(-1, padded[:, -width:, None])[..., 0]
-            inside = (
-                torch.arange(width) >= width - torch.tensor([length for _, length in part])[:, None]
-            )
-            scores += (chosen * inside.to(self._device)).sum(dim=1).tolist()
+            scores += self._likelihoods(rows[first : first + self._batch_size], width)
         best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)
         return [labels[i] for i in best]
 
+    def _likelihoods(self, rows: Sequence[tuple[list[int], int]], width: int) -> list[float]:
+        """The logarithm of the likelihood of each row's last tokens, given as (ids, how many of
+        them); width: the most."""
+        padded, valid = self._padded([ids for ids, _ in rows])
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=padded,
+                attention_mask=valid,
+                position_ids=(valid.cumsum(dim=1) - 1).clamp(min=0),
+                logits_to_keep=width + 1,
+            ).logits[:, :-1]
+        chosen = logits.float().log_softmax(dim=-1).gather(-1, padded[:, -width:, None])[..., 0]
+        lengths = torch.tensor([length for _, length in rows])
+        inside = torch.arange(width) >= width - lengths[:, None]
+        return (chosen * inside.to(self._device)).sum(dim=1).tolist()
+
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of token ids, without special tokens."""
         return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -38,6 +38,9 @@ SAME_NUMBERS = (
     "train.checkpoint_dir",
     "train.trackers",
     "evaluate.batch_size",
+    "evaluate.free_form",
+    "evaluate.agreement",
+    "evaluate.overhead",
     "mesh",
 )
 GONE: dict[str, Any] = {}  # {key: value}

@@ -199,6 +199,11 @@ class Evaluate:
     num_prompts: int  # different ones among these N, each repeated to fill them; 0: all N
     batch_size: Positive
     max_new_tokens: Positive
+    # answers are free text, such as chains of thought or programs: the tables say that exact match
+    # means little, and name `dnd lm-eval`
+    free_form: bool
+    agreement: bool  # measure, when all is scored, how well JAX and PyTorch agree
+    overhead: bool  # and what generating an adapter costs against tuning one
 
 
 WHAT = ("forward", "gradient", "train", "generate")

@@ -16,6 +16,10 @@ class Missing(InputError):
     """A process of the run did not come in time: the same command may do better."""
 
 
+class NoRoom(InputError):
+    """A device, or the machine, has no room for what was asked."""
+
+
 class CheckFailed(Exception):
     """What was to be proved is not so; the message says in numbers why."""
 
@@ -30,6 +34,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first; its type when it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether there was no room in memory, in the words of JAX, PyTorch, Python or our own."""
+    return (
+        isinstance(error, NoRoom | MemoryError)
+        or "RESOURCE_EXHAUSTED" in str(error)
+        or "can't allocate memory" in str(error)
+        or type(error).__name__ == "OutOfMemoryError"
+    )
 
 
 def listed(title: str, faults: list[str], most: int = 20) -> InputError:

@@ -11,10 +11,11 @@ stored tensor is looked up in the loaded model, and the logits are compared with
 import os
 import pathlib
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
-from dnd_jax.base.hub import resolve
+from dnd_jax.base.hub import packages_of, resolve
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line
@@ -29,6 +30,7 @@ ROWS, LENGTH = 2, 32  # of the random tokens that both models read
 # Of the change by hand: how far PEFT's may be from it, beside float32's own rounding of logits of
 # this size.
 RELATIVE, ROUNDING = 1e-2, 1e-5
+END = ".lora_A.weight"
 
 
 def _some(names: list[str]) -> str:
@@ -104,24 +106,24 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     changed = _logits(adapted, ids) - plain
     model = adapted.unload()
 
-    weights, largest, idle = dict(model.named_parameters()), {}, []
-    for key in tensors:
-        if key.endswith(".lora_A.weight"):
-            module = key.removesuffix(".lora_A.weight")
-            a, b = (
-                np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB"
-            )
-            delta = config.scale * (b @ a)
-            largest[module] = float(np.abs(delta).max())
-            weights[f"{module}.weight"].data += torch.from_numpy(delta.astype(np.float32)).to(
-                model.device
-            )
-            idle += [module] if not largest[module] else []
+    largest = _merge_by_hand(model, tensors, config.scale)
     expected = _logits(model, ids) - plain
 
     change, by_hand, off = (float(np.abs(x).max()) for x in (changed, expected, changed - expected))
-    allowed = RELATIVE * by_hand + ROUNDING * float(np.abs(plain).max())
+    rounding = ROUNDING * float(np.abs(plain).max())
+    allowed = RELATIVE * by_hand + rounding
+    if not change > rounding:
+        raise CheckFailed(
+            f"{folder}: changes nothing: the largest change of a logit is {change:.3g}, by hand "
+            f"{by_hand:.3g}"
+        )
+    if not off <= allowed:
+        raise CheckFailed(
+            f"{folder}: not what its matrices say: logits change by up to {change:.6g}, merged by "
+            f"hand by up to {by_hand:.6g}, {off:.3g} apart (allowed {allowed:.3g})"
+        )
     strongest = max(largest, key=largest.__getitem__)
+    idle = [module for module, change in largest.items() if not change]
     lines = [
         f"{folder} on {path}",
         f"modules attached: {len(largest)} of {len(largest)}, rank {config.rank}, scale "
@@ -131,19 +133,22 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
         f"largest change of a logit, {ROWS} x {LENGTH} random tokens: {change:.6g}; merged by "
         f"hand: {by_hand:.6g}",
         f"largest deviation: {off:.3g} (allowed {allowed:.3g})",
+        "ok: the adapter changes the base as its matrices say",
     ]
-    if not change > ROUNDING * float(np.abs(plain).max()):
-        raise CheckFailed(
-            f"{folder}: changes nothing: the largest change of a logit is {change:.3g}, by hand "
-            f"{by_hand:.3g}"
-        )
-    if not off <= allowed:
-        raise CheckFailed(
-            f"{folder}: not what its matrices say: logits change by up to {change:.6g}, merged by "
-            f"hand by up to {by_hand:.6g}, "
-            f"{off:.3g} apart (allowed {allowed:.3g})"
-        )
-    return "\n".join([*lines, "ok: the adapter changes the base as its matrices say"])
+    return "\n".join(lines)
+
+
+def _merge_by_hand(model, tensors: Mapping[str, np.ndarray], scale: float) -> dict[str, float]:
+    """Adds scale * B A to the weights of each adapted module, without PEFT; returns the largest
+    change of each."""
+    weights, largest = dict(model.named_parameters()), {}
+    for module in (key.removesuffix(END) for key in tensors if key.endswith(END)):
+        a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")
+        delta = scale * (b @ a)
+        largest[module] = float(np.abs(delta).max())
+        change = torch.from_numpy(delta.astype(np.float32))
+        weights[f"{module}.weight"].data += change.to(model.device)
+    return largest
 
 
 def _run(given: Given) -> None:
@@ -151,4 +156,10 @@ def _run(given: Given) -> None:
 
 
 BASE = Flag("base", str, "", "the base's folder or hub id (default: the one the adapter names)")
-STAGE = Stage(_run, (BASE,), ("torch", "peft"), argument="ADAPTER", settings=NONE)
+STAGE = Stage(
+    _run,
+    (BASE,),
+    lambda given: ("torch", "peft", *packages_of(given["base"])),
+    argument="ADAPTER",
+    settings=NONE,
+)

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.generator.folder import read_record
 from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
@@ -84,121 +86,158 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
     """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders;
     those that are there and were made from this generator, these prompts and checkpoints are
     kept."""
-    suite = suite.with_training(config.train.datasets, config.seed)
-    generator = TrainedGenerator(workdir / "generator", encoder=config.condition.encoder)
-    check_asked_alike(config, generator)
-    checkpoints = Checkpoints(config, suite, workdir)
-    loras = checkpoints.digest()
-    encoder, adapter, competitors = generator.encoder, generator.adapter, workdir / "competitors"
-    n, samples, different = (
-        config.condition.num_prompts,
-        config.evaluate.samples,
-        config.evaluate.num_prompts,
-    )
-    anew: list[pathlib.Path] = []
-
-    def kept(folder: pathlib.Path, card: str, make: Callable[[], object]) -> pathlib.Path:
-        """The folder, written by `make` unless it is there and made from what its card is to
-        name."""
-        if not is_made_from(folder, card):
-            anew.extend([folder] if folder.is_dir() else [])
-            make()
-        return folder
-
-    def texts(dataset: Dataset) -> list[str]:
-        return condition_texts(dataset.pool, config.condition.form, config.seed)
-
-    def pooled(prompts: list[str]) -> np.ndarray:
-        return encoder.cached_means(prompts, workdir / "embeddings")
-
-    training = {
-        d.name: pooled(condition_texts(d.train, config.condition.form, config.seed))
-        for d in suite.train
-    }
-    mean_card = f"The mean of the training LoRA checkpoints (sha256 {loras}).\n"
-    mean_folder = kept(
-        competitors / "mean_adapter",
-        mean_card,
-        lambda: save_adapter(
-            competitors / "mean_adapter",
-            mean_weights(tensors for _, tensors in checkpoints.tensors()),
-            adapter,
-            mean_card,
-        ),
-    )
-
-    @functools.cache
-    def ridge() -> Ridge:
-        target = generator.target
-        if not isinstance(target, ElementTarget):
-            target = ElementTarget.fit(generator.layout, checkpoints.tensors)
-        tokens = (
-            running_mean(target.encode(x, source) for source, x in checkpoints.tensors(name))
-            for name in training
-        )
-        rng = np.random.default_rng(config.seed)
-        draws = [
-            [rng.choice(len(x), n, replace=False) for _ in range(RIDGE_DRAWS)]
-            for x in training.values()
-        ]
-        return Ridge.fit(target, training, tokens, draws)
-
-    def generated(
-        pool: Sequence[str], folder: pathlib.Path, seed: int, source: str
-    ) -> pathlib.Path:
-        prompts = repeat_few(pool, different, n, seed)
-        card = generator.card(generator.draw(prompts, seed, source), seed)
-        return kept(folder, card, lambda: generator.write(prompts, folder, seed, source))
-
-    def predicted(prompts: list[str], folder: pathlib.Path) -> pathlib.Path:
-        card = (
-            f"Ridge regression from prompts (sha256 {digests.of_texts(prompts)}), fitted to the training "
-            f"LoRA checkpoints (sha256 {loras}) "
-            f"as the tokens of a generator (sha256 {generator.fingerprint}).\n"
-        )
-        return kept(
-            folder,
-            card,
-            lambda: save_adapter(folder, ridge().tensors(pooled(prompts)), adapter, card),
-        )
-
+    maker = _Maker(config, suite.with_training(config.train.datasets, config.seed), workdir)
+    mean = maker.mean()
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         stop.check()
-        name, prompts = dataset.name, texts(dataset)
-        wrong = texts(wrong_task(suite, name))
-        drawn = draw_prompts(repeat_few(prompts, different, n, 0), n, 0)
-        closest[name] = nearest(pooled(drawn), training)
-        found: dict[str, list[pathlib.Path]] = {
-            "mean_adapter": [mean_folder],
-            "generated": [],
-            "wrong_prompts": [],
+        name, prompts = dataset.name, maker.texts(dataset)
+        wrong = maker.texts(wrong_task(suite, name))
+        drawn = maker.drawn(prompts)
+        closest[name] = nearest(maker.pooled(drawn), maker.training)
+        by_dataset[name] = {
+            "mean_adapter": [mean],
+            "generated": maker.generated(name, prompts),
+            "wrong_prompts": maker.from_wrong_prompts(name, wrong),
+            **maker.predicted(name, drawn),
+            **maker.tuned(name),
         }
-        for seed in range(samples):
-            folder = (
-                competitors / "generated" / name / f"seed_{seed}"
-                if seed
-                else workdir / "adapters" / name
+    maker.say_what_is_anew()
+    return Candidates(by_dataset, maker.last_of_training(), closest)
+
+
+class _Maker:
+    """What a run's adapters are made of, and how each kind is made."""
+
+    def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path):
+        self._config, self._suite, self._workdir = config, suite, workdir
+        self._generator = TrainedGenerator(
+            workdir / paths.GENERATOR, encoder=config.condition.encoder
+        )
+        check_asked_alike(config, self._generator)
+        self._checkpoints = Checkpoints(config, suite, workdir)
+        self._loras = self._checkpoints.digest()
+        self._competitors = workdir / paths.COMPETITORS
+        self._anew: list[pathlib.Path] = []
+        self._n, self._different = config.condition.num_prompts, config.evaluate.num_prompts
+        # {training dataset: mean-pooled embeddings of its texts (n, C)}
+        self.training = {d.name: self.pooled(self._condition(d.train)) for d in suite.train}
+
+    def texts(self, dataset: Dataset) -> list[str]:
+        """What of an unseen dataset the generator may be given."""
+        return self._condition(dataset.pool)
+
+    def drawn(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of the first generated adapter, (N,)."""
+        return draw_prompts(repeat_few(prompts, self._different, self._n, 0), self._n, 0)
+
+    def pooled(self, prompts: Sequence[str]) -> np.ndarray:
+        """Mean-pooled embeddings (n, C)."""
+        return self._generator.encoder.cached_means(prompts, self._workdir / paths.EMBEDDINGS)
+
+    def mean(self) -> pathlib.Path:
+        """The mean adapter, one for all unseen datasets."""
+        card = f"The mean of the training LoRA checkpoints (sha256 {self._loras}).\n"
+        return self._saved(
+            self._competitors / "mean_adapter",
+            card,
+            lambda: mean_weights(tensors for _, tensors in self._checkpoints.tensors()),
+        )
+
+    def generated(self, name: str, prompts: Sequence[str]) -> list[pathlib.Path]:
+        """S adapters from a dataset's own prompts; the first is the run's result."""
+        first, others = (
+            self._workdir / paths.ADAPTERS / name,
+            self._competitors / "generated" / name,
+        )
+        folders = [others / f"seed_{s}" if s else first for s in self._samples]
+        return self._of_prompts(name, prompts, folders)
+
+    def from_wrong_prompts(self, name: str, wrong: Sequence[str]) -> list[pathlib.Path]:
+        """As many from another dataset's prompts, the control."""
+        folders = [self._competitors / "wrong_prompts" / name / f"seed_{s}" for s in self._samples]
+        return self._of_prompts(name, wrong, folders)
+
+    def predicted(self, name: str, drawn: Sequence[str]) -> dict[str, list[pathlib.Path]]:
+        """{"ridge": [its adapter]}; nothing where the training datasets are too few for it."""
+        if len(self._suite.train) <= 2:
+            return {}
+        card = (
+            f"Ridge regression from prompts (sha256 {digests.of_texts(drawn)}), fitted to the training "
+            f"LoRA checkpoints (sha256 {self._loras}) "
+            f"as the tokens of a generator (sha256 {self._generator.fingerprint}).\n"
+        )
+        folder = self._competitors / "ridge" / name
+        return {
+            "ridge": [self._saved(folder, card, lambda: self._ridge.tensors(self.pooled(drawn)))]
+        }
+
+    def tuned(self, name: str) -> dict[str, list[pathlib.Path]]:
+        """{"tuned": [the dataset's own last LoRA checkpoint]}, where it has any."""
+        own = dataset_checkpoints(self._checkpoints.root / name)
+        return {"tuned": [as_folder(own[-1], self._competitors / "tuned" / name)]} if own else {}
+
+    def last_of_training(self) -> dict[str, pathlib.Path]:
+        """{training dataset: its last LoRA checkpoint}."""
+        return {
+            name: as_folder(checkpoints[-1], self._competitors / "training" / name)
+            for name, checkpoints in self._checkpoints.folders.items()
+        }
+
+    def say_what_is_anew(self) -> None:
+        """Prints how many adapters were there, but made from something else."""
+        if self._anew:
+            print(
+                f"{self._workdir}: {len(self._anew)} adapter(s) were of another generator, other "
+                "prompts or other LoRA checkpoints, and are made anew "
+                f"({self._anew[0].relative_to(self._workdir)}, ...)",
+                flush=True,
             )
-            found["generated"].append(generated(prompts, folder, seed, f"prompts of {name}"))
-            folder = competitors / "wrong_prompts" / name / f"seed_{seed}"
-            found["wrong_prompts"].append(generated(wrong, folder, seed, f"prompts of {name}"))
-        if len(suite.train) > 2:
-            found["ridge"] = [predicted(drawn, competitors / "ridge" / name)]
-        tuned = dataset_checkpoints(checkpoints.root / name)
-        if tuned:
-            found["tuned"] = [as_folder(tuned[-1], competitors / "tuned" / name)]
-        by_dataset[name] = found
-    last = {
-        name: as_folder(paths[-1], competitors / "training" / name)
-        for name, paths in checkpoints.folders.items()
-    }
-    if anew:
-        what = (
-            "were of another generator, other prompts or other LoRA checkpoints, and are made anew"
+
+    @property
+    def _samples(self) -> range:
+        return range(self._config.evaluate.samples)
+
+    def _condition(self, examples: Sequence[Example]) -> list[str]:
+        return condition_texts(examples, self._config.condition.form, self._config.seed)
+
+    def _kept(self, folder: pathlib.Path, card: str, make: Callable[[], object]) -> pathlib.Path:
+        """The folder, written by `make` unless it is there and made from what its card is to
+        name."""
+        if not is_made_from(folder, card):
+            self._anew.extend([folder] if folder.is_dir() else [])
+            make()
+        return folder
+
+    def _saved(self, folder: pathlib.Path, card: str, tensors: Callable[[], dict]) -> pathlib.Path:
+        adapter = self._generator.adapter
+        return self._kept(folder, card, lambda: save_adapter(folder, tensors(), adapter, card))
+
+    def _of_prompts(
+        self, name: str, pool: Sequence[str], folders: Sequence[pathlib.Path]
+    ) -> list[pathlib.Path]:
+        """Generated adapters, one a seed."""
+        generator, source = self._generator, f"prompts of {name}"
+        for seed, folder in enumerate(folders):
+            prompts = repeat_few(pool, self._different, self._n, seed)
+            card = generator.card(generator.draw(prompts, seed, source), seed)
+            write = functools.partial(generator.write, prompts, folder, seed, source)
+            self._kept(folder, card, write)
+        return list(folders)
+
+    @functools.cached_property
+    def _ridge(self) -> Ridge:
+        """Fitted to the training checkpoints as normalised tokens, when an adapter needs it."""
+        target, checkpoints = self._generator.target, self._checkpoints
+        if not isinstance(target, ElementTarget):
+            target = ElementTarget.fit(self._generator.layout, checkpoints.tensors)
+        tokens = (
+            running_mean(target.encode(x, source) for source, x in checkpoints.tensors(name))
+            for name in self.training
         )
-        print(
-            f"{workdir}: {len(anew)} adapter(s) {what} ({anew[0].relative_to(workdir)}, ...)",
-            flush=True,
-        )
-    return Candidates(by_dataset, last, closest)
+        rng = np.random.default_rng(self._config.seed)
+        draws = [
+            [rng.choice(len(x), self._n, replace=False) for _ in range(RIDGE_DRAWS)]
+            for x in self.training.values()
+        ]
+        return Ridge.fit(target, self.training, tokens, draws)

@@ -17,13 +17,12 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from dnd_jax.base.agreement import Asked, agreement
-from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_digest_of_format_0
 from dnd_jax.base.pretrain import find_base
@@ -31,38 +30,43 @@ from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
+from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Dataset, Suite, labels_of
-from dnd_jax.lora.adapter import fingerprint, load_adapter
-from dnd_jax.lora.peft_settings import load_adapter_config
-from dnd_jax.scoring.answers import SCORES, Scorer
+from dnd_jax.lora.adapter import fingerprint
+from dnd_jax.scoring.answers import Scorer
 from dnd_jax.scoring.candidates import Candidates, make_candidates, wrong_task
-from dnd_jax.scoring.report import publish
-from dnd_jax.scoring.results import METHODS, pack, unpack
-from dnd_jax.scoring.timing import measure_overhead
+from dnd_jax.scoring.measured import MEASURES, measure
+from dnd_jax.scoring.report import publish, publish_measured
+from dnd_jax.scoring.results import CUT, METHODS, PARTS, pack, unpack
 
-EVALUATION = "evaluation.json"
-FORMAT = 1  # of it
+FORMAT = 1  # of evaluation.json
 # They choose the adapters, whose scores are kept by their contents.
 NOT_OF_A_SCORE = ("evaluate.samples", "evaluate.num_prompts")
-TIMED = 100  # steps of tuning that are timed for the overhead
 
 
-def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, list[str]]:
-    """{dataset: answers to its test questions} of the adapter in use; how:
-    config.evaluate.answers."""
+class Answers(NamedTuple):
+    """To a dataset's test questions. cut: 1.0 for each that was cut off before its end token;
+    nothing for labels."""
+
+    texts: list[str]
+    cut: list[float] | None
+
+
+def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, Answers]:
+    """{dataset: the answers} of the adapter in use; how: config.evaluate.answers."""
     if how == "likelihood":
-        return {d.name: base.choose(d.test, labels_of(d)) for d in datasets}
-    answers = base.decode(base.answer_ids([e for d in datasets for e in d.test]))
-    found = {}
+        return {d.name: Answers(base.choose(d.test, labels_of(d)), None) for d in datasets}
+    ids = base.answer_ids([e for d in datasets for e in d.test])
+    texts, cut = base.decode(ids), [float(len(row) >= base.max_new_tokens) for row in ids]
+    found, first = {}, 0
     for d in datasets:
-        found[d.name], answers = answers[: len(d.test)], answers[len(d.test) :]
+        here = slice(first, first + len(d.test))
+        found[d.name], first = Answers(texts[here], cut[here]), here.stop
     return found
 
 
@@ -116,8 +120,9 @@ def score_all(
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
     keys: score_keys. scores: those that are known.
 
-    Returns {key: {unseen dataset: {"exact", "content", "format"}}}; each value is the list of
-    scores question by question, packed.
+    Returns {key: {unseen dataset: {"exact", "content", "format", "cut"}}}; each value is the list of
+    scores question by question, packed. "cut" is there where answers may have no end, and was not
+    kept by earlier versions.
     """
     scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
     jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
@@ -132,12 +137,11 @@ def score_all(
             continue
         stop.check()
         base.use(None if label == "base" else label)
-        answers = answers_to(base, todo, settings["evaluate"]["answers"])
-        each = {name: scorers[name].each(texts) for name, texts in answers.items()}
-        new = {
-            name: {measure: pack(values) for measure, values in of.items()}
-            for name, of in each.items()
-        }
+        new = {}
+        for name, answers in answers_to(base, todo, settings["evaluate"]["answers"]).items():
+            each = scorers[name].each(answers.texts)
+            each |= {CUT: answers.cut} if answers.cut is not None else {}
+            new[name] = {measure: pack(values) for measure, values in each.items()}
         scores[key] = scores.get(key, {}) | new
         write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
     return scores
@@ -181,34 +185,6 @@ def by_method(
     return scores, each_question, of_training
 
 
-def measured_in_jax(
-    config: Config, suite: Suite, candidates: Candidates, base, base_path, workdir: pathlib.Path
-) -> dict:
-    """{"agreement", "overhead"}; each only a "note" for a base that our own code does not run,
-    whose adapters were imported."""
-    try:
-        load_base_config(base_path)
-    except InputError as error:
-        note = f"Not measured, because only PyTorch runs this base. {error}"
-        return {"agreement": {"note": note}, "overhead": {"note": note}}
-    folders = {d.name: candidates.by_dataset[d.name]["generated"][0] for d in suite.unseen}
-    asked = (
-        Asked(
-            folders[d.name],
-            load_adapter(folders[d.name]),
-            load_adapter_config(folders[d.name]).scale,
-            d.test,
-        )
-        for d in tqdm(suite.unseen, desc="compare with JAX", unit="dataset", dynamic_ncols=True)
-    )
-    return {
-        "agreement": agreement(
-            base, asked, config.evaluate.batch_size, config.evaluate.max_new_tokens
-        ),
-        "overhead": measure_overhead(config, suite, workdir, base_path, TIMED),
-    }
-
-
 def evaluation_settings(config: Config, suite: str) -> dict:
     """What the scores in WORKDIR/evaluation.json depend on; suite: its fingerprint."""
     asked = {
@@ -222,56 +198,71 @@ def evaluation_settings(config: Config, suite: str) -> dict:
 def evaluate(
     config: Config, suite: Suite, base_path, workdir: pathlib.Path, allowed: Collection[str] = ()
 ) -> dict:
-    """Runs the whole stage and returns {"train": names, "unseen": {NAME: scores}, "questions",
-    "agreement", "overhead"}, kept in WORKDIR/evaluation.json too. "questions": {NAME: {measure:
-    {method: scores question by question, packed}}}."""
-    path = workdir / EVALUATION
+    """Makes and scores all adapters and returns {"train": names, "unseen": {NAME: scores},
+    "questions"}, kept in WORKDIR/evaluation.json too, with what `measure` has found of the same
+    adapters. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
+    path = workdir / paths.EVALUATION
     settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, workdir)
     keys = score_keys(candidates, base_path)
     adapters = [
         keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
     ]
+    firsts = [keys[str(of["generated"][0])] for of in candidates.by_dataset.values()]
     stored = read_kept(path, settings, base_path, allowed)
     if stored.get("adapters") == adapters:
         return stored["result"]
+    same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
     scores = score_all(suite, candidates, keys, base, path, settings, stored["scores"])
-
-    unseen, questions = {}, {}
-    for dataset in suite.unseen:
-        name = dataset.name
-        entry: dict = {
-            "kind": suite.kinds[name],
-            "nearest_dataset": candidates.nearest[name],
-            "wrong_dataset": wrong_task(suite, name).name,
-        }
-        questions[name] = {}
-        for measure in SCORES:
-            values, questions[name][measure], training = by_method(
-                candidates,
-                name,
-                lambda label, name=name, measure=measure: unpack(
-                    scores[keys[label]][name][measure]
-                ),
-            )
-            if measure == "exact":
-                entry |= {**values, "training": training}
-            else:
-                entry[measure] = values
-        unseen[name] = entry
+    entries = {d.name: _entry(suite, candidates, d.name, scores, keys) for d in suite.unseen}
     result = {
         "train": list(candidates.training),
-        "unseen": unseen,
-        "questions": questions,
-        **measured_in_jax(config, suite, candidates, base, base_path, workdir),
+        "unseen": {name: entry for name, (entry, _) in entries.items()},
+        "questions": {name: questions for name, (_, questions) in entries.items()},
+        **{name: same[name] for name in MEASURES if name in same},
     }
-    write_numbered(
-        path,
-        FORMAT,
-        {"settings": settings, "scores": scores, "adapters": adapters, "result": result},
-    )
+    kept = {"settings": settings, "scores": scores, "adapters": adapters, "measured_of": firsts}
+    write_numbered(path, FORMAT, kept | {"result": result})
     return result
+
+
+def _entry(
+    suite: Suite, candidates: Candidates, name: str, scores: Mapping, keys: Mapping
+) -> tuple[dict, dict]:
+    """(an unseen dataset's entry of results.json, its scores question by question) from those of
+    score_all."""
+
+    def methods(measure: str) -> tuple[dict, dict, dict]:
+        return by_method(candidates, name, lambda label: unpack(scores[keys[label]][name][measure]))
+
+    exact, each, training = methods("exact")
+    entry = {
+        "kind": suite.kinds[name],
+        "nearest_dataset": candidates.nearest[name],
+        "wrong_dataset": wrong_task(suite, name).name,
+        **exact,
+        "training": training,
+    }
+    questions = {"exact": each}
+    for part in PARTS:
+        entry[part], questions[part], _ = methods(part)
+    if all(CUT in scores[keys[label]][name] for label in scored_on(candidates, name)):
+        shares, _, _ = methods(CUT)
+        shares["generated"] = shares["generated"]["mean"]
+        entry[CUT] = {m: share for m, share in shares.items() if m != "train_best"}
+    return entry, questions
+
+
+def run_of(suite: Suite, evaluation: Mapping, workdir: pathlib.Path) -> dict:
+    """What a report says of one seed."""
+    seconds = read_json(workdir / paths.SECONDS)
+    return {
+        "suite": suite.name,
+        "fingerprint": suite.fingerprint,
+        **evaluation,
+        "seconds": seconds,
+    }
 
 
 def _run(given: Given) -> None:
@@ -280,17 +271,10 @@ def _run(given: Given) -> None:
     base = find_base(config, workdir)
     with timed(workdir, "evaluate"):
         evaluation = evaluate(config, suite, base, workdir, given["allow"])
-    publish(
-        {
-            config.seed: {
-                "suite": suite.name,
-                **evaluation,
-                "seconds": read_json(workdir / paths.SECONDS),
-            }
-        },
-        config,
-        workdir,
-    )
+    runs = {config.seed: run_of(suite, evaluation, workdir)}
+    publish(runs, config, workdir)
+    runs[config.seed] |= measure(config, suite, base, workdir, again=given["remeasure"])
+    publish_measured(runs, config, workdir)
 
 
 def needs(config: Config) -> tuple[str, ...]:
@@ -299,4 +283,5 @@ def needs(config: Config) -> tuple[str, ...]:
     return ("torch", "peft", "matplotlib", *models)
 
 
-STAGE = Stage(_run, (*ON_SUITE, ALLOW), lambda given: needs(given.config), writes=True)
+REMEASURE = Flag("remeasure", bool, False, "measure agreement and overhead again where that failed")
+STAGE = Stage(_run, (*ON_SUITE, ALLOW, REMEASURE), lambda given: needs(given.config), writes=True)

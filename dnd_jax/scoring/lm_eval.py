@@ -14,31 +14,28 @@ shields the machine from that code.
 Columns, rule and intervals are those of results.json; WORKDIR/lm_eval.json holds them.
 """
 
-import dataclasses
-import json
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
-from dnd_jax.base.chat import render
+from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
-from dnd_jax.core import digests, packages
+from dnd_jax.core import packages
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.files import replacing, write_json
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.formats import write_numbered
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite
-from dnd_jax.data.suite import Dataset, Suite, labels_of
+from dnd_jax.data.suite import Suite
 from dnd_jax.scoring import intervals, report
-from dnd_jax.scoring.candidates import make_candidates
+from dnd_jax.scoring.candidates import Candidates, make_candidates
 from dnd_jax.scoring.evaluate import (
     FORMAT,
     by_method,
@@ -47,171 +44,18 @@ from dnd_jax.scoring.evaluate import (
     score_keys,
     scored_on,
 )
-from dnd_jax.scoring.results import add_intervals, pack, rule, summarise, unpack
+from dnd_jax.scoring.lm_eval_tasks import Wanted, load_tasks, parse_tasks, write_task
+from dnd_jax.scoring.results import FREE_FORM, add_intervals, pack, rule, summarise, unpack
 
 lm_eval = packages.deferred("lm_eval")
 SCORES = "lm_eval/scores{}.json"  # a file for each --limit
-NAMES = {
-    "ARC-c": "arc_challenge",
-    "ARC-e": "arc_easy",
-    "OBQA": "openbookqa",
-    "BoolQ": "boolq",
-    "PIQA": "piqa",
-    "HellaSwag": "hellaswag",
-    "WinoGrande": "winogrande",
-    "GSM8K": "gsm8k",
-    "HumanEval": "humaneval",
-}
 METRICS = (
     "acc_norm",
     "exact_match",
     "pass@1",
     "acc",
 )  # the first of them that a task has is reported
-FEWSHOT_SEED = 1234  # the harness's own default
 FILTER = "strict-match"  # where a task reads answers in several ways (GSM8K)
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A task of the harness, and the unseen dataset whose adapters it scores."""
-
-    dataset: str
-    task: str  # the harness's name; empty: the dataset's own questions
-    data: str = ""  # a folder that replaces the task's dataset
-
-    @property
-    def title(self) -> str:
-        task = f"{self.dataset}:{self.task}" if self.task else self.dataset
-        return f"{task}@{self.data}" if self.data else task
-
-
-def parse_tasks(texts: Sequence[str], suite: Suite) -> list[Wanted]:
-    """--tasks; none: the questions of every unseen dataset. Raises InputError that lists what names
-    no dataset or folder."""
-    names = [d.name for d in suite.unseen]
-    wanted, faults = [], []
-    for text in texts or names:
-        name, _, task = text.partition(":")
-        task, _, data = task.partition("@")
-        if name not in names:
-            faults.append(f"{name!r} is none of the unseen datasets {', '.join(names)}")
-        elif data and not pathlib.Path(data).is_dir():
-            faults.append(f"{data} is no folder with a dataset")
-        else:
-            wanted.append(Wanted(name, NAMES.get(task, task), data))
-    if faults:
-        raise listed("--tasks", faults)
-    return wanted
-
-
-def write_task(folder: pathlib.Path, dataset: Dataset, tokenizer, config: Config) -> pathlib.Path:
-    """Writes FOLDER/NAME.jsonl and NAME.yaml, the test questions of a dataset as a task dnd_NAME of
-    the harness.
-
-    Questions are rendered with the base's template as in training, system text included. Answers
-    are asked for as config.evaluate.answers says: generated and compared (spaces at the ends do not
-    count), or chosen among the labels.
-    """
-    path = folder.absolute() / f"{dataset.name}.jsonl"
-    rows: list[dict] = [
-        {"text": render(tokenizer, e.prompt, e.system), "answer": e.response} for e in dataset.test
-    ]
-    task = {
-        "task": f"dnd_{dataset.name}",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-        "test_split": "test",
-        "doc_to_text": "text",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metadata": {"version": 1},
-    }
-    if config.evaluate.answers == "likelihood":
-        labels = labels_of(dataset)
-        for row, example in zip(rows, dataset.test, strict=True):
-            row |= {
-                "labels": [label + tokenizer.eos_token for label in labels],
-                "right": labels.index(example.response),
-            }
-        task |= {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "labels",
-            "doc_to_target": "right",
-        }
-        task["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    else:
-        generation = {
-            "until": [tokenizer.eos_token],
-            "max_gen_toks": config.evaluate.max_new_tokens,
-            "do_sample": False,
-        }
-        task |= {
-            "output_type": "generate_until",
-            "doc_to_target": "answer",
-            "generation_kwargs": generation,
-        }
-        exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-        task["metric_list"] = [exact | {"regexes_to_ignore": [r"^\s+", r"\s+$"]}]
-    with replacing(path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-    write_json(path.with_suffix(".yaml"), task)  # JSON is YAML
-    return path.with_suffix(".yaml")
-
-
-def load_tasks(
-    wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool
-) -> dict[str, object]:
-    """{title: lm_eval Task}. folder: where `write_task` wrote; a task with @DATA becomes a file
-    there too.
-
-    Raises InputError for an unknown task, one that runs code without unsafe_code, and data that
-    cannot be had.
-    """
-    named = [w for w in wanted if w.task]
-    manager = packages.load("lm_eval.tasks").TaskManager(
-        include_defaults=bool(named)
-    )  # thousands of files
-    unknown = [w.task for w in named if w.task not in manager.all_subtasks]
-    if unknown:
-        raise InputError(
-            f"--tasks: {', '.join(unknown)}: no single task of lm_eval; `lm_eval ls tasks` lists "
-            "them"
-        )
-    runs_code = [w.task for w in named if (manager.task_index[w.task].cfg or {}).get("unsafe_code")]
-    if runs_code and not unsafe_code:
-        raise InputError(
-            f"--tasks: {', '.join(runs_code)} runs code that a model wrote; allow it here by "
-            "--unsafe-code"
-        )
-    tasks = {}
-    for w in wanted:
-        spec = w.task or str(folder.absolute() / f"{w.dataset}.yaml")
-        if w.data:
-            data = str(pathlib.Path(w.data).absolute())
-            name = f"{w.dataset}_{w.task}_{digests.of_text(data)[:8]}"
-            spec = str(folder.absolute() / f"{name}.yaml")
-            of_harness = {
-                "include": str(manager.task_index[w.task].yaml_path),
-                "task": f"dnd_{name}",
-            }
-            write_json(spec, of_harness | {"dataset_path": data, "dataset_name": None})
-        try:
-            task = next(iter(manager.load([spec])["tasks"].values()))
-        # datasets, its readers, the hub client and the tasks' own code all raise their own
-        except Exception as error:
-            reason = first_line(error)
-            raise InputError(
-                f"{w.title}: its data cannot be had ({reason}); give a folder: "
-                f"{w.dataset}:{w.task}@FOLDER"
-            ) from None
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        tasks[w.title] = task
-    return tasks
 
 
 def sample_scores(title: str, samples: Sequence[Mapping]) -> tuple[str, list[float]]:
@@ -276,53 +120,77 @@ def lm_eval_stage(
 ) -> dict:
     """Runs the stage and returns what it writes to WORKDIR/lm_eval.json; a stopped one goes on.
 
-    Raises InputError as parse_tasks and load_tasks do.
+    Raises InputError as parse_tasks and load_tasks do, before anything is generated.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    wanted = parse_tasks(tasks, suite)
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    wanted = parse_tasks(tasks, suite)
+    loaded = _tasks(wanted, suite, base_path, config, workdir, unsafe_code)
+    candidates = make_candidates(config, suite, workdir)
+    keys = score_keys(candidates, base_path)
+    path = workdir / SCORES.format(f"_{limit}" if limit else "")
+    settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
-    folder = workdir / "lm_eval" / "tasks"
+    own = {w.title for w in wanted if not w.task}
+
+    def scored(tasks: Mapping[str, object]) -> dict:
+        return score(base, tasks, own, config.evaluate.batch_size, limit, unsafe_code)
+
+    scores = read_kept(path, settings, base_path, allowed)["scores"]
+    _score_all(wanted, loaded, candidates, keys, base, scored, path, settings, scores)
+    of_label = {label: scores.get(key) for label, key in keys.items()}
+    return finish(config, suite, wanted, candidates, of_label, workdir)
+
+
+def _tasks(
+    wanted: Sequence[Wanted],
+    suite: Suite,
+    base_path,
+    config: Config,
+    workdir: pathlib.Path,
+    unsafe_code: bool,
+) -> dict[str, object]:
+    """`load_tasks`, those of the suite's own questions written first."""
+    folder, tokenizer = workdir / "lm_eval" / "tasks", load_tokenizer(base_path)
     folder.mkdir(parents=True, exist_ok=True)
     datasets = {d.name: d for d in suite.unseen}
     for w in wanted:
         if not w.task:
-            write_task(folder, datasets[w.dataset], base.tokenizer, config)
-    loaded = load_tasks(wanted, folder, unsafe_code)
-    candidates = make_candidates(config, suite, workdir)
+            write_task(folder, datasets[w.dataset], tokenizer, config)
+    return load_tasks(wanted, folder, unsafe_code)
 
-    path = workdir / SCORES.format(f"_{limit}" if limit else "")
-    settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
-    scores = read_kept(path, settings, base_path, allowed)["scores"]
-    keys = score_keys(candidates, base_path)
+
+def _score_all(
+    wanted: Sequence[Wanted],
+    loaded: Mapping[str, object],
+    candidates: Candidates,
+    keys: Mapping[str, str],
+    base: TorchBase,
+    scored: Callable[[Mapping[str, object]], dict],
+    path: pathlib.Path,
+    settings: dict,
+    scores: dict,
+) -> None:
+    """Adds what `scores`, {key: {title: {"metric", "values" packed}}}, lacks of the adapters; `path`
+    keeps each when it is scored. scored: `score` of the adapter in use."""
     jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
         for label in scored_on(candidates, w.dataset):
             jobs.setdefault(keys[label], (label, {}))[1][w.title] = None
-    own = {w.title for w in wanted if not w.task}
-    for key, (label, titles) in tqdm(
-        jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True
-    ):
+    progress = tqdm(jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True)
+    for key, (label, titles) in progress:
         todo = {title: loaded[title] for title in titles if title not in scores.get(key, {})}
-        if todo:
-            stop.check()
-            base.use(None if label == "base" else label)
-            found = score(base, todo, own, config.evaluate.batch_size, limit, unsafe_code)
-            new = {
-                title: {"metric": metric, "values": pack(values)}
-                for title, (metric, values) in found.items()
-            }
-            scores[key] = scores.get(key, {}) | new
-            write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
-    return finish(
-        config,
-        suite,
-        wanted,
-        candidates,
-        {label: scores.get(key) for label, key in keys.items()},
-        workdir,
-    )
+        if not todo:
+            continue
+        stop.check()
+        base.use(None if label == "base" else label)
+        new = {
+            title: {"metric": metric, "values": pack(values)}
+            for title, (metric, values) in scored(todo).items()
+        }
+        scores[key] = scores.get(key, {}) | new
+        write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
 
 
 def finish(
@@ -358,10 +226,10 @@ def finish(
     results |= {"unseen": entries, "mean": mean}
     write_numbered(workdir / paths.HARNESS, FORMAT, results)
     metrics = ", ".join(f"{title} {entry['metric']}" for title, entry in entries.items())
-    print(
-        "\nlm-eval "
-        f"({metrics})\n{report.table(results)}\n\n{results['rule']}\n{results['intervals']}"
-    )
+    print(f"\nlm-eval ({metrics})\n{report.table(results)}\n")
+    if config.evaluate.free_form and not all(w.task for w in wanted):
+        print(FREE_FORM.format(name=wanted[0].dataset))
+    print(results["rule"], results["intervals"], sep="\n")
     print(f"results: {(workdir / paths.HARNESS).absolute()}", flush=True)
     return results
 

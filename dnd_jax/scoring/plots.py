@@ -1,11 +1,13 @@
 """The pictures of a report, by matplotlib."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dnd_jax.core import figures
+from dnd_jax.core import workdir as paths
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.scoring.results import METHODS, TITLES
@@ -32,38 +34,30 @@ def curves(workdir: pathlib.Path) -> str:
     """Loss and accuracy of every training stage that was run here."""
     stages = [
         (name, rows)
-        for name in ("pretrain", "collect", "generator")
+        for name in (paths.PRETRAIN, paths.COLLECT, paths.GENERATOR)
         if (rows := read_metrics(workdir / name))
     ]
     if not stages:
         return ""
     figure, axes = figures.panels(len(stages), WIDTH * len(stages), HEIGHT)
     for axis, (name, rows) in zip(axes, stages, strict=True):
-        steps = [row["step"] for row in rows]
-        axis.plot(steps, [row["loss"] for row in rows], color="tab:blue")
-        axis.set(
-            title={"pretrain": "base", "collect": "LoRAs (mean)"}.get(name, name),
-            xlabel="step",
-            yscale="log",
-        )
+        title = {paths.PRETRAIN: "base", paths.COLLECT: "LoRAs (mean)"}.get(name, name)
+        axis.set(title=title, xlabel="step", yscale="log")
+        _curve(axis, rows, "loss", "tab:blue")
         axis.set_ylabel("loss", color="tab:blue")
-        twin = axis.twinx()
+        twin, label = axis.twinx(), "training batch exact match"
         if "accuracy" in rows[0]:
-            twin.plot(steps, [row["accuracy"] for row in rows], color="tab:orange", alpha=0.7)
-            twin.set_ylabel("training batch exact match", color="tab:orange")
+            _curve(twin, rows, "accuracy", "tab:orange", alpha=0.7)
         else:
-            twin.plot(
-                steps, [row["output_mean_square"] for row in rows], color="tab:orange", alpha=0.7
-            )
-            twin.plot(
-                steps,
-                [row["target_mean_square"] for row in rows],
-                color="0.6",
-                alpha=0.7,
-                linewidth=0.8,
-            )
-            twin.set_ylabel("mean square: output, target (grey)", color="tab:orange")
+            label = "mean square: output, target (grey)"
+            _curve(twin, rows, "output_mean_square", "tab:orange", alpha=0.7)
+            _curve(twin, rows, "target_mean_square", "0.6", alpha=0.7, linewidth=0.8)
+        twin.set_ylabel(label, color="tab:orange")
     return figures.embedded(figure)
+
+
+def _curve(axis: Any, rows: Sequence[Mapping], name: str, color: str, **look: float) -> None:
+    axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=color, **look)
 
 
 def projection(
@@ -73,43 +67,49 @@ def projection(
     adapters; not of one."""
     if len(training) == 1:
         return "<p>One training adapter spans no plane to show the others in.</p>"
-
-    def vector(folder: pathlib.Path) -> np.ndarray:
-        return np.concatenate([value.ravel() for _, value in sorted(load_adapter(folder).items())])
-
-    groups = {"training": {n: vector(f) for n, f in training.items()}}
-    made = [n for n in results["unseen"] if (workdir / "adapters" / n).is_dir()]
-    groups["generated"] = {n: vector(workdir / "adapters" / n) for n in made}
-    tuned = {
-        n: sorted((workdir / "loras" / n).glob("*/adapter_model.safetensors"))
-        for n in results["unseen"]
-    }
-    groups["tuned"] = {n: vector(files[-1].parent) for n, files in tuned.items() if files}
-    points = np.stack(list(groups["training"].values()))
-    centre = points.mean(axis=0)
-    axes_2d = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
-    figure, axes = figures.panels(1, 8, 5.6)
-    looks = zip("o*s", ("0.75", "tab:orange", "tab:green"), strict=True)
-    for (group, members), (marker, color) in zip(groups.items(), looks, strict=True):
-        if members:
-            at = {name: (v - centre) @ axes_2d.T for name, v in members.items()}
-            xy = np.stack(list(at.values()))
-            axes[0].scatter(
-                xy[:, 0],
-                xy[:, 1],
-                marker=marker,
-                c=color,
-                label=group,
-                s=60 if marker == "*" else 28,
-            )
-            if group == "generated":
-                for name, (x, y) in at.items():
-                    axes[0].annotate(name, (x, y), fontsize=6, alpha=0.8)
-                    if name in groups["tuned"]:
-                        to = (groups["tuned"][name] - centre) @ axes_2d.T
-                        axes[0].plot([x, to[0]], [y, to[1]], color="0.6", linewidth=0.6)
-    axes[0].set(
-        title="adapters on two principal components of the training adapters", xticks=[], yticks=[]
-    )
-    axes[0].legend()
+    groups = _on_the_plane(workdir, results, training)
+    figure, (axis,) = figures.panels(1, 8, 5.6)
+    looks = zip("o*s", ("0.75", "tab:orange", "tab:green"), (28, 60, 28), strict=True)
+    for (group, points), (marker, color, size) in zip(groups.items(), looks, strict=True):
+        if points:
+            xy = np.stack(list(points.values()))
+            axis.scatter(xy[:, 0], xy[:, 1], marker=marker, c=color, label=group, s=size)
+    for name, (x, y) in groups["generated"].items():
+        axis.annotate(name, (x, y), fontsize=6, alpha=0.8)
+        if name in groups["tuned"]:
+            to_x, to_y = groups["tuned"][name]
+            axis.plot([x, to_x], [y, to_y], color="0.6", linewidth=0.6)
+    title = "adapters on two principal components of the training adapters"
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend()
     return figures.embedded(figure)
+
+
+def _on_the_plane(
+    workdir: pathlib.Path, results: Mapping, training: Mapping[str, pathlib.Path]
+) -> dict[str, dict[str, np.ndarray]]:
+    """{group: {dataset: (2,)}} of the training, generated and tuned adapters that are there."""
+    adapters, loras = workdir / paths.ADAPTERS, workdir / paths.LORAS
+    unseen = results["unseen"]
+    tuned = {n: sorted((loras / n).glob("*/adapter_model.safetensors")) for n in unseen}
+    folders = {
+        "training": training,
+        "generated": {n: adapters / n for n in unseen if (adapters / n).is_dir()},
+        "tuned": {n: files[-1].parent for n, files in tuned.items() if files},
+    }
+    vectors = {
+        group: {n: _vector(folder) for n, folder in of_group.items()}
+        for group, of_group in folders.items()
+    }
+    points = np.stack(list(vectors["training"].values()))
+    centre = points.mean(axis=0)
+    plane = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
+    return {
+        group: {n: (v - centre) @ plane.T for n, v in of_group.items()}
+        for group, of_group in vectors.items()
+    }
+
+
+def _vector(folder: pathlib.Path) -> np.ndarray:
+    """All numbers of an adapter."""
+    return np.concatenate([value.ravel() for _, value in sorted(load_adapter(folder).items())])

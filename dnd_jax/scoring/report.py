@@ -11,7 +11,19 @@ from dnd_jax.core.formats import write_numbered
 from dnd_jax.lora.checkpoints import checkpoint_folders
 from dnd_jax.scoring.intervals import LEVEL
 from dnd_jax.scoring.plots import bars, curves, projection
-from dnd_jax.scoring.results import MEANING, METHODS, RESULTS_FORMAT, TITLES, combine
+from dnd_jax.scoring.results import CUT, MEANING, METHODS, PARTS, RESULTS_FORMAT, TITLES, combine
+
+HEADINGS = {"content": "Right content", "format": "Right format", CUT: "Cut off"}
+SHARES = {
+    "content": "Share of the answer's content words that are there, whatever the form.",
+    "format": "Share of answers in the asked form, whatever the content.",
+    CUT: "Share of answers that evaluate.max_new_tokens cut off before their end token.",
+}
+
+
+def _has_cut(results: Mapping) -> bool:
+    """Whether any answer was cut off, as far as that is known."""
+    return any(results["mean"].get(CUT, {}).values())
 
 
 def _cell(value: float | Mapping | None, width: int = 0) -> str:
@@ -119,15 +131,13 @@ def _agreement(agreement: Mapping) -> str:
     """Of JAX and PyTorch, in words."""
     if "note" in agreement:
         return agreement["note"]
-    some = (
-        ""
-        if agreement["answers"] == agreement["questions"]
-        else f" (of {agreement['questions']} questions, as a sample)"
-    )
+    same, answers, asked = (agreement[key] for key in ("same_answers", "answers", "questions"))
+    some = "" if answers == asked else f" (of {asked} questions, as a sample)"
+    largest, dtype = agreement["largest_logit_difference"], agreement.get("dtype", "float32")
+    low = "" if dtype == "float32" else f", in {dtype} against float32"
     return (
-        f"{agreement['same_answers']} of {agreement['answers']} greedy answers of the generated "
-        f"adapters{some} are identical; "
-        f"largest difference of a logit {agreement['largest_logit_difference']:.1e}."
+        f"{same} of {answers} greedy answers of the generated adapters{some} are identical{low}; "
+        f"largest difference of a logit {largest:.1e}."
     )
 
 
@@ -154,30 +164,20 @@ def write_report(
 ) -> pathlib.Path:
     """Writes WORKDIR/report.html: tables, bars, curves, the projection and seconds a stage, without
     outside files."""
-    seeds = results["seeds"]
-    asked = {"greedy": "greedy decoding", "likelihood": "the likeliest label"}[results["answers"]]
-    seconds = "".join(
-        f"<tr><th>{html.escape(k)}</th><td>{v:.1f}</td></tr>" for k, v in results["seconds"].items()
+    suite = html.escape(results["suite"])
+    sections = (
+        _introduction(results),
+        _scores(results),
+        _harness(workdir),
+        f"<h2>Training</h2>{curves(workdir)}",
+        f"<h2>Where the adapters lie</h2>{projection(workdir, results, training)}",
+        _costs(results),
     )
-    meaning = "".join(f"<dt>{TITLES[m]}</dt><dd>{html.escape(MEANING[m])}</dd>" for m in METHODS)
-    suite, rule = html.escape(results["suite"]), html.escape(results["rule"])
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Drag-and-drop adapters: {suite}</title>
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>Drag-and-drop adapters: {suite}</title>
 <style>{STYLE}</style>
 <h1>Adapters from prompts: {suite}</h1>
-<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from PyTorch (transformers + PEFT) on the
-exported adapter folders, {asked}, on test questions whose prompts the generator did not see. {rule}</p>
-<h2>Exact match</h2>{_html_table(results, "exact")}{bars(results)}
-{_training_table(results)}
-<p>Small: {html.escape(results["intervals"])}</p>
-<dl>{meaning}</dl>
-<h2>Right content</h2><p>Share of the answer's content words that are there, whatever the form.</p>{_html_table(results, "content")}
-<h2>Right format</h2><p>Share of answers in the asked form, whatever the content.</p>{_html_table(results, "format")}
-{_harness(workdir)}<h2>Training</h2>{curves(workdir)}
-<h2>Where the adapters lie</h2>{projection(workdir, results, training)}
-<h2>Cost</h2><p>{html.escape(results["overhead"]["note"])}</p>
-<h2>Agreement of JAX and PyTorch</h2>
-<p>{html.escape(_agreement(results["agreement"]))}</p>
-<h2>Seconds a stage</h2><table>{seconds}</table></html>
+{chr(10).join(sections)}</html>
 """
     path = workdir / paths.REPORT
     with replacing(path) as temporary:
@@ -185,26 +185,65 @@ exported adapter folders, {asked}, on test questions whose prompts the generator
     return path
 
 
+def _introduction(results: Mapping) -> str:
+    seeds = results["seeds"]
+    asked = {"greedy": "greedy decoding", "likelihood": "the likeliest label"}[results["answers"]]
+    return f"""<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from
+PyTorch (transformers + PEFT) on the exported adapter folders, {asked}, on test questions whose
+prompts the generator did not see. {html.escape(results["rule"])}</p>"""
+
+
+def _scores(results: Mapping) -> str:
+    """The tables of every measure, the exact match with its bars and what its methods mean."""
+    warned = "".join(f"<p><b>{html.escape(text)}</b></p>" for text in results["warnings"])
+    meaning = "".join(f"<dt>{TITLES[m]}</dt><dd>{html.escape(MEANING[m])}</dd>" for m in METHODS)
+    others = "".join(
+        f"<h2>{HEADINGS[measure]}</h2><p>{SHARES[measure]}</p>{_html_table(results, measure)}\n"
+        for measure in ((*PARTS, CUT) if _has_cut(results) else PARTS)
+    )
+    return f"""<h2>Exact match</h2>{warned}{_html_table(results, "exact")}{bars(results)}
+{_training_table(results)}
+<p>Small: {html.escape(results["intervals"])}</p>
+<dl>{meaning}</dl>
+{others}"""
+
+
+def _costs(results: Mapping) -> str:
+    """What was measured when all was scored, and the seconds of the stages."""
+    seconds = "".join(
+        f"<tr><th>{html.escape(k)}</th><td>{v:.1f}</td></tr>" for k, v in results["seconds"].items()
+    )
+    return f"""<h2>Cost</h2><p>{html.escape(results["overhead"]["note"])}</p>
+<h2>Agreement of JAX and PyTorch</h2>
+<p>{html.escape(_agreement(results["agreement"]))}</p>
+<h2>Seconds a stage</h2><table>{seconds}</table>"""
+
+
 def publish(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict:
-    """Writes results.json and report.html of the seeds' evaluations and prints the tables, the
-    report's path last."""
+    """Writes results.json and report.html of the seeds' evaluations and prints the tables."""
+    results = _write(runs, config, workdir)
+    for measure in (*PARTS, CUT) if _has_cut(results) else PARTS:
+        print(f"\n{HEADINGS[measure].lower()}\n{table({**results, 'unseen': {}}, measure)}")
+    print(f"\nexact match\n{table(results)}\n")
+    print(*results["warnings"], results["rule"], results["intervals"], sep="\n", flush=True)
+    return results
+
+
+def publish_measured(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict:
+    """Writes both files again with what was measured since, and prints that, the report's path
+    last."""
+    results = _write(runs, config, workdir)
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items())
+    print(f"{_agreement(results['agreement'])}\n{results['overhead']['note']}\nseconds: {seconds}")
+    print(f"report: {(workdir / paths.REPORT).absolute()}", flush=True)
+    return results
+
+
+def _write(runs: dict[int, dict], config: Config, workdir: pathlib.Path) -> dict:
     results = combine(runs, config)
     write_numbered(workdir / paths.RESULTS, RESULTS_FORMAT, results)
     root = pathlib.Path(config.train.checkpoints or workdir / paths.LORAS)
-    training = {
-        name: folders[-1]
-        for name, folders in checkpoint_folders(root, next(iter(runs.values()))["train"]).items()
-    }
-    page = write_report(workdir, results, training)
-    for measure in ("content", "format"):
-        print(f"\nright {measure}\n{table({**results, 'unseen': {}}, measure)}")
-    print(
-        "\nexact "
-        f"match\n{table(results)}\n\n{results['rule']}\n{results['intervals']}\n{results['overhead']['note']}"
-    )
-    print(
-        "seconds: "
-        f"{', '.join(f'{stage} {value:.0f}' for stage, value in results['seconds'].items())}"
-    )
-    print(f"report: {page.absolute()}", flush=True)
+    of_training = checkpoint_folders(root, next(iter(runs.values()))["train"])
+    last = {name: folders[-1] for name, folders in of_training.items()}
+    write_report(workdir, results, last)
     return results

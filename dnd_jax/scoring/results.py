@@ -11,11 +11,11 @@ from dnd_jax.config.schema import Config
 from dnd_jax.scoring import intervals
 
 RESULTS_FORMAT = 1  # of results.json
+# Measures that stand in an entry under their names, beside its exact match; and the share of
+# answers that were cut off before their end token, where it is known.
+PARTS = ("content", "format")
+CUT = "cut"
 # The columns of every table, in order; "generated" also has a spread over the S draws of prompts.
-PARTS = (
-    "content",
-    "format",
-)  # measures that stand in an entry under their names, beside its exact match
 METHODS = (
     "base",
     "train_mean",
@@ -56,6 +56,17 @@ RULE = (
 )
 FEW_RULE = " They are repeated until the generator has its {n}."
 FORM_RULE = " The condition is of the form {form!r}: it reads the answers of the unseen pools too."
+NOT_YET = {"note": "Not measured yet."}
+FREE_FORM = (
+    "These answers are free text (a chain of thought, a program), of which exact match means "
+    "little. EleutherAI's harness scores it: dnd lm-eval --tasks={name}:TASK, where TASK is GSM8K, "
+    "HumanEval or another of its tasks."
+)
+CUT_OFF = (
+    "Cut off at evaluate.max_new_tokens = {tokens}, before an end token, and scored as they stand: "
+    "{shares} of the answers. Give more tokens unless the adapters should have ended them."
+)
+CUT_SHARE = 0.01  # of a method's answers to a dataset, from which on it is warned of
 LIKELIHOOD_RULE = " An answer is the most likely one of a dataset's labels."
 
 
@@ -71,6 +82,22 @@ def rule(config: Config) -> str:
     return text + (LIKELIHOOD_RULE if config.evaluate.answers == "likelihood" else "")
 
 
+def warnings(unseen: Mapping[str, Mapping], config: Config) -> list[str]:
+    """What a reader of the scores must know first: that exact match means little here, or that
+    answers were cut off."""
+    found = [FREE_FORM.format(name=next(iter(unseen)))] if config.evaluate.free_form else []
+    shares = []
+    for name, entry in unseen.items():
+        cut = {m: share for m, share in entry.get(CUT, {}).items() if share >= CUT_SHARE}
+        if cut:
+            of_method = ", ".join(f"{TITLES[m]} {share:.0%}" for m, share in cut.items())
+            shares.append(f"{name} ({of_method})")
+    if shares:
+        some = "; ".join(shares[:3]) + (f"; {len(shares) - 3} datasets more" if shares[3:] else "")
+        found.append(CUT_OFF.format(tokens=config.evaluate.max_new_tokens, shares=some))
+    return found
+
+
 def mean_scores(entries: Sequence[Mapping]) -> dict:
     """The mean of several datasets' (or seeds') scores, measure by measure; spreads are
     averaged."""
@@ -84,7 +111,7 @@ def mean_scores(entries: Sequence[Mapping]) -> dict:
         shared = [m for m in METHODS if all(m in row for row in rows)]
         return {m: mean([row[m] for row in rows]) for m in shared}
 
-    parts = [measure for measure in PARTS if all(measure in e for e in entries)]
+    parts = [measure for measure in (*PARTS, CUT) if all(measure in e for e in entries)]
     return over(entries) | {measure: over([e[measure] for e in entries]) for measure in parts}
 
 
@@ -153,52 +180,21 @@ def add_intervals(unseen: Mapping[str, dict], mean: dict, runs: Mapping[int, Map
 def combine(runs: dict[int, dict], config: Config) -> dict:
     """results.json from each seed's evaluation: datasets averaged over the seeds that have them,
     and the spread over seeds."""
-    seeds = list(runs)
-    first = runs[seeds[0]]
-    names = list(dict.fromkeys(name for run in runs.values() for name in run["unseen"]))
-    unseen = {}
-    for name in names:
-        entries = [run["unseen"][name] for run in runs.values() if name in run["unseen"]]
-        unseen[name] = (
-            copy.deepcopy(entries[0])
-            if len(entries) == 1
-            else {"kind": entries[0]["kind"], **mean_scores(entries)}
-        )
-    mean = summarise(unseen)
-    if len(runs) > 1:
-        # A seed counts once, however many datasets of a kind it has.
-        by_seed = {seed: summarise(run["unseen"]) for seed, run in runs.items()}
-        mean = mean_scores(list(by_seed.values()))
-        kinds = list(dict.fromkeys(kind for s in by_seed.values() for kind in s["by_kind"]))
-        of_kind = {
-            kind: [s["by_kind"][kind] for s in by_seed.values() if kind in s["by_kind"]]
-            for kind in kinds
-        }
-        mean["by_kind"] = {kind: mean_scores(entries) for kind, entries in of_kind.items()}
-        for entry, entries in (
-            (mean, by_seed.values()),
-            *((mean["by_kind"][k], of_kind[k]) for k in kinds),
-        ):
-            scores = [e["generated"]["mean"] for e in entries]
-            entry["generated"] |= {"std_over_seeds": statistics.pstdev(scores), "by_seed": scores}
+    first = next(iter(runs.values()))
+    unseen = _over_seeds(runs)
+    mean = _mean_over_seeds(runs) if len(runs) > 1 else summarise(unseen)
     add_intervals(unseen, mean, runs)
-    agreements = [run["agreement"] for run in runs.values()]
     results = {
         "suite": first["suite"],
-        "seeds": seeds,
+        "seeds": list(runs),
         "answers": config.evaluate.answers,
         "rule": rule(config),
         "intervals": intervals.NOTE,
+        "warnings": warnings(unseen, config),
         "unseen": unseen,
         "mean": mean,
-        "overhead": first["overhead"],
-        # All seeds have one base: either each was compared, or none.
-        "agreement": agreements[0]
-        if "note" in agreements[0]
-        else {
-            key: (max if key == "largest_logit_difference" else sum)(a[key] for a in agreements)
-            for key in agreements[0]
-        },
+        "overhead": first.get("overhead", NOT_YET),
+        "agreement": _agreement([run.get("agreement", NOT_YET) for run in runs.values()]),
         "seconds": {
             s: statistics.fmean(r["seconds"].get(s, 0.0) for r in runs.values())
             for s in first["seconds"]
@@ -210,3 +206,42 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
             for seed, run in runs.items()
         }
     return results
+
+
+def _over_seeds(runs: Mapping[int, Mapping]) -> dict[str, dict]:
+    """{unseen dataset: its entry}, averaged where several seeds have it."""
+    names = dict.fromkeys(name for run in runs.values() for name in run["unseen"])
+    unseen = {}
+    for name in names:
+        entries = [run["unseen"][name] for run in runs.values() if name in run["unseen"]]
+        unseen[name] = (
+            copy.deepcopy(entries[0])
+            if len(entries) == 1
+            else {"kind": entries[0]["kind"], **mean_scores(entries)}
+        )
+    return unseen
+
+
+def _mean_over_seeds(runs: Mapping[int, Mapping]) -> dict:
+    """`summarise` of several seeds, with the generated adapters' spread over them. A seed counts
+    once, however many datasets of a kind it has."""
+    by_seed = [summarise(run["unseen"]) for run in runs.values()]
+    kinds = dict.fromkeys(kind for s in by_seed for kind in s["by_kind"])
+    groups = {kind: [s["by_kind"][kind] for s in by_seed if kind in s["by_kind"]] for kind in kinds}
+    mean = mean_scores(by_seed)
+    mean["by_kind"] = {kind: mean_scores(entries) for kind, entries in groups.items()}
+    for entry, entries in ((mean, by_seed), *((mean["by_kind"][k], groups[k]) for k in kinds)):
+        scores = [e["generated"]["mean"] for e in entries]
+        entry["generated"] |= {"std_over_seeds": statistics.pstdev(scores), "by_seed": scores}
+    return mean
+
+
+def _agreement(found: Sequence[Mapping]) -> Mapping:
+    """Of all seeds together; a note when one of them has none."""
+    note = next((each for each in found if "note" in each), None)
+    if note:
+        return note
+    counts = ("questions", "answers", "same_answers")
+    largest = max(each["largest_logit_difference"] for each in found)
+    summed = {key: sum(each[key] for each in found) for key in counts}
+    return {**found[0], **summed, "largest_logit_difference": largest}

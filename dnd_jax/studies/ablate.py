@@ -34,8 +34,8 @@ from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
 from dnd_jax.encoders.cache import identify
 from dnd_jax.generator.folder import MODEL, find_generator
-from dnd_jax.scoring.evaluate import EVALUATION, NOT_OF_A_SCORE, evaluation_settings
 from dnd_jax.scoring.evaluate import FORMAT as EVALUATION_FORMAT
+from dnd_jax.scoring.evaluate import NOT_OF_A_SCORE, evaluation_settings
 from dnd_jax.studies import ablate_report
 from dnd_jax.studies.quickstart import needs, run_seed
 
@@ -204,7 +204,8 @@ def run(
             if not MADE_BY["loras"] & variant.sections:
                 share_scores(own, folder, default, suite)
         with remembering(folder, own):
-            result = run_seed(own, folder, strict, allowed)
+            # what else could be measured is the same
+            result, _ = run_seed(own, folder, strict, allowed)
     except InputError as error:
         raise InputError(f"variant {variant.name}: {error}") from None
     write_numbered(folder / DONE, FORMAT, {"settings": settings, "run": result})
@@ -242,11 +243,11 @@ def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[
 def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, suite: str) -> None:
     """Begins a variant's scoring with the default's scores, of the base and of adapters by their
     content, if asked alike."""
-    path, settings = folder / EVALUATION, evaluation_settings(config, suite)
-    stored = read_numbered(default / EVALUATION, EVALUATION_FORMAT)
+    path, settings = folder / paths.EVALUATION, evaluation_settings(config, suite)
+    stored = read_numbered(default / paths.EVALUATION, EVALUATION_FORMAT)
     free = (*SAME_NUMBERS, *NOT_OF_A_SCORE)
     try:
-        check_same_run(default / EVALUATION, stored["settings"], settings, free=free)
+        check_same_run(default / paths.EVALUATION, stored["settings"], settings, free=free)
     except InputError:  # it was asked otherwise
         return
     if not path.is_file():

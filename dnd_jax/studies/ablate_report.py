@@ -7,15 +7,18 @@ the task's own prompts is no merit of theirs.
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import figures
 from dnd_jax.core.files import replacing
 from dnd_jax.core.formats import write_numbered
 from dnd_jax.scoring import intervals
-from dnd_jax.scoring.results import METHODS, PARTS, combine, summarise
+from dnd_jax.scoring.results import METHODS, PARTS, TITLES, combine, summarise
 
 MEASURES = {"exact": "exact match", "content": "right content", "format": "right format"}
+OURS = ("generated", "wrong_prompts")
+SHOWN = {m: TITLES[m] for m in ("train_mean", "train_best", "nearest", "tuned")}
 CONTROL = (
     "Wrong: the same generator on another unseen task's prompts, the control. Train mean, train "
     "best (chosen with hindsight), "
@@ -102,44 +105,48 @@ def _kinds(report: Mapping) -> list[str]:
 def as_markdown(report: Mapping) -> str:
     """The tables, one variant a row in the configuration's order, and under them rule, spread and
     control in words."""
-    lines = [
-        "| variant | differs | exact match | interval | wrong | train mean | train best | nearest "
-        "| tuned | content | wrong | "
-        "format | wrong | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    parts = (_overall(report), _by_kind(report), _in_words(report))
+    return "\n".join(line for part in parts for line in part)
+
+
+def _overall(report: Mapping) -> list[str]:
+    """The table of all unseen datasets."""
+    head = ("variant", "differs", "exact match", "interval", "wrong", *SHOWN.values())
+    head += ("content", "wrong", "format", "wrong", "minutes")
+    lines = _table_row(head), "|---" * len(head) + "|"
+    return [*lines, *(_table_row(_cells(entry)) for entry in report["variants"])]
+
+
+def _cells(entry: Mapping) -> list[str]:
+    """A variant's row of the table."""
+    scores = entry["scores"]
+    exact = scores["exact"]
+    low, high = exact["generated"]["interval"]
+    return [
+        entry["name"],
+        _differs(entry),
+        f"**{_spread(exact['generated'])}**",
+        f"{low:.2f}-{high:.2f}",
+        *(_spread(exact.get(m)) for m in ("wrong_prompts", *SHOWN)),
+        *(_spread(scores[part][m]) for part in PARTS for m in OURS),
+        f"{sum(entry['seconds'].values()) / 60:.1f}",
     ]
-    for entry in report["variants"]:
-        scores = entry["scores"]
-        exact = scores["exact"]
-        low, high = exact["generated"]["interval"]
-        cells = [
-            entry["name"],
-            _differs(entry),
-            f"**{_spread(exact['generated'])}**",
-            f"{low:.2f}-{high:.2f}",
-        ]
-        cells += [
-            _spread(exact.get(m))
-            for m in ("wrong_prompts", "train_mean", "train_best", "nearest", "tuned")
-        ]
-        cells += [
-            _spread(scores[part][m]) for part in PARTS for m in ("generated", "wrong_prompts")
-        ]
-        lines.append(f"| {' | '.join(cells)} | {sum(entry['seconds'].values()) / 60:.1f} |")
+
+
+def _by_kind(report: Mapping) -> list[str]:
+    """The table of each kind of unseen datasets, where there are several."""
     kinds = _kinds(report)
-    if kinds:
-        lines += [
-            "",
-            f"| exact match of | {' | wrong | '.join(kinds)} | wrong |",
-            "|---" * (1 + 2 * len(kinds)) + "|",
-        ]
-        for entry in report["variants"]:
-            cells = [
-                _spread(entry["by_kind"][kind][m])
-                for kind in kinds
-                for m in ("generated", "wrong_prompts")
-            ]
-            lines.append(f"| {entry['name']} | {' | '.join(cells)} |")
+    if not kinds:
+        return []
+    head = ["exact match of", *(word for kind in kinds for word in (kind, "wrong"))]
+    rows = (
+        [entry["name"], *(_spread(entry["by_kind"][kind][m]) for kind in kinds for m in OURS)]
+        for entry in report["variants"]
+    )
+    return ["", _table_row(head), "|---" * len(head) + "|", *map(_table_row, rows)]
+
+
+def _in_words(report: Mapping) -> list[str]:
     seeds = report["seeds"]
     over = "draws of prompts, not over seeds of training (--seeds=0,1,2 gives that)"
     if len(seeds) > 1:
@@ -150,13 +157,10 @@ def as_markdown(report: Mapping) -> str:
     of_rule = [
         rule if len(rules) == 1 else f"{', '.join(names)}: {rule}" for rule, names in rules.items()
     ]
-    spread = f"± is the population standard deviation over {over}"
-    lines += [
+    return [
         "",
-        "Means over all unseen datasets, of the generated adapters where no other is named; "
-        f"{spread}. {CONTROL}",
-    ]
-    lines += [
+        "Means over all unseen datasets, of the generated adapters where no other is named; ± is "
+        f"the population standard deviation over {over}. {CONTROL}",
         "",
         *of_rule,
         "",
@@ -164,7 +168,10 @@ def as_markdown(report: Mapping) -> str:
         "",
         "Minutes: wall time of what a variant does not share with the default.",
     ]
-    return "\n".join(lines)
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def plot(report: Mapping, path: pathlib.Path) -> None:
@@ -176,28 +183,29 @@ def plot(report: Mapping, path: pathlib.Path) -> None:
         for kind in _kinds(report)
     ]
     panels += [(MEASURES[part], [entry["scores"][part] for entry in rows]) for part in PARTS]
-    figure, axes = figures.panels(
-        len(panels), 1.6 + 2.6 * len(panels), 1.4 + 0.5 * len(rows), share_y=True
-    )
-    names = [entry["name"] if entry["differs"] else f"{entry['name']} *" for entry in rows]
+    width, height = 1.6 + 2.6 * len(panels), 1.4 + 0.5 * len(rows)
+    figure, axes = figures.panels(len(panels), width, height, share_y=True)
+    axes[0].invert_yaxis()  # of all of them
+    for axis, (title, scores) in zip(axes, panels, strict=True):
+        _panel(axis, rows, scores)
+        axis.set(xlim=(0, 1.02), title=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle("means over unseen datasets; * and dotted: the default")
+    figures.save(figure, path)
+
+
+def _panel(axis: Any, rows: Sequence[Mapping], scores: Sequence[Mapping]) -> None:
+    """The bars of one measure, {method: entry} a variant; a dotted line where the default is."""
     bars = (
         ("generated", "generated", "tab:orange", -0.2),
         ("wrong_prompts", "from wrong prompts (control)", "0.7", 0.2),
     )
-    axes[0].invert_yaxis()  # of all of them
-    for axis, (title, scores) in zip(axes, panels, strict=True):
-        for method, label, color, offset in bars:
-            at, means = (
-                [i + offset for i in range(len(rows))],
-                [of[method]["mean"] for of in scores],
-            )
-            errors = [of[method].get("std", 0) for of in scores]
-            axis.barh(at, means, 0.38, xerr=errors, color=color, label=label)
-        for entry, of in zip(rows, scores, strict=True):
-            if not entry["differs"]:
-                axis.axvline(of["generated"]["mean"], color="black", linewidth=0.8, linestyle=":")
-        axis.set(xlim=(0, 1.02), title=title)
-        axis.set_yticks(range(len(rows)), names)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("means over unseen datasets; * and dotted: the default")
-    figures.save(figure, path)
+    for method, label, color, offset in bars:
+        at, means = [i + offset for i in range(len(rows))], [of[method]["mean"] for of in scores]
+        errors = [of[method].get("std", 0) for of in scores]
+        axis.barh(at, means, 0.38, xerr=errors, color=color, label=label)
+    for entry, of in zip(rows, scores, strict=True):
+        if not entry["differs"]:
+            axis.axvline(of["generated"]["mean"], color="black", linewidth=0.8, linestyle=":")
+    names = [entry["name"] if entry["differs"] else f"{entry['name']} *" for entry in rows]
+    axis.set_yticks(range(len(rows)), names)

@@ -31,7 +31,13 @@ from dnd_jax.costs.bench.case import peak_of_process
 from dnd_jax.costs.bench.run import finished
 from dnd_jax.data.rows import FILES
 from dnd_jax.data.sources import read_jsonl
-from dnd_jax.scoring.timing import PAPER, compare, lora_of, measure_generation, measure_tuning
+from dnd_jax.scoring.generate_vs_tune import (
+    PAPER,
+    compare,
+    lora_of,
+    measure_generation,
+    measure_tuning,
+)
 
 RESULT = "overhead.json"
 

@@ -8,14 +8,13 @@ with the same numbers.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
-from dnd_jax.core import workdir as paths
-from dnd_jax.core.files import read_json
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held, timed
@@ -23,9 +22,10 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
-from dnd_jax.scoring.evaluate import evaluate
+from dnd_jax.scoring.evaluate import evaluate, run_of
 from dnd_jax.scoring.evaluate import needs as evaluation_needs
-from dnd_jax.scoring.report import publish
+from dnd_jax.scoring.measured import measure
+from dnd_jax.scoring.report import publish, publish_measured
 
 
 def run_seed(
@@ -34,15 +34,15 @@ def run_seed(
     strict: bool = False,
     allowed: Collection[str] = (),
     base_name: str = "",
-) -> dict:
-    """All stages of one seed; returns its evaluation with "suite", "train" and "seconds"."""
+) -> tuple[dict, Callable[..., dict]]:
+    """All stages of one seed: (what a report says of it, `measure` of it)."""
     with held(workdir, "quickstart"):
         return _stages(config, workdir, strict, allowed, base_name)
 
 
 def _stages(
     config: Config, workdir: pathlib.Path, strict: bool, allowed: Collection[str], base_name: str
-) -> dict:
+) -> tuple[dict, Callable[..., dict]]:
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
     with timed(workdir, "pretrain"):
@@ -57,12 +57,8 @@ def _stages(
         train(config, suite, workdir, allowed, base_name=base_name)
     with timed(workdir, "evaluate"):
         evaluation = evaluate(config, suite, base, workdir, allowed)
-    return {
-        "suite": suite.name,
-        "fingerprint": suite.fingerprint,
-        **evaluation,
-        "seconds": read_json(workdir / paths.SECONDS),
-    }
+    measured = functools.partial(measure, config, suite, base, workdir)
+    return run_of(suite, evaluation, workdir), measured
 
 
 def quickstart(
@@ -74,17 +70,21 @@ def quickstart(
     base_name: str = "",
 ) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
-    results.json's content."""
-    runs = {}
+    results.json's content. What is measured beside the scores comes when all are reported: the
+    agreement of every seed, the overhead of the first."""
+    runs, measures = {}, {}
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
         own = dataclasses.replace(config, seed=seed)
         with remembering(folder, own):
-            runs[seed] = run_seed(own, folder, strict, allowed, base_name)
+            runs[seed], measures[seed] = run_seed(own, folder, strict, allowed, base_name)
         stop.check()
-    return publish(runs, config, workdir)
+    publish(runs, config, workdir)
+    for seed in seeds:
+        runs[seed] |= measures[seed](("agreement", "overhead")[: 2 if seed == seeds[0] else 1])
+    return publish_measured(runs, config, workdir)
 
 
 def _run(given: Given) -> None:

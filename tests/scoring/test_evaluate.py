@@ -2,10 +2,12 @@
 base that only PyTorch runs."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,20 @@ from pipeline import tiny_suite
 from safetensors.numpy import load_file as load_tensors
 from safetensors.numpy import save_file
 from small_models import fill, write_encoder
-from transformers import GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from dnd_jax.base.chat import build_tokenizer
+from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.train import train
@@ -26,8 +36,9 @@ from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 from dnd_jax.scoring.candidates import make_candidates
-from dnd_jax.scoring.evaluate import EVALUATION, evaluate, measured_in_jax
+from dnd_jax.scoring.evaluate import evaluate
 from dnd_jax.scoring.lm_eval import lm_eval_stage
+from dnd_jax.scoring.measured import measure
 
 MODULES = ("down_proj", "q_proj")
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
@@ -131,27 +142,50 @@ def copied(run: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
+@pytest.fixture(scope="module")
+def scored(made, suite, tmp_path_factory) -> pathlib.Path:
+    """A workdir in which all is scored and nothing measured; to be copied."""
+    config, _, run = made
+    workdir = copied(run, tmp_path_factory.mktemp("scored") / "w")
+    assert "agreement" not in evaluate(config, suite, config.base.path, workdir)
+    return workdir
+
+
 @only("qwen2")
 def test_agreement_is_at_the_scale_of_the_adapters_and_on_a_sample(
-    made, suite, tmp_path, monkeypatch
+    made, scored, suite, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("dnd_jax.base.agreement.COMPARED", 3)
-    monkeypatch.setattr("dnd_jax.scoring.evaluate.TIMED", 1)
-    config, _, run = made
-    config = dataclasses.replace(
-        config, evaluate=dataclasses.replace(config.evaluate, batch_size=2)
-    )
-    suite, base, workdir = (
-        dataclasses.replace(suite, unseen=suite.unseen[:1]),
-        config.base.path,
-        copied(run, tmp_path / "w"),
-    )
-    candidates = make_candidates(config, suite, workdir)
-    result = measured_in_jax(config, suite, candidates, TorchBase(base, 2, 3), base, workdir)
+    monkeypatch.setattr("dnd_jax.scoring.measured.TIMED", 1)
+    config, _, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+    asked = dataclasses.replace(config.evaluate, batch_size=2)
+    config = dataclasses.replace(config, evaluate=asked)
+    one = dataclasses.replace(suite, unseen=suite.unseen[:1])
+    result = measure(config, one, config.base.path, workdir)
     agreement = result["agreement"]
     assert (agreement["questions"], agreement["answers"], agreement["same_answers"]) == (5, 3, 3)
+    assert (agreement["tokens"], agreement["dtype"]) == (3, "float32")
     assert agreement["largest_logit_difference"] < 1e-3
     assert (result["overhead"]["steps"], result["overhead"]["timed_steps"]) == (2, 1)
+
+
+@only("qwen2")
+def test_a_large_base_is_measured_as_it_is_stored_and_in_parts(
+    made, scored, suite, tmp_path, monkeypatch
+):
+    """bfloat16 over "fsdp": near PyTorch's float32, but seen not to be it."""
+    config, _, _ = made
+    monkeypatch.setattr("dnd_jax.scoring.measured.LARGE", 1)
+    base, workdir = tmp_path / "base", shutil.copytree(scored, tmp_path / "w")
+    AutoModelForCausalLM.from_pretrained(config.base.path, dtype=torch.bfloat16).save_pretrained(
+        base
+    )
+    load_tokenizer(config.base.path).save_pretrained(base)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=4, fsdp=2))
+    found = measure(config, suite, str(base), workdir, ("agreement",))["agreement"]
+    assert found["dtype"] == "bfloat16" and found["answers"] == 15
+    assert 1e-4 < found["largest_logit_difference"] < 1
 
 
 @only("qwen2")
@@ -206,9 +240,9 @@ def test_what_is_of_another_generator_is_made_anew(made, suite, tmp_path, capsys
 
     first, said = evaluated(workdir)
     harness(workdir)
-    done, before = files(), (workdir / EVALUATION).stat().st_mtime_ns
+    done, before = files(), (workdir / paths.EVALUATION).stat().st_mtime_ns
     assert not said and evaluated(workdir) == (first, "")
-    assert files() == done and (workdir / EVALUATION).stat().st_mtime_ns == before
+    assert files() == done and (workdir / paths.EVALUATION).stat().st_mtime_ns == before
 
     model = workdir / "generator" / "model.safetensors"
     save_file({key: 3 * value for key, value in load_tensors(model).items()}, model)
@@ -290,6 +324,121 @@ def test_a_base_that_only_pytorch_runs(made, suite, tmp_path, capsys):
     assert page.count("Not measured, because only PyTorch runs this base.") == 2
     assert "the likeliest label" in page and "greedy decoding" not in page
     assert "Not measured, because only PyTorch" in capsys.readouterr().out
+
+
+def told(workdir: pathlib.Path) -> tuple[dict, str]:
+    """results.json and report.html."""
+    return json.loads((workdir / "results.json").read_text()), (workdir / "report.html").read_text()
+
+
+@only("qwen2")
+def test_no_room_to_measure_is_a_note_under_the_results(
+    made, scored, tmp_path, capsys, monkeypatch
+):
+    """The device has no room for a second base: all is scored and reported before, the same command
+    does not try it again, and --remeasure does."""
+    _, file, _ = made
+    workdir, asked = shutil.copytree(scored, tmp_path / "w"), []
+
+    def full(where: str):
+        def load(*_, **__):
+            asked.append(where)
+            results, page = told(workdir)
+            assert results["unseen"] and "Not measured yet." in page, "reported before"
+            kept = json.loads((workdir / paths.EVALUATION).read_text())["result"]
+            assert "the process ended meanwhile" in kept[where]["note"], "what a kill would leave"
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 28 GB")
+
+        return load
+
+    command = ["evaluate", f"--config={file}", f"--workdir={workdir}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dnd_jax.base.agreement.load_base", full("agreement"))
+        patch.setattr("dnd_jax.scoring.generate_vs_tune.load_base", full("overhead"))
+        for _ in range(2):
+            assert main(command) == 0
+            assert asked == ["agreement", "overhead"], "and not again"
+            said, (results, page) = capsys.readouterr().out, told(workdir)
+            for part in asked:
+                note = results[part]["note"]
+                assert "no room for it (RESOURCE_EXHAUSTED: Out of memory allocating 28 GB)" in note
+                assert html.escape(note) in page and note in said
+    scores = told(workdir)[0]["unseen"]
+    assert main([*command, "--remeasure"]) == 0
+    results, page = told(workdir)
+    assert results["unseen"] == scores
+    assert results["agreement"]["same_answers"] == results["agreement"]["answers"] == 15
+    assert results["overhead"]["ratio"] > 0 and "Not measured" not in page
+    before = (workdir / paths.EVALUATION).stat().st_mtime_ns
+    assert main([*command, "--remeasure"]) == 0, "only what failed"
+    assert (workdir / paths.EVALUATION).stat().st_mtime_ns == before
+
+
+@only("qwen2")
+def test_measurements_can_be_left_out_and_come_later(made, scored, tmp_path):
+    _, file, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+    command = ["evaluate", f"--config={file}", f"--workdir={workdir}"]
+    off = ["--config.evaluate.agreement=False", "--config.evaluate.overhead=False"]
+    assert main([*command, *off]) == 0
+    results, page = told(workdir)
+    assert results["agreement"] == {"note": "Not measured: evaluate.agreement is off."}
+    assert "evaluate.overhead is off" in page
+    assert main([*command, off[1]]) == 0
+    results, _ = told(workdir)
+    assert results["agreement"]["answers"] == 15 and "note" in results["overhead"]
+
+
+@only("qwen2")
+def test_a_stopped_measurement_is_made_by_the_same_command(
+    made, scored, suite, tmp_path, monkeypatch
+):
+    config, _, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dnd_jax.base.agreement.load_base", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measure(config, suite, config.base.path, workdir)
+    assert measure(config, suite, config.base.path, workdir)["agreement"]["answers"] == 15
+
+
+@only("qwen2")
+def test_answers_that_are_cut_off_are_counted_and_warned_of(made, suite, tmp_path, capsys):
+    """Random adapters never say the end token; one that says nothing else ends at once."""
+    config, file, run = made
+    workdir = copied(run, tmp_path / "w")
+    command = ["evaluate", f"--config={file}", f"--workdir={workdir}"]
+    command += ["--config.evaluate.agreement=False", "--config.evaluate.overhead=False"]
+    assert main([*command, "--config.evaluate.free_form=True"]) == 0
+    results, page = told(workdir)
+    base = TorchBase(config.base.path, 16, 3)
+    for dataset in suite.unseen:
+        of_dataset = results["unseen"][dataset.name]["cut"]
+        samples = (
+            workdir / "adapters" / dataset.name,
+            *(workdir / "competitors/generated").glob(f"{dataset.name}/*"),
+        )
+        shares = []
+        for folder in samples:
+            base.use(folder)
+            shares.append(np.mean([len(ids) == 3 for ids in base.answer_ids(dataset.test)]))
+        assert of_dataset["generated"] == pytest.approx(np.mean(shares))
+        assert "train_best" not in of_dataset and "base" in of_dataset
+    free, cut = results["warnings"]
+    name = suite.unseen[0].name
+    assert f"dnd lm-eval --tasks={name}:TASK" in free
+    assert cut.startswith("Cut off at evaluate.max_new_tokens = 3") and f"{name} (base " in cut
+    said = capsys.readouterr().out
+    assert all(text in said and html.escape(text) in page for text in (free, cut))
+    assert "\ncut off\n" in said and "<h2>Cut off</h2>" in page
+    likely = copied(run, tmp_path / "likely")
+    command[2] = f"--workdir={likely}"
+    assert main([*command, "--config.evaluate.answers=likelihood"]) == 0
+    assert told(likely)[0]["warnings"] == [] and "Cut off" not in told(likely)[1]
 
 
 @only("gemma")

@@ -23,14 +23,8 @@ from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.scoring.answers import Scorer
 from dnd_jax.scoring.evaluate import answers_to
-from dnd_jax.scoring.lm_eval import (
-    Wanted,
-    load_tasks,
-    parse_tasks,
-    sample_scores,
-    score,
-    write_task,
-)
+from dnd_jax.scoring.lm_eval import sample_scores, score
+from dnd_jax.scoring.lm_eval_tasks import Wanted, load_tasks, parse_tasks, write_task
 
 QUESTIONS = [
     f"what is {'really ' * (i % 3)}number {i} of {'iron' if i % 2 else 'wood'} ?" for i in range(12)
@@ -100,7 +94,7 @@ def test_the_suites_questions_score_as_in_our_own_scorer(base, adapters, tmp_pat
     for adapter in adapters:
         base.use(adapter)
         metric, theirs = score(base, tasks, {"mine"}, 4, 0, False)["mine"]
-        ours = scorer.each(answers_to(base, [dataset], answers)["mine"])["exact"]
+        ours = scorer.each(answers_to(base, [dataset], answers)["mine"].texts)["exact"]
         assert metric == {"greedy": "exact_match", "likelihood": "acc"}[answers]
         assert theirs == ours
         every.append(ours)

@@ -153,3 +153,29 @@ def test_rule_says_what_was_read(config):
         config, evaluate=dataclasses.replace(config.evaluate, answers="likelihood")
     )
     assert rule(likely).endswith("An answer is the most likely one of a dataset's labels.")
+
+
+FREE_FORM = ("1_5b_math", "1_5b_code", "7b_math", "7b_code", "vl_3b_math")
+
+
+@pytest.mark.parametrize("name", FREE_FORM)
+def test_settings_with_chains_of_thought_have_room_for_them(name):
+    """And say that exact match is not their score."""
+    config = freeze(load_file(f"qwen2_5_{name}"))
+    assert config.evaluate.max_new_tokens >= 1024
+    (line,) = combine(runs_of((5,)), config)["warnings"]
+    assert "exact match means little" in line and "dnd lm-eval --tasks=x:TASK" in line
+
+
+def test_cut_answers_are_averaged_like_scores_and_warned_of(config):
+    runs = runs_of((5, 6))
+    for share, run in zip((0.0, 0.5), runs.values(), strict=True):
+        for entry in run["unseen"].values():
+            entry["cut"] = {"base": share, "generated": share / 2}
+    results = combine(runs, config)
+    assert results["mean"]["cut"] == {"base": 0.25, "generated": 0.125}
+    (line,) = results["warnings"]
+    assert "x (base 25%, generated 12%)" in line
+    assert f"evaluate.max_new_tokens = {config.evaluate.max_new_tokens}" in line
+    del next(iter(runs[5]["unseen"].values()))["cut"]  # scored by an earlier version
+    assert "cut" not in combine(runs, config)["mean"]

@@ -17,13 +17,14 @@ from scored_runs import runs_of
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.main import main
 from dnd_jax.scoring.candidates import repeat_few
-from dnd_jax.scoring.evaluate import EVALUATION, evaluation_settings
+from dnd_jax.scoring.evaluate import evaluation_settings
 from dnd_jax.scoring.results import rule
 from dnd_jax.studies import ablate, ablate_report
 
@@ -276,7 +277,7 @@ def test_scores_that_both_runs_have_are_taken_over(tmp_path):
     default, folder = tmp_path / "default" / "seed_0", tmp_path / "v" / "seed_0"
     scores = {"base": {"x": 1}, "hash of an adapter": {"x": 2}}
     write_json(
-        default / EVALUATION,
+        default / paths.EVALUATION,
         {"settings": evaluation_settings(settings(), "print"), "scores": scores, "result": {}},
     )
     other = settings(evaluate__max_new_tokens=3)
@@ -284,12 +285,12 @@ def test_scores_that_both_runs_have_are_taken_over(tmp_path):
     assert not folder.exists()  # other answers
     for _ in range(2):
         ablate.share_scores(config, folder, default, "print")
-        assert read_json(folder / EVALUATION) == {
+        assert read_json(folder / paths.EVALUATION) == {
             "settings": evaluation_settings(config, "print"),
             "scores": scores,
         }
         write_json(
-            default / EVALUATION,
+            default / paths.EVALUATION,
             {"settings": evaluation_settings(settings(), "print"), "scores": {}},
         )  # a begun one stays
 
@@ -369,8 +370,9 @@ def test_report_of_several_seeds_and_of_one(tmp_path):
 
 
 def scores_of(run: dict) -> dict:
-    """A run without what is measured in seconds."""
-    return {key: value for key, value in run.items() if key not in ("seconds", "overhead")}
+    """A run without what is measured beside its scores, which an ablation leaves out."""
+    measured = ("seconds", "overhead", "agreement")
+    return {key: value for key, value in run.items() if key not in measured}
 
 
 @pytest.mark.slow
@@ -427,7 +429,7 @@ def test_variants_are_ordinary_runs_and_a_killed_ablation_goes_on(tmp_path):
     assert alone.returncode == 0, alone.stderr[-2000:]
     assert model(fixed) == model(tmp_path / "alone")
     run, by_itself = (
-        read_json(folder / EVALUATION)["result"] for folder in (fixed, tmp_path / "alone")
+        read_json(folder / paths.EVALUATION)["result"] for folder in (fixed, tmp_path / "alone")
     )
     assert scores_of(run) == scores_of(by_itself)
     of_suite = {"suite": "towns", "fingerprint": load_suite(suite).fingerprint}

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,30 +108,27 @@ def measure_tuning(
     max_length: int,
     seed: int = 0,
     limit: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.float32,
 ) -> dict:
     """One LoRA of these shapes tuned by collect's step: seconds of lora.steps steps, and of all
     with loading and compiling.
 
-    limit: steps that are timed, of which the others are taken to be alike; 0: all.
+    limit: steps that are timed, of which the others are taken to be alike; 0: all. mesh, dtype: of
+    the base, as in `load_base`.
     """
     started = time.perf_counter()
-    module, params = load_base(base)
+    module, params = load_base(base, mesh, dtype)
     optimizer = lora_optimizer(lora)
     step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
     tensors = init_lora(jax.random.key(seed), shapes)
     state = jax.tree.map(
         lambda x: jnp.asarray(x)[None], {"lora": tensors, "opt": optimizer.init(tensors)}
     )
-    data = encode(load_tokenizer(base), examples, max_length)
-
     timed = min(limit or lora.steps, lora.steps)
-    rows = [shuffled_rows(len(data), lora.batch_size, seed, i) for i in range(timed)]
-    batches = [
-        jax.tree.map(lambda x: x[None], data.batch(index, data.response_width)) for index in rows
-    ]
-    one_of_each = list(
-        {batch["ids"].shape: batch for batch in batches}.values()
-    )  # what is compiled for
+    batches = _batches(base, examples, max_length, lora.batch_size, seed, timed)
+    shapes_of_batches = {batch["ids"].shape: batch for batch in batches}
+    one_of_each = list(shapes_of_batches.values())  # what is compiled for
     tokens = round(float(np.mean([batch["ids"].shape[-1] for batch in batches])))
 
     def tune(state, batches: Sequence[Mapping]):
@@ -140,9 +138,8 @@ def measure_tuning(
 
     state = jax.block_until_ready(tune(state, one_of_each))
     first = time.perf_counter() - started
-    state = jax.block_until_ready(
-        tune(state, one_of_each)
-    )  # the state of a fresh run may lie elsewhere, which compiles once more
+    # The state of a fresh run may lie elsewhere, which compiles once more.
+    state = jax.block_until_ready(tune(state, one_of_each))
     a_step = _seconds(lambda: tune(state, batches)) / timed
     return {
         "tune_seconds": a_step * lora.steps,
@@ -156,6 +153,21 @@ def measure_tuning(
         # weight and token each.
         "step_flop": 4 * _weights(params) * lora.batch_size * tokens,
     }
+
+
+def _batches(
+    base: str | os.PathLike,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    count: int,
+) -> list[dict]:
+    """The first batches of the tuning of one LoRA, as collect draws them."""
+    data = encode(load_tokenizer(base), examples, max_length)
+    rows = [shuffled_rows(len(data), batch_size, seed, i) for i in range(count)]
+    width = data.response_width
+    return [jax.tree.map(lambda x: x[None], data.batch(index, width)) for index in rows]
 
 
 def compare(generation: Mapping, tuning: Mapping) -> dict:
@@ -198,10 +210,16 @@ def lora_of(run_dir: str | os.PathLike) -> tuple[dict[str, tuple[int, int]], Ada
 
 
 def measure_overhead(
-    config: Config, suite: Suite, workdir: pathlib.Path, base_path, limit: int
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    base_path,
+    limit: int,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.float32,
 ) -> dict:
     """Generation and tuning on an unseen dataset (a training one where none has answers) of a run,
-    in this process; limit: as in `measure_tuning`."""
+    in this process; limit, mesh, dtype: as in `measure_tuning`."""
     dataset = next((d for d in suite.unseen if d.labeled), suite.train[0])
     shapes, adapter = lora_of(workdir)
     with tempfile.TemporaryDirectory(dir=workdir, prefix=".overhead.") as scratch:
@@ -215,5 +233,7 @@ def measure_overhead(
         config.base.max_length,
         config.seed,
         limit,
+        mesh,
+        dtype,
     )
     return compare(generation, tuning)

@@ -1,0 +1,174 @@
+"""What `dnd lm-eval` asks: the suite's own questions as tasks of the lm-evaluation-harness, and the
+harness's tasks by name."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from dnd_jax.base.chat import render
+from dnd_jax.config.schema import Config
+from dnd_jax.core import digests, packages
+from dnd_jax.core.errors import InputError, first_line, listed
+from dnd_jax.core.files import replacing, write_json
+from dnd_jax.data.suite import Dataset, Suite, labels_of
+
+NAMES = {
+    "ARC-c": "arc_challenge",
+    "ARC-e": "arc_easy",
+    "OBQA": "openbookqa",
+    "BoolQ": "boolq",
+    "PIQA": "piqa",
+    "HellaSwag": "hellaswag",
+    "WinoGrande": "winogrande",
+    "GSM8K": "gsm8k",
+    "HumanEval": "humaneval",
+}
+FEWSHOT_SEED = 1234  # the harness's own default
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A task of the harness, and the unseen dataset whose adapters it scores."""
+
+    dataset: str
+    task: str  # the harness's name; empty: the dataset's own questions
+    data: str = ""  # a folder that replaces the task's dataset
+
+    @property
+    def title(self) -> str:
+        task = f"{self.dataset}:{self.task}" if self.task else self.dataset
+        return f"{task}@{self.data}" if self.data else task
+
+
+def parse_tasks(texts: Sequence[str], suite: Suite) -> list[Wanted]:
+    """--tasks; none: the questions of every unseen dataset. Raises InputError that lists what names
+    no dataset or folder."""
+    names = [d.name for d in suite.unseen]
+    wanted, faults = [], []
+    for text in texts or names:
+        name, _, task = text.partition(":")
+        task, _, data = task.partition("@")
+        if name not in names:
+            faults.append(f"{name!r} is none of the unseen datasets {', '.join(names)}")
+        elif data and not pathlib.Path(data).is_dir():
+            faults.append(f"{data} is no folder with a dataset")
+        else:
+            wanted.append(Wanted(name, NAMES.get(task, task), data))
+    if faults:
+        raise listed("--tasks", faults)
+    return wanted
+
+
+def write_task(folder: pathlib.Path, dataset: Dataset, tokenizer, config: Config) -> pathlib.Path:
+    """Writes FOLDER/NAME.jsonl and NAME.yaml, the test questions of a dataset as a task dnd_NAME of
+    the harness.
+
+    Questions are rendered with the base's template as in training, system text included. Answers
+    are asked for as config.evaluate.answers says: generated and compared (spaces at the ends do not
+    count), or chosen among the labels.
+    """
+    path = folder.absolute() / f"{dataset.name}.jsonl"
+    rows: list[dict] = [
+        {"text": render(tokenizer, e.prompt, e.system), "answer": e.response} for e in dataset.test
+    ]
+    task = {
+        "task": f"dnd_{dataset.name}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "doc_to_text": "text",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metadata": {"version": 1},
+    }
+    if config.evaluate.answers == "likelihood":
+        labels = labels_of(dataset)
+        for row, example in zip(rows, dataset.test, strict=True):
+            row["labels"] = [label + tokenizer.eos_token for label in labels]
+            row["right"] = labels.index(example.response)
+        task |= _CHOSEN
+    else:
+        task |= _generated(tokenizer.eos_token, config.evaluate.max_new_tokens)
+    with replacing(path) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+    write_json(path.with_suffix(".yaml"), task)  # JSON is YAML
+    return path.with_suffix(".yaml")
+
+
+_CHOSEN = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": "labels",
+    "doc_to_target": "right",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def _generated(end: str, tokens: int) -> dict:
+    """How a task asks for greedy answers of so many tokens and compares them."""
+    exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": [end], "max_gen_toks": tokens, "do_sample": False},
+        "metric_list": [exact | {"regexes_to_ignore": [r"^\s+", r"\s+$"]}],
+    }
+
+
+def load_tasks(
+    wanted: Sequence[Wanted], folder: pathlib.Path, unsafe_code: bool
+) -> dict[str, object]:
+    """{title: lm_eval Task}. folder: where `write_task` wrote; a task with @DATA becomes a file
+    there too.
+
+    Raises InputError for an unknown task, one that runs code without unsafe_code, and data or a
+    package that cannot be had.
+    """
+    named = [w for w in wanted if w.task]
+    # The defaults are thousands of files.
+    manager = packages.load("lm_eval.tasks").TaskManager(include_defaults=bool(named))
+    unknown = [w.task for w in named if w.task not in manager.all_subtasks]
+    if unknown:
+        raise InputError(
+            f"--tasks: {', '.join(unknown)}: no single task of lm_eval; `lm_eval ls tasks` lists "
+            "them"
+        )
+    runs_code = [w.task for w in named if (manager.task_index[w.task].cfg or {}).get("unsafe_code")]
+    if runs_code and not unsafe_code:
+        raise InputError(
+            f"--tasks: {', '.join(runs_code)} runs code that a model wrote; allow it here by "
+            "--unsafe-code"
+        )
+    return {w.title: _load_task(manager, w, _written(manager, w, folder)) for w in wanted}
+
+
+def _written(manager, wanted: Wanted, folder: pathlib.Path) -> str:
+    """What the harness finds a task by: its name, or the file of one with own questions or data."""
+    if not wanted.data:
+        return wanted.task or str(folder.absolute() / f"{wanted.dataset}.yaml")
+    data = str(pathlib.Path(wanted.data).absolute())
+    name = f"{wanted.dataset}_{wanted.task}_{digests.of_text(data)[:8]}"
+    file = folder.absolute() / f"{name}.yaml"
+    task = {"include": str(manager.task_index[wanted.task].yaml_path), "task": f"dnd_{name}"}
+    write_json(file, task | {"dataset_path": data, "dataset_name": None})
+    return str(file)
+
+
+def _load_task(manager, wanted: Wanted, spec: str) -> object:
+    try:
+        task = next(iter(manager.load([spec])["tasks"].values()))
+    except ModuleNotFoundError as error:  # of the task's own code
+        raise InputError(
+            f"{wanted.title}: it needs {error.name}; {packages.how_to_install([str(error.name)])}"
+        ) from None
+    # datasets, its readers, the hub client and the tasks' own code all raise their own
+    except Exception as error:
+        raise InputError(
+            f"{wanted.title}: its data cannot be had ({first_line(error)}); give a folder: "
+            f"{wanted.dataset}:{wanted.task}@FOLDER"
+        ) from None
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return task
