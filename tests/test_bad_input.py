@@ -29,7 +29,7 @@ from dnd_jax.data.sources import read_jsonl, read_prompts
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.load import load_module
 from dnd_jax.generator.generate import draw_prompts
-from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.run import Training, run_loop
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.main import STAGES, main
@@ -490,16 +490,9 @@ def test_damaged_checkpoints(tmp_path):
             lambda state, batch: ({"x": state["x"] + batch}, {"loss": jnp.sum(state["x"])})
         )
         state = {"x": jnp.zeros(3)}
-        return run_loop(
-            "t",
-            tmp_path / "run",
-            state,
-            step,
-            lambda i: jnp.full(3, float(i)),
-            steps,
-            2,
-            {"setting": 1},
-        )["x"]
+        record, batch_at = {"setting": 1}, lambda i: jnp.full(3, float(i))
+        of = "t", tmp_path / "run", record, state, lambda: state, step, batch_at, steps, 2
+        return run_loop(Training(*of))["x"]
 
     expected = np.asarray(train(4))
     folder = tmp_path / "run" / "checkpoints"
@@ -526,17 +519,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(
         InputError, match=r"loss is -?(nan|inf) at step 4 with pair 3; last good checkpoint: .*/2"
     ):
-        run_loop(
-            "t",
-            tmp_path,
-            {"x": jnp.zeros(2)},
-            step,
-            lambda i: 3.0 - i,
-            6,
-            2,
-            {},
-            blame=lambda i: f" with pair {i}",
-        )
+        state = {"x": jnp.zeros(2)}
+        of = "t", tmp_path, {}, state, lambda: state, step, lambda i: 3.0 - i, 6, 2
+        run_loop(Training(*of, blame=lambda i: f" with pair {i}"))
 
 
 def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):

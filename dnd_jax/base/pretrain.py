@@ -27,9 +27,9 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.loop.optimizers import base_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import Options, run_loop
+from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.parallel.mesh import make_mesh
-from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
+from dnd_jax.parallel.rules import leading, replicated, shaped, shard_by_rules
 
 DONE = "pretrain.json"  # beside the weights: the settings that made them
 FORMAT = 1  # of it
@@ -54,8 +54,9 @@ def pretrain(
 ) -> pathlib.Path:
     """Trains the base and returns its folder; an existing one made with the same settings is kept.
 
-    allowed: names of settings that may differ from those of the run that is resumed. Raises InputError when the suite has no corpus or one that lacks the responses to learn, or the
-    folder was made with other settings.
+    allowed: names of settings that may differ from those of the run that is resumed. Raises
+    InputError when the suite has no corpus or one that lacks the responses to learn, or the folder
+    was made with other settings.
     """
     folder = workdir / "base"
     c = config.pretrain
@@ -111,20 +112,21 @@ def pretrain(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    state = run_loop(
+    training = Training(
         "pretrain",
         workdir / "pretrain",
-        jax.jit(init, out_shardings=shardings)(key),
-        step,
-        lambda i: jax.device_put(
+        record,
+        shaped(jax.eval_shape(init, key), shardings),
+        init=lambda: jax.jit(init, out_shardings=shardings)(key),
+        step=step,
+        batch_at=lambda i: jax.device_put(
             data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width),
             batch_sharding,
         ),
         steps=c.steps,
         save_every=c.save_every,
-        record=record,
-        options=Options(allowed=tuple(allowed)),
     )
+    state = run_loop(training, Options(allowed=tuple(allowed)))
     save_base(folder, module.config, jax.device_get(state["params"]), tokenizer)
     write_numbered(folder / DONE, FORMAT, {"settings": record})
     return folder

@@ -21,6 +21,7 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
+from dnd_jax.config.records import Older
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
@@ -40,8 +41,9 @@ from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, sh
 from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.loop.run import Options, run_loop
+from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
+from dnd_jax.lora.targets import Target
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, rendezvous
@@ -83,24 +85,25 @@ def train(
     finished one is kept.
 
     allowed: names of settings that may differ from those of the run that is resumed, None where the
-    user cannot give any. profile: steps between which to trace. base_name: what
-    generated adapters call their base; empty: as the checkpoints' settings. Several processes share the work;
-    process 0 writes. Raises InputError for checkpoints that do not fit together, too few prompts,
-    or a folder made with other settings.
+    user cannot give any. profile: steps between which to trace. base_name: what generated adapters
+    call their base; empty: as the checkpoints' settings. Several processes share the work; process
+    0 writes. Raises InputError for checkpoints that do not fit together, too few prompts, or a
+    folder made with other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
     if hosts.agreed(is_finished(folder, config, suite, workdir, allowed)):
         return folder
 
+    # Checks, before anything long begins.
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    if config.generator.convolution == "tuned" and hosts.several():
+    tuned = config.generator.convolution == "tuned"
+    if tuned and hosts.several():
         raise InputError(
             "config.generator.convolution = 'tuned' measures in one process; with several use "
             "auto, dft or direct"
         )
-    # Now, not after everything is encoded.
     checkpoints = Checkpoints(config, suite, workdir, base_name)
     older = older_values(config, checkpoints)
     record = {**settings_of(config, suite), "checkpoints": checkpoints.digest()}
@@ -108,119 +111,164 @@ def train(
         {"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]}
     )
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
-    with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
-        target = make_target(config, checkpoints, workdir / "targets")
-        revision = kept_revision(config.condition.encoder, workdir)
-        alone = None if hosts.several() else mesh  # here one process encodes by itself
-        encoder = PromptEncoder(config.condition, alone, revision)
-        if hosts.lead():
-            keep_revision(config.condition.encoder, encoder.revision, workdir)
-        datasets, spreads = [], []
-        for dataset in tqdm(
-            suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
-        ):
-            prompts = condition_texts(dataset.train, config.condition.form, config.seed)
-            if config.condition.in_graph:
-                ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
-                inputs = {"ids": ids, "valid": valid}
-            else:
-                inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
-            tokens = token_array(
-                checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
-            )
-            datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
-            spreads.append(tokens.importance)
-    hosts.check_alike({"the text encoder's files": encoder.fingerprint})
-    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
-    importance = np.ones(checkpoints.layout.num_tokens, np.float32)
-    if config.generator.importance:
-        importance = np.mean(spreads, axis=0).astype(np.float32)
 
-    condition_shape = (
-        config.condition.num_prompts,
-        config.condition.max_text_length,
-        encoder.width,
-    )
-    features = resolve_features(config.generator, condition_shape, target.shape)
-    spec = DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features)
-    in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    problems = device_problems(spec, mesh, c.batch_size, c.micro_batches)
-    if config.generator.convolution == "tuned":
-        tune(problems.values())
-    sharded = shard_train_step(config, spec, mesh, importance, in_graph)
-    encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
+    # Pairs of prompts and tokens.
+    with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
+        encoder = _open_encoder(config, workdir, mesh)
+        target = make_target(config, checkpoints, workdir / "targets")
+        datasets, importance = _paired(config, suite, workdir, checkpoints, target, encoder)
+    hosts.check_alike({"the text encoder's files": encoder.fingerprint})
+    record["encoder"] = encoder.fingerprint
     of_encoder = {
         "encoder_fingerprint": encoder.fingerprint,
         "encoder_revision": encoder.revision,
     }
+    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
+
+    # The step.
+    n, length = config.condition.num_prompts, config.condition.max_text_length
+    features = resolve_features(config.generator, (n, length, encoder.width), target.shape)
+    spec = DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features)
+    if tuned:
+        tune(device_problems(spec, mesh, c.batch_size, c.micro_batches).values())
+    in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
+    sharded = shard_train_step(config, spec, mesh, importance, in_graph)
+    encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
     del encoder, in_graph  # its parameters need not stay on the first device
-    flop = 2 * spec.forward_macs
-    if hosts.lead():
-        count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
-        total, held = bytes_per_device(sharded.shapes, sharded.shardings)
-        print(
-            f"generator: {count / 1e6:.1f}M parameters, {flop / 1e9:.2f} GFLOP a sample forward, "
-            f"{target.shape} tokens, "
-            f"{len(datasets)} datasets x {len(datasets[0].targets)} checkpoints\n"
-            f"mesh: {describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a "
-            "device\n"
-            "convolutions (output / gradients): "
-            f"{describe(problems.values(), config.generator.convolution)}",
-            flush=True,
-        )
-    else:
-        print(
-            f"process {jax.process_index()} of {jax.process_count()}: mesh {describe_mesh(mesh)}",
-            flush=True,
-        )
-    state = run_loop(
+
+    # Training.
+    print(_announcement(config, mesh, spec, sharded, datasets), flush=True)
+    flop = 6 * spec.forward_macs * c.batch_size  # of a step: twice as many backward as forward
+    training = Training(
         "train",
         folder,
+        record,
         shaped(sharded.shapes, sharded.shardings),
-        lambda state, batch: sharded.step(state, batch, encoder_params),
-        lambda i: pairs.placed(i, sharded.over_batch),
+        init=lambda: first_state(config, sharded),
+        step=lambda state, batch: sharded.step(state, batch, encoder_params),
+        batch_at=lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
-        record={**record, "encoder": of_encoder["encoder_fingerprint"]},
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
-        init=lambda: first_state(config, sharded),
-        row_of=lambda step, values, seconds: _row(
-            values, pairs.names(step - 1), seconds, 3 * flop * c.batch_size, mesh
-        ),
-        options=Options(
-            keep_last=c.keep_last,
-            keep_every=c.keep_every,
-            checkpoint_dir=c.checkpoint_dir,
-            trackers=c.trackers,
-            allowed=allowed if allowed is None else tuple(allowed),
-            older=older,
-            profile=profile,
-            notes={"config": config.to_json(), "mesh": mesh_record(mesh)},
+        row_of=lambda done, values, seconds: _row(
+            values, pairs.names(done - 1), seconds, flop, mesh
         ),
     )
-    flat = {"/".join(path): x for path, x in traverse_util.flatten_dict(state["params"]).items()}
-    on_host = (
-        (path, hosts.to_host(x)) for path, x in flat.items()
-    )  # all processes take part in gathering each
+    state = run_loop(training, _options(config, mesh, allowed, older, profile))
+
+    # The folder that generation reads.
+    description = {
+        "settings": settings_of(config, suite),
+        "checkpoints": record["checkpoints"],
+        "features": features,
+        "layout": checkpoints.layout.to_json(),
+        "adapter": dataclasses.asdict(checkpoints.adapter),
+        **of_encoder,
+    }
+    statistics = {"importance": importance, **target.statistics()}
+    _write(folder, state["params"], statistics, description)
+    return folder
+
+
+def _open_encoder(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> PromptEncoder:
+    """The text encoder, of the revision that this run took first. Of several processes each encodes
+    by itself."""
+    name = config.condition.encoder
+    alone = None if hosts.several() else mesh
+    encoder = PromptEncoder(config.condition, alone, kept_revision(name, workdir))
     if hosts.lead():
-        write_generator(
-            folder,
-            {path: (x.shape, x.dtype) for path, x in flat.items()},
-            on_host,
-            {"importance": importance, **target.statistics()},
-            {
-                "settings": settings_of(config, suite),
-                "checkpoints": record["checkpoints"],
-                "features": features,
-                "layout": checkpoints.layout.to_json(),
-                "adapter": dataclasses.asdict(checkpoints.adapter),
-                **of_encoder,
-            },
+        keep_revision(name, encoder.revision, workdir)
+    return encoder
+
+
+def _paired(
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    target: Target,
+    encoder: PromptEncoder,
+) -> tuple[list[PairedDataset], np.ndarray]:
+    """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
+    was encoded before is read."""
+    datasets, weights = [], []
+    for dataset in tqdm(
+        suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
+    ):
+        prompts = condition_texts(dataset.train, config.condition.form, config.seed)
+        if config.condition.in_graph:
+            ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
+            inputs = {"ids": ids, "valid": valid}
+        else:
+            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
+        tokens = token_array(
+            checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
         )
+        datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
+        weights.append(tokens.importance)
+    if not config.generator.importance:
+        return datasets, np.ones(checkpoints.layout.num_tokens, np.float32)
+    return datasets, np.mean(weights, axis=0).astype(np.float32)
+
+
+def _announcement(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    spec: DecoderSpec,
+    sharded: ShardedStep,
+    datasets: Sequence[PairedDataset],
+) -> str:
+    """What is trained, where and how it is computed; of the other processes only where."""
+    if not hosts.lead():
+        me, count = jax.process_index(), jax.process_count()
+        return f"process {me} of {count}: mesh {describe_mesh(mesh)}"
+    count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
+    total, held = bytes_per_device(sharded.shapes, sharded.shardings)
+    problems = device_problems(spec, mesh, config.train.batch_size, config.train.micro_batches)
+    return (
+        f"generator: {count / 1e6:.1f}M parameters, {2 * spec.forward_macs / 1e9:.2f} GFLOP a "
+        f"sample forward, {spec.token_grid} tokens, {len(datasets)} datasets x "
+        f"{len(datasets[0].targets)} checkpoints\n"
+        f"mesh: {describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a device\n"
+        "convolutions (output / gradients): "
+        f"{describe(problems.values(), config.generator.convolution)}"
+    )
+
+
+def _options(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    allowed: Sequence[str] | None,
+    older: Older,
+    profile: tuple[int, int] | None,
+) -> Options:
+    c = config.train
+    return Options(
+        keep_last=c.keep_last,
+        keep_every=c.keep_every,
+        checkpoint_dir=c.checkpoint_dir,
+        trackers=c.trackers,
+        allowed=allowed if allowed is None else tuple(allowed),
+        older=older,
+        profile=profile,
+        notes={"config": config.to_json(), "mesh": mesh_record(mesh)},
+    )
+
+
+def _write(
+    folder: pathlib.Path, params: Mapping, statistics: Mapping, description: Mapping
+) -> None:
+    """Writes the generator's folder by process 0. All take part in gathering each parameter, and
+    none is done before the files are there."""
+    flat = {"/".join(path): x for path, x in traverse_util.flatten_dict(params).items()}
+    on_host = ((path, hosts.to_host(x)) for path, x in flat.items())
+    if hosts.lead():
+        shapes = {path: (x.shape, x.dtype) for path, x in flat.items()}
+        write_generator(folder, shapes, on_host, statistics, description)
     else:
         collections.deque(on_host, maxlen=0)
-    with hosts.lead_first():  # no process is done before the files are there
-        return folder
+    with hosts.lead_first():
+        pass
 
 
 def _row(

@@ -1,9 +1,9 @@
 """The loop that all training shares: dispatch, delayed metric reads, progress, checkpoints, exact
 resume, clean stops.
 
-A stage gives a jitted `step(state, batch) -> (state, metrics)`, a pure `batch_at(step)` and a
-state; the loop does the rest. Position in the data is the step itself: a batch is a function of
-(seed, step), so a resumed run sees what it would have seen.
+A training gives a jitted `step(state, batch) -> (state, metrics)`, a pure `batch_at(step)` and its
+first state; the loop does the rest. Position in the data is the step itself: a batch is a function
+of (seed, step), so a resumed run sees what it would have seen.
 """
 
 import dataclasses
@@ -34,13 +34,39 @@ SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """What is trained, on which data, for how long.
+
+    A state is made by `init` only where there is no checkpoint: never two are held. The record
+    (JSON) is kept with every checkpoint and must not change between runs.
+    """
+
+    title: str
+    directory: pathlib.Path  # of metrics, checkpoints and profiles
+    record: Mapping
+    shapes: Any  # of the state, with shardings
+    init: Callable[[], Any]  # -> the first state
+    # (state, batch) -> (state, metrics); these hold "loss" and are read one step late
+    step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
+    batch_at: Callable[[int], Any]  # i from 0 -> the batch of that step; a thread calls it
+    steps: int
+    save_every: int
+    # (steps done, state), after each of them
+    after_step: Callable[[int, Any], None] = lambda done, state: None
+    # i -> the data of that step, for the message when its loss is not finite
+    blame: Callable[[int], str] = lambda i: ""
+    # (steps done, metrics, seconds) -> the numbers that are written
+    row_of: Callable[[int, Mapping, float], Mapping] = lambda done, values, seconds: values
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What a run may do differently without training differently.
 
     checkpoint_dir: a folder or gs:// address (empty: in the run's directory). allowed: names of
     settings that may have changed, None where the user cannot give any. older: as of
-    `check_same_run`. profile: traces the steps
-    between these two. notes: JSON beside the record, not compared.
+    `check_same_run`. profile: traces the steps between these two. notes: JSON beside the record,
+    not compared.
     """
 
     keep_last: int = 2
@@ -53,161 +79,158 @@ class Options:
     notes: Mapping = dataclasses.field(default_factory=dict)
 
 
-def run_loop(
-    title: str,
-    directory: pathlib.Path,
-    state: Any,
-    step_fn: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]],
-    batch_at: Callable[[int], Any],
-    steps: int,
-    save_every: int,
-    record: Mapping,
-    after_step: Callable[[int, Any], None] | None = None,
-    blame: Callable[[int], str] = lambda step: "",
-    row_of: Callable[[int, Mapping, float], Mapping] = lambda step, values, seconds: values,
-    options: Options = Options(),
-    init: Callable[[], Any] | None = None,
-) -> Any:
-    """Trains from the newest checkpoint in `directory`, or from `state`, to `steps` and returns the
-    state.
+def run_loop(training: Training, options: Options = Options()) -> Any:
+    """Trains from the newest checkpoint, or from the first state, to `training.steps` and returns
+    the state.
 
-    state may be shapes with shardings; then init makes the first one, if there is no checkpoint:
-    never two are held.
-
-    batch_at(i) is the batch of the i-th step, counted from 0; a thread calls it AHEAD of its use.
-    metrics must hold "loss"; they are read one step late. after_step(i + 1, state) runs after each
-    step. record (JSON) is kept with every checkpoint and must not change between runs. blame(i)
-    names the data of a step for the message when its loss is not finite. row_of(i, metrics,
-    seconds) makes them the numbers that are written. With several processes, all run this; process
-    0 writes and shows. Raises Stopped after saving when a stop was asked for, InputError when
-    checkpoints do not fit or are past `steps`, the loss is not finite or the disk refuses.
+    With several processes, all run this; process 0 writes and shows. Raises Stopped after saving
+    when a stop was asked for, InputError when checkpoints do not fit or are past the steps, the
+    loss is not finite or the disk refuses.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    manager = open_checkpoints(
-        address(options.checkpoint_dir or directory / CHECKPOINTS),
-        options.keep_last,
-        options.keep_every,
-    )
-    record, lead = json.loads(json.dumps(record)), hosts.lead()
-    first, restored = restore(manager, state, record, options.allowed, options.older)
-    if first > steps:
-        raise InputError(
-            f"{title}: {manager.directory} holds {first} steps, {steps} are asked for; ask for "
-            f"{first} or more, or train fewer in "
-            "another --workdir"
-        )
-    state = restored if first else init() if init else state
-    del restored
-    metrics = Metrics(directory, first, options.trackers, title) if lead else None
-    profiler = Profiler(directory, options.profile)
-    bar = tqdm(
-        total=steps,
-        initial=first,
-        desc=title,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5,
-        smoothing=0.1,
-        disable=not lead,
-    )
-    pending: tuple[int, Mapping, float] | None = None
-    last_saved = first
-    started = time.perf_counter()
-
-    def save(step: int) -> None:
-        nonlocal last_saved
-        if step != last_saved:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave(
-                    {
-                        "format": FORMAT,
-                        "settings": record,
-                        "step": step,
-                        "data_position": step,
-                        "sums": sums(state),
-                        **options.notes,
-                    }
-                ),
-            )
-            manager.save(step, args=args)
-            last_saved = step
-
-    def read_pending() -> None:
-        """Reads the metrics of the step before the one in flight."""
-        nonlocal pending, started
-        if pending is None:
-            return
-        step, values, waited = pending
-        pending = None
-        row = {key: np.asarray(value).tolist() for key, value in values.items()}
-        bad = [
-            f"the {name.replace('_', ' ')} is {row[name]}"
-            for name in ("loss", "gradient_norm")
-            if not math.isfinite(row.get(name, 0))
-        ]
-        if bad:
-            raise InputError(
-                f"{title}: {bad[0]} at step {step}{blame(step - 1)}; last good checkpoint: "
-                f"{f'{manager.directory}/{last_saved}' if last_saved else 'none'}; lower the "
-                "learning rate or mend the data"
-            )
-        now = time.perf_counter()
-        seconds, started = now - started, now
-        row = row_of(step, row, seconds)
-        if metrics is not None:
-            metrics.write(
-                {
-                    "step": step,
-                    **row,
-                    "seconds": round(seconds, 4),
-                    "input_seconds": round(waited, 4),
-                }
-            )
-        bar.update(1)
-        bar.set_postfix({key: f"{row[key]:.3g}" for key in SHOWN if key in row}, refresh=False)
-
+    training.directory.mkdir(parents=True, exist_ok=True)
+    saves = _Saves(training, options)
+    first, state = saves.resume()
+    reports = _Reports(training, options, first)
+    profiler = Profiler(training.directory, options.profile)
     try:
         profiler.at(first, state)
-        for i, batch, waited in ahead(batch_at, first, steps):
-            state, values = step_fn(state, batch)
-            read_pending()
-            pending = (i + 1, values, waited)
+        for i, batch, waited in ahead(training.batch_at, first, training.steps):
+            state, values = training.step(state, batch)  # dispatched, not waited for
+            reports.read(saves.last)  # of the step before
+            reports.pending = i + 1, values, waited
             profiler.at(i + 1, state)
-            if after_step is not None:
-                after_step(i + 1, state)
-            # A process by itself stops where it is; joined ones agree on a step, and JAX has their
-            # SIGTERM.
-            stopping = (
-                multihost_utils.reached_preemption_sync_point(i + 1)
-                if stop.shared
-                else stop.signum is not None
-            )
-            if stopping or (i + 1) % save_every == 0 or i + 1 == steps:
-                read_pending()  # never save a state whose loss has not been seen to be finite
-                save(i + 1)
+            training.after_step(i + 1, state)
+            stopping = _stopping(i + 1)
+            if stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps:
+                reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
+                saves.save(i + 1, state)
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
-        read_pending()
+        reports.read(saves.last)
     except (OSError, ValueError) as error:
-        raise _disk_error(error, directory) from error
+        raise _disk_error(error, training.directory) from error
     finally:
         profiler.close()
-        bar.close()
-        if metrics is not None:
-            metrics.close()
-        _finish(manager, directory)
+        reports.close()
+        saves.close()
     return state
 
 
-def _finish(manager: ocp.CheckpointManager, directory: pathlib.Path) -> None:
-    """Waits for the checkpoint that is being written."""
-    try:
-        manager.wait_until_finished()
-    except (OSError, ValueError) as error:
-        raise _disk_error(error, directory) from error
-    finally:
-        manager.close()
+def _stopping(done: int) -> bool:
+    """Whether to stop after so many steps. A process by itself stops where it is; joined ones agree
+    on a step, and JAX has their SIGTERM."""
+    if stop.shared:
+        return multihost_utils.reached_preemption_sync_point(done)
+    return stop.signum is not None
+
+
+class _Saves:
+    """The checkpoints of a run."""
+
+    def __init__(self, training: Training, options: Options):
+        self._training, self._options = training, options
+        self._record = json.loads(json.dumps(training.record))
+        self._manager = open_checkpoints(
+            address(options.checkpoint_dir or training.directory / CHECKPOINTS),
+            options.keep_last,
+            options.keep_every,
+        )
+        self._saved = 0
+
+    @property
+    def last(self) -> str:
+        """Where the newest one lies."""
+        return f"{self._manager.directory}/{self._saved}" if self._saved else "none"
+
+    def resume(self) -> tuple[int, Any]:
+        """(steps done, state): of the newest checkpoint, or a first state."""
+        t, options = self._training, self._options
+        same = self._record, options.allowed, options.older
+        done, state = restore(self._manager, t.shapes, *same)
+        if done > t.steps:
+            raise InputError(
+                f"{t.title}: {self._manager.directory} holds {done} steps, {t.steps} are asked "
+                f"for; ask for {done} or more, or train fewer in another --workdir"
+            )
+        self._saved = done
+        return (done, state) if done else (0, t.init())
+
+    def save(self, done: int, state: Any) -> None:
+        """Begins to write the state after so many steps, unless it is there already."""
+        if done == self._saved:
+            return
+        record = {"format": FORMAT, "settings": self._record, "step": done, "data_position": done}
+        record |= {"sums": sums(state), **self._options.notes}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        )
+        self._manager.save(done, args=args)
+        self._saved = done
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise _disk_error(error, self._training.directory) from error
+        finally:
+            self._manager.close()
+
+
+class _Reports:
+    """The numbers of a run: read one step late, checked, written and shown."""
+
+    def __init__(self, training: Training, options: Options, first: int):
+        self._training = training
+        self.pending: tuple[int, Mapping, float] | None = None  # steps done, metrics, input seconds
+        self._metrics = None
+        if hosts.lead():
+            self._metrics = Metrics(training.directory, first, options.trackers, training.title)
+        self._bar = tqdm(
+            total=training.steps,
+            initial=first,
+            desc=training.title,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            smoothing=0.1,
+            disable=not hosts.lead(),
+        )
+        self._started = time.perf_counter()
+
+    def read(self, last_saved: str) -> None:
+        """Waits for the pending metrics and writes them; raises InputError where they are not
+        finite. last_saved: the last good checkpoint, for its message."""
+        if self.pending is None:
+            return
+        (done, values, waited), self.pending = self.pending, None
+        row = {key: np.asarray(value).tolist() for key, value in values.items()}
+        self._check(done, row, last_saved)
+
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
+        row = self._training.row_of(done, row, seconds)
+        if self._metrics is not None:
+            times = {"seconds": round(seconds, 4), "input_seconds": round(waited, 4)}
+            self._metrics.write({"step": done, **row, **times})
+        self._bar.update(1)
+        shown = {key: f"{row[key]:.3g}" for key in SHOWN if key in row}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def _check(self, done: int, row: Mapping, last_saved: str) -> None:
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(row.get(name, 0)):
+                raise InputError(
+                    f"{self._training.title}: the {name.replace('_', ' ')} is {row[name]} at step "
+                    f"{done}{self._training.blame(done - 1)}; last good checkpoint: {last_saved}; "
+                    "lower the learning rate or mend the data"
+                )
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
 
 def _disk_error(error: Exception, directory: pathlib.Path) -> Exception:

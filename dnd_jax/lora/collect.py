@@ -10,10 +10,11 @@ without which a generator cannot compose them. Datasets of `train` keep each of 
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,12 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import SPLITS, Suite
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import Options, run_loop
+from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import leading, replicated
+from dnd_jax.parallel.rules import leading, replicated, shaped
 
 DONE = "collect.json"
 FORMAT = 1  # of it
@@ -119,6 +120,57 @@ def score_loras(
     return np.array(scores)
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskBatches:
+    """The batches of all tasks, one entry a task, on a mesh.
+
+    A number of tasks that the mesh does not divide is filled up with copies inside the step alone.
+    The state, then whole on every device, has none of them: a stopped run goes on with any number
+    of devices.
+    """
+
+    tasks: Sequence[Sequences]
+    batch_size: int
+    seed: int
+    pad: int  # token id
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def _entries(self) -> np.ndarray:
+        """The task of each entry of a batch."""
+        count, ways = len(self.tasks), batch_ways(self.mesh)
+        return np.arange(-(-count // ways) * ways) % count
+
+    @functools.cached_property
+    def _width(self) -> int:
+        """Tokens of the longest response."""
+        return max(task.response_width for task in self.tasks)
+
+    @functools.cached_property
+    def over_tasks(self) -> jax.sharding.NamedSharding:
+        """Where a batch's entries lie."""
+        return leading(self.mesh, len(self._entries), "the number of tasks")
+
+    @property
+    def of_state(self) -> jax.sharding.NamedSharding:
+        """Where the state of the tasks lies between steps."""
+        return self.over_tasks if len(self._entries) == len(self.tasks) else replicated(self.mesh)
+
+    def at(self, i: int) -> dict[str, jax.Array]:
+        """The i-th batch, (entries, batch_size, ...): all tasks read their examples in the same
+        order."""
+        rows = [
+            task.batch(shuffled_rows(len(task), self.batch_size, self.seed, i), self._width)
+            for task in self.tasks
+        ]
+        length = max(batch["ids"].shape[1] for batch in rows)
+        for batch in rows:
+            missing = length - batch["ids"].shape[1]
+            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=self.pad)
+        stacked = jax.tree.map(lambda *x: np.stack(x)[self._entries], *rows)
+        return jax.device_put(stacked, self.over_tasks)
+
+
 def collect(
     config: Config,
     suite: Suite,
@@ -131,8 +183,8 @@ def collect(
     settings is kept.
 
     allowed: names of settings that may differ from those of the run that is resumed. name: what the
-    adapters call the base; empty: its hub id or absolute path. Writes loras/collect.json with each task's exact match on its test file. Raises InputError as
-    the loop does.
+    adapters call the base; empty: its hub id or absolute path. Writes loras/collect.json with each
+    task's exact match on its test file. Raises InputError as the loop does.
     """
     folder, c = workdir / "loras", config.lora
     record = {
@@ -148,74 +200,48 @@ def collect(
         if check_same_run(folder / DONE, then, record, allowed, older):
             return folder
 
+    # The base, its LoRA and the tasks.
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)
-    shapes = module.config.lora_shapes(c.rank, c.targets)
     adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
     train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
-    width = max(t.response_width for t in train)
-    pad = tokenizer.pad_token_id
-    # A number of tasks that the mesh does not divide is filled up with copies inside the step
-    # alone. The state, then whole on every device, has none of them: a stopped run goes on with any
-    # number of devices.
-    tasks, ways = len(train), batch_ways(mesh)
-    entries = np.arange(-(-tasks // ways) * ways) % tasks
-    over_tasks = leading(mesh, len(entries), "the number of tasks")
-    kept = over_tasks if len(entries) == tasks else replicated(mesh)
+    batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
 
-    def batch_at(i: int):
-        rows = [
-            data.batch(shuffled_rows(len(data), c.batch_size, config.seed, i), width)
-            for data in train
-        ]
-        length = max(batch["ids"].shape[1] for batch in rows)
-        for batch in rows:
-            batch["ids"] = np.pad(
-                batch["ids"], ((0, 0), (0, length - batch["ids"].shape[1])), constant_values=pad
-            )
-        return jax.device_put(jax.tree.map(lambda *x: np.stack(x)[entries], *rows), over_tasks)
-
+    # The step.
     optimizer = lora_optimizer(c)
 
     def init(key):
-        lora = init_lora(key, shapes)
-        return jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (tasks, *x.shape)),
-            {"lora": lora, "opt": optimizer.init(lora)},
-        )
+        lora = init_lora(key, module.config.lora_shapes(c.rank, c.targets))
+        state = {"lora": lora, "opt": optimizer.init(lora)}
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(train), *x.shape)), state)
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    shapes = jax.eval_shape(init, key)
     step = jax.jit(
-        make_collect_step(module, optimizer, adapter.scale, over_tasks),
-        out_shardings=(kept, replicated(mesh)),
+        make_collect_step(module, optimizer, adapter.scale, batches.over_tasks),
+        out_shardings=(batches.of_state, replicated(mesh)),
         donate_argnums=1,
     )
 
-    def keep(done: int, state) -> None:
-        """The last M steps of training datasets, the very last of unseen ones."""
-        if done > c.steps - c.checkpoints:
-            stacked = jax.device_get(state["lora"])
-            for k, dataset in enumerate(suite.datasets):
-                if k < len(suite.train) or done == c.steps:
-                    tensors = {name: value[k] for name, value in stacked.items()}
-                    save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
-
-    state = run_loop(
+    # Training.
+    training = Training(
         "collect",
         workdir / "collect",
-        jax.jit(init, out_shardings=kept)(key),
-        lambda state, batch: step(params, state, batch),
-        batch_at,
+        record,
+        shaped(shapes, jax.tree.map(lambda _: batches.of_state, shapes)),
+        init=lambda: jax.jit(init, out_shardings=batches.of_state)(key),
+        step=lambda state, batch: step(params, state, batch),
+        batch_at=batches.at,
         steps=c.steps,
         save_every=c.save_every,
-        record=record,
-        after_step=keep,
-        options=Options(allowed=tuple(allowed), older=older),
+        after_step=lambda done, state: _keep(done, state, c, suite, folder, adapter),
     )
-    scores = score_loras(
-        module, params, jax.device_get(state["lora"]), adapter.scale, test, c.batch_size
-    )
+    state = run_loop(training, Options(allowed=tuple(allowed), older=older))
+
+    # Scores.
+    lora = jax.device_get(state["lora"])
+    scores = score_loras(module, params, lora, adapter.scale, test, c.batch_size)
     exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
     for dataset in suite.datasets:
         _remove_stale(folder / dataset.name, c)
@@ -232,6 +258,25 @@ def _encoded(tokenizer, suite: Suite, split: str, config: Config) -> list[Sequen
         if lost := found[-1].lost(f"{dataset.name}'s {split}", length):
             print(f"{lost} (config.lora.too_long={config.lora.too_long})", flush=True)
     return found
+
+
+def _keep(
+    done: int,
+    state: Mapping,
+    c: schema.Lora,
+    suite: Suite,
+    folder: pathlib.Path,
+    adapter: AdapterConfig,
+) -> None:
+    """Writes the checkpoints of the last M steps of training datasets, the very last of unseen
+    ones."""
+    if done <= c.steps - c.checkpoints:
+        return
+    stacked = jax.device_get(state["lora"])
+    for k, dataset in enumerate(suite.datasets):
+        if k < len(suite.train) or done == c.steps:
+            tensors = {name: value[k] for name, value in stacked.items()}
+            save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
 
 
 def _remove_stale(folder: pathlib.Path, c: schema.Lora) -> None:

@@ -15,7 +15,7 @@ import pytest
 from dnd_jax.config.records import check_same_run
 from dnd_jax.core.errors import InputError
 from dnd_jax.loop.checkpoints import sums
-from dnd_jax.loop.run import Options, run_loop
+from dnd_jax.loop.run import Options, Training, run_loop
 
 
 def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=Options(), **more):  # noqa: B008
@@ -26,9 +26,10 @@ def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=Options()
         )
     )
     state = more.pop("state", {"sum": jnp.float32(0)})
-    return run_loop(
-        "toy", directory, state, step, batch_at, steps, 2, {"seed": 0}, options=options, **more
+    training = Training(
+        "toy", directory, {"seed": 0}, state, lambda: state, step, batch_at, steps, 2, **more
     )
+    return run_loop(training, options)
 
 
 def test_changed_settings_are_allowed_only_where_the_user_can_say_so():
