@@ -14,33 +14,55 @@ from dnd_jax.core.workdir import REVISIONS
 huggingface_hub = packages.deferred("huggingface_hub")
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether a name is USER/NAME, as the hub has them."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def check_repo_id(repo: str) -> None:
     """Raises InputError unless `repo` is USER/NAME: asked before anything is computed for it."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not is_repo_id(repo):
         raise InputError(f"--push-to-hub={repo}: expected USER/NAME")
 
 
-def push(folder: str | os.PathLike, repo: str) -> str:
+def push(folder: str | os.PathLike, repo: str, public: bool = False) -> str:
     """Uploads the files of a folder to the hub's model USER/NAME, made if there is none, and
-    returns its address.
+    returns its address. It is private unless `public`.
 
-    Raises InputError in one line for whatever keeps the hub from taking it: no network, no login,
+    Raises InputError in one line for a file that names a local path, for a model that is public
+    already without `public`, and for whatever keeps the hub from taking it: no network, no login,
     no rights, a refused card.
     """
     check_repo_id(repo)
     folder = pathlib.Path(folder)
+    _check_names_no_path(folder)
     try:
         api = huggingface_hub.HfApi()
-        url = api.create_repo(repo, exist_ok=True)
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        if not public and api.model_info(repo).private is False:
+            raise InputError("it is there and public; give --public, or another name")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by dnd_jax")
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
         reason = first_line(error)
         raise InputError(
             f"{repo}: the hub did not take it ({reason}); the files are in {folder}; log in with "
             "`hf auth login`, then "
-            f"`hf upload {repo} {folder}`"
+            f"`hf upload {repo} {folder}`" + ("" if public else " --private")
         ) from None
     return str(url)
+
+
+def _check_names_no_path(folder: pathlib.Path) -> None:
+    """Raises InputError when a setting in a JSON file of the folder is a path of this machine."""
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in VOCABULARIES:
+            raw = read_json(path)
+            for key, value in raw.items() if isinstance(raw, dict) else ():
+                if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+                    raise InputError(
+                        f"{path}: {key} is {value!r}, a path of this machine, so it is not "
+                        "uploaded; remove it"
+                    )
 
 
 def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
@@ -50,6 +72,7 @@ def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
 
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
+VOCABULARIES = ("tokenizer", "vocab", "added_tokens")  # JSON files whose keys are any text
 PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.hub import check_repo_id, push, resolve
+from dnd_jax.base.hub import check_repo_id, is_repo_id, push, resolve
 from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
@@ -37,7 +37,7 @@ from dnd_jax.generator.folder import (
 from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
-from dnd_jax.lora.card import card, is_generated
+from dnd_jax.lora.card import card, is_generated, is_hub_id
 from dnd_jax.lora.merge import FILES, merge_adapter
 from dnd_jax.parallel.mesh import make_mesh
 
@@ -87,6 +87,7 @@ class TrainedGenerator:
             description.adapter,
             description.layout,
         )
+        self.base = self.adapter.base  # where it was when the generator was trained
         if encoder:
             self.condition = dataclasses.replace(self.condition, encoder=encoder)
         if base_name:
@@ -138,8 +139,7 @@ class TrainedGenerator:
     def card(self, drawn: Sequence[str], seed: int, merged: bool = False) -> str:
         """The README.md of an adapter, or of the base with it merged in: what made it."""
         # A published card says which generator it was, not where in somebody's file system it lies.
-        name = f"{'/'.join(self.folder.absolute().parts[-2:])} (sha256 {self.fingerprint[:16]})"
-        return card(self.adapter, name, self.config_hash, drawn, seed, merged)
+        return card(self.adapter, self.fingerprint[:16], self.config_hash, drawn, seed, merged)
 
     def write(
         self,
@@ -197,8 +197,12 @@ FLAGS = (
         "for --merge, the base's folder or hub id (default: the one the adapter names)",
     ),
     Flag(
-        "push-to-hub", str, "", "USER/NAME to upload the adapter (with --merge: the whole model) to"
+        "push-to-hub",
+        str,
+        "",
+        "USER/NAME to upload the adapter (with --merge: the whole model) to, privately",
     ),
+    Flag("public", bool, False, "with --push-to-hub: for everybody to see"),
 )
 
 
@@ -208,8 +212,10 @@ def _run(given: Given) -> None:
     generator = TrainedGenerator(
         given["generator"], given.config.mesh, base_name=given["base-name"]
     )
+    if given["push-to-hub"]:
+        _check_base_name(given, generator.adapter.base)
     prompts = generator.read(given["prompts"])
-    base = resolve(given["base"] or generator.adapter.base, FILES) if merged else None
+    base = resolve(given["base"] or generator.base, FILES) if merged else None
     for sample, folder in enumerate(folders):
         seed = given["seed"] + sample
         folder = generator.write(prompts, folder, seed, given["prompts"], given["dtype"])
@@ -221,7 +227,16 @@ def _run(given: Given) -> None:
             folder = merge_adapter(base, folder, merged[sample], card)
             print(f"model: {folder.absolute()}")
     if given["push-to-hub"]:
-        print(f"pushed: {push(folder, given['push-to-hub'])}")
+        print(f"pushed: {push(folder, given['push-to-hub'], given['public'])}")
+
+
+def _check_base_name(given: Given, base: str) -> None:
+    """Raises InputError where an adapter would be uploaded whose base only this machine has."""
+    if not (is_repo_id(base) if given["base-name"] else is_hub_id(base)):
+        raise InputError(
+            f"--push-to-hub: the adapter would name its base {base!r}, which is not on the hub; "
+            "say by --base-name=USER/NAME which it is"
+        )
 
 
 def _places(given: Given) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
@@ -231,6 +246,8 @@ def _places(given: Given) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         raise InputError(f"--samples={given['samples']}: at least 1")
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
+    if given["public"] and not given["push-to-hub"]:
+        raise InputError("--public is for --push-to-hub=USER/NAME")
     if given["push-to-hub"]:
         check_repo_id(given["push-to-hub"])
         if given["samples"] > 1:

@@ -3,9 +3,9 @@ to load it."""
 
 import json
 import pathlib
-import re
 from collections.abc import Sequence
 
+from dnd_jax.base.hub import is_repo_id
 from dnd_jax.core import digests
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 
@@ -17,7 +17,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def is_hub_id(base: str) -> bool:
     """Whether a base's name can stand as base_model in a card: USER/NAME that is no local folder
     (the hub refuses others)."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not pathlib.Path(base).exists()
+    return is_repo_id(base) and not pathlib.Path(base).exists()
 
 
 def is_generated(folder: pathlib.Path) -> bool:
@@ -37,7 +37,7 @@ def card(
 ) -> str:
     """The card of a generated adapter, or of a base with one merged into it.
 
-    generator: its name and fingerprint; config_hash: of the settings that it was trained with;
+    generator: its fingerprint; config_hash: of the settings that it was trained with;
     prompts: those drawn by `seed`.
     """
     front = {
@@ -76,7 +76,7 @@ def card(
         "Made by dnd_jax (Drag-and-Drop LLMs, arXiv 2506.16406) from unlabeled prompts, without "
         "training on the task.\n\n"
         f"- base: `{adapter.base}`\n"
-        f"- generator: {generator}; its configuration: sha256 {config_hash[:16]}\n"
+        f"- generator: sha256 {generator}; its configuration: sha256 {config_hash[:16]}\n"
         f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digests.of_texts(prompts)[:16]})\n"
         f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n\n"
         f"```python\n{peft}from transformers import AutoModelForCausalLM\n\n{load}```\n\n{served}"

@@ -33,6 +33,7 @@ TEMPLATES = "additional_chat_templates"  # the one folder that transformers read
 # Weights, and what training left beside them.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite|index\.json)"
+    r"|trainer_state\.json"
 )
 _NAMES = ("_name_or_path", "name_or_path")  # where transformers read a config or tokenizer from
 _TOWERS = re.compile(r"^((model|language_model)\.)+")

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hub import push
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core.digests import of_texts
 from dnd_jax.core.errors import InputError
@@ -150,7 +151,7 @@ def test_card_says_what_made_it(made, tmp_path):
     )
     assert f"base: `{made / 'base'}`" in text
     assert (
-        f"generator (sha256 {generator.fingerprint[:16]})" in text
+        f"generator: sha256 {generator.fingerprint[:16]}" in text
         and generator.config_hash[:16] in text
     )
     assert f"seed 7 (sha256 {of_texts(generator.draw(PROMPTS, 7))[:16]})" in text
@@ -173,7 +174,7 @@ def test_card_says_what_made_it(made, tmp_path):
 def test_front_matter_is_yaml_for_any_base(base, merged):
     text = card(
         AdapterConfig(base, 600 if merged else 16, 32.0, ("q_proj",)),
-        "g (sha256 0)",
+        "0",
         "0" * 64,
         ["a", "b"],
         1,
@@ -696,7 +697,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.reply(200, answer)
 
     def do_GET(self):
-        self.reply(200, {"id": "me/mine", "sha": "0", "siblings": []})
+        private = getattr(self.server, "private", True)
+        self.reply(200, {"id": "me/mine", "sha": "0", "siblings": [], "private": private})
 
     def reply(self, status: int, answer: dict):
         raw = json.dumps(answer).encode()
@@ -730,6 +732,7 @@ def test_the_whole_folder_is_handed_to_the_hub(made, tmp_path):
         "-m",
         "dnd_jax",
         *generate(made, f"--out={tmp_path / 'a'}", "--push-to-hub=me/mine"),
+        "--base-name=some/base",
     ]
     try:
         done = subprocess.run(
@@ -754,9 +757,74 @@ def test_the_whole_folder_is_handed_to_the_hub(made, tmp_path):
     assert sent == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} and len(sent) == 3
 
 
+NAMED = "--base-name=some/base"
+
+
+def test_what_is_uploaded_is_private_and_names_no_path(made, tmp_path, capsys):
+    out, pushed = f"--out={tmp_path / 'a'}", "--push-to-hub=me/mine"
+    assert main(generate(made, out, pushed)) == 2
+    error = capsys.readouterr().err
+    assert "not on the hub; say by --base-name=USER/NAME" in error and error.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+    for flags, message in (
+        ([pushed, "--base-name=/some/base"], "would name its base '/some/base', which is not"),
+        (["--public"], "--public is for --push-to-hub"),
+    ):
+        assert main(generate(made, out, *flags)) == 2 and message in capsys.readouterr().err
+    assert main(generate(made, out, NAMED, f"--merge={tmp_path / 'm'}")) == 0
+    for path in [*(tmp_path / "a").glob("*.[jm]*"), *(tmp_path / "m").glob("*.[jm]*")]:
+        assert str(made) not in path.read_text() and made.name not in path.read_text(), path
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == yaml.safe_load((tmp_path / "m" / "README.md").read_text().split("---\n")[1])[
+            "base_model"
+        ]
+    )
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(settings | {"cache": str(made)}))
+    with pytest.raises(InputError, match="config.json: cache is .* a path of this machine"):
+        push(tmp_path / "m", "me/mine")
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_only_public_makes_a_public_repository(tmp_path, monkeypatch, public):
+    """What the real client asks the hub for; a model that is public already is not filled without
+    --public."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("x")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.got, server.url, server.private = [], f"http://127.0.0.1:{server.server_port}", False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "import sys; from dnd_jax.base.hub import push; push(sys.argv[1], 'me/mine', sys.argv[2] == 'True')"
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": "hf_test",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "a", str(public)],
+            env=environment | {"HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    finally:
+        server.shutdown()
+    asked = json.loads(next(body for path, body in server.got if path == "/api/repos/create"))
+    assert (asked.get("visibility") or asked.get("private")) in (
+        ("public", False) if public else ("private", True)
+    ), asked
+    commits = [path for path, _ in server.got if "/commit/" in path]
+    if public:
+        assert done.returncode == 0 and commits, done.stderr
+    else:
+        assert "it is there and public; give --public" in done.stderr and not commits
+
+
 def test_offline_push_is_one_clear_line(made, tmp_path, capsys):
     """conftest.py turns the network off; the adapter stays."""
-    assert main(generate(made, f"--out={tmp_path / 'a'}", "--push-to-hub=me/mine")) == 2
+    assert main(generate(made, f"--out={tmp_path / 'a'}", "--push-to-hub=me/mine", NAMED)) == 2
     error = capsys.readouterr().err.strip()
     assert (
         error.startswith("dnd: me/mine: the hub did not take it (")
