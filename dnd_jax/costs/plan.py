@@ -14,7 +14,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.config.schema import STEPS
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
-from dnd_jax.costs import step_cost, sweep
+from dnd_jax.costs import describe, step_cost, sweep
 
 FLAGS = (
     WORKDIR,
@@ -69,7 +69,7 @@ def _run(given: Given) -> None:
     else:
         devices = step_cost.devices_of(topology, config.mesh.slices)
         plans = [step_cost.make_plan(config, devices, step, given["measure"]) for step in STEPS]
-        print("\n\n".join(map(step_cost.describe_plan, plans)), flush=True)
+        print("\n\n".join(map(describe.describe_plan, plans)), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))
 

@@ -23,7 +23,8 @@ from dnd_jax.core import digests, figures, packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.stopping import stop
-from dnd_jax.costs.step_cost import Plan, devices_of, make_plan, what_would_help
+from dnd_jax.costs.describe import what_would_help
+from dnd_jax.costs.step_cost import StepCost, devices_of, make_plan
 
 
 def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
@@ -76,7 +77,7 @@ def _key(topology: str, step: str, config: Config, measure: bool) -> str:
     return digests.of_json([devices, step, settings, measure, compilers, program])[:16]
 
 
-def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[Plan]:
+def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[StepCost]:
     """Compiles every combination and writes the tables and the plot; what its mesh does not divide
     is left out with a line."""
     every, found = list(variants(config)), []
@@ -96,7 +97,7 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
             continue
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"
         if path.is_file():
-            plan = Plan(**read_json(path))
+            plan = StepCost(**read_json(path))
             found += (
                 [plan] if plan not in found else []
             )  # 64 samples and 8 a chip are the same on eight chips
@@ -119,7 +120,7 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
     return found
 
 
-def best(plans: Sequence[Plan], step: str) -> Plan | None:
+def best(plans: Sequence[StepCost], step: str) -> StepCost | None:
     """The fitting plan of a step with the most samples a second and device, by measurement where
     some were measured; the leanest one where no time is known."""
     fitting = [p for p in plans if p.step == step and p.fits]
@@ -131,7 +132,7 @@ def best(plans: Sequence[Plan], step: str) -> Plan | None:
     )
 
 
-def nearest_miss(plans: Sequence[Plan]) -> str:
+def nearest_miss(plans: Sequence[StepCost]) -> str:
     """When nothing fits: the plan that wants the least beyond its limit, and what would make it
     fit."""
     known = [p for p in plans if not p.fits and p.peak_bytes and p.limit_bytes]
@@ -145,20 +146,20 @@ def nearest_miss(plans: Sequence[Plan]) -> str:
     )
 
 
-def _size(plan: Plan) -> int:
+def _size(plan: StepCost) -> int:
     size = 1
     for ways in plan.mesh.values():
         size *= ways
     return size
 
 
-def mesh_name(plan: Plan) -> str:
+def mesh_name(plan: StepCost) -> str:
     """ "8x1x1": data x fsdp x tensor, with the slices before them when there are some."""
     sizes = [plan.mesh[axis] for axis in ("data", "fsdp", "tensor")]
     return "x".join(map(str, [plan.mesh["slice"], *sizes] if plan.mesh["slice"] > 1 else sizes))
 
 
-def as_csv(plans: Sequence[Plan]) -> str:
+def as_csv(plans: Sequence[StepCost]) -> str:
     """All fields, one plan a row; collectives as bytes by kind."""
     rows = []
     for p in plans:
@@ -174,7 +175,7 @@ def as_csv(plans: Sequence[Plan]) -> str:
     return out.getvalue()
 
 
-def as_markdown(plans: Sequence[Plan]) -> str:
+def as_markdown(plans: Sequence[StepCost]) -> str:
     """The table that is printed: the fastest first, the best of each step in bold, what does not
     fit last."""
     stars = [best(plans, step) for step in ("train", "generate")]
@@ -227,7 +228,7 @@ def as_markdown(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
+def plot(plans: Sequence[StepCost], path: pathlib.Path) -> None:
     """Milliseconds and memory of the train steps (else of all), one bar a plan."""
     shown = [p for p in plans if p.step == "train"] or list(plans)
     shown = sorted(shown, key=lambda p: (not p.fits, -(p.samples_per_second or 0) / _size(p)))
@@ -281,13 +282,13 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
     figures.save(figure, path)
 
 
-def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
+def scaling(plans: Sequence[StepCost]) -> dict[str, list[StepCost]]:
     """Fitting train steps that differ in nothing but the number of devices, from few to many: {"64
     samples a step": plans, ...} where the batch is the same (strong scaling), {"8 samples a
     device": plans, ...} where a device's share is (weak scaling)."""
     shown = sorted((p for p in plans if p.step == "train" and p.fits), key=_size)
 
-    def settings(p: Plan) -> tuple[str, ...]:
+    def settings(p: StepCost) -> tuple[str, ...]:
         kind = p.devices.split(" ", 1)[1]  # "8 TPU v5p"
         fsdp, tensor = (f"{axis} {p.mesh[axis]}" for axis in ("fsdp", "tensor"))
         return (
@@ -301,7 +302,7 @@ def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
         )
 
     differing = [len(set(values)) > 1 for values in zip(*map(settings, shown), strict=True)]
-    lines: dict[str, list[Plan]] = {}
+    lines: dict[str, list[StepCost]] = {}
     for share in (False, True):
         for p in shown:
             samples = (
@@ -312,7 +313,7 @@ def scaling(plans: Sequence[Plan]) -> dict[str, list[Plan]]:
     return {name: line for name, line in lines.items() if len({_size(p) for p in line}) > 1}
 
 
-def plot_scaling(plans: Sequence[Plan], path: pathlib.Path) -> None:
+def plot_scaling(plans: Sequence[StepCost], path: pathlib.Path) -> None:
     """Samples a second and milliseconds a step over the number of devices, a line for each of
     `scaling`'s. Nothing without times or with one number of devices."""
     lines = scaling([p for p in plans if p.samples_per_second])

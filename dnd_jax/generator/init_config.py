@@ -5,16 +5,9 @@ over configs/default.py.
         [--budget=1e9] [--config.lora.rank=16 ...]
 
 The tokens (T, h, w) come from the base's config.json and config.lora, or from an adapter, which
-also serves bases that we cannot run. The cascade between the condition (N, L, C) and the tokens
-follows a rule drawn from the paper's six settings (docs/METHOD.md section 5), whose decoders it
-meets within a factor of 1.2 in parameters and 1.4 in operations:
+also serves bases that we cannot run. The cascade between condition and tokens follows the
+rule of dnd_jax/generator/cascade.py. Besides:
 
-    N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2]; with a budget, whatever meets it best.
-         The last convolution, k k M T, is most of all parameters, and M is the one number to spend
-         a budget on
-    L    shrinks by one factor a stage from the text's to h, which it reaches with M: the grids stay equally large while N doubles
-    C    goes by one factor a stage from the encoder's width to w
-    k    the largest odd number below h, from 3 to 11: 9 for rank 8, 11 for rank 16. Smaller where M would have to fall below T/8
     text longer than 1536 tokens is first squeezed to 1000 by a length projection
     w    the greatest common divisor of all dimensions; chunks of 128 with padding where large ones share less than 32
 """
@@ -32,19 +25,17 @@ import jax
 
 from dnd_jax.base.known import base_sizes
 from dnd_jax.config.load import DEFAULTS, load_file
-from dnd_jax.config.schema import Config, Features
+from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError, listed
 from dnd_jax.core.files import replacing
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.generator.cascade import cascade
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import encoder_module, spec_of
-from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
 
-STEP = 8  # sizes between the ends are multiples of it: what meshes divide and matrix units like
-KERNELS = (3, 11)
 LONGEST_TEXT, SQUEEZED = 1536, 1000  # tokens without a length projection; tokens after one
 LEAST_WIDTH, LARGE, PADDED_WIDTH = (
     32,
@@ -53,53 +44,6 @@ LEAST_WIDTH, LARGE, PADDED_WIDTH = (
 )  # w: below this a base with dimensions this large gets that
 TOPOLOGY = "v5p:2x2x4"  # of the plan proposed next
 LINE = 132
-
-
-def _stages(first: Features, grid: Features, widest: int) -> tuple[Features, ...]:
-    """The rule's stages for an M."""
-    (n, length, c), (_, h, w) = first, grid
-    steps = max(2, round(abs(math.log2(widest / n))))
-
-    def between(start: int, end: int, share: float) -> int:
-        return end if share == 1 else max(STEP, STEP * round(start * (end / start) ** share / STEP))
-
-    middle = (
-        (
-            between(n, widest, i / steps),
-            between(length, h, i / steps),
-            between(c, w, i / (steps + 1)),
-        )
-        for i in range(1, steps + 1)
-    )
-    return first, *middle, grid
-
-
-def cascade(
-    first: Features, grid: Features, budget: float = 0, kernel_size: int = 0
-) -> tuple[tuple[Features, ...], int]:
-    """(stages, kernel size) from the decoder's input (N, L, C) to the token grid (T, h, w) by the
-    rule above.
-
-    budget: parameters not to exceed, of which as many are used as M <= T allows; 0: the rule's M.
-    kernel_size: 0 for the rule's. Raises InputError when no M meets the budget.
-    """
-    tokens, height, _ = grid
-    largest = kernel_size or min(max(height - 1 - height % 2, KERNELS[0]), KERNELS[1])
-    if not budget:
-        return _stages(first, grid, 2 ** max(0, tokens.bit_length() - 2)), largest
-    every = [_stages(first, grid, m) for m in range(STEP, tokens + 1, STEP)] or [
-        _stages(first, grid, tokens)
-    ]
-    for k in (kernel_size,) if kernel_size else range(largest, KERNELS[0] - 1, -2):
-        counted = [(DecoderSpec(features, k).num_parameters, features) for features in every]
-        count, best = max(((c, f) for c, f in counted if c <= budget), default=(0, None))
-        if best and (best[-2][0] >= tokens / 8 or k in (kernel_size, KERNELS[0])):
-            return best, k
-    raise InputError(
-        f"--budget={budget:g}: the smallest decoder from {first} to tokens {grid} has "
-        f"{min(counted)[0]:.4g} parameters; "
-        "raise it or shorten --max-text-length"
-    )
 
 
 def _chunk_width(shapes: Mapping[str, tuple[int, ...]]) -> int:

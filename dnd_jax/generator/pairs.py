@@ -9,12 +9,21 @@ global batch, whatever their number, and reads only the part of it that its devi
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import listed
+from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.suite import Suite
+from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.lora.checkpoints import Checkpoints, token_array
+from dnd_jax.lora.targets import Target
+from dnd_jax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +136,33 @@ class Pairs:
     def names(self, step: int) -> list[str]:
         """The dataset of each of a step's pairs."""
         return [self.datasets[d].name for d, _, _ in self.draw(step)]
+
+
+def paired_datasets(
+    config: Config,
+    suite: Suite,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    target: Target,
+    encoder: PromptEncoder,
+) -> tuple[list[PairedDataset], np.ndarray]:
+    """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
+    was encoded before is read."""
+    datasets, weights = [], []
+    for dataset in tqdm(
+        suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
+    ):
+        prompts = condition_texts(dataset.train, config.condition.form, config.seed)
+        if config.condition.in_graph:
+            ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
+            inputs = {"ids": ids, "valid": valid}
+        else:
+            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
+        tokens = token_array(
+            checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
+        )
+        datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
+        weights.append(tokens.importance)
+    if not config.generator.importance:
+        return datasets, np.ones(checkpoints.layout.num_tokens, np.float32)
+    return datasets, np.mean(weights, axis=0).astype(np.float32)

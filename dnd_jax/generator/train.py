@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
 from dnd_jax.config.records import Older
@@ -28,12 +27,11 @@ from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.workdir import held
-from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import initial_params, write_generator
-from dnd_jax.generator.pairs import PairedDataset, Pairs
+from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
@@ -42,8 +40,7 @@ from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.run import Options, Training, run_loop
-from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
-from dnd_jax.lora.targets import Target
+from dnd_jax.lora.checkpoints import Checkpoints, make_target
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, rendezvous
@@ -116,7 +113,7 @@ def train(
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
         encoder = _open_encoder(config, workdir, mesh)
         target = make_target(config, checkpoints, workdir / "targets")
-        datasets, importance = _paired(config, suite, workdir, checkpoints, target, encoder)
+        datasets, importance = paired_datasets(config, suite, workdir, checkpoints, target, encoder)
     hosts.check_alike({"the text encoder's files": encoder.fingerprint})
     record["encoder"] = encoder.fingerprint
     of_encoder = {
@@ -179,36 +176,6 @@ def _open_encoder(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh
     if hosts.lead():
         keep_revision(name, encoder.revision, workdir)
     return encoder
-
-
-def _paired(
-    config: Config,
-    suite: Suite,
-    workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    target: Target,
-    encoder: PromptEncoder,
-) -> tuple[list[PairedDataset], np.ndarray]:
-    """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
-    was encoded before is read."""
-    datasets, weights = [], []
-    for dataset in tqdm(
-        suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
-    ):
-        prompts = condition_texts(dataset.train, config.condition.form, config.seed)
-        if config.condition.in_graph:
-            ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
-            inputs = {"ids": ids, "valid": valid}
-        else:
-            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
-        tokens = token_array(
-            checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
-        )
-        datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
-        weights.append(tokens.importance)
-    if not config.generator.importance:
-        return datasets, np.ones(checkpoints.layout.num_tokens, np.float32)
-    return datasets, np.mean(weights, axis=0).astype(np.float32)
 
 
 def _announcement(

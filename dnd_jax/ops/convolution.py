@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from dnd_jax.ops import dft, dft_tpu
-from dnd_jax.ops.cost_model import Plan, Problem, arithmetic, choose, on_tpu
+from dnd_jax.ops.cost_model import ConvPlan, Problem, arithmetic, choose, on_tpu
 
 
 def convolve(
     x_BxNxLxC: jax.Array,
     kernel: jax.Array,
     axis: int,
-    method: str | Plan = "auto",
+    method: str | ConvPlan = "auto",
     platform: str | None = None,
 ) -> jax.Array:
     """Cross-correlation with zero "same" padding over the two non-batch axes other than `axis`,
@@ -25,7 +25,7 @@ def convolve(
     order of x. Returns x's layout and type with `axis` of size `out`. method: "direct" (the
     compiler's convolution), "dft" (tile by tile in the Fourier domain, dnd_jax/ops/dft.py), "auto"
     (the cheaper one by the cost model of dnd_jax/ops/cost_model.py), "tuned" (the fastest one
-    measured here, else as "auto"), or a `Plan`. platform: the one it is compiled for, "cpu", "gpu"
+    measured here, else as "auto"), or a `ConvPlan`. platform: the one it is compiled for, "cpu", "gpu"
     or "tpu" (default: the present one). On a mesh it is meant for each device's own part
     (shard_map, as dnd_jax/parallel/placement.py does); it works without, too. A kernel of higher
     precision than x is kept by "dft" and rounded to x's type by "direct". Raises ValueError for an
@@ -48,7 +48,7 @@ def convolve(
             f"x {x_BxNxLxC.shape} has {x_BxNxLxC.shape[axis]} channels on axis {axis}, the kernel "
             f"takes {kernel.shape[2]}"
         )
-    if not isinstance(method, Plan):
+    if not isinstance(method, ConvPlan):
         method = choose(
             Problem.of(x_BxNxLxC, kernel, axis, platform or jax.default_backend()), method
         )
@@ -73,7 +73,7 @@ def direct(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: Plan) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: ConvPlan) -> jax.Array:
     if plan.forward is None:
         return direct(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)

@@ -33,7 +33,7 @@ CHUNK_BYTES = 128 << 20  # of half-transformed kernel held at once on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConvPlan:
     """How one convolution is computed. None: directly; else the tiling of the output's or of both
     gradients' transforms."""
 
@@ -83,14 +83,8 @@ class Problem:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the direct method."""
-        return (
-            self.batch
-            * self.height
-            * self.width
-            * self.kernel**2
-            * self.channels_in
-            * self.channels_out
-        )
+        grid = self.batch * self.height * self.width
+        return grid * self.kernel**2 * self.channels_in * self.channels_out
 
     def axes(self, tiling: Tiling) -> tuple[Axis, Axis]:
         return Axis(self.height, self.kernel, tiling[0]), Axis(self.width, self.kernel, tiling[1])
@@ -277,7 +271,7 @@ def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
     return tiling, seconds
 
 
-def choose(problem: Problem, method: str = "auto") -> Plan:
+def choose(problem: Problem, method: str = "auto") -> ConvPlan:
     """The plan of a convolution. Raises ValueError for an unknown method."""
     if method == "tuned":
         found = tuned(problem)
@@ -286,13 +280,13 @@ def choose(problem: Problem, method: str = "auto") -> Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def _by_model(problem: Problem, method: str) -> Plan:
+def _by_model(problem: Problem, method: str) -> ConvPlan:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if problem.platform not in RATES:
         raise ValueError(f"platform {problem.platform!r} is none of {', '.join(RATES)}")
     if method == "direct":
-        return Plan(None, None, problem.platform)
+        return ConvPlan(None, None, problem.platform)
     found = {}
     for gradient in (False, True):
         tiling, seconds = best_tiling(problem, gradient)
@@ -301,7 +295,7 @@ def _by_model(problem: Problem, method: str) -> Plan:
     return with_memory(problem, found[False], found[True])
 
 
-def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> Plan:
+def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> ConvPlan:
     """Adds to tilings how their arrays are kept small enough."""
     costs = [
         dft_cost(problem, tiling, gradient)
@@ -316,7 +310,7 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
         held = max((cost.kernel_rows for cost in costs), default=0)
         divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
         chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
-    return Plan(forward, backward, problem.platform, looped, chunks, ordered)
+    return ConvPlan(forward, backward, problem.platform, looped, chunks, ordered)
 
 
 def describe(problems: Iterable[Problem], method: str) -> str:
@@ -347,7 +341,7 @@ def key(problem: Problem) -> str:
     return f"{jax.devices()[0].device_kind} jax {jax.__version__} {shape}"
 
 
-def tuned(problem: Problem) -> Plan | None:
+def tuned(problem: Problem) -> ConvPlan | None:
     """The measured plan, or None when this device has not measured the problem."""
     path = cache_file()
     fastest = (read_json(path) if path.is_file() else {}).get(key(problem))

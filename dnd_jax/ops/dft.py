@@ -63,9 +63,8 @@ class Arithmetic:
     between: jnp.dtype
     spectrum: jnp.dtype
     product: jnp.dtype
-    scaled: bool = (
-        False  # bring every operand's largest value to about 1 first (float16 has little range)
-    )
+    # bring every operand's largest value to about 1 first (float16 has little range)
+    scaled: bool = False
 
 
 # How a complex product is made of real ones: three (Gauss), or four, with one factor's planes (re,
@@ -101,17 +100,14 @@ def matrices(h: Axis, w: Axis, form: str) -> Matrices:
     def columns(positions, sign):
         angle = 2 * np.pi * np.outer(g, positions) / w.t
         cos, sin = np.cos(angle), sign * np.sin(angle)
-        return np.stack([cos, -sin], axis=1), np.stack(
-            [sin, cos], axis=1
-        )  # real and imaginary part, each (g, p, position)
+        # real and imaginary part, each (g, p, position)
+        return np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)
 
     out = np.arange(w.step)
     angle = 2 * np.pi * np.outer(out, g) / w.t
     cos, sin = np.cos(angle), np.sin(angle)
-    (x_re, x_im), (k_re, k_im) = (
-        columns(w.first + np.arange(w.width), -1),
-        columns(np.arange(w.kernel), 1),
-    )
+    x_re, x_im = columns(w.first + np.arange(w.width), -1)
+    k_re, k_im = columns(np.arange(w.kernel), 1)
     if form == GAUSS:  # re = product 0 - product 1, im = product 2 - product 0 - product 1
         re, im = [cos + sin, sin - cos, -sin], [sin - cos, -sin - cos, cos]
         x_columns, k_columns = [x_re, x_im, x_re + x_im], [k_re, k_im, k_re + k_im]
@@ -123,9 +119,7 @@ def matrices(h: Axis, w: Axis, form: str) -> Matrices:
         else:
             x_columns = [[x_re, -x_im], [x_im, x_re]]
     angle = 2 * np.pi * np.outer(np.arange(h.step), f) / h.t
-    twice = np.where(
-        (f == 0) | (2 * f == h.t), 1.0, 2.0
-    )  # the conjugate half of the row frequencies
+    twice = np.where((f == 0) | (2 * f == h.t), 1.0, 2.0)  # the conjugate half of row frequencies
     return Matrices(
         x_rows=rows(h.first + np.arange(h.width), -1) * scale_h,
         x_columns=np.stack(x_columns) * scale_w,
@@ -179,12 +173,8 @@ class Transforms:
 
     def k_rows(self, kernel: jax.Array) -> jax.Array:
         """(k, k, C, D) -> (f, p, k, C, D)."""
-        return self._dot(
-            "fpi,ijcd->fpjcd",
-            "k_rows",
-            kernel.astype(self.arithmetic.between),
-            self.arithmetic.between,
-        )
+        between = self.arithmetic.between
+        return self._dot("fpi,ijcd->fpjcd", "k_rows", kernel.astype(between), between)
 
     def y_rows(self, y: jax.Array, shape: tuple[int, int, int, int], out: jnp.dtype) -> jax.Array:
         """(f, p, step_w, B, tiles_h, tiles_w, D) -> (B, H, W, D)."""
@@ -337,13 +327,8 @@ def backward(
 
     def part(i):
         (zy,) = y_rows_transposed(_part(dy, i, chunks, 3))
-        dzx, dzk = _each_frequency(
-            one,
-            looped,
-            zx,
-            maps.k_rows(_part(k_scaled, i, chunks, 3)),
-            zy.astype(arithmetic.between),
-        )
+        zk = maps.k_rows(_part(k_scaled, i, chunks, 3))
+        dzx, dzk = _each_frequency(one, looped, zx, zk, zy.astype(arithmetic.between))
         return dzx, k_rows_transposed(dzk)[0]
 
     if chunks == 1:

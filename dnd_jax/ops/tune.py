@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.ops import convolution, cost_model
-from dnd_jax.ops.cost_model import Plan, Problem, Tiling, cache_file, key
+from dnd_jax.ops.cost_model import ConvPlan, Problem, Tiling, cache_file, key
 
 CANDIDATES = 4  # tilings tried beside the direct method, the cheapest by the model
 REPEATS = 3
@@ -31,7 +31,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def seconds_of(problem: Problem, method: Plan, gradient: bool) -> float:
+def seconds_of(problem: Problem, method: ConvPlan, gradient: bool) -> float:
     """The fastest of REPEATS runs of a convolution under a plan: its output, or both gradients."""
     p = problem
     shape_x, shape_k = (

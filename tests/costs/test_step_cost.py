@@ -18,7 +18,8 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
-from dnd_jax.costs.step_cost import Plan, describe_plan, make_plan, train_arguments, what_would_help
+from dnd_jax.costs.describe import describe_plan, what_would_help
+from dnd_jax.costs.step_cost import StepCost, make_plan, train_arguments
 from dnd_jax.generator.sizes import features_of
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading
@@ -268,7 +269,7 @@ def test_a_given_base_lends_its_sizes(tmp_path):
         features_of(settings(base__path="/nowhere", generator__features=((0, 0, 0), (0, 0, 0))))
 
 
-def plan_of(**changes) -> Plan:
+def plan_of(**changes) -> StepCost:
     gib = 2**30
     usual = dict(
         step="train",
@@ -286,7 +287,7 @@ def plan_of(**changes) -> Plan:
         flops=1e12,
         estimate_seconds=0.1,
     )
-    return Plan(**usual | changes)
+    return StepCost(**usual | changes)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.step_cost import train_arguments
 from dnd_jax.data.suite import load_suite
-from dnd_jax.generator.init_config import cascade, decoder_parameters, init_config
+from dnd_jax.generator.cascade import cascade
+from dnd_jax.generator.init_config import decoder_parameters, init_config
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.checkpoints import Checkpoints

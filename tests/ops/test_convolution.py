@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dnd_jax.ops import cost_model
 from dnd_jax.ops.convolution import convolve, direct
-from dnd_jax.ops.cost_model import Plan, Problem, choose, compiler_options, dft_work, tilings
+from dnd_jax.ops.cost_model import ConvPlan, Problem, choose, compiler_options, dft_work, tilings
 
 
 def relative(actual, expected) -> float:
@@ -70,7 +70,10 @@ def test_float32_is_as_exact_as_rounding_allows(problem, looped, seed):
     values = arrays(shape, axis, k, out, seed)
     values32 = [v.astype(np.float32) for v in values]
     chunks = max(n for n in (1, 2, 3) if out % n == 0)
-    for plan in (Plan(tiles, tiles, "cpu", looped, chunks), Plan(tiles, None, "cpu", looped)):
+    for plan in (
+        ConvPlan(tiles, tiles, "cpu", looped, chunks),
+        ConvPlan(tiles, None, "cpu", looped),
+    ):
         found = value_and_gradients(
             lambda x, w, plan=plan: convolve(x, w, axis, plan), *map(jnp.asarray, values32)
         )
@@ -86,7 +89,7 @@ def test_float64(problem, looped):
     shape, axis, k, out, tiles = problem
     values = arrays(shape, axis, k, out)
     with jax.enable_x64(True):
-        plan = Plan(tiles, tiles, "cpu", looped)
+        plan = ConvPlan(tiles, tiles, "cpu", looped)
         found = value_and_gradients(
             lambda x, w: convolve(x, w, axis, plan), *map(jnp.asarray, values)
         )
@@ -105,7 +108,7 @@ def test_bfloat16_loses_no_more_than_the_direct_method(platform):
     expected = exact([np.asarray(v).astype(np.float64) for v in values], axis)
     plain = value_and_gradients(functools.partial(direct, axis=axis), *values)
     ours = value_and_gradients(
-        lambda x, w: convolve(x, w, axis, Plan(tiles, tiles, platform)), *values
+        lambda x, w: convolve(x, w, axis, ConvPlan(tiles, tiles, platform)), *values
     )
     for one, other, right in zip(ours, plain, expected, strict=True):
         assert one.dtype == jnp.bfloat16
@@ -132,7 +135,7 @@ def test_bfloat16_of_a_tpu(tiles):
             lambda x, w: convolve(x, w, axis, method), *values, xla_allow_excess_precision=False
         )
 
-    ours, plain = run(Plan(tiles, tiles, "tpu", ordered=tiles == (2, 3))), run("direct")
+    ours, plain = run(ConvPlan(tiles, tiles, "tpu", ordered=tiles == (2, 3))), run("direct")
     assert ours[2].dtype == jnp.float32
     for one, other, right in zip(ours, plain, expected, strict=True):
         assert relative(one, right) <= 1.3 * relative(other, right)
@@ -159,7 +162,7 @@ def test_the_layout_of_a_tpu(shape, axis, k, out, tiles):
     x, kernel, dy = (jnp.asarray(v, jnp.float32) for v in arrays(shape, axis, k, out))
     values = x.astype(jnp.bfloat16), kernel, dy.astype(jnp.bfloat16)
     found = value_and_gradients(
-        lambda x, w: convolve(x, w, axis, Plan(tiles, tiles, "tpu", ordered=True)), *values
+        lambda x, w: convolve(x, w, axis, ConvPlan(tiles, tiles, "tpu", ordered=True)), *values
     )
     expected = exact([np.asarray(v).astype(np.float64) for v in values], axis)
     assert [v.dtype for v in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
@@ -177,7 +180,7 @@ def test_float16_arithmetic_survives_any_scale(scale):
     values = [x.astype(jnp.bfloat16), kernel / 100, (dy * scale).astype(jnp.bfloat16)]
     expected = exact([np.asarray(v).astype(np.float64) for v in values], axis)
     ours = value_and_gradients(
-        lambda x, w: convolve(x, w, axis, Plan(tiles, tiles, "gpu")), *values
+        lambda x, w: convolve(x, w, axis, ConvPlan(tiles, tiles, "gpu")), *values
     )
     assert all(relative(a, b) < 6e-3 for a, b in zip(ours, expected, strict=True))
 
@@ -186,7 +189,7 @@ def test_zeros_stay_zeros_in_every_arithmetic():
     for platform in ("cpu", "gpu", "tpu"):
         x, kernel = jnp.zeros((1, 6, 7, 3), jnp.bfloat16), jnp.zeros((3, 3, 3, 2), jnp.bfloat16)
         found = value_and_gradients(
-            lambda x, w, p=platform: convolve(x, w, 3, Plan((2, 2), (2, 2), p)),
+            lambda x, w, p=platform: convolve(x, w, 3, ConvPlan((2, 2), (2, 2), p)),
             x,
             kernel,
             jnp.zeros((1, 6, 7, 2), x.dtype),
@@ -194,7 +197,7 @@ def test_zeros_stay_zeros_in_every_arithmetic():
         assert all((np.asarray(v) == 0).all() for v in found)
 
 
-@pytest.mark.parametrize("method", ["direct", "dft", "auto", Plan((2, 3), (2, 3), "tpu")])
+@pytest.mark.parametrize("method", ["direct", "dft", "auto", ConvPlan((2, 3), (2, 3), "tpu")])
 def test_under_a_mesh_nothing_changes(method):
     """Batch over data, channels in over fsdp, channels out over tensor: the same numbers, and the
     kernel's gradient sharded."""
@@ -202,7 +205,7 @@ def test_under_a_mesh_nothing_changes(method):
 
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     x, kernel, dy = (jnp.asarray(v, jnp.float32) for v in arrays((4, 6, 20, 16), 1, 5, 8))
-    tpu = isinstance(method, Plan)
+    tpu = isinstance(method, ConvPlan)
     if tpu:
         x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
 
@@ -231,7 +234,7 @@ def test_loops_and_chunks_hold_less_memory():
     )
 
     def temporaries(gradient: bool, **how) -> int:
-        plan = Plan((1, 3), (1, 3), "cpu", **how)
+        plan = ConvPlan((1, 3), (1, 3), "cpu", **how)
 
         def run(x, kernel, dy):
             y, pull = jax.vjp(lambda x, w: convolve(x, w, 3, plan), x, kernel)
@@ -298,7 +301,7 @@ def test_cost_counts_what_the_compiler_counts(platform, dtype):
     problem = Problem(2, 40, 36, 64, 48, 9, dtype, platform)
     for gradient in (False, True):
         tiling = (3, 2)
-        plan = Plan(tiling, tiling, platform, looped=False)
+        plan = ConvPlan(tiling, tiling, platform, looped=False)
         x, kernel, dy = (
             jax.ShapeDtypeStruct(v.shape, dtype) for v in arrays((2, 40, 36, 64), 3, 9, 48)
         )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.ops.cost_model import Plan, Problem, choose
+from dnd_jax.ops.cost_model import ConvPlan, Problem, choose
 from dnd_jax.ops.tune import seconds_of
 
 COLUMNS = ("direct", "at once", "looped")
@@ -24,7 +24,7 @@ def measure_layer(problem: Problem) -> dict[str, dict[str, float]]:
     """Seconds of one convolution, {"forward" or "gradient": {column: seconds}}."""
     looped = dataclasses.replace(choose(problem, "dft"), looped=True)
     plans = {
-        "direct": Plan(None, None, problem.platform),
+        "direct": ConvPlan(None, None, problem.platform),
         "at once": dataclasses.replace(looped, looped=False),
         "looped": looped,
     }

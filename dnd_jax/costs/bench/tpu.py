@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import write_json
-from dnd_jax.costs.step_cost import Plan, make_plan, topology_devices
+from dnd_jax.costs.step_cost import StepCost, make_plan, topology_devices
 
 RESULTS = "bench_tpu.json"
 
 
-def estimate(config: Config, topology: str, workdir: pathlib.Path) -> dict[str, Plan]:
+def estimate(config: Config, topology: str, workdir: pathlib.Path) -> dict[str, StepCost]:
     """Compiles every method, prints the table and writes WORKDIR/bench_tpu.json."""
     devices = topology_devices(topology)
     plans = {}
@@ -37,7 +37,7 @@ def estimate(config: Config, topology: str, workdir: pathlib.Path) -> dict[str, 
     return plans
 
 
-def table(plans: dict[str, Plan], topology: str) -> str:
+def table(plans: dict[str, StepCost], topology: str) -> str:
     """The estimates as a Markdown table."""
     first = next(iter(plans.values()))
     lines = [
