@@ -141,8 +141,8 @@ def sync(path: pathlib.Path) -> None:
     system does."""
     file = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync leaves it in the drive's cache
-            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+        if hasattr(fcntl, "FFULLFSYNC"):  # macOS, whose fsync leaves it in the drive's cache
+            fcntl.fcntl(file, fcntl.FFULLFSYNC)
         else:
             os.fsync(file)
     except OSError as error:  # some network file systems have no such thing
@@ -153,14 +153,14 @@ def sync(path: pathlib.Path) -> None:
 
 
 # Of a disk that takes no more, whatever was being done.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def _refused(error: Exception, path: pathlib.Path, staging: pathlib.Path | None) -> InputError:
     """The user's line for an error while `path` was written: of the disk, or of another file that
     was read for it."""
     name = getattr(error, "filename", None)
-    if staging is not None and isinstance(name, str | bytes) and error.errno not in _FULL:
+    if staging is not None and isinstance(name, str | bytes) and error.errno not in FULL:
         of = pathlib.Path(os.fsdecode(name))
         if of not in (path, path.parent) and not of.is_relative_to(staging):
             return unreadable(error)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dnd_jax.core.files import unreadable
+
 AHEAD = (
     1  # batches made before they are needed, while the next step, dispatched already, has its own
 )
@@ -17,7 +19,8 @@ def ahead(
     batch_at: Callable[[int], Any], first: int, steps: int
 ) -> Iterator[tuple[int, Any, float]]:
     """(i, batch_at(i), seconds that were waited for it) for i in first..steps - 1, made by a thread
-    AHEAD of their use."""
+    AHEAD of their use. Raises InputError naming the file that cannot be read, and what else
+    batch_at does."""
     pool = ThreadPoolExecutor(1, "input")
     queue = collections.deque(
         pool.submit(batch_at, i) for i in range(first, min(first + AHEAD, steps))
@@ -25,7 +28,10 @@ def ahead(
     try:
         for i in range(first, steps):
             started = time.perf_counter()
-            batch = queue.popleft().result()
+            try:
+                batch = queue.popleft().result()
+            except OSError as error:
+                raise unreadable(error, "the training data") from error
             if i + AHEAD < steps:
                 queue.append(pool.submit(batch_at, i + AHEAD))
             yield i, batch, time.perf_counter() - started

@@ -7,8 +7,10 @@ of (seed, step), so a resumed run sees what it would have seen.
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import pathlib
 import signal
 import time
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from dnd_jax.config.records import Older
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import FULL, unreadable
 from dnd_jax.core.stopping import Stopped, stop
 from dnd_jax.loop.checkpoints import CHECKPOINTS, FORMAT, address, open_checkpoints, restore, sums
 from dnd_jax.loop.metrics import Metrics
@@ -108,7 +111,7 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
         reports.read(saves.last)
     except (OSError, ValueError) as error:
-        raise _disk_error(error, training.directory) from error
+        raise _disk_error(error, training.directory, saves.directory) from error
     finally:
         profiler.close()
         reports.close()
@@ -167,12 +170,17 @@ class _Saves:
         self._manager.save(done, args=args)
         self._saved = done
 
+    @property
+    def directory(self) -> os.PathLike:
+        """Where the checkpoints are: a folder or gs:// address."""
+        return self._manager.directory
+
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise _disk_error(error, self._training.directory) from error
+            raise _disk_error(error, self._training.directory, self.directory) from error
         finally:
             self._manager.close()
 
@@ -233,13 +241,26 @@ class _Reports:
             self._metrics.close()
 
 
-def _disk_error(error: Exception, directory: pathlib.Path) -> Exception:
-    """The user's line for a disk that refuses; any other error as it is. Orbax reports a full disk
-    as ValueError."""
-    full = isinstance(error, ValueError) and "No space left" in str(error)
-    if isinstance(error, OSError) or full:
-        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+def _disk_error(error: Exception, *ours: os.PathLike) -> Exception:
+    """The user's line for a disk that refuses, for a file that cannot be read or for another fault
+    of the system; any other error as it is. ours: the folders that the run writes to.
+
+    Orbax reports a full disk as ValueError.
+    """
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, ValueError) and "No space left" in str(error):
+        error = OSError(errno.ENOSPC, "No space left on device")
+    if not isinstance(error, OSError):
+        return error
+    file = None if error.filename is None else pathlib.Path(os.fsdecode(error.filename)).absolute()
+    roots = [pathlib.Path(folder).absolute() for folder in ours]
+    inside = file is not None and any(file.is_relative_to(root) for root in roots)
+    if inside or error.errno in FULL:
         return InputError(
-            f"{directory}: cannot write ({reason}); free some space and run the same command"
+            f"{file if inside else ours[0]}: cannot write ({error.strerror or error}); free some "
+            "space and run the same command"
         )
-    return error
+    if file is not None:
+        return unreadable(error)
+    return InputError(f"{ours[0]}: {type(error).__name__} ({error}); run the same command again")

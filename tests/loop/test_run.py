@@ -2,6 +2,7 @@
 line."""
 
 import json
+import pathlib
 import struct
 import sys
 import threading
@@ -115,6 +116,54 @@ def test_batches_are_made_ahead_in_order_and_their_faults_arrive(tmp_path):
         run(tmp_path, batch_at=batch_at)
     assert made[:5] == [(i, False) for i in range(5)]
     assert float(run(tmp_path)["sum"]) == 15  # goes on from the last good step
+
+
+def failing(error: OSError, at: int = 4):
+    """A function of the step that raises at one of them."""
+
+    def at_step(i, *state):
+        if i == at:
+            raise error
+        return jnp.float32(i)
+
+    return at_step
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(2, "No such file or directory", "e/s.npy"), "e/s.npy: cannot be read .No such"),
+        (OSError(5, "Input/output error"), "the training data: cannot be read .Input/output"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_said_to_be_that(tmp_path, error, said):
+    """Not "cannot write": the disk that is written to is well."""
+    with pytest.raises(InputError, match=f"^{said}"):
+        run(tmp_path, batch_at=failing(error))
+    assert float(run(tmp_path)["sum"]) == 15
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            OSError(28, "No space left on device"),
+            "run: cannot write .No space left on device.; free",
+        ),
+        (
+            OSError(13, "Permission denied", "run/x"),
+            "run/x: cannot write .Permission denied.; free",
+        ),
+        (OSError(2, "No such file", "base/x"), "base/x: cannot be read .No such file.$"),
+        (ConnectionResetError("by the tracker"), "run: ConnectionResetError .by the tracker.; run"),
+        (InputError("x: No space left"), "x: No space left$"),
+    ],
+)
+def test_faults_of_the_system_are_called_what_they_are(tmp_path, monkeypatch, error, said):
+    monkeypatch.chdir(tmp_path)  # a relative --workdir
+    with pytest.raises(InputError, match=f"{said}"):
+        run(pathlib.Path("run"), after_step=failing(error))
+    assert float(run(pathlib.Path("run"))["sum"]) == 15
 
 
 def test_numbers_that_changed_on_the_disk_are_noticed(tmp_path, capfd):
