@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.lora.adapter import as_folder, load_adapter, save_adapter
 from dnd_jax.lora.checkpoints import (
     IMPORTANCE,
     TOKENS,
+    Checkpoints,
     checkpoint_folders,
     make_target,
     token_array,
@@ -288,9 +290,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(changes, tmp_path):
 
 def test_a_mixed_collection_lists_what_differs(tmp_path):
     root = write_all(tmp_path)
-    write(
-        root / "fish" / "checkpoint-2", lora(2), base_model_name_or_path="org/other", lora_alpha=8
-    )
+    write(root / "fish" / "checkpoint-2", lora(2), lora_alpha=8)
     few = {key: value for key, value in lora(3).items() if "layers.1.mlp.up_proj" not in key}
     (
         few["model.layers.1.mlp.router.lora_A.weight"],
@@ -308,10 +308,10 @@ def test_a_mixed_collection_lists_what_differs(tmp_path):
         opened(root)
     message = str(caught.value)
     assert message.startswith(
-        f"checkpoints of another layout, base or scale than {root / 'birds/checkpoint-1'}: "
+        f"checkpoints of another layout or scale than {root / 'birds/checkpoint-1'}: "
     )
     for part in (
-        "fish/checkpoint-2 has base 'org/other' instead of 'org/base', alpha 8.0 instead of 4.0",
+        "fish/checkpoint-2 has alpha 8.0 instead of 4.0",
         "fish/checkpoint-10 has 2 tensors missing (model.layers.1.mlp.up_proj.lora_A.weight), 2 "
         "tensors more (model.layers.1.ml",
         "birds/checkpoint-10 has 1 tensors of another shape "
@@ -320,6 +320,28 @@ def test_a_mixed_collection_lists_what_differs(tmp_path):
     ):
         assert part in message, part
     assert "birds/checkpoint-2" not in message and "\n" not in message
+
+
+def test_one_base_under_several_names(tmp_path, capsys):
+    """A hub id, a quantised copy and a folder: the base that is given decides, with a note."""
+    root = write_all(tmp_path)
+    names = ("unsloth/base-bnb-4bit", str(tmp_path / "local"))
+    for step, name in zip((1, 2), names, strict=True):
+        path = root / "fish" / f"checkpoint-{step}"
+        write(path, lora(100 + step), base_model_name_or_path=name)
+    with pytest.raises(InputError, match=r"name several bases .*, 'org/base', .*config.base.path="):
+        opened(root)
+    config = load_file("configs/mini.py")
+    config.train.checkpoints, config.base.path = str(root), "org/base"
+    suite = Suite("s", root, (), tuple(Dataset(name, (), ()) for name in NAMES), (), {}, "")
+    assert Checkpoints(freeze(config), suite, tmp_path / "w").adapter.base == "org/base"
+    said = capsys.readouterr().out
+    assert said.startswith("note: the LoRA checkpoints' base is org/base; they name ")
+    assert all(name in said for name in names)
+    assert Checkpoints(freeze(config), suite, tmp_path, "me/mine").adapter.base == "me/mine"
+    config.train.checkpoints = str(write_all(tmp_path / "elsewhere"))
+    found = Checkpoints(freeze(config), suite, tmp_path / "w")
+    assert found.adapter.base == "org/base" and not capsys.readouterr().out
 
 
 # --- Streamed statistics and cached arrays
@@ -420,8 +442,12 @@ def test_arrays_are_made_once_and_again_when_anything_changes(tmp_path, monkeypa
     assert made() == 0, "another dataset's files do not matter"
     write(root / "birds" / "checkpoint-2", lora(77))
     assert made() == 3 and made() == 0
-    os.utime(root / "birds" / "checkpoint-1" / "adapter_model.safetensors", ns=(1, 1))
-    assert made() == 3
+    file = root / "birds" / "checkpoint-1" / "adapter_model.safetensors"
+    os.utime(file, ns=(1, 1))
+    assert made() == 0, "a copy with another time is the same"
+    write(root / "birds" / "checkpoint-1", lora(2))
+    os.utime(file, ns=(1, 1))
+    assert made() == 3, "other contents of the same size and time are not"
     write(root / "birds" / "checkpoint-1", lora(1), alpha_pattern={"k_proj": 8})
     assert made() == 3, "its tensors are folded otherwise now"
     write(root / "birds" / "checkpoint-30", lora(30))

@@ -286,6 +286,7 @@ def test_scores_that_both_runs_have_are_taken_over(tmp_path):
     for _ in range(2):
         ablate.share_scores(config, folder, default, "print")
         assert read_json(folder / paths.EVALUATION) == {
+            "format": 0,
             "settings": evaluation_settings(config, "print"),
             "scores": scores,
         }
@@ -314,7 +315,7 @@ def test_report_of_several_seeds_and_of_one(tmp_path):
         for v in ablate.variants(config)
     ]
     report = ablate_report.write(rows, [0, 1], tmp_path)
-    assert json.loads((tmp_path / "ablation.json").read_text()) == report
+    assert json.loads((tmp_path / "ablation.json").read_text()) == {"format": 1, **report}
     for row, of_seeds in zip(rows, runs.values(), strict=True):
         for method in ("generated", "wrong_prompts"):
             by_seed = []
