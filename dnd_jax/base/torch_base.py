@@ -1,5 +1,5 @@
-"""A base in PyTorch: the real transformers model with the real PEFT adapter, as exported. Its answers
-are greedy, or the likeliest label."""
+"""A base in PyTorch: the real transformers model with the real PEFT adapter, as exported. Its
+answers are greedy, or the likeliest label."""
 
 import os
 import pathlib

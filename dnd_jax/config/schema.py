@@ -211,8 +211,8 @@ TORCH = tuple(
     f"{how}{dtype}" for dtype in ("", " bf16") for how in ("eager", "channels_last", "compile")
 )
 _CASES = (
-    f"must hold (name, settings, one of {', '.join(WHAT)}, batch, one of {', '.join(DTYPES)}[, first "
-    "stage, last stage]) each"
+    f"must hold (name, settings, one of {', '.join(WHAT)}, batch, one of {', '.join(DTYPES)}[, "
+    "first stage, last stage]) each"
 )
 
 

@@ -61,8 +61,8 @@ class Given:
     """What a stage was called with.
 
     argument: what stands behind its name, of a stage that takes one. config: the frozen settings,
-    their seed the first of --seeds; config_file their file or WORKDIR/config.json. words: the command as it was typed, behind the
-    stage's name.
+    their seed the first of --seeds; config_file their file or WORKDIR/config.json. words: the
+    command as it was typed, behind the stage's name.
     """
 
     flags: Mapping[str, Any]

@@ -24,9 +24,9 @@ from dnd_jax.core.stage import DEFAULT, OUT, Given, Stage
 
 # fmt: off
 NAMES = (
-    "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karla", "Leo", "Mona", "Nils",
-    "Olga", "Peter", "Quinn", "Rosa", "Simon", "Tara", "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella",
-    "Cyrus", "Dora",
+    "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas",
+    "Karla", "Leo", "Mona", "Nils", "Olga", "Peter", "Quinn", "Rosa", "Simon", "Tara",
+    "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella", "Cyrus", "Dora",
 )
 # fmt: on
 TRAIN_PHRASES, HELD_PHRASES = (

@@ -1,9 +1,9 @@
 """The frozen text encoder, of whichever kind its folder or file holds (docs/METHOD.md section 4).
 
-    BERT family (MiniLM, BERT, GTE, BGE)           model_type bert                          bert.py
-    T5, T5 v1.1 and mT5's encoder                  model_type t5, mt5                       t5.py
-    a decoder-only LM's hidden states of a layer   model_type qwen2, qwen3, llama, mistral  lm.py
-    word vectors                                   a text file: word v1 ... vC              word_vectors.py
+    BERT family (MiniLM, BERT, GTE, BGE)        model_type bert                          bert.py
+    T5, T5 v1.1 and mT5's encoder               model_type t5, mt5                       t5.py
+    hidden states of a decoder-only LM's layer  model_type qwen2, qwen3, llama, mistral  lm.py
+    word vectors                                a text file: word v1 ... vC      word_vectors.py
 
 All are Linen modules of one shape: module.apply({"params": params}, ids (B, L), valid (B, L)) ->
 (B, L, C), padding positions included, with `config.vocab_size`, `width` (C) and `window` (the

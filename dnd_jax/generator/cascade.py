@@ -1,15 +1,16 @@
 """The rule by which `dnd init-config` chooses a decoder's stages.
 
-The cascade between the condition (N, L, C) and the tokens
-follows a rule drawn from the paper's six settings (docs/METHOD.md section 5), whose decoders it
-meets within a factor of 1.2 in parameters and 1.4 in operations:
+The cascade between the condition (N, L, C) and the tokens follows a rule drawn from the paper's six
+settings (docs/METHOD.md section 5), whose decoders it meets within a factor of 1.2 in parameters and 1.4 in operations:
 
-    N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2]; with a budget, whatever meets it best.
-         The last convolution, k k M T, is most of all parameters, and M is the one number to spend
-         a budget on
-    L    shrinks by one factor a stage from the text's to h, which it reaches with M: the grids stay equally large while N doubles
+    N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2];
+         with a budget, whatever meets it best. The last convolution, k k M T, is most of all
+         parameters, and M is the one number to spend a budget on
+    L    shrinks by one factor a stage from the text's to h, which it reaches with M: the grids stay
+         equally large while N doubles
     C    goes by one factor a stage from the encoder's width to w
-    k    the largest odd number below h, from 3 to 11: 9 for rank 8, 11 for rank 16. Smaller where M would have to fall below T/8
+    k    the largest odd number below h, from 3 to 11: 9 for rank 8, 11 for rank 16. Smaller where M
+         would have to fall below T/8
 """
 
 import math

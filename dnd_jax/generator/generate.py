@@ -159,7 +159,8 @@ class TrainedGenerator:
 
 
 def load_generator(run_dir: str | os.PathLike, mesh: schema.Mesh = ONE_DEVICE) -> TrainedGenerator:
-    """A trained or imported generator, ready for use. Arguments and errors as `TrainedGenerator`."""
+    """A trained or imported generator, ready for use. Arguments and errors as
+    `TrainedGenerator`."""
     return TrainedGenerator(run_dir, mesh)
 
 

@@ -160,10 +160,8 @@ FLAGS = (
 
 def _run(given: Given) -> None:
     given.need("out")
-    print(
-        "generator: "
-        f"{import_generator(given.argument, given['out'], given.config, given['adapter']).absolute()}"
-    )
+    folder = import_generator(given.argument, given["out"], given.config, given["adapter"])
+    print(f"generator: {folder.absolute()}")
 
 
 def _needs(given: Given) -> tuple[str, ...]:

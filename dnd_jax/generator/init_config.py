@@ -9,7 +9,8 @@ also serves bases that we cannot run. The cascade between condition and tokens f
 rule of dnd_jax/generator/cascade.py. Besides:
 
     text longer than 1536 tokens is first squeezed to 1000 by a length projection
-    w    the greatest common divisor of all dimensions; chunks of 128 with padding where large ones share less than 32
+    w    the greatest common divisor of all dimensions; chunks of 128 with padding where large ones
+         share less than 32
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Generators of the original PyTorch release (.pth state dicts) <-> our parameters and generator
 folders.
 
-    dnd import-generator X.pth --out=DIR --adapter=PEFT_FOLDER    any of the released versions -> a generator folder
-    dnd export-generator DIR --out=X.pth                              and back, bit for bit
+    dnd import-generator X.pth --out=DIR --adapter=PEFT_FOLDER    any released version -> a folder
+    dnd export-generator DIR --out=X.pth                          and back, bit for bit
     module, params = load_reference_generator("generator.pth", features, kernel_size=9)
     tokens = module.apply({"params": params}, condition)
 

@@ -59,7 +59,8 @@ def card(
         )
     else:
         title = "LoRA adapter generated from prompts"
-        load = f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "FOLDER")\n'
+        of_base = f"AutoModelForCausalLM.from_pretrained({base})"
+        load = f'model = PeftModel.from_pretrained({of_base}, "FOLDER")\n'
     peft = "" if merged else "from peft import PeftModel\n"
     vllm = (
         "vllm serve FOLDER"
@@ -77,7 +78,8 @@ def card(
         "training on the task.\n\n"
         f"- base: `{adapter.base}`\n"
         f"- generator: sha256 {generator}; its configuration: sha256 {config_hash[:16]}\n"
-        f"- prompts: {len(prompts)}, drawn with seed {seed} (sha256 {digests.of_texts(prompts)[:16]})\n"
+        f"- prompts: {len(prompts)}, drawn with seed {seed} "
+        f"(sha256 {digests.of_texts(prompts)[:16]})\n"
         f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n\n"
         f"```python\n{peft}from transformers import AutoModelForCausalLM\n\n{load}```\n\n{served}"
     )

@@ -187,8 +187,8 @@ class Checkpoints:
                 yield from ((str(path), load_adapter(path)) for path in paths)
 
     def digest(self, dataset: str | None = None) -> str:
-        """sha256 of one dataset's checkpoints, or of all: their names, tensors and settings, but not
-        where they or their base lie."""
+        """sha256 of one dataset's checkpoints, or of all: their names, tensors and settings, but
+        not where they or their base lie."""
         found = [
             (name, path)
             for name, paths in self.folders.items()

@@ -32,7 +32,8 @@ FILES = (*hub.FILES, "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*PO
 TEMPLATES = "additional_chat_templates"  # the one folder that transformers reads
 # Weights, and what training left beside them.
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite|index\.json)"
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite"
+    r"|index\.json)"
     r"|trainer_state\.json"
 )
 _NAMES = ("_name_or_path", "name_or_path")  # where transformers read a config or tokenizer from

@@ -104,7 +104,8 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if
     missing or damaged."""
     with opened(weights_file(path)) as file:
-        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        keys = file.keys()  # of a file, which is not a dictionary
+        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in keys})
 
 
 def _of_module(raw: Mapping, pattern: str, default: str, module: str):

@@ -4,20 +4,21 @@ the limit, not operations.
 What differs from dft.py, and why:
 
 - Planes, their products and the gradients of both are bfloat16, rounded by the matrix product that
-makes them. Nothing else is
-  rounded: transforms multiply by float32 matrices and leave half-transformed arrays in float32.
-  Rounding those as well would cost more than 1.3 times the direct method's error
-  (tests/ops/test_convolution.py).
+  makes them. Nothing else is rounded: transforms multiply by float32 matrices and leave
+  half-transformed arrays in float32. Rounding those as well would cost more than 1.3 times the
+  direct method's error (tests/ops/test_convolution.py).
 - The kernel goes to planes in one step, k x k taps -> all planes of all frequencies. That is more
-operations than rows and columns
-  apart, but the half-transformed kernel, the largest array of the late stages, is never written.
-- The rows of all tiles are one banded matrix over the shorter grid axis, so that only the longer one is cut.
-- A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer bytes than Gauss's three, and
-  half the rounding error.
-- Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a grid axis moves nothing inside a tile.
-- Where the compiler's own choice of memory order makes it turn large arrays, the order is given. That is for each device's own part
-  (shard_map): sharding does not get through a layout constraint, each device would make all planes
-  (seen in compiled programs).
+  operations than rows and columns apart, but the half-transformed kernel, the
+  largest array of the late stages, is never written.
+- The rows of all tiles are one banded matrix over the shorter grid axis, so that only the longer
+  one is cut.
+- A complex product is four real ones, with the smaller of X and V as the real 2 x 2 matrix: fewer
+  bytes than Gauss's three, and half the rounding error.
+- Grid axes come first, batch and channels last: a TPU tiles the last two, so that cutting a
+  grid axis moves nothing inside a tile.
+- Where the compiler's own choice of memory order makes it turn large arrays, the order is given.
+  That is for each device's own part (shard_map): sharding does not get through a layout
+  constraint, each device would make all planes (seen in compiled programs).
 
 Letters: h position along the rows' axis, s tile of the rows' axis, t tile and j position along the
 columns' axis, i j taps of the kernel; f p g q o b c d as in dft.py.

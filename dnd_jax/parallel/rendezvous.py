@@ -139,8 +139,8 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
                 here = ", ".join(_name(joined[i]) for i in sorted(joined))
                 missing = ", ".join(str(i) for i in range(processes) if i not in joined)
                 why = (
-                    f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: {here}; "
-                    f"missing: {missing}"
+                    f"{len(joined)} of {processes} processes joined within {seconds:.0f} s: "
+                    f"{here}; missing: {missing}"
                 )
                 raise refuse(Missing(f"{why}; start them, or raise --start-timeout")) from None
             line = Line(connection)

@@ -163,8 +163,8 @@ class _Maker:
         if len(self._suite.train) <= 2:
             return {}
         card = (
-            f"Ridge regression from prompts (sha256 {digests.of_texts(drawn)}), fitted to the training "
-            f"LoRA checkpoints (sha256 {self._loras}) "
+            f"Ridge regression from prompts (sha256 {digests.of_texts(drawn)}), fitted to the "
+            f"training LoRA checkpoints (sha256 {self._loras}) "
             f"as the tokens of a generator (sha256 {self._generator.fingerprint}).\n"
         )
         folder = self._competitors / "ridge" / name

@@ -120,9 +120,9 @@ def score_all(
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
     keys: score_keys. scores: those that are known.
 
-    Returns {key: {unseen dataset: {"exact", "content", "format", "cut"}}}; each value is the list of
-    scores question by question, packed. "cut" is there where answers may have no end, and was not
-    kept by earlier versions.
+    Returns {key: {unseen dataset: {"exact", "content", "format", "cut"}}}; each value is the list
+    of scores question by question, packed. "cut" is there where answers may have no end, and was
+    not kept by earlier versions.
     """
     scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
     jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}

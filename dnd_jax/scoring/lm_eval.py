@@ -172,8 +172,8 @@ def _score_all(
     settings: dict,
     scores: dict,
 ) -> None:
-    """Adds what `scores`, {key: {title: {"metric", "values" packed}}}, lacks of the adapters; `path`
-    keeps each when it is scored. scored: `score` of the adapter in use."""
+    """Adds what `scores`, {key: {title: {"metric", "values" packed}}}, lacks of the adapters;
+    `path` keeps each when it is scored. scored: `score` of the adapter in use."""
     jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
         for label in scored_on(candidates, w.dataset):

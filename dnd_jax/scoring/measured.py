@@ -1,5 +1,5 @@
-"""What is measured when all is scored and reported, with our own base in JAX: how well it agrees with
-PyTorch's, and what generating an adapter costs against tuning one.
+"""What is measured when all is scored and reported, with our own base in JAX: how well it agrees
+with PyTorch's, and what generating an adapter costs against tuning one.
 
 Neither changes a score, and neither may keep one from being written: a base for which there is no
 room, or that only PyTorch runs, leaves a note in the report. What was measured is kept beside the
@@ -33,7 +33,10 @@ from dnd_jax.scoring.generate_vs_tune import measure_overhead
 
 AGAIN = "`dnd evaluate --remeasure` tries again"
 BEGUN = f"Not measured: the process ended meanwhile, perhaps for lack of memory; {AGAIN}."
-NO_ROOM = f"Not measured, because there was no room for it ({{}}); {AGAIN}, on other devices or with mesh.fsdp."
+NO_ROOM = (
+    f"Not measured, because there was no room for it ({{}}); {AGAIN}, on other devices or with "
+    "mesh.fsdp."
+)
 NOT_RUN = "Not measured, because only PyTorch runs this base. {}"
 FAILED = f"Not measured: {{}}; {AGAIN}."
 OFF = "Not measured: evaluate.{} is off."

@@ -105,7 +105,8 @@ def _html_table(results: Mapping, measure: str) -> str:
     for kind, mean in results["mean"]["by_kind"].items():
         body += "".join(row(n, s) for n, s in results["unseen"].items() if s["kind"] == kind)
         body += row(f"mean of {kind}", mean, "mean")
-    return f"<table><tr><th></th>{head}</tr>{body}{row('mean of all unseen', results['mean'], 'mean')}</table>"
+    body += row("mean of all unseen", results["mean"], "mean")
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _training_table(results: Mapping) -> str:
@@ -119,12 +120,11 @@ def _training_table(results: Mapping) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in next(iter(rows.values())))
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{value:.2f}</td>' for value in of.values())}</tr>"
-        for name, of in rows.items()
-    )
+    cells = {name: "".join(f"<td>{v:.2f}</td>" for v in of.values()) for name, of in rows.items()}
+    body = "".join(f"<tr><th>{html.escape(name)}</th>{row}</tr>" for name, row in cells.items())
     table = f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
-    return f"<details><summary>Every training adapter on every unseen dataset</summary>{table}</details>"
+    title = "Every training adapter on every unseen dataset"
+    return f"<details><summary>{title}</summary>{table}</details>"
 
 
 def _agreement(agreement: Mapping) -> str:
@@ -151,11 +151,14 @@ def _harness(workdir: pathlib.Path) -> str:
     )
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:13px;margin:1em 0}td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
-th:first-child{text-align:left;font-weight:normal}tr.mean{background:#f3f3f3;font-weight:600}tr.mean th{font-weight:600}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;
+color:#222}table{border-collapse:collapse;font-size:13px;margin:1em 0}
+td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
+th:first-child{text-align:left;font-weight:normal}
+tr.mean{background:#f3f3f3;font-weight:600}tr.mean th{font-weight:600}
 td small{display:block;font-size:9px;color:#777}.wide{overflow-x:auto}
-td.generated{background:#fff1e0}img{max-width:100%;margin:.5em 0}dt{font-weight:600;float:left;width:9em}dd{margin-left:9.5em}
+td.generated{background:#fff1e0}img{max-width:100%;margin:.5em 0}
+dt{font-weight:600;float:left;width:9em}dd{margin-left:9.5em}
 @media(prefers-color-scheme:dark){body{background:#fff}}"""
 
 
@@ -188,8 +191,8 @@ def write_report(
 def _introduction(results: Mapping) -> str:
     seeds = results["seeds"]
     asked = {"greedy": "greedy decoding", "likelihood": "the likeliest label"}[results["answers"]]
-    return f"""<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is from
-PyTorch (transformers + PEFT) on the exported adapter folders, {asked}, on test questions whose
+    return f"""<p>Seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}. Every score is
+from PyTorch (transformers + PEFT) on the exported adapter folders, {asked}, on test questions whose
 prompts the generator did not see. {html.escape(results["rule"])}</p>"""
 
 

@@ -19,7 +19,7 @@ from dnd_jax.loop.checkpoints import sums
 from dnd_jax.loop.run import Options, Training, run_loop
 
 
-def run(directory, steps=6, batch_at=lambda i: jnp.float32(i), options=Options(), **more):  # noqa: B008
+def run(directory, steps=6, batch_at=jnp.float32, options=Options(), **more):  # noqa: B008
     step = jax.jit(
         lambda state, batch: (
             {**state, "sum": state["sum"] + batch},

@@ -227,7 +227,8 @@ def test_files_are_what_vllm_and_llama_cpp_expect(made, tmp_path):
         base = {}
         for shard in (made / "base").glob("*.safetensors"):
             with safe_open(shard, framework="numpy") as file:
-                base |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                keys = file.keys()
+                base |= {key: file.get_slice(key).get_shape() for key in keys}
         with safe_open(tmp_path / dtype / "adapter_model.safetensors", framework="numpy") as file:
             names = set(file.keys())
             for name in names:
@@ -795,7 +796,10 @@ def test_only_public_makes_a_public_repository(tmp_path, monkeypatch, public):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.got, server.url, server.private = [], f"http://127.0.0.1:{server.server_port}", False
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "import sys; from dnd_jax.base.hub import push; push(sys.argv[1], 'me/mine', sys.argv[2] == 'True')"
+    code = (
+        "import sys; from dnd_jax.base.hub import push; "
+        "push(sys.argv[1], 'me/mine', sys.argv[2] == 'True')"
+    )
     environment = os.environ | {
         "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": server.url,
