@@ -1,7 +1,8 @@
 """The rule by which `dnd init-config` chooses a decoder's stages.
 
 The cascade between the condition (N, L, C) and the tokens follows a rule drawn from the paper's six
-settings (docs/METHOD.md section 5), whose decoders it meets within a factor of 1.2 in parameters and 1.4 in operations:
+settings (docs/METHOD.md section 5), whose decoders it meets within a factor of 1.2 in parameters
+and 1.4 in operations:
 
     N    doubles from the prompts to M and ends with T. M is the power of two in (T/4, T/2];
          with a budget, whatever meets it best. The last convolution, k k M T, is most of all
