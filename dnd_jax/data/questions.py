@@ -11,7 +11,8 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-from dnd_jax.data.suite import SPLITS, Suite
+from dnd_jax.data.suite import Suite
+from dnd_jax.data.suite_file import SPLITS
 
 LABEL_LENGTH = 16  # characters of a response that can be a label
 _CHOICE = re.compile(r"\n[ \t]*\(?([A-Za-z]|\d{1,2})[:.)][ \t]+\S")  # in "\n" + prompt

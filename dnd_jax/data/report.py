@@ -29,7 +29,8 @@ from dnd_jax.data.questions import (
     shape,
 )
 from dnd_jax.data.sources import Example
-from dnd_jax.data.suite import SPLITS, Dataset, Suite, load_suite
+from dnd_jax.data.suite import Dataset, Suite, load_suite
+from dnd_jax.data.suite_file import SPLITS
 
 SAME_SHARE = 0.5  # of the smaller dataset's prompts: above it two share too much to count as two
 FEW = 12  # different answers that can be a set of labels

@@ -30,29 +30,21 @@ is no tuned reference.
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import pathlib
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as encode_string
 
 import numpy as np
 
 from dnd_jax.core import digests
-from dnd_jax.core.errors import InputError, listed
-from dnd_jax.core.files import read_json
-from dnd_jax.core.names import name_fault, twin_faults
-from dnd_jax.data.rows import FILES
-from dnd_jax.data.sources import FIELDS, Example, Reading, Source, hold_out, read_source
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.sources import Example, Reading, hold_out, read_source
+from dnd_jax.data.suite_file import POOLS, Entry, read_described, read_description, read_entries
 
 DEFAULT_KIND = "unseen"
 MOST_LABELS = 32  # different answers of a dataset whose labels' likelihoods are compared
-SPLITS = ("train", "test")
-POOLS = ("train", "unseen")
-ROLES = (*POOLS, "test")
-OWN = {"name", "role", "holdout"}  # keys of a listed dataset beside those of its source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,36 +115,20 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
     """
     root = pathlib.Path(root)
     path = root if root.suffix == ".json" and not root.is_dir() else root / "suite.json"
-    raw = _description(path)
-    read = (_listed if "datasets" in raw else _in_places)(path, raw, least_prompts)
-    names = {role: [n for n, (its, _) in read.items() if its == role] for role in POOLS}
-    if not names["train"]:
-        raise InputError(
-            f"{path}: train names no dataset, so there is nothing to learn from; add one"
-        )
+    raw = read_description(path)
+    entries = read_entries(path, raw)
+    names = {role: [e.name for e in entries if e.role == role] for role in POOLS}
     kinds = _kinds(path, raw, names["unseen"])
     corpus = _corpus(path, raw)
-    train, unseen = (tuple(read[n][1]() for n in names[role]) for role in POOLS)
+    train, unseen = (
+        tuple(_dataset(entry, least_prompts) for entry in entries if entry.role == role)
+        for role in POOLS
+    )
     parts = corpus, *(part for d in train + unseen for part in (d.train, d.test))
     listing = json.dumps([names["train"], names["unseen"], kinds])
     digest = digests.of_text(listing, *map(_encoded, parts))
     name = str(raw.get("name", path.parent.name if path.name == "suite.json" else path.stem))
     return Suite(name, path.parent, corpus, train, unseen, kinds, digest)
-
-
-def _description(path: pathlib.Path) -> dict:
-    """The JSON object of a suite's file. Raises InputError for an unknown key."""
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected an object")
-    own = {"datasets"} if "datasets" in raw else {"train", "unseen"}
-    unknown = sorted(raw.keys() - {"name", "corpus", "kinds"} - own)
-    if unknown:
-        raise InputError(
-            f"{path}: unknown key(s) {', '.join(unknown)}; expected name, corpus, train, unseen "
-            "and kinds, or name, corpus, datasets and kinds"
-        )
-    return raw
 
 
 def _kinds(path: pathlib.Path, raw: Mapping, unseen: list[str]) -> dict[str, str]:
@@ -167,7 +143,7 @@ def _corpus(path: pathlib.Path, raw: Mapping) -> tuple[Example, ...]:
     """The examples that a base is pretrained on; none where the suite names no corpus."""
     corpora = raw.get("corpus") or []
     sources = [
-        _source(path, "corpus", source)
+        read_described(path, "corpus", source)
         for source in (corpora if isinstance(corpora, list) else [corpora])
     ]
     return tuple(e for source in sources for e in read_source(source, 2, answers=False).examples)
@@ -187,130 +163,9 @@ def _encoded(examples: Sequence[Example]) -> str:
     return f"[{', '.join(encoded)}]"
 
 
-Readers = dict[str, tuple[str, Callable[[], Dataset]]]  # name -> (role, what reads it)
-
-
-def _in_places(path: pathlib.Path, raw: Mapping, least: int) -> Readers:
-    """The datasets of "train" and "unseen", under datasets/NAME."""
-    for key in ("train", "unseen"):
-        names = raw.get(key)
-        if not isinstance(names, list):
-            raise InputError(
-                f"{path}: {key} must be a list of dataset names (folders under datasets/)"
-            )
-        faults = [fault for name in names if (fault := name_fault(name))]
-        if faults:
-            raise listed(f"{path}: {key}", faults)
-    names = raw["train"] + raw["unseen"]
-    if faults := twin_faults(names):
-        raise listed(f"{path}", faults)
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise InputError(
-            f"{path}: dataset(s) named twice: {', '.join(twice)}; an unseen one must not be "
-            "trained on"
-        )
-
-    def reader(name: str, role: str) -> Callable[[], Dataset]:
-        pool, test = (
-            Source(os.fspath(path.parent / "datasets" / name / f"{split}.jsonl"))
-            for split in SPLITS
-        )
-        return lambda: _dataset(name, role, pool, test, 0, least)
-
-    return {name: (role, reader(name, role)) for role in ("train", "unseen") for name in raw[role]}
-
-
-def _listed(path: pathlib.Path, raw: Mapping, least: int) -> Readers:
-    """The datasets of the list "datasets". Raises InputError that lists every fault of it."""
-    entries, faults = raw["datasets"], []
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise InputError(f"{path}: datasets must be a list of objects")
-    pools: dict[str, tuple[str, Source, int]] = {}  # name -> (role, source, holdout)
-    tests: dict[str, Source] = {}
-    for i, entry in enumerate(entries):
-        name, role, holdout = entry.get("name"), entry.get("role"), entry.get("holdout", 0)
-        what = f"datasets[{i}]"
-        if fault := name_fault(name):
-            faults.append(f"{what}.name = {fault}")
-            continue
-        what += f" ({name})"
-        if role not in ROLES:
-            faults.append(f"{what}.role = {role!r} is none of {', '.join(ROLES)}")
-            continue
-        if type(holdout) is not int or holdout < 0 or (holdout and role == "test"):
-            faults.append(
-                f"{what}.holdout = {holdout!r} must be a number of examples, of a train or unseen "
-                "dataset"
-            )
-            continue
-        try:
-            source = _source(
-                path, what, {key: value for key, value in entry.items() if key not in OWN}
-            )
-        except InputError as error:
-            faults.append(str(error).removeprefix(f"{path}: "))
-            continue
-        if name in (tests if role == "test" else pools):
-            faults.append(f"{what} is there twice; an unseen dataset must not be trained on")
-        elif role == "test":
-            tests[name] = source
-        else:
-            pools[name] = (role, source, holdout)
-    for name, (_, _, holdout) in pools.items():
-        if bool(holdout) == (name in tests):
-            faults.append(f"{name} needs either an entry of role test or a holdout")
-    faults += [
-        f"{name} has a test, but no entry of role train or unseen"
-        for name in tests.keys() - pools.keys()
-    ]
-    faults += twin_faults(pools)
-    if faults:
-        raise listed(f"{path}", faults)
-
-    def reader(name: str) -> Callable[[], Dataset]:
-        role, source, holdout = pools[name]
-        return lambda: _dataset(name, role, source, tests.get(name), holdout, least)
-
-    return {name: (role, reader(name)) for name, (role, _, _) in pools.items()}
-
-
-def _source(path: pathlib.Path, what: str, raw: object) -> Source:
-    """The source that a suite file describes: a path or id, or an object. Raises InputError naming
-    the file and the key."""
-    raw = {"source": raw} if isinstance(raw, str) else raw
-    types = typing.get_type_hints(Source)
-    if not isinstance(raw, dict) or not isinstance(raw.get("source"), str) or not raw["source"]:
-        raise InputError(
-            f"{path}: {what} needs a source: a file, a folder or the id of a dataset on the hub"
-        )
-    for key, value in raw.items():
-        if key not in types:
-            near = difflib.get_close_matches(key, [*types, *OWN], n=1)
-            raise InputError(
-                f"{path}: {what}.{key} is unknown" + (f"; did you mean {near[0]}?" if near else "")
-            )
-        if type(value) is not (types[key] if isinstance(types[key], type) else dict):
-            raise InputError(f"{path}: {what}.{key} = {value!r} is of the wrong type")
-    columns = raw.get("columns", {})
-    if not all(key in FIELDS and isinstance(value, str) for key, value in columns.items()) or (
-        columns and "prompt" not in columns
-    ):
-        raise InputError(
-            f"{path}: {what}.columns must map prompt, response and system to names of columns or "
-            "templates"
-        )
-    local = path.parent / raw["source"]
-    is_file = pathlib.Path(raw["source"]).suffix in FILES
-    return Source(
-        **{**raw, "source": os.fspath(local) if is_file or local.exists() else raw["source"]}
-    )
-
-
-def _dataset(
-    name: str, role: str, pool: Source, test: Source | None, holdout: int, least: int
-) -> Dataset:
+def _dataset(entry: Entry, least: int) -> Dataset:
     """Reads a dataset; its pool has at least `least` examples after what is held out."""
+    name, role, pool, test, holdout = (getattr(entry, f.name) for f in dataclasses.fields(entry))
     read = {"train": read_source(pool, 1 if holdout else least, "train", role == "train")}
     if test is None:
         kept, held = hold_out(read["train"].examples, holdout, pool.source)

@@ -35,7 +35,8 @@ from dnd_jax.core.files import read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
-from dnd_jax.data.suite import SPLITS, Suite
+from dnd_jax.data.suite import Suite
+from dnd_jax.data.suite_file import SPLITS
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop

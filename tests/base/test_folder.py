@@ -19,6 +19,7 @@ from dnd_jax.base.chat import build_tokenizer, render
 from dnd_jax.base.folder import load_base, load_tokenizer, save_base
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.tensors import weight_files
 from dnd_jax.encoders.load import load_encoder
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
@@ -302,6 +303,19 @@ def test_damaged_shards(tmp_path):
     refuse(tmp_path, "the weights do not match the architecture", "is missing")
     index.write_text("{}")
     refuse(tmp_path, "no weight_map")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(left, f"../{shard.name}")}))
+    refuse(tmp_path, "no weight_map of files beside it")
+
+
+def test_a_whole_file_goes_before_an_index_that_is_left_over(tmp_path):
+    """As transformers reads a folder that was saved twice."""
+    qwen(**SHAPES["tied, grouped queries"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "gone.safetensors"}}'
+    )
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    load_base(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
