@@ -2,6 +2,7 @@
 (docs/METHOD.md sections 4 to 7)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,70 +94,37 @@ def make_train_step(
     """
     place = module.placement
 
-    def condition_of(batch: Mapping, encoder_params) -> jax.Array:
-        if encoder is None:
-            return batch["condition"]
-        b, n, length = batch["ids"].shape
-        ids, valid = (
-            place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid")
+    def loss_of(params, condition, target, cells):
+        """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
+        output = module.apply({"params": place.gather_small(params)}, place.activation(condition))
+        errors_b, cells_b = weighted_errors(output, target, importance)
+        inside = ~jnp.isnan(target)
+        squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
+        return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
+
+    def gradient_of(params, condition, target, cells):
+        """((loss, gradient), (sample losses, mean squares)) of a part."""
+        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            params, condition, target, cells
         )
-        flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
-        return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+        return (loss, gradient), aux
 
     def step(state, batch, encoder_params=None):
+        # Inputs.
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
-        condition, target = condition_of(batch, encoder_params), batch["target"]
-        condition = condition + config.condition_noise * jax.random.normal(
-            on_condition, condition.shape, condition.dtype
-        )
-        target = target + config.target_noise * jax.random.normal(
-            on_target, target.shape, target.dtype
-        )
-
+        condition, target = _condition(batch, encoder, encoder_params, place), batch["target"]
+        condition = _noisy(condition, config.condition_noise, on_condition)
+        target = _noisy(target, config.target_noise, on_target)
         cells = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
 
-        def loss_of(params, condition, target):
-            """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
-            output = module.apply(
-                {"params": place.gather_small(params)}, place.activation(condition)
-            )
-            errors_b, cells_b = weighted_errors(output, target, importance)
-            inside = ~jnp.isnan(target)
-            squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
-            return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
-
-        def gradient_of(condition, target):
-            (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-                state["params"], condition, target
-            )
-            return (
-                loss,
-                aux,
-                gradient
-                if shardings is None
-                else jax.lax.with_sharding_constraint(gradient, shardings),
-            )
-
-        k = config.micro_batches
-        if k == 1:
-            loss, (sample_loss, squares), gradient = gradient_of(condition, target)
-        else:
-            # Every k-th sample belongs to a part, so that each device finds its share among the
-            # samples it has.
-            parts = jax.tree.map(
-                lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1),
-                (condition, target),
-            )
-
-            def add(total, part):
-                loss, aux, gradient = gradient_of(*part)
-                return jax.tree.map(jnp.add, total, (loss, gradient)), aux
-
-            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"])
-            (loss, gradient), aux = jax.lax.scan(add, nothing, parts)
-            sample_loss, squares = (x.swapaxes(0, 1).reshape(-1) for x in aux)
-
+        # Gradient and update.
+        part_of = functools.partial(gradient_of, state["params"], cells=cells)
+        (loss, gradient), (sample_loss, squares) = _in_parts(
+            part_of, condition, target, config.micro_batches, state["params"]
+        )
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
         metrics = {
             "loss": loss,
@@ -165,13 +133,48 @@ def make_train_step(
             "target_mean_square": jnp.nanmean(target**2),
             "sample_loss": sample_loss,
         }
-        return {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt": opt,
-            "step": state["step"] + 1,
-        }, metrics
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return step
+
+
+def _condition(
+    batch: Mapping, encoder: nn.Module | None, encoder_params: Any, place: Placement
+) -> jax.Array:
+    """The condition (B, N, L, C) of a batch: as it is, or made here by the text encoder."""
+    if encoder is None:
+        return batch["condition"]
+    b, n, length = batch["ids"].shape
+    ids, valid = (place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid"))
+    flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
+    return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
+
+
+def _noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:
+    return x + deviation * jax.random.normal(key, x.shape, x.dtype)
+
+
+def _in_parts(gradient_of: Callable, condition: jax.Array, target: jax.Array, k: int, params: Any):
+    """gradient_of(condition, target) -> ((loss, gradient), per sample (b,)) of a batch, computed in
+    k parts: losses and gradients are added up, what is per sample is put back in the batch's order.
+
+    Every k-th sample belongs to a part, so that each device finds its share among the samples it
+    has.
+    """
+    if k == 1:
+        return gradient_of(condition, target)
+    parts = jax.tree.map(
+        lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1), (condition, target)
+    )
+
+    def add(total, part):
+        found, per_sample = gradient_of(*part)
+        return jax.tree.map(jnp.add, total, found), per_sample
+
+    nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    total, per_sample = jax.lax.scan(add, nothing, parts)
+    return total, tuple(x.swapaxes(0, 1).reshape(-1) for x in per_sample)
 
 
 @dataclasses.dataclass(frozen=True)
