@@ -3,6 +3,7 @@
 
 import glob
 import importlib
+import importlib.metadata
 import os
 import shlex
 import sys
@@ -71,6 +72,9 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"dnd-jax {_version()}")
+        return 0
     _environment()
     from dnd_jax.core.stopping import Stopped, exit_status, requeued, stop
 
@@ -106,6 +110,13 @@ def _main(argv: list[str]) -> int:
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2
     return 0
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dnd-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "(not installed)"
 
 
 def _environment() -> None:

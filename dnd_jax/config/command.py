@@ -18,7 +18,7 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.core import stage as stages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, nearest
-from dnd_jax.core.stage import Given, Stage
+from dnd_jax.core.stage import Flag, Given, Stage
 
 _FLAG = re.compile(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 _KEY = "config."  # of --config.KEY=VALUE
@@ -33,11 +33,12 @@ _DEFINE = {
 
 def usage(name: str, stage: Stage, summary: str) -> str:
     """The text of `dnd STAGE --help`."""
-    rows = [(flag.name, flag.meaning) for flag in stage.flags]
+    rows = [(flag.name, _meaning(flag)) for flag in stage.flags]
     if stage.settings != stages.NONE:
         else_ = [
             *([f"what WORKDIR/{paths.CONFIG} remembers"] if _has_workdir(stage) else []),
-            *([_fallback(stage)] if _fallback(stage) else []),
+            *([stage.fallback] if stage.fallback else []),
+            *(["configs/default.py"] if stage.settings == stages.DEFAULT else []),
         ]
         default = f" (default: {', else '.join(else_)})" if else_ else ""
         key = "any setting, such as --config.train.steps=500; dnd_jax/config/schema.py"
@@ -49,6 +50,12 @@ def usage(name: str, stage: Stage, summary: str) -> str:
     argument = f" {stage.argument}" if stage.argument else ""
     lines = [f"usage: dnd {name}{argument} [--flag=value ...]", "", summary, ""]
     return "\n".join([*lines, *(f"  --{flag:<{width}}  {meaning}" for flag, meaning in rows)])
+
+
+def _meaning(flag: Flag) -> str:
+    """A flag's meaning, with its default where there is one and the meaning does not say it."""
+    told = not flag.default or "(default" in flag.meaning
+    return flag.meaning if told else f"{flag.meaning} (default: {flag.default})"
 
 
 def parse(name: str, stage: Stage, words: Sequence[str]) -> Given:
@@ -178,17 +185,31 @@ def _settings_file(stage: Stage, file: str, workdir: str) -> str:
         return _fallback(stage)
     where = f", and there is no {memory}" if workdir else ""
     raise InputError(
-        f"--config is needed{where}: a settings file, or one of {', '.join(shipped())}"
+        f"--config is needed{where}: a settings file, or one of {', '.join(shipped())} (mini: the "
+        "embedded suite)"
     )
 
 
 def _override(base: ml_collections.ConfigDict, asked: Mapping[str, str], file: str) -> None:
     """Puts the values of --config.KEY=VALUE into the settings. Raises InputError for a key that
     there is none of, or a value of another type."""
-    words = ["dnd", *(f"--{flag}={text}" for flag, text in asked.items() if flag.startswith(_KEY))]
+    keys = [flag for flag in asked if flag.startswith(_KEY)]
+    for key in keys:
+        _known(base, key)
+    words = ["dnd", *(f"--{key}={asked[key]}" for key in keys)]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=words)
         values(words)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{said(error)} (configuration {file})") from None
+
+
+def _known(base: ml_collections.ConfigDict, key: str) -> None:
+    """Raises InputError, with the nearest name, unless the settings have config.KEY."""
+    section: Any = base
+    for name in key.split(".")[1:]:
+        if not isinstance(section, ml_collections.ConfigDict) or name not in section:
+            known = section if isinstance(section, ml_collections.ConfigDict) else ()
+            raise InputError(f"--{key}: there is no setting {name!r} here{nearest(name, known)}")
+        section = section[name]

@@ -36,6 +36,7 @@ from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import encoder_module, spec_of
 from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
+from dnd_jax.lora.targets import token_grid
 
 LONGEST_TEXT, SQUEEZED = 1536, 1000  # tokens without a length projection; tokens after one
 LEAST_WIDTH, LARGE, PADDED_WIDTH = (
@@ -151,7 +152,7 @@ def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:
     c, g, default = config.condition, config.generator, freeze(load_file(DEFAULTS))
     projection = g.length_projection or ("camera_ready" if c.max_text_length > LONGEST_TEXT else "")
     length = min(SQUEEZED, c.max_text_length) if projection else c.max_text_length
-    grid = layout.num_tokens, *(layout.token_shape if g.target == "chunk" else layout.chunk_shape)
+    grid = token_grid(g.target, layout)
     given = g.kernel_size if g.kernel_size != default.generator.kernel_size else 0
     features, kernel_size = cascade(
         (c.num_prompts, length, encoder_module(config).width), grid, budget, given

@@ -12,6 +12,7 @@ from dnd_jax.encoders.bert import Bert, BertConfig
 from dnd_jax.encoders.load import load_module
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.lora.targets import token_grid
 
 # The paper's encoder, known without a download.
 MINILM_L12_ID = "sentence-transformers/all-MiniLM-L12-v2"
@@ -80,12 +81,11 @@ def features_of(config: schema.Config) -> tuple[Features, ...]:
             f"config.generator.features = {features}, whose zeros take the base's sizes: {error}; "
             "`dnd init-config` writes them out"
         ) from None
-    grid = layout.token_shape if config.generator.target == "chunk" else layout.chunk_shape
     width = encoder_module(config).width
     return resolve_features(
         config.generator,
         (condition.num_prompts, condition.max_text_length, width),
-        (layout.num_tokens, *grid),
+        token_grid(config.generator.target, layout),
     )
 
 

@@ -21,7 +21,7 @@ from dnd_jax.lora.peft_settings import (
     CONFIG,
     WEIGHTS,
     AdapterConfig,
-    _of_module,
+    b_factor,
     config_file,
     load_adapter_config,
     weights_file,
@@ -85,14 +85,10 @@ def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
         else config_file(path)
     )
     raw = read_json(config) if config.is_file() else {}
-    if raw.get("alpha_pattern"):
-        for key in [key for key in tensors if key.endswith(_B)]:
-            factor = (
-                _of_module(raw, "alpha_pattern", "lora_alpha", key.removesuffix(_B))
-                / raw["lora_alpha"]
-            )
-            if factor != 1:
-                tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
+    for key in [key for key in tensors if key.endswith(_B)]:
+        factor = b_factor(raw, key.removesuffix(_B))
+        if factor != 1:
+            tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
     return tensors
 
 

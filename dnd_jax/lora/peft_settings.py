@@ -119,6 +119,13 @@ def _of_module(raw: Mapping, pattern: str, default: str, module: str):
     return next(found, raw[default])
 
 
+def b_factor(raw: Mapping, module: str) -> float:
+    """What B of a module is multiplied by when it is read: its own alpha over the common one."""
+    if not raw.get("alpha_pattern"):
+        return 1.0
+    return _of_module(raw, "alpha_pattern", "lora_alpha", module) / raw["lora_alpha"]
+
+
 def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of a checkpoint, with rsLoRA folded into alpha and the one rank that its tensors
     have.

@@ -32,7 +32,7 @@ class ChunkTarget:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, h, w) of the token grid."""
-        return self.layout.num_tokens, *self.layout.token_shape
+        return token_grid("chunk", self.layout)
 
     def encode(self, tensors: Tensors, source: str = "adapter") -> np.ndarray:
         """LoRA tensors -> float32 (T, h, w), NaN where a token is padded."""
@@ -67,7 +67,7 @@ class ElementTarget:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, r, w) of the token grid."""
-        return self.layout.num_tokens, *self.layout.chunk_shape
+        return token_grid("element", self.layout)
 
     def encode(self, tensors: Tensors, source: str = "adapter") -> np.ndarray:
         """LoRA tensors -> float32 (T, r, w), NaN where a token is padded."""
@@ -114,6 +114,11 @@ def _checksum(statistics: Mapping[str, np.ndarray]) -> str:
     for _, value in sorted(statistics.items()):
         found = zlib.crc32(np.ascontiguousarray(value), found)
     return f"{found:08x}"
+
+
+def token_grid(kind: str, layout: LoraLayout) -> tuple[int, int, int]:
+    """(T, h, w) of the tokens of a kind of target, "chunk" or "element"."""
+    return layout.num_tokens, *(layout.token_shape if kind == "chunk" else layout.chunk_shape)
 
 
 def from_statistics(
