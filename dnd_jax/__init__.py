@@ -7,6 +7,8 @@ used: `import dnd_jax` alone imports neither JAX nor any other package.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from dnd_jax.base.folder import load_base as load_base
     from dnd_jax.config.load import load_file as load_config  # noqa: F401

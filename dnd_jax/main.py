@@ -3,11 +3,11 @@
 
 import glob
 import importlib
-import importlib.metadata
 import os
 import shlex
 import sys
 
+from dnd_jax import __version__
 from dnd_jax.core.errors import CheckFailed, InputError, Missing, first_line, is_no_room, nearest
 
 # Stage -> (the module whose STAGE it is, what it makes).
@@ -73,7 +73,7 @@ def _main(argv: list[str]) -> int:
         print(usage())
         return 0
     if argv[0] == "--version":
-        print(f"dnd-jax {_version()}")
+        print(f"dnd-jax {__version__}")
         return 0
     _environment()
     from dnd_jax.core.stopping import Stopped, exit_status, requeued, stop
@@ -110,13 +110,6 @@ def _main(argv: list[str]) -> int:
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2
     return 0
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("dnd-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
 
 
 def _environment() -> None:
