@@ -140,7 +140,8 @@ def _run(name: str, words: list[str]) -> None:
     if not stage.writes:
         stage.run(given)
         return
-    with held(given.workdir, name), remembering(given.workdir, given.config):
+    seeds = given.seeds() if "seeds" in given.flags else ()
+    with held(given.workdir, name), remembering(given.workdir, given.config, seeds):
         stage.run(given)
 
 

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dnd_jax.config.load import DEFAULTS, load_file, said, shipped
+from dnd_jax.config.remembered import remembered_seeds
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import stage as stages
 from dnd_jax.core import workdir as paths
@@ -80,6 +81,9 @@ def parse(name: str, stage: Stage, words: Sequence[str]) -> Given:
     given = Given(values, freeze(base), file, workdir, argument, tuple(words))
     if "seeds" not in values:
         return given
+    values["seeds"] = values["seeds"] or list(
+        map(str, remembered_seeds(workdir, given.config.seed))
+    )
     return dataclasses.replace(
         given, config=dataclasses.replace(given.config, seed=given.seeds()[0])
     )

@@ -35,7 +35,7 @@ SUITE = Flag(
     "suite", str, "", "folder or JSON file of your own tasks (default: the embedded suite)"
 )
 STRICT = Flag("strict", bool, False, "refuse a suite with faults in its data instead of warning")
-SEEDS = Flag("seeds", list, [], "comma-separated seeds (default: the config's)")
+SEEDS = Flag("seeds", list, [], "comma-separated seeds (default: the run's, else the config's)")
 OUT = Flag("out", str, "", "what to write")
 ALLOW = Flag(
     "allow",

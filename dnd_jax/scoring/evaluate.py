@@ -30,6 +30,7 @@ from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
@@ -265,7 +266,20 @@ def run_of(suite: Suite, evaluation: Mapping, workdir: pathlib.Path) -> dict:
     }
 
 
+def _check_seeds(given: Given) -> None:
+    """Raises InputError where a table of several seeds would be replaced by one of this seed."""
+    path = given.workdir / paths.RESULTS
+    seeds = read_json(path)["seeds"] if path.is_file() else []
+    if len(seeds) > 1:
+        again = " --remeasure" if given["remeasure"] else ""
+        raise InputError(
+            f"{path} is of the seeds {', '.join(map(str, seeds))}, and `dnd evaluate` scores one; "
+            f"go on with `dnd quickstart --workdir={given.workdir}{again}`"
+        )
+
+
 def _run(given: Given) -> None:
+    _check_seeds(given)
     config, workdir = given.config, given.workdir
     suite = open_suite(config, workdir, given["strict"], scored=True)
     base = find_base(config, workdir)

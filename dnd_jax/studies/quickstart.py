@@ -22,7 +22,7 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
-from dnd_jax.scoring.evaluate import evaluate, run_of
+from dnd_jax.scoring.evaluate import REMEASURE, evaluate, run_of
 from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.measured import measure
 from dnd_jax.scoring.report import publish, publish_measured
@@ -68,10 +68,11 @@ def quickstart(
     strict: bool = False,
     allowed: Collection[str] = (),
     base_name: str = "",
+    again: bool = False,
 ) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
     results.json's content. What is measured beside the scores comes when all are reported: the
-    agreement of every seed, the overhead of the first."""
+    agreement of every seed, the overhead of the first. again: as of `measure`."""
     runs, measures = {}, {}
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
@@ -83,12 +84,13 @@ def quickstart(
         stop.check()
     publish(runs, config, workdir)
     for seed in seeds:
-        runs[seed] |= measures[seed](("agreement", "overhead")[: 2 if seed == seeds[0] else 1])
+        names = ("agreement", "overhead")[: 2 if seed == seeds[0] else 1]
+        runs[seed] |= measures[seed](names, again)
     return publish_measured(runs, config, workdir)
 
 
 def _run(given: Given) -> None:
-    how = given["strict"], given["allow"], given["base-name"]
+    how = given["strict"], given["allow"], given["base-name"], given["remeasure"]
     quickstart(given.config, given.workdir, given.seeds(), *how)
 
 
@@ -99,7 +101,7 @@ def needs(config: Config) -> tuple[str, ...]:
 
 STAGE = Stage(
     _run,
-    (*ON_SUITE, SEEDS, ALLOW, BASE_NAME),
+    (*ON_SUITE, SEEDS, ALLOW, BASE_NAME, REMEASURE),
     lambda given: needs(given.config),
     fallback="mini",
     writes=True,

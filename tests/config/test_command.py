@@ -186,6 +186,23 @@ def test_seeds_of_the_command_line_are_those_of_the_run():
     assert "expected different whole numbers" in refusal("--config=mini", "--seeds=4,4")
 
 
+def test_a_run_remembers_its_seeds(outside, capsys):
+    given = parsed("--config=mini", "--seeds=4,5,6", "--workdir=w")
+    with remembering(given.workdir, given.config, given.seeds()):
+        pass
+    for words in ([], ["--config=mini", "--config.seed=4"], ["--config.train.steps=9"]):
+        assert parsed("--workdir=w", *words).seeds() == [4, 5, 6]
+    assert parsed("--workdir=w", "--config.seed=7").seeds() == [7]
+    # A stage without --seeds leaves them.
+    with remembering(given.workdir, parsed("--workdir=w", "--config.train.steps=9").config):
+        pass
+    assert parsed("--workdir=w").seeds() == [4, 5, 6]
+    capsys.readouterr()
+    with remembering(given.workdir, parsed("--workdir=w").config, [4]):
+        assert capsys.readouterr().out.splitlines()[1:] == ["  seeds: [4, 5, 6] -> [4]"]
+    assert parsed("--workdir=w").seeds() == [4]
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "collect", "train", "evaluate", "lm-eval", "plan"])
 def test_no_stage_means_the_toy(stage, outside, capsys):
     assert main([stage, "--workdir=w"]) == 2

@@ -478,3 +478,12 @@ def test_a_suite_without_unseen_datasets_is_refused_where_it_is_scored(
         capsys.readouterr().err
         == f"dnd: {bare}: names no unseen dataset, so there is nothing to score; add one\n"
     )
+
+
+def test_a_table_of_several_seeds_is_not_replaced_by_one(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"seeds": [0, 1, 2]}')
+    assert main(["evaluate", "--config=mini", f"--workdir={tmp_path}", "--remeasure"]) == 2
+    message = capsys.readouterr().err
+    assert "results.json is of the seeds 0, 1, 2" in message
+    assert f"`dnd quickstart --workdir={tmp_path} --remeasure`" in message
+    assert not (tmp_path / "suite").exists()
