@@ -4,7 +4,8 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
@@ -40,8 +41,13 @@ def push(folder: str | os.PathLike, repo: str, public: bool = False) -> str:
         api = huggingface_hub.HfApi()
         url = api.create_repo(repo, private=not public, exist_ok=True)
         if not public and api.model_info(repo).private is False:
-            raise InputError("it is there and public; give --public, or another name")
+            raise InputError(
+                f"{repo}: it is there and public; give --public, or another name; the files are "
+                f"in {folder}"
+            )
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by dnd_jax")
+    except InputError:  # its advice must not be to upload there
+        raise
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
         reason = first_line(error)
         raise InputError(
@@ -56,13 +62,24 @@ def _check_names_no_path(folder: pathlib.Path) -> None:
     """Raises InputError when a setting in a JSON file of the folder is a path of this machine."""
     for path in sorted(folder.glob("*.json")):
         if path.stem not in VOCABULARIES:
-            raw = read_json(path)
-            for key, value in raw.items() if isinstance(raw, dict) else ():
-                if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+            for key, text in _texts(read_json(path)):
+                if os.path.isabs(text) and os.path.exists(text):
                     raise InputError(
-                        f"{path}: {key} is {value!r}, a path of this machine, so it is not "
+                        f"{path}: {key} is {text!r}, a path of this machine, so it is not "
                         "uploaded; remove it"
                     )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in a JSON value, at any depth; key: as a.b[0]."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _texts(item, f"{key}[{i}]")
 
 
 def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
@@ -125,10 +142,8 @@ def resolve(
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
         try:
             spec = importlib.util.find_spec(package)
-        except (
-            ImportError,
-            ValueError,
-        ):  # of a package inside one that is absent; of no name at all
+        # ImportError: of a package inside one that is absent; ValueError: of no name at all.
+        except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(

@@ -125,7 +125,9 @@ def _exchange(target: pathlib.Path, path: pathlib.Path) -> None:
 
 def _settle(target: pathlib.Path, mode: int) -> None:
     """Brings a file, or all of a folder, to the disk, with the permissions `mode` of a new folder,
-    which are the umask's."""
+    which are the umask's. What a link leads to is another's."""
+    if target.is_symlink():
+        return
     if target.is_dir():
         for entry in target.iterdir():
             _settle(entry, mode)

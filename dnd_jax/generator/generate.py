@@ -37,7 +37,7 @@ from dnd_jax.generator.folder import (
 from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
-from dnd_jax.lora.card import card, is_generated, is_hub_id
+from dnd_jax.lora.card import card, is_generated, names_hub_model
 from dnd_jax.lora.merge import FILES, merge_adapter
 from dnd_jax.parallel.mesh import make_mesh
 
@@ -233,7 +233,7 @@ def _run(given: Given) -> None:
 
 def _check_base_name(given: Given, base: str) -> None:
     """Raises InputError where an adapter would be uploaded whose base only this machine has."""
-    if not (is_repo_id(base) if given["base-name"] else is_hub_id(base)):
+    if not (is_repo_id(base) if given["base-name"] else names_hub_model(base)):
         raise InputError(
             f"--push-to-hub: the adapter would name its base {base!r}, which is not on the hub; "
             "say by --base-name=USER/NAME which it is"

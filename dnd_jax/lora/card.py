@@ -14,7 +14,7 @@ TAGS = ("lora", "drag-and-drop-llms", "dnd_jax")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def is_hub_id(base: str) -> bool:
+def names_hub_model(base: str) -> bool:
     """Whether a base's name can stand as base_model in a card: USER/NAME that is no local folder
     (the hub refuses others)."""
     return is_repo_id(base) and not pathlib.Path(base).exists()
@@ -41,7 +41,7 @@ def card(
     prompts: those drawn by `seed`.
     """
     front = {
-        **({"base_model": adapter.base} if is_hub_id(adapter.base) else {}),
+        **({"base_model": adapter.base} if names_hub_model(adapter.base) else {}),
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "text-generation",
         "tags": list(TAGS[1:] if merged else TAGS),

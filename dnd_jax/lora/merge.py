@@ -15,6 +15,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import DTYPES, Stored, open_tensors, opened, stored_tensors
 from dnd_jax.lora.adapter import load_adapter
-from dnd_jax.lora.card import is_hub_id
+from dnd_jax.lora.card import names_hub_model
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config
 
@@ -114,11 +115,20 @@ def _copy_documents(folder: pathlib.Path, out: pathlib.Path) -> None:
             shutil.copyfile(path, out / path.name)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         raw = read_json(out / name) if (out / name).is_file() else {}
-        local = [key for key in _NAMES if raw.get(key) and not is_hub_id(str(raw[key]))]
-        if local:
-            kept = {key: value for key, value in raw.items() if key not in local}
+        kept = _without_paths(raw)
+        if kept != raw:
             text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
             (out / name).write_text(text, encoding="utf-8")
+
+
+def _without_paths(value: Any) -> Any:
+    """A JSON value without the local paths that transformers left in it, at any depth."""
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    local = [key for key in _NAMES if value.get(key) and not names_hub_model(str(value[key]))]
+    return {key: _without_paths(item) for key, item in value.items() if key not in local}
 
 
 def _add(

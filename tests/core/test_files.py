@@ -55,6 +55,18 @@ def test_every_output_has_the_permissions_of_the_umask(tmp_path, umask):
         assert stat.S_IMODE(path.stat().st_mode) == wanted & ~umask, path
 
 
+def test_what_a_link_leads_to_keeps_its_permissions(tmp_path):
+    (tmp_path / "others").mkdir(mode=0o700)
+    (tmp_path / "others/file").touch(mode=0o600)
+    with replacing(tmp_path / "a", directory=True) as temporary:
+        (temporary / "file").symlink_to(tmp_path / "others/file")
+        (temporary / "folder").symlink_to(tmp_path / "others")
+        (temporary / "nothing").symlink_to(tmp_path / "absent")
+    assert len(os.listdir(tmp_path / "a")) == 3
+    assert stat.S_IMODE((tmp_path / "others").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "others/file").stat().st_mode) == 0o600
+
+
 # Kills itself with SIGKILL at the N-th line that is run of the code that replaces a folder.
 KILLED = """
 import os, pathlib, signal, sys

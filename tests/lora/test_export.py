@@ -469,13 +469,18 @@ def test_a_merged_model_has_what_its_base_ships(tmp_path):
     (base / "additional_chat_templates" / "tool.jinja").write_text("x")
     (base / "original").mkdir()
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/me/base"}))
+    path = {"_name_or_path": "/home/me/base"}
+    left_by_its_maker = path | {"text_config": {"layers": 2, **path}, "towers": [path]}
+    (base / "config.json").write_text(json.dumps(config | left_by_its_maker))
     before = {path.name for path in base.iterdir()}
     folder = save_adapter(tmp_path / "a", lora(base), AdapterConfig("x/y", 2, 5.0, MODULE_ORDER))
     merge_adapter(base, folder, tmp_path / "m")
     assert {p.name for p in (tmp_path / "m").iterdir()} == before - {*left, "original"}
     assert (tmp_path / "m" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
-    assert json.loads((tmp_path / "m" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "m" / "config.json").read_text()) == config | {
+        "text_config": {"layers": 2},
+        "towers": [{}],
+    }
 
 
 def test_what_cannot_be_merged_leaves_nothing(made, tmp_path):
@@ -782,9 +787,16 @@ def test_what_is_uploaded_is_private_and_names_no_path(made, tmp_path, capsys):
         ]
     )
     settings = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(settings | {"cache": str(made)}))
-    with pytest.raises(InputError, match="config.json: cache is .* a path of this machine"):
-        push(tmp_path / "m", "me/mine")
+    for key, value in (
+        ("cache", str(made)),
+        ("text_config.cache", {"cache": str(made)}),
+        ("files[1].at", ["x", {"at": str(made)}]),
+    ):
+        changed = settings | {re.match("[a-z_]+", key)[0]: value}
+        (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+        named = f"config.json: {re.escape(key)} is .* a path of this machine"
+        with pytest.raises(InputError, match=named):
+            push(tmp_path / "m", "me/mine")
 
 
 @pytest.mark.parametrize("public", [False, True])
@@ -823,7 +835,8 @@ def test_only_public_makes_a_public_repository(tmp_path, monkeypatch, public):
     if public:
         assert done.returncode == 0 and commits, done.stderr
     else:
-        assert "it is there and public; give --public" in done.stderr and not commits
+        assert "me/mine: it is there and public; give --public" in done.stderr and not commits
+        assert "hf upload" not in done.stderr  # the advice must not publish either
 
 
 def test_offline_push_is_one_clear_line(made, tmp_path, capsys):
