@@ -81,6 +81,20 @@ def test_base_loras_and_generator_are_kept(moved, monkeypatch):
         collect(now, suite, str(other), run)
 
 
+def test_loras_that_are_being_replaced_are_not_whole(moved, monkeypatch):
+    """A continued run that stops has some of the new ones beside some of the old."""
+
+    def stopped(training, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dnd_jax.lora.collect.run_loop", stopped)
+    suite, run = load_suite(moved / "suite"), moved / "run"
+    with pytest.raises(KeyboardInterrupt):
+        more = config(moved, lora={"steps": 4})
+        collect(more, suite, str(run / "base"), run, ["lora.steps"])
+    assert not (run / "loras" / COLLECTED).exists()
+
+
 def test_replaced_loras_and_encoders_are_noticed(moved):
     suite, run = load_suite(moved / "suite"), moved / "run"
     with open(moved / "suite" / "vectors.txt", "a") as file:

@@ -64,10 +64,12 @@ def base_digest_of_format_0(path: str | os.PathLike) -> str:
 
 def base_name(path: str | os.PathLike) -> str:
     """What an adapter's settings call a base: a hub id or package as it is, the hub id of a folder
-    in the hub's cache, and any other folder by its absolute path."""
+    in the hub's cache, and any other folder by its absolute path. Empty: none is named."""
     name = os.fspath(path)
     folder = pathlib.Path(name)
-    return hub_id(folder) or str(folder.resolve()) if folder.is_dir() else name
+    if not name or not folder.is_dir():
+        return name
+    return hub_id(folder) or str(folder.resolve())
 
 
 def means_base(then: object, path: str | os.PathLike) -> bool:
@@ -83,13 +85,14 @@ def means_base(then: object, path: str | os.PathLike) -> bool:
 def one_name(names: Iterable[str], decides: str | os.PathLike | None) -> str:
     """The name of the one base of LoRAs whose settings name it so: that of the base that
     `decides`, with a note where they differ (a hub id and a folder, a quantised copy); without it
-    theirs, a folder's made absolute.
+    theirs, a folder's made absolute. A LoRA may name none; where none does and nothing decides,
+    the name is empty.
 
     Raises InputError when they name several and nothing decides.
     """
-    names = sorted({base_name(name) for name in names})
-    if decides is None and len(names) == 1:
-        return names[0]
+    names = sorted({base_name(name) for name in names if name})
+    if decides is None and len(names) <= 1:
+        return names[0] if names else ""
     spelled = ", ".join(map(repr, names))
     if decides is None:
         raise InputError(
@@ -97,6 +100,6 @@ def one_name(names: Iterable[str], decides: str | os.PathLike | None) -> str:
             "say which by --config.base.path=FOLDER or hub id"
         )
     decided = base_name(decides)
-    if names != [decided] and hosts.lead():
+    if names not in ([], [decided]) and hosts.lead():
         print(f"note: the LoRA checkpoints' base is {decided}; they name {spelled}", flush=True)
     return decided

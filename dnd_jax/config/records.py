@@ -29,7 +29,6 @@ SAME_NUMBERS = (
     "condition.in_graph",
     "generator.convolution",
     "train.checkpoints",
-    "train.init_from",
     "train.micro_batches",
     "train.remat",
     "train.save_every",

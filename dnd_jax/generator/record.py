@@ -18,6 +18,7 @@ def settings_of(config: Config, suite: Suite) -> dict:
     """The settings that a generator depends on; what it starts from by its contents."""
     full = config.to_json()
     training = {k: value for k, value in full["train"].items() if f"train.{k}" not in SAME_NUMBERS}
+    del training["init_from"]  # a path
     if config.train.init_from:
         start = find_generator(config.train.init_from)
         training["init_from"] = digests.of_file(start / MODEL)

@@ -238,6 +238,7 @@ def collect(
         save_every=c.save_every,
         after_step=lambda done, state: _keep(done, state, c, suite, folder, adapter),
     )
+    (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
     state = run_loop(training, Options(allowed=tuple(allowed), older=older))
 
     # Scores.

@@ -188,7 +188,7 @@ def run(
         if (folder / DONE).is_file():
             stored = read_numbered(folder / DONE, FORMAT)
             older = {"contents": lambda then: then is None}
-            how = allowed, older, (*SAME_NUMBERS, "suite")
+            how = allowed, older, (*SAME_NUMBERS, "suite", "train.init_from")
             if check_same_run(folder / DONE, stored["settings"], settings, *how):
                 return stored["run"]
         if variant.changes:

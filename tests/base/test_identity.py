@@ -40,6 +40,7 @@ def test_names_hold_elsewhere(base, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("base")
     assert base_name("base") == base_name("./link") == str(base)
     assert base_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert base_name("") == ""
     cached = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / COMMIT
     cached.mkdir(parents=True)
     assert base_name(cached) == "Qwen/Qwen2.5-0.5B"
@@ -55,6 +56,9 @@ def test_several_names_of_one_base(base, capsys):
     assert one_name(spelled, "Qwen/Qwen2.5-0.5B") == spelled[0]
     assert "note: the LoRA checkpoints' base is Qwen/Qwen2.5-0.5B; " in capsys.readouterr().out
     assert one_name([os.path.relpath(base)], base) == str(base)  # one folder, two spellings
+    # LoRAs that name no base say nothing, wherever they are read.
+    assert one_name(["", spelled[0]], None) == spelled[0] and one_name([""], None) == ""
+    assert one_name([""], spelled[0]) == spelled[0]
     assert not capsys.readouterr().out
 
 

@@ -1,11 +1,16 @@
 """What counts as the same run: contents and numbers, not spelling, speed or the version."""
 
+import shutil
+
 import pytest
+from pipeline import ROOT
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
+from dnd_jax.data.suite import load_suite
+from dnd_jax.generator.record import settings_of
 
 CONFIG = freeze(load_file("configs/default.py"))
 
@@ -26,6 +31,23 @@ def test_a_setting_that_changes_no_number_never_refuses(key):
     without[section] = {k: v for k, v in without[section].items() if k != name}
     assert check_same_run("x", other, without)  # nor when only one of the two has it
     assert check_same_run("x", without, other)
+
+
+def test_another_start_is_another_run(tmp_path):
+    """train.init_from counts by the parameters that lie there, not by its path."""
+    golden = ROOT / "tests" / "golden" / "cfc09d1"
+    folders = [shutil.copytree(golden / "run/generator", tmp_path / name) for name in "abc"]
+    with open(folders[2] / "model.safetensors", "ab") as file:
+        file.write(b"others")
+    suite, raw, records = load_suite(golden / "suite"), load_file("configs/default.py"), []
+    for start in ("", *map(str, folders)):
+        raw.train.init_from = start
+        records.append(settings_of(freeze(raw), suite))
+    none, first, moved, other = records
+    assert check_same_run("x", first, moved)
+    for then, now in ((first, other), (none, first), (first, none)):
+        with pytest.raises(InputError, match=r"--allow=train\.init_from "):
+            check_same_run("x", then, now)
 
 
 def test_an_absent_setting_has_its_default():
