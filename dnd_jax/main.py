@@ -8,7 +8,15 @@ import shlex
 import sys
 
 from dnd_jax import __version__
-from dnd_jax.core.errors import CheckFailed, InputError, Missing, first_line, is_no_room, nearest
+from dnd_jax.core.errors import (
+    CheckFailed,
+    InputError,
+    Lost,
+    Missing,
+    first_line,
+    is_no_room,
+    nearest,
+)
 
 # Stage -> (the module whose STAGE it is, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
@@ -55,8 +63,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a stage; returns the exit status: 0 done or stopped by SIGTERM or a preemption notice
-    (75 with DND_REQUEUE=1), 1 a check failed, nothing fits or a device has no room, 2 bad input, 3
-    lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
+    (75 with DND_REQUEUE=1), 1 a check failed, nothing fits or a device has no room, 2 bad input or
+    a folder that another run has, 3 lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -81,13 +89,13 @@ def _main(argv: list[str]) -> int:
     stop.install()
     try:
         _run(argv[0], argv[1:])
-    except (InputError, CheckFailed) as error:
+    except (InputError, CheckFailed, Lost) as error:
         print(f"dnd: {error}", file=sys.stderr)
         if isinstance(error, Missing) and requeued():
             # as for a peer that is lost later: GKE starts all again, which it does not after bad
             # input
             return 3
-        return 2 if isinstance(error, InputError) else 1
+        return 1 if isinstance(error, CheckFailed) else 2
     except (Stopped, KeyboardInterrupt) as error:
         print(
             f"\nstopped by {str(error) or 'SIGINT'}; resume with: dnd {shlex.join(argv)}",

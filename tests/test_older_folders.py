@@ -120,9 +120,6 @@ def test_scores_are_kept(moved, monkeypatch):
         return answers_to(base, datasets, how)
 
     monkeypatch.setattr(evaluation, "answers_to", counted)
-    monkeypatch.setattr(
-        evaluation, "measured_in_jax", lambda *args: {"agreement": {}, "overhead": {}}
-    )
     now = config(moved, evaluate={"batch_size": 3})
     stored = json.loads((run / "evaluation.json").read_text())
     result = evaluation.evaluate(now, suite, find_base(now, run), run)

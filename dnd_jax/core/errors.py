@@ -20,6 +20,10 @@ class NoRoom(InputError):
     """A device, or the machine, has no room for what was asked."""
 
 
+class Lost(Exception):
+    """Another run has this one's folder: nothing more may be written there."""
+
+
 class CheckFailed(Exception):
     """What was to be proved is not so; the message says in numbers why."""
 

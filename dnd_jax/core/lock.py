@@ -18,7 +18,6 @@ import os
 import pathlib
 import re
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -246,12 +245,14 @@ def _sweep(path: pathlib.Path) -> None:
 
 
 def _beat(path: pathlib.Path, me: Holder, ended: threading.Event) -> None:
-    """Touches the lock until the end; stops the run when the lock has become another's, as after
-    a long sleep of this machine."""
+    """Touches the lock until the end, and makes it anew where somebody has removed it; ends the run
+    when the lock has become another's, as after a long sleep of this machine."""
     while not ended.wait(BEAT):
         with contextlib.suppress(OSError):
+            seen = _read(path)
+            if seen is None and _create(path, me):
+                continue
             if not _is(path, me):
-                tqdm.write(f"{path.parent}: this run's lock is gone, another run may have begun")
-                os.kill(os.getpid(), signal.SIGTERM)
+                stop.lose(f"{path.parent}: another run has taken this one's lock")
                 return
             os.utime(path)

@@ -15,6 +15,8 @@ import time
 import urllib.request
 from collections.abc import Callable
 
+from dnd_jax.core.errors import Lost
+
 # Keys of the metadata server, the value that announces the machine's end, and its name for the
 # user.
 NOTICES = (
@@ -43,6 +45,7 @@ class StopRequest:
 
     def __init__(self):
         self.signum: int | None = None
+        self.lost = ""  # why this run may write no more in its folder, and ends at once
         self.notice = ""  # the name of the one that sent SIGTERM
         # whether processes stop together, which JAX's preemption service takes care of, with
         # SIGTERM too
@@ -77,11 +80,23 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """Raises Stopped if a stop was asked for: call it where nothing is half done."""
+        """Raises Stopped if a stop was asked for: call it where nothing is half done. Raises Lost
+        as `check_lost`."""
+        self.check_lost()
         if self.signum is None and self.shared and self.heard():
             self.signum = signal.SIGTERM
         if self.signum is not None:
             raise Stopped(self.signum, self.notice)
+
+    def lose(self, why: str) -> None:
+        """Ends the run without another write: its folder is another's now. Any thread may call."""
+        self.lost = why
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def check_lost(self) -> None:
+        """Raises Lost if the folder is another run's: call it before anything is written there."""
+        if self.lost:
+            raise Lost(self.lost)
 
 
 def requeued() -> bool:

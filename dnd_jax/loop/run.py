@@ -87,8 +87,8 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
     the state.
 
     With several processes, all run this; process 0 writes and shows. Raises Stopped after saving
-    when a stop was asked for, InputError when checkpoints do not fit or are past the steps, the
-    loss is not finite or the disk refuses.
+    when a stop was asked for, Lost without where another run has the folder, InputError when
+    checkpoints do not fit or are past the steps, the loss is not finite or the disk refuses.
     """
     training.directory.mkdir(parents=True, exist_ok=True)
     saves = _Saves(training, options)
@@ -102,6 +102,7 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             reports.read(saves.last)  # of the step before
             reports.pending = i + 1, values, waited
             profiler.at(i + 1, state)
+            stop.check_lost()
             training.after_step(i + 1, state)
             stopping = _stopping(i + 1)
             if stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps:

@@ -16,8 +16,9 @@ from dnd_jax.parallel import peers
 
 
 def lead() -> bool:
-    """Whether this is process 0, which alone writes the files of a run."""
-    return jax.process_index() == 0
+    """Whether this is process 0, which alone writes the files of a run. Asked of a process by
+    itself, it takes no device, which another run may have."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def several() -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dnd_jax.core import digests
-from dnd_jax.core.errors import InputError, Missing, first_line
+from dnd_jax.core.errors import InputError, Lost, Missing, first_line
 from dnd_jax.core.stopping import Stopped, exit_status, stop
 from dnd_jax.parallel import peers
 from dnd_jax.parallel.peers import BEAT, LOST, RESUME, Line, Peers
@@ -287,7 +287,7 @@ def joined(
     )
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, Lost, OSError) as error:
         print(f"dnd: {error}", file=sys.stderr, flush=True)
         peers.present.leave(str(error))
         os._exit(2)  # JAX's own shutdown waits for the others, who wait for this one

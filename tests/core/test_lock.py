@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import pytest
 from pipeline import TINY, dnd, start, tiny_suite, when
 
 from dnd_jax.core import lock, processes
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, Lost
+from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
 from dnd_jax.main import STAGES
 from dnd_jax.studies.quickstart import run_seed
@@ -253,6 +255,7 @@ def test_a_holder_on_another_machine_is_gone_when_it_stays_silent(tmp_path, monk
 
 def test_a_holder_gives_signs_of_life_and_stops_when_its_lock_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(stop, "lost", "")
     signals = []
     monkeypatch.setattr(os, "kill", lambda pid, signum: signum and signals.append((pid, signum)))
     with held(tmp_path, "train"):
@@ -262,11 +265,18 @@ def test_a_holder_gives_signs_of_life_and_stops_when_its_lock_is_lost(tmp_path, 
         while path.stat().st_mtime == 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        path.unlink()  # by somebody who tidies up: nobody else has the folder
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert json.loads(path.read_text())["pid"] == os.getpid() and not signals
         write_lock(tmp_path)
         while not signals:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert signals == [(os.getpid(), lock.signal.SIGTERM)]
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(Lost, match="another run has taken this one's lock"):
+        stop.check()
     assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lock stays"
 
 
@@ -313,6 +323,21 @@ def test_two_runs_of_one_command(tmp_path):
     finally:
         again.kill()
         again.communicate()
+
+
+def test_training_asks_for_its_workdir_before_it_takes_a_device(tmp_path):
+    """The accelerator belongs to the run that has the workdir: here there is none at all."""
+    command = [sys.executable, "-m", "dnd_jax", "train", TINY, f"--workdir={tmp_path}"]
+    with holding(tmp_path) as process:
+        done = subprocess.run(
+            command,
+            env=ENVIRONMENT | {"JAX_PLATFORMS": "none"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        process.stdin.close()
+    assert done.returncode == 2 and "in use by `dnd pretrain`" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dnd_jax.config.records import check_same_run
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, Lost
+from dnd_jax.core.stopping import stop
 from dnd_jax.loop.checkpoints import sums
 from dnd_jax.loop.run import Options, Training, run_loop
 
@@ -230,6 +231,22 @@ def test_a_checkpoint_of_another_program_is_named_and_left_as_it_is(tmp_path, re
     ):
         run(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+def test_a_run_that_lost_its_folder_writes_no_checkpoint(tmp_path, monkeypatch):
+    """Another run has it: what that one has saved is not to be mixed with this one's."""
+    monkeypatch.setattr(stop, "lost", "")
+
+    def batch_at(i):
+        if i == 4:
+            stop.lost = "another run has taken this one's lock"
+        return jnp.float32(i)
+
+    after = []
+    with pytest.raises(Lost, match="another run"):
+        run(tmp_path, batch_at=batch_at, steps=50, after_step=lambda i, _: after.append(i))
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
+    assert max(saved, default=0) <= max(after, default=0) <= 4
 
 
 def test_fewer_steps_than_were_trained_are_refused(tmp_path):
