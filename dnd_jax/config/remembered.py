@@ -25,13 +25,20 @@ def remembering(workdir: pathlib.Path, config: Config, seeds: Sequence[int] = ()
     if changed:
         print(f"settings that {path} remembers otherwise (then -> now):", *changed, sep="\n  ")
     if then is None or changed:
-        write_json(path, {"format": FORMAT, "config": config.to_json(), "seeds": seeds})
+        write_settings(path, config, seeds)
     try:
         yield
     except InputError:
         if changed:
             write_json(path, then)
         raise
+
+
+def write_settings(path: pathlib.Path, config: Config, seeds: Sequence[int] = ()) -> None:
+    """Writes settings, and the seeds of a run (default: theirs), to a JSON file, which --config
+    takes."""
+    seeds = list(seeds) or [config.seed]
+    write_json(path, {"format": FORMAT, "config": config.to_json(), "seeds": seeds})
 
 
 def remembered_seeds(workdir: pathlib.Path, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Command lines, settings by name and by a run's memory, and what `dnd` prints."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,6 +123,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert given.config.suite == f"{tmp_path}/s" and given.config.base.path == f"{tmp_path}/b"
 
 
+def test_a_tilde_of_nobody_is_no_file(outside):
+    nobody = "~no-such-user-anywhere/mine.py"
+    assert f"{nobody}: no such config file" in refusal(f"--config={nobody}")
+
+
 def test_a_stage_goes_on_with_what_its_run_remembers(outside, capsys):
     first = parsed("--config=mini", "--config.train.steps=7", "--suite=s", "--workdir=w")
     with remembering(first.workdir, first.config):
@@ -183,7 +189,8 @@ def test_remembered_settings_of_other_versions(outside, capsys):
 def test_seeds_of_the_command_line_are_those_of_the_run():
     assert parsed("--config=mini", "--seeds=4,5").config.seed == 4
     assert parsed("--config=mini", "--config.seed=3").seeds() == [3]
-    assert "expected different whole numbers" in refusal("--config=mini", "--seeds=4,4")
+    for seeds in ("4,4", "²"):
+        assert "expected different whole numbers" in refusal("--config=mini", f"--seeds={seeds}")
 
 
 def test_a_run_remembers_its_seeds(outside, capsys):
@@ -253,11 +260,18 @@ def test_a_reader_that_has_read_enough_is_no_error(arguments):
     assert (process.returncode, err) == (0, "")
 
 
-def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside):
-    from dnd_jax.costs.bench.run import cases_of
+def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside, monkeypatch):
+    from dnd_jax.costs.bench import run
 
-    given = parsed("--config=mini", "--config.generator.kernel_size=5", "--workdir=w")
-    with remembering(given.workdir, given.config):
-        cases = cases_of(given.config, outside / "w/config.json")
+    run_of = parsed("--config=mini", "--workdir=w")
+    with remembering(run_of.workdir, run_of.config):
+        pass
+    given, cases = parsed("--workdir=w", "--config.generator.kernel_size=5"), []
+    monkeypatch.setattr(run, "run_case", lambda case, config: cases.append(case))
+    monkeypatch.setattr(run, "table", lambda results: "")
+    run.STAGE.run(
+        dataclasses.replace(given, flags=dict.fromkeys(("limits", "layers", "backend"), ""))
+    )
     assert [case.what for case in cases] == ["forward", "train", "generate"]
     assert all(case.load().generator == given.config.generator for case in cases)
+    assert parsed("--workdir=w").config == run_of.config

@@ -9,6 +9,7 @@ from the fastest and slowest runs.
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -19,10 +20,9 @@ from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.load import load_file
-from dnd_jax.config.remembered import remembering
+from dnd_jax.config.remembered import write_settings
 from dnd_jax.config.schema import WHAT, Config
 from dnd_jax.config.validate import freeze
-from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
@@ -33,12 +33,13 @@ from dnd_jax.costs.bench.limits import limits_table
 from dnd_jax.costs.bench.tpu import estimate
 
 RESULTS = "bench.json"
+SETTINGS = "bench_config.json"  # of the cases; what the run remembers stays
 
 
-def cases_of(config: Config, remembered: pathlib.Path) -> list[Case]:
-    """The configured cases, or those of the configuration itself, which a file remembers."""
+def cases_of(config: Config, file: str | os.PathLike) -> list[Case]:
+    """The configured cases, or those of the configuration itself, which is in the file."""
     rows = config.bench.cases or tuple(
-        (what, str(remembered), what, config.train.batch_size, config.train.dtype)
+        (what, os.fspath(file), what, config.train.batch_size, config.train.dtype)
         for what in WHAT
         if what != "gradient"
     )
@@ -153,9 +154,9 @@ def table(results: list[dict]) -> str:
 
 def bench(config: Config, config_file: str, workdir: pathlib.Path) -> list[dict]:
     """Runs all cases, prints the table and keeps WORKDIR/bench.json, case by case."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    write_settings(workdir / SETTINGS, config)
     results = []
-    for case in cases_of(config, workdir / paths.CONFIG):
+    for case in cases_of(config, workdir / SETTINGS):
         results.append(run_case(case, config))
         write_json(
             workdir / RESULTS,
@@ -192,8 +193,7 @@ def _run(given: Given) -> None:
     elif given["backend"]:
         estimate(given.config, given["topology"] or "v5p:2x2x1", given.workdir)
     else:
-        with remembering(given.workdir, given.config):
-            bench(given.config, given.config_file, given.workdir)
+        bench(given.config, given.config_file, given.workdir)
 
 
 def _needs(given: Given) -> tuple[str, ...]:
