@@ -95,14 +95,14 @@ def _main(argv: list[str]) -> int:
             # as for a peer that is lost later: GKE starts all again, which it does not after bad
             # input
             return 3
-        return 1 if isinstance(error, CheckFailed) else 2
+        return 1 if isinstance(error, CheckFailed) or is_no_room(error) else 2
     except (Stopped, KeyboardInterrupt) as error:
         print(
             f"\nstopped by {str(error) or 'SIGINT'}; resume with: dnd {shlex.join(argv)}",
             file=sys.stderr,
         )
         return exit_status(getattr(error, "signum", None))
-    except RuntimeError as error:  # as JAX's and PyTorch's own are
+    except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
         if not is_no_room(error):
             raise
         hint = (

@@ -23,7 +23,7 @@ from dnd_jax.base.folder import load_base_config
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, NoRoom
 from dnd_jax.core.files import replacing
 from dnd_jax.data.sources import read_jsonl, read_prompts
 from dnd_jax.data.suite import load_suite
@@ -175,6 +175,22 @@ def test_a_device_without_room_is_one_line(capsys, monkeypatch):
         "dnd: no room on the device (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); take "
         "a smaller batch"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (NoRoom("base: does not fit"), "dnd: base: does not fit"),
+        (MemoryError(), "dnd: no room on the device (MemoryError); take a smaller batch"),
+    ],
+)
+def test_no_room_has_one_status_whoever_says_so(capsys, monkeypatch, error, line):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("dnd_jax.main._run", full)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err.startswith(line)
 
 
 def test_documented_commands_use_what_their_stage_reads():

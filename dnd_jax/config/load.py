@@ -2,6 +2,7 @@
 or a run's config.json."""
 
 import importlib.util
+import os
 import pathlib
 import traceback
 from collections.abc import Mapping
@@ -122,7 +123,7 @@ def shipped() -> list[str]:
 def find_file(path: str) -> str:
     """`path` itself, or the shipped settings of that name: NAME, NAME.py or configs/NAME.py. Raises
     InputError if absent."""
-    given = pathlib.Path(path).expanduser()
+    given = pathlib.Path(os.path.expanduser(path))
     ours = SHIPPED / f"{given.stem}.py"
     named = given.suffix in ("", ".py") and given.parent in (
         pathlib.Path(),

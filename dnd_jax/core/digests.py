@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import cache_folder
 
-CACHE = "DND_JAX_CACHE"
 LARGE = 1 << 20  # bytes; a smaller file is hashed as fast as its digest is looked up
 # A file that changed less than this before it was hashed may change again under the same time.
 SETTLED = 2_000_000_000  # nanoseconds
@@ -125,9 +125,8 @@ def _state(stat: os.stat_result) -> list[int]:
 
 def _entry(path: pathlib.Path) -> pathlib.Path:
     """The file that keeps the digest of this one."""
-    root = pathlib.Path(os.environ.get(CACHE) or "~/.cache/dnd_jax").expanduser()
     name = of_text(os.fsencode(path.resolve()))
-    return root / "sha256" / name[:2] / f"{name[2:]}.json"
+    return cache_folder() / "sha256" / name[:2] / f"{name[2:]}.json"
 
 
 def _kept(path: pathlib.Path) -> str | None:

@@ -23,9 +23,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.exchange import exchange
 
+CACHE = "DND_JAX_CACHE"
 _staged: set[pathlib.Path] = set()  # this process's temporary folders
 _OLD = ".old"  # behind the name of what was there, inside a temporary folder
 
@@ -186,6 +187,13 @@ def check_free(folder: str | os.PathLike, flag: str) -> None:
         raise InputError(f"--{flag}={folder}: exists already; choose another --{flag}")
 
 
+def cache_folder() -> pathlib.Path:
+    """Where what can be made again is kept: $DND_JAX_CACHE, else ~/.cache/dnd_jax. Of a user
+    without a home, a path below which nothing can be written."""
+    folder = pathlib.Path(os.path.expanduser(os.environ.get(CACHE) or "~/.cache/dnd_jax"))
+    return folder if not folder.parts[0].startswith("~") else pathlib.Path(os.devnull, "cache")
+
+
 def need_space(
     folder: pathlib.Path, size: int, what: str, instead: str = "use another --workdir"
 ) -> None:
@@ -223,5 +231,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # 5,000 digits; lists in lists 50,000 deep
+        raise InputError(f"{path}: not JSON that can be read ({first_line(error)})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

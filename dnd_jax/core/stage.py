@@ -85,7 +85,7 @@ class Given:
         """--seeds, or the settings' own. Raises InputError for what are no different whole
         numbers."""
         words = [word.strip() for word in self["seeds"]]
-        if not all(word.isdigit() for word in words) or len(set(map(int, words))) < len(words):
+        if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
             raise InputError(
                 f"--seeds={','.join(words)}: expected different whole numbers, such as 0,1,2"
             )

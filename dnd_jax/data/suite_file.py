@@ -156,6 +156,10 @@ def read_described(path: pathlib.Path, what: str, raw: object) -> Source:
             )
         if type(value) is not (types[key] if isinstance(types[key], type) else dict):
             raise InputError(f"{path}: {what}.{key} = {value!r} is of the wrong type")
+    if raw.get("limit", 0) < 0:
+        raise InputError(f"{path}: {what}.limit = {raw['limit']} must be 0 (all) or more")
+    if "\0" in raw["source"]:
+        raise InputError(f"{path}: {what}.source = {raw['source']!r} holds a NUL character")
     columns = raw.get("columns", {})
     if not all(key in FIELDS and isinstance(value, str) for key, value in columns.items()) or (
         columns and "prompt" not in columns

@@ -65,7 +65,7 @@ def read_vectors(path: str | os.PathLike) -> tuple[dict[str, int], np.ndarray]:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 parts = line.rstrip().split(" ")
-                if number == 1 and len(parts) == 2 and all(p.isdigit() for p in parts):
+                if number == 1 and len(parts) == 2 and all(p.isdecimal() for p in parts):
                     continue
                 width = width or len(parts) - 1
                 split = len(parts) - width  # not always 1: a few of GloVe's "words" hold spaces

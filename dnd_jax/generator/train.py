@@ -322,7 +322,7 @@ def _address(given: Given) -> tuple[str, int, int]:
 
 def _window(words: Sequence[str]) -> tuple[int, int] | None:
     """--profile: two steps, or None. Raises InputError for anything else."""
-    steps = [int(step) for step in words if step.isdigit()]
+    steps = [int(step) for step in words if step.isdecimal()]
     if words and (len(words) != 2 or len(steps) != 2 or steps[0] >= steps[1]):
         raise InputError(
             f"--profile={','.join(words)}: expected two steps, the first below the second, such "

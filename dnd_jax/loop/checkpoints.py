@@ -99,7 +99,7 @@ def check_newest(
     folder = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
     try:
         newest = max(
-            (path for path in folder.iterdir() if path.name.isdigit()),
+            (path for path in folder.iterdir() if path.name.isdecimal()),
             key=lambda path: int(path.name),
         )
         then = json.loads((newest / "record" / "metadata").read_text())["settings"]

@@ -53,12 +53,12 @@ def _module_sort_key(module: str) -> tuple:
     """Layers ascending; inside a layer MODULE_ORDER, then unknown names; modules outside any layer
     come last."""
     parts = module.split(".")
-    layer = next((int(part) for part in parts if part.isdigit()), math.inf)
+    layer = next((int(part) for part in parts if part.isdecimal()), math.inf)
     name = parts[-1]
     rank = MODULE_ORDER.index(name) if name in MODULE_ORDER else len(MODULE_ORDER)
     # A path may hold further numbers (experts): compare them as numbers, and the words around them
     # as words.
-    path = tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
+    path = tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
     return layer, rank, name if rank == len(MODULE_ORDER) else "", path
 
 

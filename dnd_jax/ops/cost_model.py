@@ -11,7 +11,6 @@ measures instead.
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dnd_jax.config.schema import METHODS
-from dnd_jax.core.files import read_json
+from dnd_jax.core.files import cache_folder, read_json
 from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic, Axis
 
@@ -326,10 +325,7 @@ def describe(problems: Iterable[Problem], method: str) -> str:
 
 def cache_file() -> pathlib.Path:
     """Where measurements are kept."""
-    return (
-        pathlib.Path(os.environ.get("DND_JAX_CACHE", "~/.cache/dnd_jax")).expanduser()
-        / "convolutions.json"
-    )
+    return cache_folder() / "convolutions.json"
 
 
 def key(problem: Problem) -> str:

@@ -207,7 +207,7 @@ def run(
             # what else could be measured is the same
             result, _ = run_seed(own, folder, strict, allowed)
     except InputError as error:
-        raise InputError(f"variant {variant.name}: {error}") from None
+        raise type(error)(f"variant {variant.name}: {error}") from None
     write_numbered(folder / DONE, FORMAT, {"settings": settings, "run": result})
     return result
 

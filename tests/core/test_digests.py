@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from dnd_jax.core import digests
+from dnd_jax.core import digests, files
 from dnd_jax.core.errors import InputError
 
 OLD = 1_600_000_000_000_000_000  # nanoseconds: files that changed long ago
@@ -19,7 +19,7 @@ OLD = 1_600_000_000_000_000_000  # nanoseconds: files that changed long ago
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, which keeps files of any size."""
-    monkeypatch.setenv(digests.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "LARGE", 1)
     return tmp_path / "cache"
 
@@ -83,9 +83,17 @@ def test_a_damaged_entry_is_made_again(tmp_path, cache, damage, reads):
 
 def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv(digests.CACHE, str(tmp_path / "file"))
+    monkeypatch.setenv(files.CACHE, str(tmp_path / "file"))
     path = write(tmp_path / "weights", b"abc")
     assert digests.of_file(path) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(files.CACHE, "~no-such-user-anywhere/cache")
+    path = write(tmp_path / "weights", b"abc")
+    assert digests.of_file(path) == hashlib.sha256(b"abc").hexdigest()
+    assert os.listdir(tmp_path) == ["weights"]
 
 
 def _hash_all(folder: pathlib.Path) -> str:

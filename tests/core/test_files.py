@@ -16,7 +16,7 @@ from dnd_jax.core import files
 from dnd_jax.core.arrays import SAMPLES, open_array, write_array
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.exchange import exchange
-from dnd_jax.core.files import replacing, write_json
+from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,6 +28,13 @@ def write_folder(path: pathlib.Path, word: str) -> None:
         (temporary / "inner").mkdir()
         for name in ("a", "b", "inner/c"):
             (temporary / name).write_text(word)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000])
+def test_json_that_python_does_not_read_is_refused(tmp_path, text):
+    (tmp_path / "suite.json").write_text(text)
+    with pytest.raises(InputError, match="suite.json: not JSON that can be read"):
+        read_json(tmp_path / "suite.json")
 
 
 def word_of(path: pathlib.Path) -> str:

@@ -423,7 +423,13 @@ def test_listed_suite(listed):
         (0, {"soruce": "x"}, "datasets[0] (a).soruce is unknown; did you mean source?"),
         (0, {"name": "../a"}, "datasets[0].name = '../a' cannot name a folder: it has a /"),
         (0, {"limit": "5"}, "datasets[0] (a).limit = '5' is of the wrong type"),
+        (0, {"limit": -3}, "datasets[0] (a).limit = -3 must be 0 (all) or more"),
         (0, {"source": ""}, "datasets[0] (a) needs a source"),
+        (
+            0,
+            {"source": "a\0.jsonl"},
+            "datasets[0] (a).source = 'a\\x00.jsonl' holds a NUL character",
+        ),
         (
             0,
             {"columns": {"question": "q"}},
