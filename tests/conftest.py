@@ -2,6 +2,8 @@
 run."""
 
 import os
+import pathlib
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -9,6 +11,11 @@ os.environ["XLA_FLAGS"] = (
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A program is compiled once for all tests, the processes that they start, and the next run.
+compiled = pathlib.Path(tempfile.gettempdir(), f"dnd_jax_tests_{os.getuid()}")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -199,8 +199,8 @@ def _assignments(config: Config) -> Iterator[str]:
             if getattr(ours, f.name) != getattr(theirs, f.name)
         ]
         changes = {key: _literal(getattr(ours, key)) for key in keys if key != "features"}
-        keys = ", ".join(f"{key}={value}" for key, value in changes.items())
-        update = f"config.{section}.update({keys})"
+        given = ", ".join(f"{key}={value}" for key, value in changes.items())
+        update = f"config.{section}.update({given})"
         if len(changes) > 1 and len(update) <= LINE - 4:
             yield update
         else:

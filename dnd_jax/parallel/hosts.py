@@ -62,10 +62,9 @@ def check_alike(values: Mapping[str, str]) -> None:
     processes raise InputError, which names what differs and in which process."""
     if not several():
         return
-    digests = [list(bytes.fromhex(digests.of_text(value))) for value in values.values()]
-    everywhere = multihost_utils.process_allgather(
-        np.asarray(digests, np.uint8)
-    )  # (processes, values, 32)
+    mine = [list(bytes.fromhex(digests.of_text(value))) for value in values.values()]
+    # (processes, values, 32)
+    everywhere = multihost_utils.process_allgather(np.asarray(mine, np.uint8))
     other = (everywhere != everywhere[0]).any(axis=2)
     faults = [
         f"{name} of process {', '.join(map(str, np.flatnonzero(other[:, i])))} differ from those "

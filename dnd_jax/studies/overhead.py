@@ -26,7 +26,7 @@ from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
-from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.costs.bench.case import peak_of_process
 from dnd_jax.costs.bench.run import finished
 from dnd_jax.data.rows import FILES
@@ -193,7 +193,7 @@ def _run(given: Given) -> None:
     print(f"{describe(result)}\nmeasurements: {(given.workdir / RESULT).absolute()}")
 
 
-STAGE = Stage(_run, FLAGS)
+STAGE = Stage(_run, FLAGS, settings=DEFAULT)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_a_text_encoders_package_is_asked_for_too(tmp_path):
     assert said[1::2] == ["status 2"] * 2
 
 
+@pytest.mark.slow
 def test_all_training_runs_without_pytorch(tmp_path):
     suite = tiny_suite(tmp_path / "suite")
     run = ["--config=tests/tiny.py", f"--suite={suite}", f"--workdir={tmp_path / 'w'}"]
