@@ -117,25 +117,6 @@ class Sequences:
         labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
         return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
 
-    def packed(self, length: int) -> "Sequences":
-        """All texts one after the other in rows of `length` tokens, to learn every token of; the
-        last few that fill no row go.
-
-        Raises InputError when not even one row is filled.
-        """
-        stream = np.concatenate([row[:end] for row, end in zip(self.ids, self.end, strict=True)])
-        rows = len(stream) // length
-        if not rows:
-            raise InputError(
-                f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower "
-                "the setting"
-            )
-        return Sequences(
-            stream[: rows * length].reshape(rows, length),
-            np.ones(rows, np.int32),
-            np.full(rows, length, np.int32),
-        )
-
     @property
     def response_width(self) -> int:
         """The longest response, its end token included."""
@@ -152,16 +133,7 @@ def encode(
     template or answer (skipped, where those alone are too long). Raises InputError where all are
     skipped, and for a tokenizer without an end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; "
-            "set one"
-        )
-    prompts = _tokens(tokenizer, [render(tokenizer, e.prompt, e.system) for e in examples])
-    responses = _tokens(tokenizer, [e.response for e in examples])
-    pairs = [
-        (p, r + [tokenizer.eos_token_id] * bool(r)) for p, r in zip(prompts, responses, strict=True)
-    ]
+    pairs = _token_pairs(tokenizer, examples)
     long = [i for i, (p, r) in enumerate(pairs) if len(p) + len(r) > max_length]
     if long and too_long == "refuse":
         example, (p, r) = examples[long[0]], pairs[long[0]]
@@ -182,6 +154,41 @@ def encode(
         )
     skipped = len(pairs) - len(kept)
     return _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
+
+
+def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequences:
+    """Tokenises examples of any length, one after the other in rows of `length` tokens, to learn
+    every token of; the last few that fill no row go.
+
+    Raises InputError when not even one row is filled, and for a tokenizer without an end token.
+    """
+    pairs = _token_pairs(tokenizer, examples)
+    stream = np.concatenate([np.array(p + r, np.int32) for p, r in pairs])
+    rows = len(stream) // length
+    if not rows:
+        raise InputError(
+            f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower "
+            "the setting"
+        )
+    return Sequences(
+        stream[: rows * length].reshape(rows, length),
+        np.ones(rows, np.int32),
+        np.full(rows, length, np.int32),
+    )
+
+
+def _token_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """(tokens of the rendered prompt, of the response with its end token) of every example; nothing
+    ends where there is no response. Raises InputError for a tokenizer without an end token."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; "
+            "set one"
+        )
+    prompts = _tokens(tokenizer, [render(tokenizer, e.prompt, e.system) for e in examples])
+    responses = _tokens(tokenizer, [e.response for e in examples])
+    end = [tokenizer.eos_token_id]
+    return [(p, r + end * bool(r)) for p, r in zip(prompts, responses, strict=True)]
 
 
 def _tokens(tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from dnd_jax.base.architecture import LmConfig
 Table = Sequence[tuple[str, str, bool]]
 
 
-def _affine(theirs: str, ours: str, norm: bool = False) -> Table:
+def affine(theirs: str, ours: str, norm: bool = False) -> Table:
     """Weight and bias of a linear layer or a LayerNorm."""
     return [
         (f"{theirs}.weight", f"{ours}/{'scale' if norm else 'kernel'}", not norm),
@@ -25,9 +25,9 @@ def lm_table(config: LmConfig, layers: int | None = None) -> Table:
     biased = {p: config.qkv_bias for p in "qkv"} | {"o": config.o_bias}
     block = []
     for p, bias in biased.items():
-        block += _affine(f"self_attn.{p}_proj", f"{p}_proj/dense")[: 1 + bias]
+        block += affine(f"self_attn.{p}_proj", f"{p}_proj/dense")[: 1 + bias]
     for p in ("up", "gate", "down"):
-        block += _affine(f"mlp.{p}_proj", f"{p}_proj/dense")[: 1 + config.mlp_bias]
+        block += affine(f"mlp.{p}_proj", f"{p}_proj/dense")[: 1 + config.mlp_bias]
     norms = ["input_layernorm", "post_attention_layernorm"]
     block += [(f"{norm}.weight", f"{norm}/scale", False) for norm in norms]
     if config.qk_norm:

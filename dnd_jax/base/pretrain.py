@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
-from dnd_jax.base.chat import build_tokenizer, encode
+from dnd_jax.base.chat import build_tokenizer, encode, encode_packed
 from dnd_jax.base.folder import save_base
 from dnd_jax.base.hub import is_hub_id, keep_revision, kept_revision, resolve, revision_of
 from dnd_jax.base.loss import answer_loss
@@ -88,11 +88,12 @@ def pretrain(
         (f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size
     )
     length = config.base.max_length
-    data = encode(tokenizer, suite.corpus, length, "skip")
-    if lost := data.lost("the corpus", length):
-        print(lost, flush=True)
     if c.loss == "text":
-        data = data.packed(length)
+        data = encode_packed(tokenizer, suite.corpus, length)
+    else:
+        data = encode(tokenizer, suite.corpus, length, "skip")
+        if lost := data.lost("the corpus", length):
+            print(lost, flush=True)
     width = data.response_width
     module = BaseLM(sizes_to_pretrain(config.base, len(tokenizer)))
     optimizer = base_optimizer(c)

@@ -252,10 +252,16 @@ def check(suite: Suite, strict: bool = False, kept: pathlib.Path | None = None) 
     when it is this one, unchanged.
     """
     faults = _faults(suite, kept)
-    if faults and strict:
-        raise listed(f"{suite.name}: faults in the data (--strict)", faults)
+    if strict:
+        _refuse(suite, faults)
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr, flush=True)
+
+
+def _refuse(suite: Suite, faults: list[str]) -> None:
+    """Raises InputError that lists a suite's faults, if it has any."""
+    if faults:
+        raise listed(f"{suite.name}: faults in the data (--strict)", faults)
 
 
 def _faults(suite: Suite, kept: pathlib.Path | None) -> list[str]:
@@ -271,8 +277,8 @@ def _faults(suite: Suite, kept: pathlib.Path | None) -> list[str]:
     return faults
 
 
-def report(suite: Suite) -> str:
-    """The data report: a table of the datasets, then faults and notes."""
+def report(suite: Suite, found: Sequence[Finding]) -> str:
+    """The data report: a table of the datasets, then what was found, faults and notes."""
     rows = [("dataset", "role", "train", "test", "answers", "most frequent in test")]
     for role, datasets in (("train", suite.train), ("unseen", suite.unseen)):
         for d in datasets:
@@ -294,7 +300,6 @@ def report(suite: Suite) -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    found = findings(suite)
     for title, fault in (("faults", True), ("notes", False)):
         some = [f"  {f}" for f in found if f.fault == fault]
         lines += ["", f"{title}: {len(some) or 'none'}", *some]
@@ -303,9 +308,10 @@ def report(suite: Suite) -> str:
 
 def _run(given: Given) -> None:
     suite = load_suite(given.config.suite or given.workdir / paths.SUITE, 1)
-    print(report(suite), flush=True)
+    found = findings(suite)
+    print(report(suite, found), flush=True)
     if given["strict"]:
-        check(suite, strict=True)
+        _refuse(suite, [str(f) for f in found if f.fault])
 
 
 STAGE = Stage(_run, ON_SUITE, settings=DEFAULT)

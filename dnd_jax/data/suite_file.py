@@ -1,13 +1,12 @@
 """What a suite's file says: where each dataset lies, before any of them is read."""
 
 import dataclasses
-import difflib
 import os
 import pathlib
 import typing
 from collections.abc import Mapping
 
-from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.errors import InputError, listed, nearest
 from dnd_jax.core.files import read_json
 from dnd_jax.core.names import name_fault, twin_faults
 from dnd_jax.data.rows import FILES
@@ -150,10 +149,7 @@ def read_described(path: pathlib.Path, what: str, raw: object) -> Source:
         )
     for key, value in raw.items():
         if key not in types:
-            near = difflib.get_close_matches(key, [*types, *OWN], n=1)
-            raise InputError(
-                f"{path}: {what}.{key} is unknown" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise InputError(f"{path}: {what}.{key} is unknown{nearest(key, [*types, *OWN])}")
         if type(value) is not (types[key] if isinstance(types[key], type) else dict):
             raise InputError(f"{path}: {what}.{key} = {value!r} is of the wrong type")
     if raw.get("limit", 0) < 0:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dnd_jax.base.names import Table, _affine
+from dnd_jax.base.names import Table, affine
 
 WINDOW = 512  # docs/METHOD.md section 4
 RULES = (  # as those of base/architecture.py
@@ -110,7 +110,7 @@ def bert_table(layers: int) -> Table:
         ("embeddings.word_embeddings.weight", "word_embeddings/embedding", False),
         ("embeddings.position_embeddings.weight", "position_embeddings", False),
         ("embeddings.token_type_embeddings.weight", "token_type_embeddings", False),
-        *_affine("embeddings.LayerNorm", "norm", norm=True),
+        *affine("embeddings.LayerNorm", "norm", norm=True),
     ]
     for i in range(layers):
         for theirs, ours, norm in (
@@ -123,7 +123,7 @@ def bert_table(layers: int) -> Table:
             ("output.dense", "output", False),
             ("output.LayerNorm", "output_norm", True),
         ):
-            table += _affine(f"encoder.layer.{i}.{theirs}", f"layer_{i}/{ours}", norm)
+            table += affine(f"encoder.layer.{i}.{theirs}", f"layer_{i}/{ours}", norm)
     return table
 
 

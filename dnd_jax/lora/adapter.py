@@ -16,9 +16,9 @@ from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
 from dnd_jax.lora.layout import PEFT_PREFIX, canonical
 from dnd_jax.lora.peft_settings import (
-    _B,
     CARD,
     CONFIG,
+    LORA_B,
     WEIGHTS,
     AdapterConfig,
     b_factor,
@@ -85,8 +85,8 @@ def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
         else config_file(path)
     )
     raw = read_json(config) if config.is_file() else {}
-    for key in [key for key in tensors if key.endswith(_B)]:
-        factor = b_factor(raw, key.removesuffix(_B))
+    for key in [key for key in tensors if key.endswith(LORA_B)]:
+        factor = b_factor(raw, key.removesuffix(LORA_B))
         if factor != 1:
             tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
     return tensors

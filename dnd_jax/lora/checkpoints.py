@@ -22,7 +22,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +42,7 @@ from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.peft_settings import (
     WEIGHTS,
+    AdapterConfig,
     config_file,
     load_adapter_config,
     read_shapes,
@@ -117,6 +118,33 @@ TOKENS, IMPORTANCE = "tokens.npy", "importance.npy"
 VERSION = 2  # of what the files hold
 
 
+def _differences(
+    first: tuple[AdapterConfig, Mapping[str, tuple[int, ...]]],
+    other: tuple[AdapterConfig, Mapping[str, tuple[int, ...]]],
+) -> list[str]:
+    """In what a checkpoint differs from the first; of each, its settings and {key: shape}."""
+    (wanted, shapes), (settings, found) = first, other
+    differ = [
+        f"{key} {getattr(settings, key)!r} instead of {getattr(wanted, key)!r}"
+        for key in ("rank", "alpha")
+        if getattr(settings, key) != getattr(wanted, key)
+    ]
+    missing, more = shapes.keys() - found.keys(), found.keys() - shapes.keys()
+    if missing:
+        differ.append(f"{len(missing)} tensors missing ({min(missing)})")
+    if more:
+        differ.append(f"{len(more)} tensors more ({min(more)})")
+    # Another rank changes every shape, and is said above.
+    reshaped = sorted(key for key in shapes.keys() & found.keys() if shapes[key] != found[key])
+    if reshaped and settings.rank == wanted.rank:
+        key = reshaped[0]
+        differ.append(
+            f"{len(reshaped)} tensors of another shape ({key} {found[key]} instead of "
+            f"{shapes[key]})"
+        )
+    return differ
+
+
 class Checkpoints:
     """The LoRA checkpoints of the training datasets: one layout and one scale, checked by the
     files' headers alone."""
@@ -137,31 +165,7 @@ class Checkpoints:
         for path in every[1:]:
             other = load_adapter_config(path)
             bases.add(other.base)
-            differ = [
-                f"{key} {getattr(other, key)!r} instead of {getattr(self.adapter, key)!r}"
-                for key in ("rank", "alpha")
-                if getattr(other, key) != getattr(self.adapter, key)
-            ]
-            found = read_shapes(path)
-            differ += [
-                f"{len(keys)} tensors missing ({min(keys)})"
-                for keys in [shapes.keys() - found.keys()]
-                if keys
-            ]
-            differ += [
-                f"{len(keys)} tensors more ({min(keys)})"
-                for keys in [found.keys() - shapes.keys()]
-                if keys
-            ]
-            other_shapes = sorted(
-                key for key in shapes.keys() & found.keys() if shapes[key] != found[key]
-            )
-            if other_shapes and other.rank == self.adapter.rank:
-                key = other_shapes[0]
-                differ.append(
-                    f"{len(other_shapes)} tensors of another shape ({key} {found[key]} instead of "
-                    f"{shapes[key]})"
-                )
+            differ = _differences((self.adapter, shapes), (other, read_shapes(path)))
             if differ:
                 faults.append(f"{path} has {', '.join(differ)}")
         if faults:
@@ -293,9 +297,8 @@ def _write_tokens(
     moments = Moments()
 
     def tokens(reader: concurrent.futures.Executor) -> Iterator[np.ndarray]:
-        ahead = reader.submit(
-            load_adapter, paths[0]
-        )  # the next one is read while this one is encoded
+        # The next one is read while this one is encoded.
+        ahead = reader.submit(load_adapter, paths[0])
         for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
             stop.check()
             tensors = ahead.result()

@@ -13,7 +13,7 @@ from dnd_jax.core.tensors import opened
 from dnd_jax.lora.layout import canonical
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +151,9 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     if raw.get("bias", "none") != "none":
         raise InputError(f"{file}: bias = {raw['bias']!r} is not supported")
     ranks = {
-        key.removesuffix(_A): shape[0]
+        key.removesuffix(LORA_A): shape[0]
         for key, shape in read_shapes(path).items()
-        if key.endswith(_A)
+        if key.endswith(LORA_A)
     }
     try:
         faults = [

@@ -9,7 +9,7 @@ import pytest
 from pipeline import tiny_suite
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
-from dnd_jax.base.chat import build_tokenizer, encode, render
+from dnd_jax.base.chat import build_tokenizer, encode, encode_packed, render
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import pretrain
@@ -178,15 +178,16 @@ def test_texts_in_full_rows(tokenizer_of):
         for e in examples
     ]
     assert data.ids[2, : data.end[2]].tolist() == texts[2] and data.start[2] == data.end[2]
+    assert max(data.end) > 9  # longer than a row, and not left out for that
     stream = np.concatenate([row[:end] for row, end in zip(data.ids, data.end, strict=True)])
-    packed = data.packed(9)
+    packed = encode_packed(tokenizer, examples, 9)
     assert len(packed) == len(stream) // 9 > 2
     np.testing.assert_array_equal(packed.ids.ravel(), stream[: packed.ids.size])
     batch = packed.batch(np.arange(len(packed)), packed.response_width)
     np.testing.assert_array_equal(batch["labels"], packed.ids[:, 1:])
     np.testing.assert_array_equal(batch["at"], np.broadcast_to(np.arange(8), (len(packed), 8)))
     with pytest.raises(InputError, match="fewer than base.max_length=500"):
-        data.packed(500)
+        encode_packed(tokenizer, examples, 500)
 
 
 def test_what_is_too_long_is_skipped_cut_or_refused(tokenizer_of):
@@ -239,12 +240,13 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
     )
 
 
-def test_a_base_from_questions_alone(tmp_path):
-    """Two sources without responses: the whole text is learned; answers, which there are none of,
-    are not."""
+def test_a_base_from_questions_alone(tmp_path, capsys):
+    """Two sources without responses: the whole text is learned, however long; answers, which there
+    are none of, are not."""
     root = tiny_suite(tmp_path / "suite")
     suite = json.loads((root / "suite.json").read_text())
     lines = (root / "corpus.jsonl").read_text().splitlines()
+    lines.append(json.dumps({"prompt": "Why is iron hard? " * 100}))  # beyond base.max_length
     for name, part in (("one", lines[:90]), ("two", lines[90:])):
         (root / f"{name}.jsonl").write_text(
             "".join(json.dumps({"prompt": json.loads(line)["prompt"]}) + "\n" for line in part)
@@ -262,7 +264,8 @@ def test_a_base_from_questions_alone(tmp_path):
     raw.pretrain.update(loss="text", steps=40)
     config = freeze(raw)
     folder = pretrain(config, suite, tmp_path / "run")
+    assert "skipped" not in capsys.readouterr().out
     module, params = load_base(folder)
-    texts = encode(load_tokenizer(folder), suite.corpus, 64).packed(64)
+    texts = encode_packed(load_tokenizer(folder), suite.corpus, 64)
     loss, _ = answer_loss(module, params, texts.batch(np.arange(len(texts)), texts.response_width))
     assert float(loss) < 0.6 * np.log(module.config.vocab_size)

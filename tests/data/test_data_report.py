@@ -112,7 +112,8 @@ def test_one_label(files):
     ]
     rows["three_test"][0]["response"] = "[B]"
     assert faults(write) == []
-    assert "19 of 20 test answers are '[A]'" in hygiene.report(load_suite(write()))
+    suite = load_suite(write())
+    assert "19 of 20 test answers are '[A]'" in hygiene.report(suite, findings(suite))
 
 
 def test_duplicates_and_contradictions(files):
@@ -295,6 +296,14 @@ def test_fingerprint_stays(tmp_path):
     for part in (suite.corpus, *(its for d in suite.every for its in (d.train, d.test))):
         digest.update(json.dumps([(e.prompt, e.response, e.system) for e in part]).encode())
     assert suite.fingerprint == digest.hexdigest()
+
+
+def test_strict_looks_through_the_data_once(files, monkeypatch):
+    _, write = files
+    suites, find = [], hygiene.findings
+    monkeypatch.setattr(hygiene, "findings", lambda suite: suites.append(suite) or find(suite))
+    main(["data-report", f"--suite={write()}", "--strict"])
+    assert len(suites) == 1
 
 
 def test_command_warns_reports_and_refuses(files, capsys, tmp_path):
