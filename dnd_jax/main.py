@@ -20,10 +20,7 @@ from dnd_jax.core.errors import (
 
 # Stage -> (the module whose STAGE it is, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
-    "quickstart": (
-        "studies.quickstart",
-        "the whole pipeline on a suite: results.json, report.html",
-    ),
+    "quickstart": ("studies.quickstart", "the pipeline on a suite: results.json, report.html"),
     "suite": ("data.world", "write the embedded suite to --out"),
     "data-report": ("data.report", "what is in a suite's data, and what is wrong with it"),
     "pretrain": ("base.pretrain", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
@@ -33,10 +30,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
     "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
     "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
-    "import-generator": (
-        "generator.import_released",
-        "a released .pth -> --out, a generator folder",
-    ),
+    "import-generator": ("generator.import_released", "a released .pth -> --out, a folder"),
     "export-generator": ("generator.export_released", "a generator folder -> --out, a .pth"),
     "init-config": ("generator.init_config", "settings for another base -> --out=NAME.py"),
     "plan": (
@@ -92,9 +86,7 @@ def _main(argv: list[str]) -> int:
     except (InputError, CheckFailed, Lost) as error:
         print(f"dnd: {error}", file=sys.stderr)
         if isinstance(error, Missing) and requeued():
-            # as for a peer that is lost later: GKE starts all again, which it does not after bad
-            # input
-            return 3
+            return 3  # as for a peer lost later: GKE starts all again, but not after bad input
         return 1 if isinstance(error, CheckFailed) or is_no_room(error) else 2
     except (Stopped, KeyboardInterrupt) as error:
         print(

@@ -75,7 +75,7 @@ def parse(name: str, stage: Stage, words: Sequence[str]) -> Given:
     if values.get("suite"):
         base.suite = values["suite"]
     _override(base, asked, file)
-    workdir = pathlib.Path(values.get("workdir") or f"runs/{pathlib.Path(file).stem}")
+    workdir = pathlib.Path(values.get("workdir") or _workdir_of(pathlib.Path(file)))
     if "workdir" in values:
         values["workdir"] = str(workdir)
     given = Given(values, freeze(base), file, workdir, argument, tuple(words))
@@ -168,6 +168,12 @@ def _values(stage: Stage, asked: Mapping[str, str]) -> dict[str, Any]:
 
 def _has_workdir(stage: Stage) -> bool:
     return any(flag.name == stages.WORKDIR.name for flag in stage.flags)
+
+
+def _workdir_of(file: pathlib.Path) -> pathlib.Path:
+    """The workdir where none is given: of a run's memory that run's, else one by the file's
+    name."""
+    return file.parent if file.name == paths.CONFIG else pathlib.Path("runs", file.stem)
 
 
 def _fallback(stage: Stage) -> str:

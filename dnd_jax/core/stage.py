@@ -29,7 +29,8 @@ WORKDIR = Flag(
     "workdir",
     str,
     "",
-    "folder of the run (default: runs/NAME of --config=NAME); the same command goes on in it",
+    "folder of the run (default: runs/NAME of --config=NAME, DIR of --config=DIR/config.json); the "
+    "same command goes on in it",
 )
 SUITE = Flag(
     "suite", str, "", "folder or JSON file of your own tasks (default: the embedded suite)"

@@ -7,9 +7,8 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 
 from dnd_jax.core import digests, packages
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import replacing
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
@@ -24,7 +23,7 @@ class Metrics:
         self, directory: pathlib.Path, step: int, trackers: Collection[str] = (), title: str = ""
     ):
         self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
-        path = directory / METRICS_FILE
+        path = directory / paths.METRICS
         lines = path.read_text().splitlines() if path.exists() and step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         with replacing(path) as temporary:
@@ -82,5 +81,5 @@ def packages_of(trackers: Collection[str]) -> tuple[str, ...]:
 
 def read_metrics(directory: str | os.PathLike) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
-    path = pathlib.Path(directory, METRICS_FILE)
+    path = pathlib.Path(directory, paths.METRICS)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

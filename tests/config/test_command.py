@@ -12,9 +12,10 @@ import pytest
 
 from dnd_jax.config import command
 from dnd_jax.config.load import load_file, shipped
-from dnd_jax.config.remembered import remembering
+from dnd_jax.config.remembered import absolute, remembering
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import write_json
 from dnd_jax.core.stage import DEFAULT, NONE, SEEDS, SUITE, WORKDIR, Flag, Stage
 from dnd_jax.main import STAGES, main
 
@@ -158,6 +159,47 @@ def test_a_stage_goes_on_with_what_its_run_remembers(outside, capsys):
         assert parsed("--workdir=w").config.seed == 5  # for who interrupts the stage
         raise InputError("made with other settings")
     assert parsed("--workdir=w").config.seed == 0
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("made", [None, "generator/metrics.jsonl", "evaluation.json"])
+def test_what_fails_is_remembered_only_if_something_was_made(outside, remembers, made):
+    first, now = (parsed("--config=mini", f"--config.seed={i}", "--workdir=w") for i in (0, 1))
+    (outside / "w/generator").mkdir(parents=True)
+    if remembers:
+        (outside / "w/generator/metrics.jsonl").write_text("of the first run")
+        with remembering(first.workdir, first.config):
+            pass
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(InputError), remembering(now.workdir, now.config):
+        if made:
+            write_json(outside / "w" / made, [])
+        raise InputError("the disk is full, or a refusal")
+    if made:
+        assert parsed("--workdir=w").config == now.config
+    else:
+        assert sorted(outside.rglob("*")) == before
+        assert not remembers or parsed("--workdir=w").config == first.config
+
+
+def test_what_a_run_remembers_holds_from_any_folder(outside, monkeypatch):
+    for name in ("s", "b", "start", "elsewhere"):
+        (outside / name).mkdir()
+    words = ["--suite=s", "--config.base.path=b", "--config.train.init_from=start"]
+    words += ["--config.train.checkpoint_dir=new", "--config.condition.encoder=Qwen/hub"]
+    given = parsed("--config=mini", "--workdir=w", *words)
+    with remembering(given.workdir, given.config):
+        pass
+    monkeypatch.chdir(outside / "elsewhere")
+    later = parsed("--config=../w/config.json")
+    assert later.workdir == pathlib.Path("../w")
+    c = later.config
+    assert [c.suite, c.base.path, c.train.init_from, c.train.checkpoint_dir] == [
+        str(outside / name) for name in ("s", "b", "start", "new")
+    ]
+    assert c.condition.encoder == "Qwen/hub" and c.train.checkpoints == ""
+    bucket = dataclasses.replace(c, train=dataclasses.replace(c.train, checkpoint_dir="gs://b/c"))
+    assert absolute(bucket) == bucket
 
 
 def test_remembered_settings_of_other_versions(outside, capsys):
