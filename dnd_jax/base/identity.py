@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dnd_jax.base.hub import hub_id, resolve
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.tensors import INDEX, weight_files
 from dnd_jax.core.workdir import BASE
 from dnd_jax.parallel import hosts
 
@@ -27,17 +28,22 @@ TOKENIZER = (
 )
 # The first of these that a folder has any of are its weights.
 WEIGHTS = (
-    ("model.safetensors.index.json", "model.safetensors", "model-*.safetensors"),
+    (INDEX, "model.safetensors", "model-*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*.bin"),
 )
 
 
 def model_files(folder: pathlib.Path, settings: Iterable[str]) -> dict[str, pathlib.Path]:
     """{name: path} of a model folder's weights, tokenizer and these settings; what else lies there
-    (a card, a record, an optimiser) does not belong to the model."""
+    (a card, a record, an optimiser) does not belong to the model.
+
+    Raises InputError for an index that cannot be read.
+    """
     found = {name: folder / name for name in (*settings, *TOKENIZER) if (folder / name).is_file()}
     for patterns in WEIGHTS:
         weights = {path.name: path for pattern in patterns for path in folder.glob(pattern)}
+        if INDEX in weights:  # which may call its shards anything
+            weights |= {path.name: path for path in weight_files(folder) if path.is_file()}
         if weights:
             return found | weights
     return found

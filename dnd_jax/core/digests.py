@@ -7,7 +7,6 @@ entry is written whole, by any number of processes, and one that is lost or dama
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import json
@@ -29,6 +28,9 @@ SETTLED = 2_000_000_000  # nanoseconds
 BLOCK = 1 << 23  # bytes read at a time
 THREADS = 4  # files read at once
 PATIENCE = 3.0  # seconds until the progress is shown
+
+# {(path, size, time of change, inode): digest} of what this process could not keep in the cache
+_unwritten: dict[tuple, str] = {}
 
 
 def of_text(*parts: str | bytes) -> str:
@@ -137,6 +139,8 @@ def _kept(path: pathlib.Path) -> str | None:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if state[0] < LARGE:
         return None
+    if (digest := _unwritten.get((path.resolve(), *state))) is not None:
+        return digest
     try:
         *then, digest = json.loads(_entry(path).read_bytes())
         return digest if then == state and len(bytes.fromhex(digest)) == 32 else None
@@ -145,10 +149,14 @@ def _kept(path: pathlib.Path) -> str | None:
 
 
 def _keep(path: pathlib.Path, entry: list) -> None:
-    """Writes what `_kept` reads, whole or not at all. A cache that cannot be written is none."""
+    """Writes what `_kept` reads, whole or not at all. Where the cache cannot be written, this
+    process alone knows it."""
     file = _entry(path)
     part = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with contextlib.suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(entry))
         part.replace(file)
+    except OSError:
+        *state, digest = entry
+        _unwritten[path.resolve(), *state] = digest

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.hub import check_repo_id, is_repo_id, push, resolve
+from dnd_jax.base.hub import check_repo_id, is_repo_id, kept_revision, push, resolve
 from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
@@ -108,8 +108,12 @@ class TrainedGenerator:
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
         """The text encoder it was trained with, loaded when first needed."""
-        name, wanted = self.condition.encoder, self._description.encoder_fingerprint
-        encoder = PromptEncoder(self.condition, self._mesh, self._description.encoder_revision)
+        description, name = self._description, self.condition.encoder
+        wanted = description.encoder_fingerprint
+        # The commit that was recorded is one of the recorded name.
+        same = name == description.condition.encoder
+        revision = description.encoder_revision if same else ""
+        encoder = PromptEncoder(self.condition, self._mesh, revision)
         found = encoder.fingerprint
         if found != wanted and fingerprint_of_format_0(name, self.condition) != wanted:
             raise InputError(
@@ -216,7 +220,7 @@ def _run(given: Given) -> None:
     if given["push-to-hub"]:
         _check_base_name(given, generator.adapter.base)
     prompts = generator.read(given["prompts"])
-    base = resolve(given["base"] or generator.base, FILES) if merged else None
+    base = base_to_merge(given["base"] or generator.base, generator.folder) if merged else None
     for sample, folder in enumerate(folders):
         seed = given["seed"] + sample
         folder = generator.write(prompts, folder, seed, given["prompts"], given["dtype"])
@@ -229,6 +233,12 @@ def _run(given: Given) -> None:
             print(f"model: {folder.absolute()}")
     if given["push-to-hub"]:
         print(f"pushed: {push(folder, given['push-to-hub'], given['public'])}")
+
+
+def base_to_merge(name: str, generator: pathlib.Path) -> pathlib.Path:
+    """The folder of the base to merge into; of a hub id, the commit that the generator's run took,
+    where its folder says so. Raises InputError as `resolve`."""
+    return resolve(name, FILES, kept_revision(name, generator.parent))
 
 
 def _check_base_name(given: Given, base: str) -> None:

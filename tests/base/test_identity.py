@@ -1,5 +1,7 @@
 """A base is its files, under any spelling of its path; its name is one that holds elsewhere."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +12,7 @@ import pytest
 from dnd_jax.base.hub import keep_revision, kept_revision, resolve, revision_of
 from dnd_jax.base.identity import base_digest, base_name, means_base, one_name
 from dnd_jax.core.errors import InputError
+from dnd_jax.generator.generate import TrainedGenerator, base_to_merge
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "cfc09d1" / "run" / "base"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,6 +36,16 @@ def test_contents_decide(base, tmp_path, monkeypatch):
         other = shutil.copytree(base, tmp_path / f"other_{name}")
         (other / name).write_bytes((other / name).read_bytes() + b"\n")
         assert base_digest(other) != before, name
+
+
+def test_shards_under_any_name(base):
+    """Weights are what the index names, as the base is loaded."""
+    shard = (base / "model.safetensors").rename(base / "model_00001-of-00001.safetensors")
+    index = {"weight_map": {"model.norm.weight": shard.name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = base_digest(base)
+    shard.write_bytes(shard.read_bytes() + b"other")
+    assert base_digest(base) != before
 
 
 def test_names_hold_elsewhere(base, tmp_path, monkeypatch):
@@ -70,6 +83,34 @@ def test_records_that_name_a_path(base, tmp_path):
     (base / "pretrain.json").unlink()
     assert not means_base("runs/gone/base", base)
     assert not means_base(None, base)
+
+
+def test_generation_takes_the_commits_of_the_training(tmp_path, monkeypatch):
+    """An encoder's is one of its own name; a base's stands in the workdir."""
+    asked = []
+
+    def prompt_encoder(condition, mesh, revision):
+        asked.append((condition.encoder, revision))
+        raise InterruptedError
+
+    monkeypatch.setattr("dnd_jax.generator.generate.PromptEncoder", prompt_encoder)
+    for name in ("", "moved/elsewhere"):
+        generator = TrainedGenerator(GOLDEN.parent / "generator", encoder=name)
+        known = dataclasses.replace(generator._description, encoder_revision=COMMIT)
+        monkeypatch.setattr(generator, "_description", known)
+        with pytest.raises(InterruptedError):
+            _ = generator.encoder
+    assert asked == [(known.condition.encoder, COMMIT), ("moved/elsewhere", "")]
+
+    def snapshot_download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    keep_revision("a/b", COMMIT, tmp_path)
+    for name in ("a/b", "c/d"):
+        base_to_merge(name, tmp_path / "generator")
+    assert asked[2:] == [("a/b", COMMIT), ("c/d", None)]
 
 
 def test_the_commit_that_was_taken_is_asked_for_again(tmp_path, monkeypatch):

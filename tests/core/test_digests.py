@@ -81,11 +81,15 @@ def test_a_damaged_entry_is_made_again(tmp_path, cache, damage, reads):
     assert len(reads) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+def test_without_a_cache_the_process_remembers(tmp_path, monkeypatch, reads):
     (tmp_path / "file").touch()
     monkeypatch.setenv(files.CACHE, str(tmp_path / "file"))
     path = write(tmp_path / "weights", b"abc")
-    assert digests.of_file(path) == hashlib.sha256(b"abc").hexdigest()
+    for _ in range(2):
+        assert digests.of_file(path) == hashlib.sha256(b"abc").hexdigest()
+    write(tmp_path / "new", b"two").replace(path)
+    assert digests.of_file(path) == hashlib.sha256(b"two").hexdigest()
+    assert reads == ["weights", "weights"]
 
 
 def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
