@@ -162,3 +162,13 @@ def resolve(
         raise InputError(
             f"{name}: neither a folder here nor reachable on the hub ({reason})"
         ) from None
+
+
+def pinned(name: str, workdir: pathlib.Path) -> str:
+    """A hub id's folder, of the commit that this run took first, which is recorded; any other name
+    as it is. Raises InputError as `resolve`."""
+    if not is_hub_id(name):
+        return name
+    found = resolve(name, revision=kept_revision(name, workdir))
+    keep_revision(name, revision_of(found), workdir)
+    return str(found)

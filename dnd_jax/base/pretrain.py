@@ -15,7 +15,7 @@ import optax
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
 from dnd_jax.base.chat import build_tokenizer, encode, encode_packed
 from dnd_jax.base.folder import save_base
-from dnd_jax.base.hub import is_hub_id, keep_revision, kept_revision, resolve, revision_of
+from dnd_jax.base.hub import pinned
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
@@ -145,16 +145,12 @@ def make_base(
 def find_base(config: Config, workdir: pathlib.Path) -> str:
     """The given base (of a hub id the folder of the commit that this run took first), or the one
     that was pretrained in the workdir. Raises InputError when it was not."""
-    folder, given = workdir / paths.BASE, config.base.path
-    if is_hub_id(given):
-        found = resolve(given, revision=kept_revision(given, workdir))
-        keep_revision(given, revision_of(found), workdir)
-        return str(found)
+    folder = workdir / paths.BASE
     if not config.base.path and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder}: no base here; run `dnd pretrain` first or set --config.base.path"
         )
-    return config.base.path or str(folder)
+    return pinned(config.base.path, workdir) or str(folder)
 
 
 def _run(given: Given) -> None:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dnd_jax.base.hub import keep_revision, kept_revision, pinned
 from dnd_jax.base.identity import base_digest
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.remembered import remembering
@@ -181,9 +182,11 @@ def run(
     """
     own = with_changes(dataclasses.replace(config, seed=seed), variant.changes)
     folder, default = (workdir / name / f"seed_{seed}" for name in (variant.folder, DEFAULT))
+    for name in (own.base.path, own.condition.encoder):
+        keep_revision(name, kept_revision(name, default), folder)
     settings = {
         name: value for name, value in own.to_json().items() if name in SECTIONS | {"seed"}
-    } | {"fingerprint": suite, "contents": contents(own)}
+    } | {"fingerprint": suite, "contents": contents(own, folder)}
     try:
         if (folder / DONE).is_file():
             stored = read_numbered(folder / DONE, FORMAT)
@@ -212,12 +215,16 @@ def run(
     return result
 
 
-def contents(config: Config) -> dict:
-    """Digests of what the settings lead to by paths, of those that are given."""
+def contents(config: Config, folder: pathlib.Path) -> dict:
+    """Digests of what the settings lead to by paths, of those that are given; a hub id means the
+    commit that the run of this folder took."""
     base, start, loras = config.base.path, config.train.init_from, config.train.checkpoints
+    encoder = config.condition.encoder
     return {
-        "base": base_digest(base) if base and BASE not in base else "",
-        "encoder": identify(config.condition) if BASE not in config.condition.encoder else "",
+        "base": base_digest(pinned(base, folder)) if base and BASE not in base else "",
+        "encoder": ""
+        if BASE in encoder
+        else identify(dataclasses.replace(config.condition, encoder=pinned(encoder, folder))),
         "init_from": digests.of_file(find_generator(start) / MODEL) if start else "",
         "checkpoints": os.path.realpath(loras) if loras else "",
     }

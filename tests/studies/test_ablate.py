@@ -7,6 +7,7 @@ import pathlib
 import signal
 import statistics
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import given
@@ -368,6 +369,29 @@ def test_report_of_several_seeds_and_of_one(tmp_path):
     assert "over draws of prompts, not over seeds" in ablate_report.as_markdown(
         {**report, "seeds": [7], "variants": [one]}
     )
+
+
+def test_a_hub_id_is_the_commit_that_the_default_took(tmp_path, monkeypatch):
+    """Newer commits there neither end a finished ablation nor come into its variants."""
+    hub, newest = tmp_path / "models--a--b" / "snapshots", ["1" * 40]
+
+    def snapshot_download(name, revision=None, **_):
+        folder = hub / (revision or newest[-1])
+        write_json(folder / "config.json", {"commit": folder.name})
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(ablate, "run_seed", lambda *_: ({"made": len(newest)}, None))
+    config, workdir = settings(base__path="a/b", condition__encoder="c/d"), tmp_path / "w"
+    default = ablate.Variant("default", {})
+    (workdir / "default" / "seed_0").mkdir(parents=True)
+    for _ in range(2):
+        assert ablate.run(config, default, workdir, 0, "print") == {"made": 1}
+        newest.append("2" * 40)
+    ablate.run(config, ablate.Variant("v", {"lora.rank": 1}), workdir, 0, "print")
+    for name in ("default", "v"):
+        pinned = read_json(workdir / name / "seed_0" / paths.REVISIONS)
+        assert pinned == {"a/b": "1" * 40, "c/d": "1" * 40}, name
 
 
 def scores_of(run: dict) -> dict:
