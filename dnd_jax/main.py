@@ -17,6 +17,7 @@ from dnd_jax.core.errors import (
     is_no_room,
     nearest,
 )
+from dnd_jax.core.processes import STDOUT, nobody_reads
 
 # Stage -> (the module whose STAGE it is, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
@@ -33,10 +34,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "import-generator": ("generator.import_released", "a released .pth -> --out, a folder"),
     "export-generator": ("generator.export_released", "a generator folder -> --out, a .pth"),
     "init-config": ("generator.init_config", "settings for another base -> --out=NAME.py"),
-    "plan": (
-        "costs.plan",
-        "the real steps compiled for devices that need not be there: their cost",
-    ),
+    "plan": ("costs.plan", "what the real steps cost on devices that need not be there"),
     "bench": ("costs.bench.run", "our methods and PyTorch side by side, measured"),
     "ablate": ("studies.ablate", "a configuration beside variants of it: table and plot"),
     "overhead": ("studies.overhead", "time and memory of generating an adapter, of tuning one"),
@@ -61,13 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     a folder that another run has, 3 lost or (with DND_REQUEUE=1) missing processes, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    status = 0
     try:
         status = _main(argv)
         sys.stdout.flush()
-        return status
     except BrokenPipeError:  # `dnd ... | head`: whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if not nobody_reads(STDOUT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return status
 
 
 def _main(argv: list[str]) -> int:
@@ -103,9 +103,9 @@ def _main(argv: list[str]) -> int:
         )
         print(f"dnd: no room on the device ({first_line(error)}); take {hint}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads(STDOUT):
+            raise
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
         print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
         return 2

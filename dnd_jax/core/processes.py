@@ -1,10 +1,21 @@
-"""Which processes there are: whether one that wrote its name down is still the one that has it."""
+"""Which processes there are: whether one that wrote its name down is still the one that has it,
+and whether one still reads what is written."""
 
 import functools
 import os
 import pathlib
+import select
 import subprocess
 import time
+
+STDOUT = 1  # the number of the file that standard output is
+
+
+def nobody_reads(file: int) -> bool:
+    """Whether this file is a pipe or socket whose reader is gone."""
+    poll = select.poll()
+    poll.register(file, 0)
+    return bool(poll.poll(0))
 
 
 @functools.cache

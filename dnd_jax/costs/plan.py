@@ -78,10 +78,9 @@ def _needs(given: Given) -> tuple[str, ...]:
     away = given["topology"] or (
         given["sweep"] and given.config.sweep.topologies and not given["devices"]
     )
-    steps = given.config.sweep.steps if given["sweep"] else STEPS
-    encoder = packages_of(given.config.condition.encoder) if "generate" in steps else ()
+    models = packages_of(given.config.base.path, given.config.condition.encoder)
     drawn = ("matplotlib",) if given["sweep"] else ()
-    return (*(("libtpu",) if away else ()), *drawn, *encoder)
+    return (*(("libtpu",) if away else ()), *drawn, *models)
 
 
 STAGE = Stage(_run, FLAGS, _needs)

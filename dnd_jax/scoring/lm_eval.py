@@ -257,7 +257,8 @@ def _run(given: Given) -> None:
 
 
 def _needs(given: Given) -> tuple[str, ...]:
-    return ("torch", "peft", "lm_eval", *packages_of(given.config.base.path))
+    models = packages_of(given.config.base.path, given.config.condition.encoder)
+    return ("torch", "peft", "lm_eval", *models)
 
 
 STAGE = Stage(_run, (*ON_SUITE, ALLOW, *FLAGS), _needs, writes=True)

@@ -302,6 +302,47 @@ def test_a_reader_that_has_read_enough_is_no_error(arguments):
     assert (process.returncode, err) == (0, "")
 
 
+def test_a_pipe_of_another_file_that_breaks_is_an_error(tmp_path):
+    """A stage's own pipe is not standard output: the command has failed and says so."""
+    code = """
+import sys
+from dnd_jax import main
+from dnd_jax.core.stage import NONE, Stage
+def run(given):
+    raise BrokenPipeError(32, "Broken pipe")
+module = type(sys)("dnd_jax.broken")
+module.STAGE = Stage(run, settings=NONE)
+sys.modules["dnd_jax.broken"] = module
+main.STAGES["broken"] = ("broken", "")
+sys.exit(main.main(["broken"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("dnd: disk: Broken pipe; check")
+
+
+def test_bad_input_stays_so_when_nobody_reads():
+    """The status of `dnd ... | head` with pipefail."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from dnd_jax.main import main; print(1); sys.exit(main(['nothing']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == 2 and "no stage 'nothing'" in done.stderr
+
+
 def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside, monkeypatch):
     from dnd_jax.costs.bench import run
 

@@ -85,11 +85,29 @@ def test_stages_say_what_they_need_before_they_start(tmp_path):
 
 def test_a_text_encoders_package_is_asked_for_too(tmp_path):
     absent = ("--config.condition.encoder=package:no_such_encoder/model", f"--workdir={tmp_path}")
-    stages = ("train", "plan")
-    said = in_a_plain_install(*([stage, "--config=tests/tiny.py", *absent] for stage in stages))
-    needs = "needs no_such_encoder; pip install no-such-encoder"
-    assert said[::2] == [f"dnd: `dnd {stage}` {needs}" for stage in stages]
-    assert said[1::2] == ["status 2"] * 2
+    forward = f"--config.bench.cases=(('f', '{_settings_of(tmp_path)}', 'forward', 1, 'float32'),)"
+    commands = {
+        ("train",): "",
+        ("plan",): "",
+        ("plan", "--sweep", "--config.sweep.steps=('train',)"): "matplotlib, ",
+        ("lm-eval",): "torch, peft, lm_eval, ",
+        ("bench", forward): "torch, ",
+    }
+    said = in_a_plain_install(*([*c, "--config=tests/tiny.py", *absent] for c in commands))
+    for (stage, *_), needed, line in zip(commands, commands.values(), said[::2], strict=True):
+        assert line.startswith(f"dnd: `dnd {stage}` needs {needed}no_such_encoder; pip install ")
+    assert said[1::2] == ["status 2"] * len(commands)
+
+
+def _settings_of(folder: pathlib.Path) -> pathlib.Path:
+    """Settings in a file, whose text encoder is in a package that is absent."""
+    path = folder / "absent.py"
+    path.write_text(
+        "from dnd_jax.config.load import load_file\n\n\ndef get_config():\n"
+        "    config = load_file('tests/tiny.py')\n"
+        "    config.condition.encoder = 'package:no_such_encoder/model'\n    return config\n"
+    )
+    return path
 
 
 @pytest.mark.slow

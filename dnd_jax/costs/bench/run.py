@@ -202,8 +202,9 @@ def _needs(given: Given) -> tuple[str, ...]:
     if given["backend"] == "tpu-aot":
         return ("libtpu",)
     cases = cases_of(given.config, given.config_file)
-    encoders = [case.load().condition.encoder for case in cases if case.what == "generate"]
-    return (*(("torch",) if given.config.bench.torch else ()), *packages_of(*encoders))
+    configs = [case.load() for case in cases]
+    models = [name for c in configs for name in (c.base.path, c.condition.encoder)]
+    return (*(("torch",) if given.config.bench.torch else ()), *packages_of(*models))
 
 
 STAGE = Stage(_run, FLAGS, _needs, settings=DEFAULT)
