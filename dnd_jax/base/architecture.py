@@ -73,9 +73,8 @@ class LmConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # queries and keys are normed head by head
-    windows: tuple[
-        int | None, ...
-    ] = ()  # each layer's sliding attention window; (): all layers attend to everything before
+    # Each layer's sliding attention window; (): all layers attend to everything before.
+    windows: tuple[int | None, ...] = ()
 
     @property
     def head_width(self) -> int:

@@ -71,9 +71,8 @@ def load_base_config(path: str | os.PathLike) -> LmConfig:
     implied = {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": raw.get(
-            "tie_word_embeddings", False
-        ),  # transformers' default for all of BASES
+        # False is transformers' default for all of BASES.
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "head_dim": raw.get("head_dim", 128 if kind == "qwen3" else None),
         "qkv_bias": kind == "qwen2" or bias,
         "o_bias": bias,

@@ -15,9 +15,8 @@ class Chip:
     memory: float
     bandwidth: float
     link: float
-    network: float = (
-        6.25e9  # bytes a second to other slices or hosts, over the data centre's network
-    )
+    # Bytes a second to other slices or hosts, over the data centre's network.
+    network: float = 6.25e9
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time for operations and bytes that overlap perfectly."""
@@ -32,9 +31,8 @@ CHIPS = {
     r"TPU v5 lite|TPU v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * _GIB, 819e9, 45e9),
     r"TPU v5p|TPU v5$": Chip("TPU v5p", "tpu", 459e12, 95.74 * _GIB, 2765e9, 90e9),
     r"TPU v6 lite|TPU v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * _GIB, 1640e9, 90e9),
-    r"TPU7x|TPU v7": Chip(
-        "TPU7x", "tpu", 1154e12, 96 * _GIB, 3690e9, 100e9
-    ),  # one of a chip's two devices
+    # The figures are those of one of a chip's two devices.
+    r"TPU7x|TPU v7": Chip("TPU7x", "tpu", 1154e12, 96 * _GIB, 3690e9, 100e9),
     r"A100.*40GB": Chip("A100 40GB", "gpu", 312e12, 40 * _GIB, 1555e9, 300e9),
     r"A100": Chip("A100 80GB", "gpu", 312e12, 80 * _GIB, 2039e9, 300e9),
     r"H100": Chip("H100", "gpu", 989e12, 80 * _GIB, 3350e9, 450e9),

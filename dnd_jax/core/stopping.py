@@ -50,9 +50,8 @@ class StopRequest:
         # whether processes stop together, which JAX's preemption service takes care of, with
         # SIGTERM too
         self.shared = False
-        self.heard: Callable[[], bool] = lambda: (
-            False
-        )  # whether that service has had a SIGTERM, in any process
+        # Whether that service has had a SIGTERM, in any process.
+        self.heard: Callable[[], bool] = lambda: False
 
     def install(self) -> None:
         """Takes over both signals and watches for notices (main thread only). A second Ctrl-C
@@ -70,9 +69,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = signum
         if self.shared and signum == signal.SIGINT:
-            os.kill(
-                os.getpid(), signal.SIGTERM
-            )  # which JAX's preemption service tells to all processes
+            # JAX's preemption service tells all processes of a SIGTERM.
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self, url: str, value: str, name: str) -> None:
         if await_value(url, value) and self.signum is None:

@@ -132,9 +132,8 @@ def collectives(program: str, devices: int, slices: int = 1) -> dict[str, Traffi
                 continue
             op, rest = match["op"], match["rest"]
             kind = op.removesuffix("-start")
-            if (
-                op == "send" and "xla_megascale" in rest
-            ):  # a TPU's network between slices: each device sends its share
+            # A TPU's network between slices: each device sends its share.
+            if op == "send" and "xla_megascale" in rest:
                 transfer, size = _TRANSFER.search(rest), _bytes(match["type"])[0]
                 kind = transfer[1].lower().replace("_", "-") if transfer else "send"
                 found[kind].count += times
@@ -143,14 +142,12 @@ def collectives(program: str, devices: int, slices: int = 1) -> dict[str, Traffi
             elif kind in KINDS:
                 sizes = _bytes(match["type"])
                 if op.endswith("-start") and kind != "all-reduce" and len(sizes) > 1:
-                    sizes = (
-                        sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[:1]
-                    )  # (operands, results)
+                    # Its type is (operands, results).
+                    sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[:1]
                 groups = replica_groups(rest)
                 members = devices if groups is None else groups.shape[1]
-                if kind == "all-reduce" and computation.startswith(
-                    "all-reduce-scatter"
-                ):  # how a TPU's compiler writes it
+                # How a TPU's compiler writes a reduce-scatter.
+                if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                     kind, sizes = "reduce-scatter", [size / members for size in sizes]
                 per_slice = max(1, devices // slices)
                 crosses = slices > 1 and (
@@ -175,9 +172,8 @@ def collectives(program: str, devices: int, slices: int = 1) -> dict[str, Traffi
 def fingerprint(program: str) -> str:
     """A short hash of a program without what only says where it came from."""
     header, *lines = program.splitlines()
-    first = next(
-        (i for i, line in enumerate(lines) if _HEADER.match(line)), 0
-    )  # before it: tables of files and functions
+    # Before the first computation: tables of files and functions.
+    first = next((i for i, line in enumerate(lines) if _HEADER.match(line)), 0)
     plain = re.sub(
         r", metadata=\{.*?\}|, stack_frame_id=\d+", "", "\n".join([header, *lines[first:]])
     )

@@ -84,9 +84,8 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
     spec, encoder = spec_of(config), None
     if config.condition.in_graph:
         module = encoder_module(config)
-        ids = jax.ShapeDtypeStruct(
-            (1, 2), jnp.int32
-        )  # its parameters know no length; longer texts than its window are cut
+        # The encoder's parameters know no length; texts longer than its window are cut.
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     importance = np.ones(spec.token_grid[0], np.float32)
     sharded = shard_train_step(config, spec, mesh, importance, encoder)

@@ -98,9 +98,8 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"
         if path.is_file():
             plan = StepCost(**read_json(path))
-            found += (
-                [plan] if plan not in found else []
-            )  # 64 samples and 8 a chip are the same on eight chips
+            # 64 samples and 8 a chip are the same on eight chips.
+            found += [plan] if plan not in found else []
             continue
         try:
             plan = make_plan(variant, devices, step, measure)

@@ -29,10 +29,8 @@ NAMES = (
     "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella", "Cyrus", "Dora",
 )
 # fmt: on
-TRAIN_PHRASES, HELD_PHRASES = (
-    5,
-    3,
-)  # of each relation's sources and each form's cues; the held ones are for "paraphrase" tasks
+# Of each relation's sources and each form's cues; the held ones are for "paraphrase" tasks.
+TRAIN_PHRASES, HELD_PHRASES = 5, 3
 # relation: (values, sources)
 RELATIONS = {
     "home": (

@@ -160,9 +160,8 @@ class PromptEncoder:
             if states is not None:
                 yield states[first : first + size], valid
                 continue
-            rows = np.arange(size) % len(
-                texts
-            )  # the last batch is filled up: one shape, one compilation
+            # The last batch is filled up: one shape, one compilation.
+            rows = np.arange(size) % len(texts)
             values = self._encode(self.params, ids[rows], valid[rows])
             yield np.asarray(values[: len(texts)], np.float32), valid
 

@@ -51,9 +51,8 @@ class Encoder:
 
     module: nn.Module
     params: dict
-    tokenize: Callable[
-        [Sequence[str], int], tuple[np.ndarray, np.ndarray]
-    ]  # texts, L -> (ids, valid), int32 (n, L), padded right
+    # Texts, L -> (ids, valid), int32 (n, L), padded on the right.
+    tokenize: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
     files: dict[str, pathlib.Path]  # {name: path} of what its output depends on
     revision: str = ""  # the commit, where it comes from the hub
 
@@ -171,9 +170,8 @@ def _lm(
 
     def rename(stored: str) -> str | None:
         name = lm_name(stored)
-        return (
-            name if name in wanted or name not in every else None
-        )  # later layers and the head stay on the disk
+        # None: later layers and the head stay on the disk.
+        return name if name in wanted or name not in every else None
 
     return LmEncoder(config, layer), base_lm.RULES, table, rename
 

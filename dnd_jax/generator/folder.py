@@ -84,11 +84,8 @@ def read_description(folder: pathlib.Path) -> Description:
     raw = _sections(file, read_numbered(file, FORMAT), "settings", "layout", "adapter")
     try:
         settings = _sections(file, raw["settings"], "condition", "generator", "train")
-        condition = {
-            "form": "prompt",
-            "layer": -1,
-            **settings["condition"],
-        }  # recorded without them at first
+        # At first, form and layer were not recorded.
+        condition = {"form": "prompt", "layer": -1, **settings["condition"]}
         return Description(
             settings=settings,
             seed=int(settings["seed"]),

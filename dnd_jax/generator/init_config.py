@@ -39,11 +39,8 @@ from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
 from dnd_jax.lora.targets import token_grid
 
 LONGEST_TEXT, SQUEEZED = 1536, 1000  # tokens without a length projection; tokens after one
-LEAST_WIDTH, LARGE, PADDED_WIDTH = (
-    32,
-    1024,
-    128,
-)  # w: below this a base with dimensions this large gets that
+# Where a base's dimensions are LARGE and share less than LEAST_WIDTH, w is PADDED_WIDTH.
+LEAST_WIDTH, LARGE, PADDED_WIDTH = 32, 1024, 128
 TOPOLOGY = "v5p:2x2x4"  # of the plan proposed next
 LINE = 132
 

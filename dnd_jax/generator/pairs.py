@@ -115,9 +115,8 @@ class Pairs:
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
         """`batch_at` as global arrays on a mesh; of the samples only those are read that this
         process' devices hold."""
-        part = functools.lru_cache(maxsize=None)(
-            functools.partial(self.batch_at, step)
-        )  # replicas share their samples
+        # Replicas share their samples.
+        part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
         one = self.datasets[0]
         shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
         shapes["target"] = one.targets.shape[1:]

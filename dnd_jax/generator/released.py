@@ -35,14 +35,10 @@ CRITERION_WEIGHT = "criterion_weight"
 # L, C) order, in, out).
 _AS_IS = (lambda x: x, lambda x: x)
 _LINEAR = (lambda x: x.T, lambda x: x.T)  # (out, in) <-> (in, out)
-_KERNEL_REVERSED = (
-    lambda x: x.transpose(3, 2, 1, 0),
-    lambda x: x.transpose(3, 2, 1, 0),
-)  # grid stored (L, N)
-_KERNEL = (
-    lambda x: x.transpose(2, 3, 1, 0),
-    lambda x: x.transpose(3, 2, 0, 1),
-)  # grid stored in our order
+# The grid is stored as (L, N).
+_KERNEL_REVERSED = (lambda x: x.transpose(3, 2, 1, 0), lambda x: x.transpose(3, 2, 1, 0))
+# The grid is stored in our order.
+_KERNEL = (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 _STAGE = {
     "linear1.norm.weight": ("norm/scale", _AS_IS),
     "linear1.norm.bias": ("norm/bias", _AS_IS),
@@ -260,9 +256,7 @@ def save_reference_generator(
         )
     if leaves:
         raise listed("parameters that the original has no name for", sorted(leaves))
-    with (
-        replacing(path) as temporary,
-        open(temporary, "wb") as file,
-    ):  # given a name, torch.save writes it into the file
+    # If torch.save were given a name, it would write that into the file.
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
     return pathlib.Path(path)

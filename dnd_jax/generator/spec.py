@@ -15,8 +15,8 @@ from dnd_jax.ops.cost_model import Problem
 class DecoderSpec:
     """A generator's decoder and its length projection: sizes, and how they are computed."""
 
-    features: tuple[Features, ...]  # (N, L, C) of the decoder's input and after every stage;
-    # the last is the token grid (T, h, w)
+    # (N, L, C) of the decoder's input and after every stage; the last is the token grid (T, h, w).
+    features: tuple[Features, ...]
     kernel_size: int  # k of every convolution, odd
     length_projection: str = ""  # of config.schema.LENGTH_PROJECTIONS; "": none
     text_length: int = 0  # L of the condition where a length projection shortens it; 0: features'

@@ -10,9 +10,8 @@ import numpy as np
 
 from dnd_jax.core.files import unreadable
 
-AHEAD = (
-    1  # batches made before they are needed, while the next step, dispatched already, has its own
-)
+# Batches made before they are needed, while the next step, dispatched already, has its own.
+AHEAD = 1
 
 
 def ahead(

@@ -202,9 +202,8 @@ class LoraLayout:
         for m in self.matrices:
             matrix = np.asarray(found[m.key], np.float32)
             matrix = matrix.T if m.is_b else matrix  # (r, d)
-            place = chunks[m.first_token : m.first_token + m.num_tokens].transpose(
-                1, 0, 2
-            )  # view (r, n, w)
+            # A view of these tokens as (r, n, w).
+            place = chunks[m.first_token : m.first_token + m.num_tokens].transpose(1, 0, 2)
             whole = matrix.shape[1] // w
             place[:, :whole] = matrix[:, : whole * w].reshape(r, whole, w)
             if whole < m.num_tokens:
@@ -250,9 +249,8 @@ class LoraLayout:
         tokens[:, : self.rank, : self.chunk_width] = (chunks - mean[:, None, None]) / divisor[
             :, None, None
         ]
-        pair = np.stack([8 * mean, np.log(0.9 * std + 0.1) + 1.6], axis=-1).astype(
-            np.float32
-        )  # [T, 2]
+        # (T, 2)
+        pair = np.stack([8 * mean, np.log(0.9 * std + 0.1) + 1.6], axis=-1).astype(np.float32)
         row = np.resize(np.arange(2), self.token_shape[1])
         tokens[:, self.rank :, :] = pair[:, row][:, None, :]
         tokens[:, :, self.chunk_width :] = pair[:, None, :]

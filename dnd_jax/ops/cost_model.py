@@ -98,9 +98,8 @@ class Rates:
     product: float  # batched matrix products over channels
     transform: float  # products with the small DFT matrices
     memory: float  # bytes a second
-    full_channels: (
-        int  # channels from which on the direct convolution reaches its rate; below, in proportion
-    )
+    # Channels from which on the direct convolution reaches its rate; below, in proportion.
+    full_channels: int
     lanes: int = 1  # the innermost dimension of an array takes a multiple of this
     turn: float = 0.0  # seconds for one turn of the loop over row frequencies
 

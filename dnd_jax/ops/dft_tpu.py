@@ -212,9 +212,8 @@ def forward(x: jax.Array, kernel: jax.Array, h: Axis, w: Axis, ordered: bool) ->
     turned, kernel, h, w = _turned(kernel, h, w)
     maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
     products = maps.product(maps.planes_of_x(_grid_first(x, turned)), maps.planes_of_kernel(kernel))
-    y = maps.apply(
-        "y_rows", maps.apply("y_columns", products, BETWEEN), x.dtype
-    )  # (H, tiles, step, B, D)
+    # (H, tiles, step, B, D)
+    y = maps.apply("y_rows", maps.apply("y_columns", products, BETWEEN), x.dtype)
     return _batch_first(y.reshape(h.size, -1, *y.shape[3:])[:, : w.size], turned)
 
 

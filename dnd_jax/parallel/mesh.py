@@ -100,9 +100,8 @@ def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
         )
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if (
-        reported == 1
-    ):  # no slices of their own: equal runs of processes, such as the hosts of a GPU cluster
+    # No slices of their own: equal runs of processes, such as the hosts of a GPU cluster.
+    if reported == 1:
         ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
         per_slice = len(devices) // slices
         parts = [ordered[i * per_slice : (i + 1) * per_slice] for i in range(slices)]

@@ -10,10 +10,8 @@ import time
 
 from dnd_jax.core.stopping import stop
 
-BEAT, SILENCE = (
-    5.0,
-    40.0,
-)  # seconds between signs of life, and without one until a peer counts as gone
+# Seconds between signs of life, and without one until a peer counts as gone.
+BEAT, SILENCE = 5.0, 40.0
 LOST = 3  # exit status
 RESUME = "start every process again with the same command to resume"
 
@@ -25,10 +23,8 @@ class Line:
         self._socket, self._rest, self._lock = connection, b"", threading.Lock()
 
     def send(self, **message) -> None:
-        with (
-            self._lock,
-            contextlib.suppress(OSError),
-        ):  # a closed connection is noticed by who reads it
+        # Whoever reads a closed connection notices it.
+        with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def closed(self) -> bool:
@@ -70,10 +66,8 @@ class Peers:
     has one to process 0."""
 
     def __init__(self, process: int, lines: dict[int, Line], names: dict[int, str], token: str):
-        self.process, self.token = (
-            process,
-            token,
-        )  # the token is the same in all processes, and new in every start
+        # The token is the same in all processes, and new in every start.
+        self.process, self.token = process, token
         self._lines, self._names = lines, names
         self._over, self._turn = threading.Event(), threading.Semaphore(0)
 

@@ -57,9 +57,8 @@ class _Meeting(NamedTuple):
 
 def _meeting(coordinator: str) -> _Meeting:
     host, _, port = coordinator.rpartition(":")
-    if (
-        not host or not port.isdecimal() or not 1 <= int(port) < 65535
-    ):  # the next one is used as well
+    # The next port is used as well.
+    if not host or not port.isdecimal() or not 1 <= int(port) < 65535:
         raise InputError(
             f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as "
             "10.0.0.1:1234, with a port of 1 to 65534"
@@ -87,9 +86,8 @@ def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
         )
     except (ImportError, AttributeError, TypeError):
         return None
-    except (
-        Exception
-    ) as error:  # whatever a scheduler's variables or a metadata server make of themselves
+    # Exception: whatever a scheduler's variables or a metadata server make of themselves.
+    except Exception as error:
         raise Missing(f"JAX cannot detect the cluster ({first_line(error)}); {_GIVE}") from None
     if None in (coordinator, processes, process):
         raise InputError(f"no cluster was detected; {_GIVE}")
@@ -187,10 +185,8 @@ def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: 
             time.sleep(0.2)
     line = Line(connection)
     line.send(**hello)
-    answer, until = (
-        None,
-        time.monotonic() + seconds + 5.0,
-    )  # process 0, which may have started later, waits no longer
+    # Process 0, which may have started later, waits no longer.
+    answer, until = None, time.monotonic() + seconds + 5.0
     while time.monotonic() < until:
         stop.check()
         try:
@@ -215,9 +211,8 @@ def _meeting_of_lead() -> _Meeting:
     with contextlib.ExitStack() as stack:
         probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # nothing is sent: the system says which of its addresses faces outwards
+            # Nothing is sent: the system says which of its addresses faces outwards.
+            probe.connect(("192.0.2.1", 9))
             host = probe.getsockname()[0]
         except OSError:
             host = "127.0.0.1"
@@ -252,9 +247,8 @@ def joined(
     if detect:
         print("detecting the cluster", flush=True)
     try:
-        given = (
-            () if detect else (coordinator, processes, process)
-        )  # what JAX detects it gets from nobody else
+        # What JAX detects it gets from nobody else.
+        given = () if detect else (coordinator, processes, process)
         found = _detected(start_timeout) if detect else (_meeting(coordinator), processes, process)
         if found is None:  # JAX first: a missing process ends in JAX's own words
             jax.distributed.initialize(initialization_timeout=int(start_timeout))
@@ -303,11 +297,9 @@ def joined(
     except Exception as error:
         reason = first_line(error)
         if "RESOURCE_EXHAUSTED" not in reason:
-            time.sleep(
-                2 * BEAT
-                # most likely a peer's end, whose name its connection tells; else the others are
-                # told this
-            )
+            # Most likely a peer's end, whose name its connection tells; else the others are told
+            # this.
+            time.sleep(2 * BEAT)
         traceback.print_exc()
         _end(process, f"{type(error).__name__}: {reason}")
     peers.present.leave()

@@ -66,9 +66,8 @@ def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
     """Raises InputError unless the configuration gives a generator what it was trained on, listing
     what differs; another suite may be asked of it."""
     asked = ("num_prompts", "max_text_length", "layer", "form")
-    datasets = read_record(generator.folder)["train"].get(
-        "datasets", config.train.datasets
-    )  # an imported one does not say
+    # An imported generator does not say on how many datasets it was trained.
+    datasets = read_record(generator.folder)["train"].get("datasets", config.train.datasets)
     then, now = (
         {
             "condition": {key: getattr(condition, key) for key in asked},

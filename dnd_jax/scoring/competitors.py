@@ -15,9 +15,8 @@ import numpy as np
 from dnd_jax.lora.moments import BLOCK
 from dnd_jax.lora.targets import ElementTarget
 
-RIDGE_STRENGTHS = tuple(
-    10.0**p for p in range(-3, 5)
-)  # times the mean squared norm of a centred embedding
+# Times the mean squared norm of a centred embedding.
+RIDGE_STRENGTHS = tuple(10.0**p for p in range(-3, 5))
 
 
 def mean_weights(checkpoints: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -92,9 +91,8 @@ class Ridge:
                 )
                 # Predictions combine the other datasets' rows: sum the coefficients of each
                 # dataset's draws.
-                share = np.stack(
-                    [solved[group[keep] == d].sum(axis=0) for d in range(len(y))]
-                )  # (D, draws left out)
+                # (D, draws left out)
+                share = np.stack([solved[group[keep] == d].sum(axis=0) for d in range(len(y))])
                 share[g] = -1  # now share.T @ y is prediction - y[g]
                 error += np.einsum("de,df,fe->e", share, y_gram, share).mean() / (
                     np.trace(y_gram) / len(y)

@@ -49,12 +49,8 @@ from dnd_jax.scoring.results import FREE_FORM, add_intervals, pack, rule, summar
 
 lm_eval = packages.deferred("lm_eval")
 SCORES = "lm_eval/scores{}.json"  # a file for each --limit
-METRICS = (
-    "acc_norm",
-    "exact_match",
-    "pass@1",
-    "acc",
-)  # the first of them that a task has is reported
+# The first of these that a task has is reported.
+METRICS = ("acc_norm", "exact_match", "pass@1", "acc")
 FILTER = "strict-match"  # where a task reads answers in several ways (GSM8K)
 
 

@@ -66,9 +66,8 @@ def measure(
         elif not getattr(config.evaluate, name):
             found[name] = {"note": OFF.format(name)}
         else:
-            result[name] = {
-                "note": BEGUN
-            }  # what stays if the machine kills this process for memory
+            # What stays if the machine kills this process for memory.
+            result[name] = {"note": BEGUN}
             write_json(path, stored)
             try:
                 with held(workdir, "evaluate"), timed(workdir, "measure"):

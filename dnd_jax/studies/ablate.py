@@ -49,12 +49,8 @@ MADE_BY = {
     "suite": {"suite"},
     "base": {"suite", "base", "pretrain"},
     "loras": {"suite", "base", "pretrain", "lora"},
-    "targets": {
-        "suite",
-        "base",
-        "pretrain",
-        "lora",
-    },  # a cache whose names say what it depends on, as is the next
+    # Targets and embeddings are caches, whose names say what they depend on.
+    "targets": {"suite", "base", "pretrain", "lora"},
     "embeddings": set(),
     "generator": {"suite", "base", "pretrain", "lora", "condition", "generator", "train"},
 }

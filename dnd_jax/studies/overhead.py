@@ -97,9 +97,8 @@ def overhead(
         "scratch": os.fspath(workdir),
     }
     load_base_config(spec["base"])
-    encode(
-        load_tokenizer(spec["base"]), read_jsonl(prompts), config.base.max_length
-    )  # refused now, not after minutes
+    # Prompts that are too long are refused now, not after minutes.
+    encode(load_tokenizer(spec["base"]), read_jsonl(prompts), config.base.max_length)
     workdir.mkdir(parents=True, exist_ok=True)
     generation, tuning = (_alone(side, spec) for side in ("generate", "tune"))
     result = {"prompts": os.fspath(prompts), "base": spec["base"], **compare(generation, tuning)}

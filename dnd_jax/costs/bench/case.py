@@ -11,12 +11,8 @@ from dnd_jax.config import load, schema, validate
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.spec import DecoderSpec
 
-PASSES = {
-    "forward": 1,
-    "gradient": 3,
-    "train": 3,
-    "generate": 1,
-}  # times the forward operations, by the direct method
+# How many times the forward operations each takes, by the direct method.
+PASSES = {"forward": 1, "gradient": 3, "train": 3, "generate": 1}
 LONG_ENOUGH = 60.0  # seconds in one process, after which no further repeat is started
 
 
@@ -58,9 +54,8 @@ class Case:
 
 def peak_of_process() -> int:
     """The most bytes that this process has held, libraries included."""
-    status = pathlib.Path(
-        "/proc/self/status"
-    )  # unlike ru_maxrss, this does not begin with the parent's
+    # Unlike ru_maxrss, this does not begin with the parent's.
+    status = pathlib.Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return (
         int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

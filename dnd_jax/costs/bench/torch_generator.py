@@ -31,13 +31,11 @@ class TwoPaths(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
         width_first = self.conv1w(x.permute(0, 3, 2, 1))  # (B, C, L, N) -> (B, C', L, N)
-        width_first = self.conv1h(
-            width_first.permute(0, 2, 3, 1)
-        )  # (B, L, N, C') -> (B, L', N, C')
+        # (B, L, N, C') -> (B, L', N, C')
+        width_first = self.conv1h(width_first.permute(0, 2, 3, 1))
         height_first = self.conv2h(x.permute(0, 2, 1, 3))  # (B, L, N, C) -> (B, L', N, C)
-        height_first = self.conv2w(
-            height_first.permute(0, 3, 1, 2)
-        )  # (B, C, L', N) -> (B, C', L', N)
+        # (B, C, L', N) -> (B, C', L', N)
+        height_first = self.conv2w(height_first.permute(0, 3, 1, 2))
         height_first = torch.tanh(height_first)
         return (width_first.permute(0, 2, 1, 3) + height_first.permute(0, 3, 2, 1) + self.bias) / 3
 
