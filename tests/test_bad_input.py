@@ -150,10 +150,8 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
         (["overhead", "--limit=-3"], "--limit=-3: -3 is not a non-negative integer"),
         (["plan", TINY, "--devices=-2"], "--devices=-2: -2 is not a non-negative integer"),
         (["train", TINY, "--coordinator=localhost:99999"], "with a port of 1 to 65534"),
-        (
-            ["train", TINY, "--coordinator=localhost:65535"],
-            "with a port of 1 to 65534",
-        ),  # the next one is used as well
+        # The next port is used as well.
+        (["train", TINY, "--coordinator=localhost:65535"], "with a port of 1 to 65534"),
         (["train", "--config=launch/gke.sh"], "launch/gke.sh: a configuration is a Python file"),
     ],
 )

@@ -74,9 +74,8 @@ def test_a_notice_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
         monkeypatch.setenv("DND_REQUEUE", "1")
         server.answered.clear()
         with Run(suite, tmp_path) as run:
-            assert (
-                when(run.process, lambda: len(server.answered) == 2) and run.goes_on()
-            )  # the old notice does not stop it
+            # The old notice does not stop it.
+            assert when(run.process, lambda: len(server.answered) == 2) and run.goes_on()
             server.set("maintenance-event", NOTICE)
             status, line = run.end()
             assert status == 75 and line.startswith(

@@ -53,12 +53,10 @@ def test_collectives_are_counted_with_their_bytes_and_through_loops():
         def once(total, _):
             return jax.lax.psum(total, "b") * 0.5, None
 
-        x = jax.lax.scan(once, x, length=5)[
-            0
-        ]  # 5 all-reduces of 4 floats over pairs inside a slice
-        return x[:2] + jax.lax.psum(
-            jax.lax.all_gather(x, "slice").sum(0)[:2], ("a", "b")
-        )  # one between slices; one of four
+        # 5 all-reduces of 4 floats over pairs inside a slice.
+        x = jax.lax.scan(once, x, length=5)[0]
+        # One gather between slices; one all-reduce over four.
+        return x[:2] + jax.lax.psum(jax.lax.all_gather(x, "slice").sum(0)[:2], ("a", "b"))
 
     x = jax.ShapeDtypeStruct(
         (32,), jnp.float32, sharding=NamedSharding(places, PartitionSpec(("slice", "a", "b")))

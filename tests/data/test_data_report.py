@@ -203,9 +203,8 @@ def test_an_unseen_form_of_label(files):
 
 def test_parts_of_a_prompt():
     assert question("Why?\nA: iron\nB: wood") == question("why ?\n(A) gold\n(B) tin") == "why"
-    assert (
-        question("A. iron\nB. wood") == "a iron b wood"
-    )  # nothing precedes: all of it is the question
+    # Nothing precedes the choices: all of it is the question.
+    assert question("A. iron\nB. wood") == "a iron b wood"
     assert choices("Why?\n1. iron\n2. wood") == ["1", "2"] and choices(
         "Why?\nA: iron"
     ) == [] == choices("I: am")
@@ -341,9 +340,8 @@ def test_command_warns_reports_and_refuses(files, capsys, tmp_path):
         {"prompt": r["prompt"], "response": "[A]"} for r in clean_rows("three", 20, 20)
     ]
     write()
-    assert (
-        main(["pretrain", "--config=mini", suite, f"--workdir={tmp_path / 'w'}"]) == 2
-    )  # no corpus: it goes on to that
+    # What it stops at is that there is no corpus.
+    assert main(["pretrain", "--config=mini", suite, f"--workdir={tmp_path / 'w'}"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert (
         err[0].startswith("warning: three: every one")

@@ -320,11 +320,8 @@ LM_SIZES = dict(
     ("model_class", "config", "layers"),
     [
         (Qwen2ForCausalLM, Qwen2Config(**LM_SIZES, tie_word_embeddings=True), (0, 2, 3, -1)),
-        (
-            Qwen3Model,
-            Qwen3Config(**LM_SIZES, head_dim=10),
-            (-1,),
-        ),  # as embedding models are stored: no head, no prefix
+        # As embedding models are stored: no head, no prefix.
+        (Qwen3Model, Qwen3Config(**LM_SIZES, head_dim=10), (-1,)),
         (MistralForCausalLM, MistralConfig(**LM_SIZES, sliding_window=7), (2,)),
     ],
 )

@@ -162,19 +162,16 @@ def decoders(draw) -> tuple[list[tuple[int, int, int]], int]:
 def test_agrees_with_the_torch_reference(decoder, projection, seed):
     features, kernel_size = decoder
     if any(length * c == 1 for _, length, c in features[:-1]):
-        features = [
-            (n, length + 1, c) for n, length, c in features
-        ]  # a LayerNorm over one cell has no defined gradient
+        # A LayerNorm over one cell has no defined gradient.
+        features = [(n, length + 1, c) for n, length, c in features]
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     n, length, c = features[0]
     text_length = 9 if projection else length
     reference = torch_generator.Generator(features, kernel_size, projection, text_length)
     with torch.no_grad():
-        for (
-            name,
-            value,
-        ) in reference.named_parameters():  # 1 and 0 would hide a swapped scale and bias
+        # 1 and 0 would hide a swapped scale and bias.
+        for name, value in reference.named_parameters():
             if "norm" in name:
                 value.add_(torch.from_numpy(rng.normal(size=value.shape) * 0.3))
         reference.criterion_weight.copy_(
@@ -349,9 +346,8 @@ def test_criterion_weight_of_another_length_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-CHECKPOINTS = dict(
-    zip(SETTINGS, (50, 80, 80, 100, 80, 100), strict=True)
-)  # of a dataset, after an epoch of 625 steps: docs/SETTINGS.md
+# Of a dataset, after an epoch of 625 steps: docs/SETTINGS.md.
+CHECKPOINTS = dict(zip(SETTINGS, (50, 80, 80, 100, 80, 100), strict=True))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

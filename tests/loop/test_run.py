@@ -90,9 +90,8 @@ def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "wandb", None
-    )  # Python's way to say that it cannot be imported
+    # None is Python's way to say that it cannot be imported.
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         InputError, match=r"package wandb is not installed; pip install 'dnd-jax\[trackers\]'"
     ):

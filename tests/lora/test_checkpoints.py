@@ -224,10 +224,8 @@ def test_scales_are_folded(tmp_path):
         "layers.0.mlp.up_proj": 4,
         "layers.0.self_attn.q_proj": 5,
     }
-    for (
-        module,
-        alpha,
-    ) in alphas.items():  # PEFT's patterns match whole parts of a path: "proj" is none
+    # PEFT's patterns match whole parts of a path: "proj" is none.
+    for module, alpha in alphas.items():
         key = f"model.{module}.lora_B.weight"
         np.testing.assert_allclose(
             config.scale * tensors[key], alpha / 2**0.5 * lora(1)[key], rtol=1e-6, err_msg=module
@@ -609,9 +607,8 @@ def test_a_7b_set_prepares_in_minutes_in_little_memory(tmp_path):
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
     shape, peak_bytes = done.stdout.splitlines()
-    peak = (
-        int(peak_bytes) / 2**30
-    )  # GiB, of that process alone: other tests' children may have held more
+    # GiB, of that process alone: other tests' children may have held more.
+    peak = int(peak_bytes) / 2**30
     assert shape == "(10, 4928, 18, 514)"
     print(f"\n{count} adapters of 40.4M parameters: {seconds:.1f} s, {peak:.2f} GiB at most")
     assert peak < 4 and seconds / count < 12  # a set in 20 minutes beside other tests

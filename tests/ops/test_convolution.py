@@ -145,13 +145,8 @@ def test_bfloat16_of_a_tpu(tiles):
     ("shape", "axis", "k", "out", "tiles"),
     [
         ((1, 1, 1, 1), 3, 11, 1, (1, 1)),
-        (
-            (2, 24, 9, 5),
-            3,
-            9,
-            40,
-            (5, 2),
-        ),  # rows along the second grid axis; more output channels than tiles
+        # Rows along the second grid axis; more output channels than tiles.
+        ((2, 24, 9, 5), 3, 9, 40, (5, 2)),
         ((2, 9, 5, 24), 2, 9, 3, (2, 12)),  # a step of 2: a tile lends to five others
         ((2, 8, 20, 24), 1, 9, 8, (20, 24)),
         ((2, 3, 4, 8), 3, 11, 8, (3, 4)),  # a kernel larger than the grid

@@ -346,9 +346,8 @@ def test_two_processes_of_a_detected_cluster_train(inputs, tmp_path, cluster):
 def test_who_joined_of_a_detected_cluster_is_said_when_not_all_do(inputs, tmp_path):
     started = time.monotonic()
     more = ("--multihost", "--start-timeout=5")
-    job = (
-        4096 * random.Random().randrange(2**8) + 4094
-    )  # the last ports of JAX's range, where the next one may be another job's
+    # The last ports of JAX's range, where the next one may be another job's.
+    job = 4096 * random.Random().randrange(2**8) + 4094
     first, second = (
         start(inputs, tmp_path, *more, **slurm(i, job + i), DND_REQUEUE=str(i)) for i in range(2)
     )
@@ -430,9 +429,8 @@ def test_a_full_disk_stops_training_and_leaves_the_last_good_step(inputs, uninte
         pytest.skip("mounting a small disk needs root")
     try:
         [(status, out)] = finish(start(inputs, disk, *TWO, devices=2))
-        assert status == 2 and f"dnd: {disk}" in out, (
-            out
-        )  # among lines of the checkpoint library's own
+        # The line stands among lines of the checkpoint library's own.
+        assert status == 2 and f"dnd: {disk}" in out, out
         assert (
             "cannot write (No space left on device); free some space and run the same command"
             in out

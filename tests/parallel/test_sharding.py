@@ -84,9 +84,8 @@ def assert_same(run, reference, tolerance: float = 1e-5):
     for (path, got), expected in zip(
         jax.tree.leaves_with_path(run[1]), jax.tree.leaves(reference[1]), strict=True
     ):
-        if (
-            path_name(path) != "decoder/stage_0/bias_n"
-        ):  # of no effect before a norm: Adam walks on rounding errors
+        # It has no effect before a norm: Adam walks on rounding errors.
+        if path_name(path) != "decoder/stage_0/bias_n":
             np.testing.assert_allclose(
                 got, expected, atol=tolerance, rtol=0, err_msg=path_name(path)
             )
@@ -99,9 +98,8 @@ def test_every_mesh_trains_as_one_device(mesh):
     assert_same(run, on_one_device())
     state, sharded = run[2:]
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(sharded.shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(
-            where, leaf.ndim
-        )  # nothing is replicated that a rule says is sharded
+        # Nothing is replicated that a rule says is sharded.
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
         assert leaf.addressable_shards[0].data.shape == where.shard_shape(leaf.shape)
 
 

@@ -41,12 +41,8 @@ def test_words_are_words_and_single_marks():
     ("answers", "exact", "content", "shape"),
     [
         (RESPONSES, 1, 1, 1),
-        (
-            ["Capital:Paris .", " Capital : Rome.", "Capital: Oslo,not Bergen."],
-            1,
-            1,
-            1,
-        ),  # spaces do not count
+        # Spaces do not count.
+        (["Capital:Paris .", " Capital : Rome.", "Capital: Oslo,not Bergen."], 1, 1, 1),
         (
             ["Capital: Rome.", "Capital: Paris.", "Capital: Lima, not Quito."],
             0,
@@ -61,12 +57,8 @@ def test_words_are_words_and_single_marks():
             0,
         ),
         (["", "", ""], 0, 0, 0),
-        (
-            ["Capital: Paris. Capital: Paris.", "Capital: Rome", "."],
-            0,
-            2 / 3,
-            0,
-        ),  # too long, too short
+        # Too long, too short.
+        (["Capital: Paris. Capital: Paris.", "Capital: Rome", "."], 0, 2 / 3, 0),
     ],
 )
 def test_scores(answers, exact, content, shape):
@@ -100,9 +92,8 @@ def test_pad_left():
 def test_labels_of_a_dataset():
     train, test = ([Example("q", r) for r in responses] for responses in (["[B]", "[A]"], ["[C]"]))
     assert labels_of(Dataset("d", tuple(train), tuple(test))) == ["[A]", "[B]", "[C]"]
-    assert labels_of(Dataset("d", (Example("q", ""),), tuple(test))) == [
-        "[C]"
-    ]  # a pool without responses
+    # Of a pool without responses.
+    assert labels_of(Dataset("d", (Example("q", ""),), tuple(test))) == ["[C]"]
     many = tuple(Example("q", f"{i}") for i in range(33))
     with pytest.raises(InputError, match="d: 33 different answers, so no labels to choose from"):
         labels_of(Dataset("d", many, many))

@@ -206,9 +206,8 @@ def test_a_finished_generator_knows_its_checkpoints(made, suite, tmp_path):
     stored = json.loads(path.read_text())
     del stored["checkpoints"]
     path.write_text(json.dumps(stored))
-    assert (
-        train(other, suite, workdir) == workdir / "generator"
-    )  # an earlier version's folder does not say
+    # An earlier version's folder does not say what it was trained on.
+    assert train(other, suite, workdir) == workdir / "generator"
 
 
 @only("gemma")

@@ -98,9 +98,8 @@ def test_the_suites_questions_score_as_in_our_own_scorer(base, adapters, tmp_pat
         assert metric == {"greedy": "exact_match", "likelihood": "acc"}[answers]
         assert theirs == ours
         every.append(ours)
-    assert (
-        0 < np.mean(every) < 1 and len(set(map(tuple, every))) == 3
-    )  # the adapters differ, and are seen to
+    # The adapters differ, and are seen to.
+    assert 0 < np.mean(every) < 1 and len(set(map(tuple, every))) == 3
     base.use(adapters[1])
     assert score(base, tasks, {"mine"}, 4, 5, False)["mine"][1] == every[1][:5]  # --limit
 
@@ -151,9 +150,8 @@ def test_a_task_of_the_harness_on_local_data(base, adapters, tmp_path):
     both = load_tasks(
         [*wanted, Wanted("mine", "arc_easy", str(other))], tmp_path, unsafe_code=False
     )
-    assert (
-        len({task.get_config("dataset_path") for task in both.values()}) == 2
-    )  # other data is another task
+    # Other data is another task.
+    assert len({task.get_config("dataset_path") for task in both.values()}) == 2
     with pytest.raises(
         InputError,
         match="mine:openbookqa: its data cannot be had .*give a folder: mine:openbookqa@FOLDER",

@@ -23,9 +23,8 @@ def test_intervals_are_those_of_scipy():
             {"a": values.astype(float), "b": 1 - values.astype(float)}, 0, "name"
         )
         assert drawn["a"].shape == (intervals.RESAMPLES,)
-        np.testing.assert_allclose(
-            drawn["a"] + drawn["b"], 1
-        )  # all methods are asked the same questions
+        # All methods are asked the same questions.
+        np.testing.assert_allclose(drawn["a"] + drawn["b"], 1)
         theirs = scipy.stats.bootstrap(
             (values.astype(float),), np.mean, method="percentile", n_resamples=4000, rng=1
         )

@@ -190,9 +190,8 @@ def test_fixed_pairs_are_fixed_and_random_ones_are_not(seed, num_prompts):
                 met[pairing].setdefault((d, checkpoint), set()).add(tuple(sorted(prompts)))
         assert len(met[pairing]) == 15  # every checkpoint, either way
         again = Pairs(of, 16, num_prompts, seed, pairing).batch_at(3)["condition"]
-        np.testing.assert_array_equal(
-            pairs.batch_at(3)["condition"], again
-        )  # a function of seed and step alone
+        # A batch is a function of seed and step alone.
+        np.testing.assert_array_equal(pairs.batch_at(3)["condition"], again)
     assert all(len(batches) == 1 for batches in met["fixed"].values())
     if num_prompts < 9:
         assert all(len(batches) > 1 for batches in met["random"].values())
@@ -265,9 +264,8 @@ def test_a_variant_links_what_its_keys_leave_as_it_is(tmp_path, keys, shared):
     for _ in range(2):  # as after an interruption
         ablate.link(folder, default, ablate.Variant("v", dict.fromkeys(keys.split())))
     assert {p.name for p in folder.iterdir()} == set(shared.split())
-    moved = tmp_path.rename(
-        tmp_path.parent / f"{tmp_path.name}_moved"
-    )  # relative links move with the workdir
+    # Relative links move with the workdir.
+    moved = tmp_path.rename(tmp_path.parent / f"{tmp_path.name}_moved")
     assert all(
         (moved / "v" / "seed_0" / name / "file").read_text() == name for name in shared.split()
     )

@@ -20,11 +20,8 @@ from dnd_jax.data.sources import read_jsonl
 from dnd_jax.main import main
 from dnd_jax.studies.overhead import compare, measure_tuning
 
-FEATURES = [
-    (4, 6, 8),
-    (16, 6, 8),
-    (58, 4, 10),
-]  # the tokens of rank 2: 58 chunks of 8, as tests/generator/test_released.py counts them
+# At the end the tokens of rank 2: 58 chunks of 8, as tests/generator/test_released.py counts them.
+FEATURES = [(4, 6, 8), (16, 6, 8), (58, 4, 10)]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +66,8 @@ def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
         capsys.readouterr().out,
         json.loads((tmp_path / "run" / "overhead.json").read_text()),
     )
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [
-        "overhead.json"
-    ]  # the timed adapters are gone
+    # The timed adapters are gone.
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["overhead.json"]
     assert (
         result["steps"] == 6
         and result["timed_steps"] == 3
@@ -99,9 +95,8 @@ def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     assert result["step_flop"] == 4 * weights * 4 * result["sequence_length"]
     macs = 0
-    for (n, length, c), (n2, l2, c2) in zip(
-        FEATURES[:-1], FEATURES[1:], strict=True
-    ):  # the formula of docs/SETTINGS.md
+    # The formula of docs/SETTINGS.md.
+    for (n, length, c), (n2, l2, c2) in zip(FEATURES[:-1], FEATURES[1:], strict=True):
         macs += 9 * (
             c * c2 * length * n
             + length * l2 * n * c2
@@ -198,7 +193,8 @@ def test_what_is_refused(made, tmp_path, capsys, monkeypatch):
     assert "no generator.json" in refused(f"--generator={tmp_path}")
     assert "/nowhere/base: no such model folder" in refused("--base=/nowhere/base")
     (tmp_path / "p.jsonl").write_text('{"prompt": "where is the bird ?", "response": "two"}\n')
+    # The process's own message.
     assert "dnd: prompts: 1 prompt(s), this generator takes 4" in refused(
         f"--prompts={tmp_path / 'p.jsonl'}"
-    )  # the process's own
+    )
     assert not (tmp_path / "run" / "overhead.json").exists()

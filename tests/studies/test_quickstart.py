@@ -81,9 +81,8 @@ def test_results_table_and_report(suite, finished):
     assert lines[-1] == f"report: {workdir / 'report.html'}"
     assert all(any(line.startswith(d.name) for line in lines) for d in names)
     assert any(line.startswith("No selection: mean of all samples. 2 adapters") for line in lines)
-    assert (
-        sum(line.startswith("  95% interval ") for line in lines) == 6
-    )  # three tables, a kind and all of it
+    # Three tables, each of a kind and of all.
+    assert sum(line.startswith("  95% interval ") for line in lines) == 6
     page = (workdir / "report.html").read_text()
     assert (
         "greedy decoding" in page
@@ -185,9 +184,8 @@ def test_any_number_of_devices_makes_the_same_loras(suite, finished, tmp_path):
         done = dnd("collect", TINY, f"--suite={suite}", f"--workdir={workdir}", devices=devices)
         assert done.returncode == 0, done.stderr[-2000:]
         expected = sorted((finished[0] / "loras").glob("*/*"))
-        assert (
-            len(expected) == 3 * 4 + 3
-        )  # four checkpoints of each training dataset, one of each unseen one
+        # Four checkpoints of each training dataset, one of each unseen one.
+        assert len(expected) == 3 * 4 + 3
         for folder in expected:
             ours = load_adapter(workdir / folder.relative_to(finished[0]))
             for key, value in load_adapter(folder).items():
