@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from dnd_jax.core.files import read_json, write_json
 from dnd_jax.core.lock import locked
+from dnd_jax.core.stopping import stop
 
 CONFIG = "config.json"  # the settings that the run goes on with
 REVISIONS = "revisions.json"  # {hub id: the commit that the run took}
@@ -52,7 +53,8 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path = workdir / SECONDS
-        seconds = read_json(path) if path.is_file() else {}
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
-        write_json(path, seconds)
+        if not stop.lost:  # the folder is still this run's
+            path = workdir / SECONDS
+            seconds = read_json(path) if path.is_file() else {}
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+            write_json(path, seconds)

@@ -18,7 +18,7 @@ from pipeline import TINY, dnd, start, tiny_suite, when
 from dnd_jax.core import lock, processes
 from dnd_jax.core.errors import InputError, Lost
 from dnd_jax.core.stopping import stop
-from dnd_jax.core.workdir import held
+from dnd_jax.core.workdir import held, timed
 from dnd_jax.main import STAGES
 from dnd_jax.studies.quickstart import run_seed
 
@@ -275,8 +275,12 @@ def test_a_holder_gives_signs_of_life_and_stops_when_its_lock_is_lost(tmp_path, 
             assert time.monotonic() < deadline
             time.sleep(0.01)
     assert signals == [(os.getpid(), signal.SIGTERM)]
-    with pytest.raises(Lost, match="another run has taken this one's lock"):
+    with (
+        pytest.raises(Lost, match="another run has taken this one's lock"),
+        timed(tmp_path, "train"),
+    ):
         stop.check()
+    assert [path.name for path in tmp_path.iterdir()] == [lock.NAME], "nothing more is written"
     assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lock stays"
 
 
