@@ -46,8 +46,9 @@ from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.scoring.results import CUT, METHODS, PARTS, pack, unpack
 
 FORMAT = 1  # of evaluation.json
-# They choose the adapters, whose scores are kept by their contents.
-NOT_OF_A_SCORE = ("evaluate.samples", "evaluate.num_prompts")
+# Settings that no score depends on: the last two choose the adapters, whose scores are kept by
+# their contents.
+NOT_OF_A_SCORE = (*SAME_NUMBERS, "evaluate.samples", "evaluate.num_prompts")
 
 
 class Answers(NamedTuple):
@@ -98,8 +99,7 @@ def read_kept(path: pathlib.Path, settings: dict, base_path, allowed: Collection
     if not path.is_file():
         return {"scores": {}}
     stored = read_numbered(path, FORMAT)
-    free = (*SAME_NUMBERS, *NOT_OF_A_SCORE)
-    if not check_same_run(path, stored["settings"], settings, allowed, free=free):
+    if not check_same_run(path, stored["settings"], settings, allowed, free=NOT_OF_A_SCORE):
         print(f"{path}: its scores are of other settings, all is scored anew", flush=True)
         return {"scores": {}}
     if not stored["format"]:  # keys had another digest of the base
@@ -116,15 +116,17 @@ def score_all(
     base,
     path: pathlib.Path,
     settings: dict,
-    scores: dict,
+    stored: Mapping,
 ) -> dict:
     """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
-    keys: score_keys. scores: those that are known.
+    keys: score_keys. stored: what read_kept gives, whose scores are not made again.
 
     Returns {key: {unseen dataset: {"exact", "content", "format", "cut"}}}; each value is the list
     of scores question by question, packed. "cut" is there where answers may have no end, and was
     not kept by earlier versions.
     """
+    scores = dict(stored["scores"])
+    kept = {key: value for key, value in stored.items() if key not in ("format", "adapters")}
     scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
     jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
     for dataset in suite.unseen:
@@ -144,7 +146,7 @@ def score_all(
             each |= {CUT: answers.cut} if answers.cut is not None else {}
             new[name] = {measure: pack(values) for measure, values in each.items()}
         scores[key] = scores.get(key, {}) | new
-        write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
+        write_numbered(path, FORMAT, {**kept, "settings": settings, "scores": scores})
     return scores
 
 
@@ -191,7 +193,7 @@ def evaluation_settings(config: Config, suite: str) -> dict:
     asked = {
         key: value
         for key, value in dataclasses.asdict(config.evaluate).items()
-        if f"evaluate.{key}" not in (*SAME_NUMBERS, *NOT_OF_A_SCORE)
+        if f"evaluate.{key}" not in NOT_OF_A_SCORE
     }
     return {"seed": config.seed, "evaluate": asked, "suite": suite}
 
@@ -215,7 +217,7 @@ def evaluate(
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
-    scores = score_all(suite, candidates, keys, base, path, settings, stored["scores"])
+    scores = score_all(suite, candidates, keys, base, path, settings, stored)
     entries = {d.name: _entry(suite, candidates, d.name, scores, keys) for d in suite.unseen}
     result = {
         "train": list(candidates.training),

@@ -127,13 +127,13 @@ def lm_eval_stage(
     keys = score_keys(candidates, base_path)
     path = workdir / SCORES.format(f"_{limit}" if limit else "")
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
+    scores = read_kept(path, settings, base_path, allowed)["scores"]
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
     own = {w.title for w in wanted if not w.task}
 
     def scored(tasks: Mapping[str, object]) -> dict:
         return score(base, tasks, own, config.evaluate.batch_size, limit, unsafe_code)
 
-    scores = read_kept(path, settings, base_path, allowed)["scores"]
     _score_all(wanted, loaded, candidates, keys, base, scored, path, settings, scores)
     of_label = {label: scores.get(key) for label, key in keys.items()}
     return finish(config, suite, wanted, candidates, of_label, workdir)

@@ -55,6 +55,19 @@ def measure(
     """{"agreement", "overhead", "seconds"} of a scored run, of these names; a measurement that is
     switched off or failed is only a "note". seconds: of its stages, as they are then. again: what
     failed is tried anew."""
+    with held(workdir, "evaluate"):
+        return _measure(config, suite, base_path, workdir, names, again)
+
+
+def _measure(
+    config: Config,
+    suite: Suite,
+    base_path: str,
+    workdir: pathlib.Path,
+    names: tuple[str, ...],
+    again: bool,
+) -> dict[str, dict]:
+    """`measure`, in a folder that this process has."""
     path = workdir / paths.EVALUATION
     stored = read_json(path)
     result = stored["result"]
@@ -70,7 +83,7 @@ def measure(
             result[name] = {"note": BEGUN}
             write_json(path, stored)
             try:
-                with held(workdir, "evaluate"), timed(workdir, "measure"):
+                with timed(workdir, "measure"):
                     found[name] = _found(MEASURES[name], config, suite, base_path, workdir)
                 result[name] = found[name]
             except BaseException:  # stopped: the same command goes on with it

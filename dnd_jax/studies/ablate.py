@@ -248,9 +248,9 @@ def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, su
     content, if asked alike."""
     path, settings = folder / paths.EVALUATION, evaluation_settings(config, suite)
     stored = read_numbered(default / paths.EVALUATION, EVALUATION_FORMAT)
-    free = (*SAME_NUMBERS, *NOT_OF_A_SCORE)
+    where = default / paths.EVALUATION
     try:
-        check_same_run(default / paths.EVALUATION, stored["settings"], settings, free=free)
+        check_same_run(where, stored["settings"], settings, free=NOT_OF_A_SCORE)
     except InputError:  # it was asked otherwise
         return
     if not path.is_file():

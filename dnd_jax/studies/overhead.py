@@ -27,7 +27,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
-from dnd_jax.costs.bench.case import peak_of_process
+from dnd_jax.costs.bench.case import peak_memory
 from dnd_jax.costs.bench.run import finished
 from dnd_jax.data.rows import FILES
 from dnd_jax.data.sources import read_jsonl
@@ -40,15 +40,6 @@ from dnd_jax.scoring.generate_vs_tune import (
 )
 
 RESULT = "overhead.json"
-
-
-def peak_memory() -> tuple[int, str]:
-    """(bytes, whose) held at most so far: on the device where it counts them, else by this process,
-    libraries included."""
-    counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if counted:
-        return counted, "device"
-    return peak_of_process(), "process"
 
 
 def _alone(side: str, spec: Mapping) -> dict:

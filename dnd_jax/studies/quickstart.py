@@ -79,7 +79,7 @@ def quickstart(
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
         own = dataclasses.replace(config, seed=seed)
-        with remembering(folder, own):
+        with held(folder, "quickstart"), remembering(folder, own):
             runs[seed], measures[seed] = run_seed(own, folder, strict, allowed, base_name)
         stop.check()
     publish(runs, config, workdir)

@@ -1,6 +1,7 @@
 """A workdir has one writer: who else comes is told who, and a dead one's lock is taken over by
 exactly one."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,12 +16,16 @@ import time
 import pytest
 from pipeline import TINY, dnd, start, tiny_suite, when
 
+from dnd_jax.config.load import load_file
+from dnd_jax.config.remembered import remembering
+from dnd_jax.config.validate import freeze
 from dnd_jax.core import lock, processes
 from dnd_jax.core.errors import InputError, Lost
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held, timed
 from dnd_jax.main import STAGES
-from dnd_jax.studies.quickstart import run_seed
+from dnd_jax.scoring.measured import measure
+from dnd_jax.studies.quickstart import quickstart, run_seed
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -87,6 +92,24 @@ def test_the_runs_inside_a_run_are_locked_too(tmp_path):
         with pytest.raises(InputError, match=rf"seed_1: in use by .*process {process.pid}"):
             run_seed(None, tmp_path / "seed_1")
         process.stdin.close()
+
+
+def test_nothing_is_written_before_a_folder_is_held(tmp_path, capsys):
+    """Neither the settings of another seed nor what is measured."""
+    config = freeze(load_file("tests/tiny.py"))
+    with remembering(tmp_path, config):
+        pass
+    other, then = dataclasses.replace(config, seed=1), (tmp_path / "config.json").stat()
+    with holding(tmp_path) as process:
+        for run in (
+            lambda: quickstart(other, tmp_path, [1]),
+            lambda: measure(other, None, "", tmp_path),
+        ):
+            with pytest.raises(InputError, match=rf"in use by .*process {process.pid}"):
+                run()
+        process.stdin.close()
+    assert (tmp_path / "config.json").stat().st_mtime_ns == then.st_mtime_ns
+    assert "remembers otherwise" not in capsys.readouterr().out
 
 
 CONTEND = """

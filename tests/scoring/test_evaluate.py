@@ -30,6 +30,8 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import write_json
+from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.train import train
 from dnd_jax.lora.adapter import save_adapter
@@ -403,6 +405,40 @@ def test_a_stopped_measurement_is_made_by_the_same_command(
         with pytest.raises(KeyboardInterrupt):
             measure(config, suite, config.base.path, workdir)
     assert measure(config, suite, config.base.path, workdir)["agreement"]["answers"] == 15
+
+
+@only("qwen2")
+def test_a_stopped_scoring_keeps_what_was_measured(made, scored, suite, tmp_path, monkeypatch):
+    config, _, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+    path, found = workdir / paths.EVALUATION, {"answers": 15}
+    stored = read_numbered(path, 1)
+    stored["result"]["agreement"] = found
+    write_json(path, stored | {"scores": {}, "adapters": []})  # as with more evaluate.samples
+
+    def stopped(*arguments):
+        write_numbered(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dnd_jax.scoring.evaluate.write_numbered", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, suite, config.base.path, workdir)
+    begun = read_numbered(path, 1)
+    assert len(begun["scores"]) == 1 and "adapters" not in begun
+    assert evaluate(config, suite, config.base.path, workdir)["agreement"] == found
+
+
+@only("qwen2")
+def test_the_harness_refuses_other_settings_before_it_loads_a_base(
+    made, scored, suite, tmp_path, monkeypatch
+):
+    config, _, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+    write_numbered(workdir / "lm_eval/scores.json", 1, {"settings": {"seed": 9}, "scores": {}})
+    monkeypatch.setattr("dnd_jax.scoring.lm_eval.TorchBase", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="seed: 9 -> 0"):
+        lm_eval_stage(config, suite, config.base.path, workdir)
 
 
 @only("qwen2")

@@ -152,7 +152,7 @@ def test_peak_memory_is_the_peak():
     held = bytearray(800 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
     program = (
-        "from dnd_jax.studies.overhead import peak_memory as p; a = p()[0]; x = bytearray(300 << "
+        "from dnd_jax.costs.bench.case import peak_memory as p; a = p()[0]; x = bytearray(300 << "
         "20); x[::4096] = b'x' * len(x[::4096]); "
         "del x; print(a, *p())"
     )

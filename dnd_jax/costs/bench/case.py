@@ -7,6 +7,8 @@ import resource
 import time
 from collections.abc import Callable
 
+import jax
+
 from dnd_jax.config import load, schema, validate
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.spec import DecoderSpec
@@ -60,6 +62,15 @@ def peak_of_process() -> int:
     return (
         int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
+
+
+def peak_memory() -> tuple[int, str]:
+    """(bytes, whose) held at most so far: on the device where it counts them, else by this process,
+    libraries included."""
+    counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if counted:
+        return counted, "device"
+    return peak_of_process(), "process"
 
 
 def timed(run: Callable[[], object], repeats: int) -> dict:

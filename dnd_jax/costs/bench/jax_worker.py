@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.config.schema import Config
-from dnd_jax.costs.bench.case import Case, peak_of_process, timed
+from dnd_jax.costs.bench.case import Case, peak_memory, timed
 from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_loss
 from dnd_jax.generator.model import Generator
@@ -112,12 +112,6 @@ def _generate(case: Case, config: Config, module: Generator, params) -> Callable
     return lambda: [decode(np.asarray(t)) for t in tokens(params, encoder_params, ids, valid)]
 
 
-def peak_bytes() -> int:
-    """The most memory held so far: on the device, or by this process on a CPU."""
-    statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use") or peak_of_process()
-
-
 def main() -> None:
     """Runs the spec of the command line."""
     spec = json.loads(sys.argv[1])
@@ -136,7 +130,7 @@ def main() -> None:
         return
     result = {
         **times,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory()[0],
         "plans": describe(
             case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]
         ),
