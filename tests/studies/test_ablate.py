@@ -289,10 +289,11 @@ def test_scores_that_both_runs_have_are_taken_over(tmp_path):
             "settings": evaluation_settings(config, "print"),
             "scores": scores,
         }
+        # A table that was begun stays.
         write_json(
             default / paths.EVALUATION,
             {"settings": evaluation_settings(settings(), "print"), "scores": {}},
-        )  # a begun one stays
+        )
 
 
 def test_report_of_several_seeds_and_of_one(tmp_path):
