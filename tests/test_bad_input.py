@@ -145,7 +145,7 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
             ["evaluate", TINY, "--nostrict", "--limit=4"],
             "--limit: no flag of `dnd evaluate`; `dnd evaluate --help` lists its flags",
         ),
-        (["quickstart", TINY, "--allow=train.steps"], "--allow: no flag of `dnd quickstart`"),
+        (["plan", TINY, "--allow=train.steps"], "--allow: no flag of `dnd plan`"),
         (["generate", "--seed=-1"], "--seed=-1: -1 is not a non-negative integer"),
         (["overhead", "--limit=-3"], "--limit=-3: -3 is not a non-negative integer"),
         (["plan", TINY, "--devices=-2"], "--devices=-2: -2 is not a non-negative integer"),
