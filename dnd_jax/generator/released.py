@@ -219,14 +219,6 @@ def load_reference_generator(
     )
 
 
-def load_criterion_weight(path: str | os.PathLike) -> np.ndarray:
-    """The importance weights, float32 [T], that a .pth file carries."""
-    state = read_state_dict(path)
-    if CRITERION_WEIGHT not in state:
-        raise InputError(f"{path}: holds no {CRITERION_WEIGHT}")
-    return state[CRITERION_WEIGHT].reshape(-1)
-
-
 def save_reference_generator(
     module: Generator, params: Mapping, path: str | os.PathLike, criterion_weight: np.ndarray
 ) -> pathlib.Path:

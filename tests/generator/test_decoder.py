@@ -23,7 +23,6 @@ from dnd_jax.costs.bench import torch_generator
 from dnd_jax.generator.decoder import weighted_loss
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.released import (
-    load_criterion_weight,
     load_reference_generator,
     save_reference_generator,
 )
@@ -127,7 +126,7 @@ def test_golden_generator_in_both_directions(kind, tmp_path):
     )
 
     written = save_reference_generator(
-        module, params, tmp_path / "out.pth", load_criterion_weight(path)
+        module, params, tmp_path / "out.pth", read_state(path)["criterion_weight"]
     )
     before, after = read_state(path), read_state(written)
     assert before.keys() == after.keys()
@@ -198,7 +197,7 @@ def test_agrees_with_the_torch_reference(decoder, projection, seed):
         module, params = load_reference_generator(
             path, features, kernel_size, projection, text_length
         )
-        weight = load_criterion_weight(path)
+        weight = read_state(path)["criterion_weight"].reshape(-1)
         output, our_loss, gradients, by_condition = loss_and_gradients(
             module, params, condition, target, weight, pathlib.Path(folder)
         )
@@ -331,9 +330,7 @@ def test_files_that_hold_something_else_are_refused(load, tmp_path):
         with pytest.raises(InputError, match="flat dictionary of tensors"):
             load(content)
     with pytest.raises(InputError, match="no such file"):
-        load_criterion_weight(tmp_path / "absent.pth")
-    with pytest.raises(InputError, match="holds no criterion_weight"):
-        load_criterion_weight(write_state(tmp_path / "bare.pth", {"a": np.ones(2)}))
+        load_reference_generator(tmp_path / "absent.pth", [(2, 2, 2)] * 2, 3)
 
 
 def test_criterion_weight_of_another_length_is_refused(tmp_path):
