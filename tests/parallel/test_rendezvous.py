@@ -71,7 +71,9 @@ def start(
         f"--config.train.checkpoints={inputs / 'loras'}",
         f"--workdir={workdir}",
     )
-    command = [sys.executable, "-m", "dnd_jax", "train", *ARGUMENTS, *data, *more]
+    given = {word.partition("=")[0] for word in more}  # each flag is given once
+    usual = [word for word in (*ARGUMENTS, *data) if word.partition("=")[0] not in given]
+    command = [sys.executable, "-m", "dnd_jax", "train", *usual, *more]
     return subprocess.Popen(
         command,
         cwd=cwd,
