@@ -383,11 +383,13 @@ def test_sizes_and_cost_of_the_original_settings(name):
 @pytest.mark.parametrize("name", ["mini", "real_text_small"])
 def test_sizes_of_the_small_settings(name):
     """The generator's parameters and tokens as the docstring has them."""
-    config, text = freeze(load_file(f"configs/{name}.py")), " ".join(config_text(name).split())
+    config, text = freeze(load_file(f"configs/{name}.py")), config_text(name)
     spec = spec_of(config)
     assert f"{spec.num_parameters / 1e6:.1f}M parameters" in text
     assert "({} tokens of {} x {} weights)".format(*spec.token_grid) in text
 
 
 def config_text(name: str) -> str:
-    return (pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py").read_text()
+    """The text of a settings file, its lines joined."""
+    text = (pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py").read_text()
+    return " ".join(text.split())

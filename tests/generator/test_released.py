@@ -464,7 +464,7 @@ def _without(section: str, key: str):
     ("change", "expected"),
     [
         (lambda d: {}, "no settings, layout, adapter in it"),
-        (lambda d: [], "no settings, layout, adapter in it"),
+        (lambda d: [], "not a JSON object; copy the file again"),
         (lambda d: {**d, "settings": {}}, "no condition, generator, train in it"),
         (
             _without("generator", "bfloat16_checkpoints"),
