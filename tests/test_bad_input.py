@@ -458,10 +458,9 @@ def test_adapters_of_another_base_are_listed(suite, tmp_path, capsys):
     message = refused(
         capsys, "train", TINY, eight, f"--suite={suite}", f"--workdir={tmp_path / 'w'}"
     )
-    assert (
-        "of another layout, base or scale" in message
-        and "step_2 has base 'other' instead of 'ours'" in message
-    )
+    other = tmp_path / "w/loras" / load_suite(suite).train[1].name / "step_2"
+    assert f"name several bases ('other' in {other}, 'ours' in " in message
+    assert "say which by --config.base.path" in message
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
 
 

@@ -3,7 +3,7 @@ adapters give it."""
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dnd_jax.base.hub import hub_id, resolve
 from dnd_jax.core import digests
@@ -88,21 +88,23 @@ def means_base(then: object, path: str | os.PathLike) -> bool:
     return moved or then == os.fspath(path) or base_name(then) == base_name(path)
 
 
-def one_name(names: Iterable[str], decides: str | os.PathLike | None) -> str:
-    """The name of the one base of LoRAs whose settings name it so: that of the base that
-    `decides`, with a note where they differ (a hub id and a folder, a quantised copy); without it
-    theirs, a folder's made absolute. A LoRA may name none; where none does and nothing decides,
-    the name is empty.
+def one_name(named: Mapping[str, os.PathLike], decides: str | os.PathLike | None) -> str:
+    """The name of the one base of LoRAs, named {what their settings call it: one that calls it so}:
+    that of the base that `decides`, with a note where they differ (a hub id and a folder, a
+    quantised copy); without it theirs, a folder's made absolute. A LoRA may name none; where none
+    does and nothing decides, the name is empty.
 
     Raises InputError when they name several and nothing decides.
     """
-    names = sorted({base_name(name) for name in names if name})
+    where = {base_name(name): path for name, path in named.items() if name}
+    names = sorted(where)
     if decides is None and len(names) <= 1:
         return names[0] if names else ""
     spelled = ", ".join(map(repr, names))
     if decides is None:
+        each = ", ".join(f"{name!r} in {where[name]}" for name in names)
         raise InputError(
-            f"the LoRA checkpoints name several bases ({spelled}); if they are copies of one, "
+            f"the LoRA checkpoints name several bases ({each}); if they are copies of one, "
             "say which by --config.base.path=FOLDER or hub id"
         )
     decided = base_name(decides)

@@ -161,10 +161,10 @@ class Checkpoints:
         first = every[0]
         self.adapter, shapes = load_adapter_config(first), read_shapes(first)
         self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
-        faults, bases = [], {self.adapter.base}
+        faults, bases = [], {self.adapter.base: first}
         for path in every[1:]:
             other = load_adapter_config(path)
-            bases.add(other.base)
+            bases.setdefault(other.base, path)
             differ = _differences((self.adapter, shapes), (other, read_shapes(path)))
             if differ:
                 faults.append(f"{path} has {', '.join(differ)}")
@@ -173,16 +173,16 @@ class Checkpoints:
         base = base_name or self._base(bases, config, workdir)
         self.adapter = dataclasses.replace(self.adapter, base=base)
 
-    def _base(self, names: set[str], config: Config, workdir: pathlib.Path) -> str:
+    def _base(self, named: dict[str, pathlib.Path], config: Config, workdir: pathlib.Path) -> str:
         """What the checkpoints' base is called. Those of `dnd collect` keep a hub id that they
         name; else the given base decides, or the one that was pretrained in the workdir."""
         own = not config.train.checkpoints
-        first = min(names)
-        if own and len(names) == 1 and is_hub_id(first) and not first.endswith(f"/{BASE}"):
+        first = min(named)
+        if own and len(named) == 1 and is_hub_id(first) and not first.endswith(f"/{BASE}"):
             return first
         pretrained = workdir / BASE
         has_own = own and (pretrained / "config.json").is_file()
-        return one_name(names, config.base.path or (pretrained if has_own else None))
+        return one_name(named, config.base.path or (pretrained if has_own else None))
 
     def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""

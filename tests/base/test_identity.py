@@ -63,15 +63,17 @@ def test_names_hold_elsewhere(base, tmp_path, monkeypatch):
 
 def test_several_names_of_one_base(base, capsys):
     spelled = ["Qwen/Qwen2.5-0.5B", "unsloth/Qwen2.5-0.5B-bnb-4bit"]
-    with pytest.raises(InputError, match=r"'Qwen/\S+', 'unsloth/\S+'\); .*--config.base.path="):
-        one_name(spelled, None)
-    assert one_name(spelled[:1], None) == spelled[0]
-    assert one_name(spelled, "Qwen/Qwen2.5-0.5B") == spelled[0]
+    both = r"'Qwen/\S+' in \S+, 'unsloth/\S+' in .*--config.base.path="
+    with pytest.raises(InputError, match=both):
+        one_name(dict.fromkeys(spelled, base), None)
+    assert one_name({spelled[0]: base}, None) == spelled[0]
+    assert one_name(dict.fromkeys(spelled, base), "Qwen/Qwen2.5-0.5B") == spelled[0]
     assert "note: the LoRA checkpoints' base is Qwen/Qwen2.5-0.5B; " in capsys.readouterr().out
-    assert one_name([os.path.relpath(base)], base) == str(base)  # one folder, two spellings
+    assert one_name({os.path.relpath(base): base}, base) == str(base)  # one folder, two spellings
     # LoRAs that name no base say nothing, wherever they are read.
-    assert one_name(["", spelled[0]], None) == spelled[0] and one_name([""], None) == ""
-    assert one_name([""], spelled[0]) == spelled[0]
+    assert one_name({"": base, spelled[0]: base}, None) == spelled[0]
+    assert one_name({"": base}, None) == ""
+    assert one_name({"": base}, spelled[0]) == spelled[0]
     assert not capsys.readouterr().out
 
 

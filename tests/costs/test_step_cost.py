@@ -112,6 +112,7 @@ def test_what_a_tpu_compiler_makes_of_collectives():
     )
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_and_costs_operations():
     raw = load_file("tests/tiny.py")
     raw.generator.features, raw.generator.kernel_size = ((16, 32, 32),) * 7, 3
@@ -212,6 +213,7 @@ def test_slices_of_the_configuration_stay_in_a_sweep():
     assert [variant.mesh.slices for _, _, variant in sweep.variants(config)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_more_chips_hold_less_each():
     held = [
         make_plan(settings(mesh__fsdp=n, mesh__data=8 // n), jax.devices()).state_bytes
@@ -353,6 +355,7 @@ def test_the_nearest_miss_says_what_would_make_it_fit():
 LARGE = ("--config=tests/large.py", "--topology=v5e:2x2")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_tpu_exits_with_1_and_says_what_would(tmp_path):
     done = dnd("plan", *LARGE, f"--workdir={tmp_path}")
     assert done.returncode == 1, done.stderr

@@ -204,6 +204,7 @@ def test_layout_from_the_base_alone_then_generate(folders, tmp_path):
         np.testing.assert_allclose(value, expected[key], atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_training_starts_from_it(folders, tmp_path):
     """Adam's first step moves a parameter by the learning rate at most (and weight decay), so one
     step ends near the released weights, and a little off them."""

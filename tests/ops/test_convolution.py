@@ -61,6 +61,7 @@ def problems(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(problems(), st.booleans(), st.integers(0, 2**32 - 1))
 @example(((1, 1, 1, 1), 3, 11, 1, (1, 1)), True, 0)

@@ -212,6 +212,7 @@ def test_a_finished_generator_knows_its_checkpoints(made, suite, tmp_path):
     assert train(other, suite, workdir) == workdir / "generator"
 
 
+@pytest.mark.slow
 @only("gemma")
 def test_what_is_of_another_generator_is_made_anew(made, suite, tmp_path, capsys):
     """The generator changes, then the LoRA checkpoints do: never another's numbers, ours or the
@@ -332,6 +333,7 @@ def told(workdir: pathlib.Path) -> tuple[dict, str]:
     return json.loads((workdir / "results.json").read_text()), (workdir / "report.html").read_text()
 
 
+@pytest.mark.slow
 @only("qwen2")
 def test_no_room_to_measure_is_a_note_under_the_results(
     made, scored, tmp_path, capsys, monkeypatch

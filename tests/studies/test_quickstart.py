@@ -243,6 +243,7 @@ def interrupted_runs(suite, workdir, signals) -> int:
     return restarts
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_path):
     workdir = tmp_path / "killed"
     assert interrupted_runs(suite, workdir, [(stage, signal.SIGKILL) for stage in STAGES]) == 3
