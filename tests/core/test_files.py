@@ -76,10 +76,11 @@ def test_what_a_link_leads_to_keeps_its_permissions(tmp_path):
 
 # Kills itself with SIGKILL at the N-th line that is run of the code that replaces a folder.
 KILLED = """
-import os, pathlib, signal, sys
-sys.path[:0] = ["tests/core"]
+import os, pathlib, sys
+sys.path[:0] = ["tests", "tests/core"]
 import shutil
 from dnd_jax.core import exchange, files
+from kill_points import killed_at
 from test_files import write_folder
 os.fsync = lambda file: None  # a thousand waits for the disk are not what is tried here
 if sys.argv[2] == "two renames":
@@ -90,22 +91,9 @@ write_folder(path, "old")
 point = 0
 while True:
     point += 1
-    child = os.fork()
-    if not child:
-        seen = 0
-        def trace(frame, event, argument):
-            global seen
-            if frame.f_code.co_filename not in watched:
-                return None
-            if event == "line":
-                seen += 1
-                if seen == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-        sys.settrace(trace)
-        write_folder(path, "new")
-        os._exit(0)
-    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    killed = killed_at(
+        point, lambda code: code.co_filename in watched, lambda: write_folder(path, "new")
+    )
     print("killed" if killed else "done", flush=True)
     sys.stdin.readline()  # the test looks
     if not killed:

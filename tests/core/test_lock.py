@@ -28,7 +28,7 @@ from dnd_jax.scoring.measured import measure
 from dnd_jax.studies.quickstart import quickstart, run_seed
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 HOLD = """
 import sys
 from dnd_jax.core.workdir import held
@@ -177,34 +177,22 @@ def test_of_many_contenders_for_a_dead_ones_lock_exactly_one_wins(tmp_path):
 # Kills itself with SIGKILL at the N-th line of the lock's code, while it takes over from a dead
 # holder and gives the folder back; then another one must get it at once.
 KILLED = """
-import os, pathlib, signal, sys
+import os, pathlib, sys
 from dnd_jax.core import lock
+from kill_points import killed_at
 os.fsync = lambda file: None  # hundreds of waits for the disk are not what is tried here
 lock._watch = lambda *seen: sys.exit("waits")
 point, folder = 0, pathlib.Path(sys.argv[1])
+def take():
+    with lock.locked(folder, "train"):
+        pass
 dead = (folder / ".lock").read_bytes()
 killed = True
 while killed:
     point += 1
     (folder / ".lock").write_bytes(dead)
     os.utime(folder / ".lock", (1, 1))
-    child = os.fork()
-    if not child:
-        seen = 0
-        def trace(frame, event, argument):
-            global seen
-            if frame.f_code.co_filename != lock.__file__:
-                return None
-            if event == "line":
-                seen += 1
-                if seen == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-        sys.settrace(trace)
-        with lock.locked(folder, "train"):
-            pass
-        os._exit(0)
-    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    killed = killed_at(point, lambda code: code.co_filename == lock.__file__, take)
     with lock.locked(folder, "train"):
         for left in folder.glob(".lock.*"):
             os.utime(left, (1, 1))

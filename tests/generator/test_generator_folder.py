@@ -15,9 +15,9 @@ from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.generator.folder import DESCRIPTION, MODEL, STATISTICS, steady, write_generator
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 WRITE = """
-import os, pathlib, signal, sys, time
+import os, pathlib, sys, time
 import numpy as np
 from dnd_jax.generator import folder
 os.fsync = lambda file: None  # hundreds of waits for the disk are not what is tried here
@@ -30,26 +30,13 @@ path = pathlib.Path(sys.argv[1])
 """
 # Kills itself with SIGKILL at the N-th line of what writes a generator over another.
 KILLED = f"""{WRITE}
+from kill_points import killed_at
 write(path, 1)
 point, killed = 0, True
 while killed:
     point += 1
-    child = os.fork()
-    if not child:
-        seen = 0
-        def trace(frame, event, argument):
-            global seen
-            if frame.f_code.co_name not in ("write_generator", "replacing"):
-                return None
-            if event == "line":
-                seen += 1
-                if seen == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-        sys.settrace(trace)
-        write(path, 2)
-        os._exit(0)
-    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    steps = ("write_generator", "replacing")
+    killed = killed_at(point, lambda code: code.co_name in steps, lambda: write(path, 2))
     print(killed, flush=True)
     sys.stdin.readline()  # the test looks
     write(path, 1)
