@@ -327,7 +327,7 @@ def test_one_base_under_several_names(tmp_path, capsys):
     for step, name in zip((1, 2), names, strict=True):
         path = root / "fish" / f"checkpoint-{step}"
         write(path, lora(100 + step), base_model_name_or_path=name)
-    with pytest.raises(InputError, match=r"name several bases .*, 'org/base', .*config.base.path="):
+    with pytest.raises(InputError, match=r"name several bases .*'org/base' in .*config.base.path="):
         opened(root)
     config = load_file("configs/mini.py")
     config.train.checkpoints, config.base.path = str(root), "org/base"
