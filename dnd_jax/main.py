@@ -37,6 +37,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "plan": ("costs.plan", "what the real steps cost on devices that need not be there"),
     "bench": ("costs.bench.run", "our methods and PyTorch side by side, measured"),
     "ablate": ("studies.ablate", "a configuration beside variants of it: table and plot"),
+    "doctor": ("studies.doctor", "what would go wrong later, found before hours are spent"),
     "overhead": ("studies.overhead", "time and memory of generating an adapter, of tuning one"),
 }
 

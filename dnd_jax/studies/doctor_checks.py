@@ -1,0 +1,232 @@
+"""What `dnd doctor` looks at: each check as (OK, NOTE or FAULT; what was found).
+
+A file that cannot be used raises InputError, as in the stage that would refuse it.
+"""
+
+import functools
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+
+from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hub import packages_of, resolve
+from dnd_jax.base.identity import base_name
+from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.packages import how_to_install, is_installed
+from dnd_jax.core.tensors import opened, stored_tensors
+from dnd_jax.data.report import findings
+from dnd_jax.data.suite import Dataset, Suite, load_suite
+from dnd_jax.encoders.cache import identify
+from dnd_jax.encoders.load import load_module
+from dnd_jax.generator.folder import (
+    MODEL,
+    Description,
+    find_generator,
+    read_description,
+    read_record,
+)
+from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.sizes import resolve_features
+from dnd_jax.generator.spec import DecoderSpec
+from dnd_jax.lora.checkpoints import Checkpoints
+from dnd_jax.lora.targets import token_grid
+
+OK, NOTE, FAULT = "ok", "note", "FAULT"
+# Arrays of a parameter's size in training: itself, its gradient and AdamW's two moments; and those
+# of them that a checkpoint of the run keeps.
+IN_MEMORY, ON_DISK = 4, 3
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+WIDTH = 110  # of the table
+
+Found = Iterator[tuple[str, str]]  # (OK, NOTE or FAULT; what was found) of one check
+
+
+class Case:
+    """What is looked at: folders by the settings' names for them, read once."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path, generator: str):
+        """config: names the suite, the base and the checkpoints; what it leaves empty is not looked
+        at, nor an empty generator."""
+        self.config, self.workdir, self.generator = config, workdir, generator
+
+    @functools.cached_property
+    def suite(self) -> Suite:
+        """The suite, read as training reads it."""
+        return load_suite(self.config.suite, self.config.condition.num_prompts)
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Those of the suite's training datasets; without a suite, of every folder that has any."""
+        root = pathlib.Path(self.config.train.checkpoints)
+        if self.config.suite:
+            return Checkpoints(self.config, self.suite, self.workdir)
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder; give the one with a folder for each dataset")
+        names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not names:
+            raise InputError(f"{root}: has no folders; a LoRA checkpoint lies in DATASET/NAME/")
+        every = tuple(Dataset(name, (), ()) for name in names)
+        return Checkpoints(self.config, Suite(root.name, root, (), every, (), {}, ""), self.workdir)
+
+
+def base(case: Case) -> Found:
+    """Its sizes, and that every file of it can be read."""
+    path = case.config.base.path
+    sizes = load_base_config(path)
+    tensors = stored_tensors(resolve(path))
+    tied = "tied to the embeddings" if sizes.tie_word_embeddings else "a head of its own"
+    yield (
+        OK,
+        f"{base_name(path)}: {sizes.model_type}, {sizes.num_hidden_layers} layers of "
+        f"{sizes.hidden_size}, {len(tensors)} tensors, {tied}",
+    )
+
+
+def suite(case: Case) -> Found:
+    """Its faults, as `dnd data-report` lists them."""
+    suite = case.suite
+    faults = [finding for finding in findings(suite) if finding.fault]
+    yield from ((FAULT, str(fault)) for fault in faults)
+    rows = sum(len(d.train) + len(d.test) for d in suite.every)
+    counts = f"{len(suite.train)} training datasets, {len(suite.unseen)} unseen, {rows} examples"
+    more = "; `dnd data-report` says all" if faults else ", no faults in the data"
+    yield NOTE if faults else OK, f"{suite.name}: {counts}{more}"
+
+
+def checkpoints(case: Case) -> Found:
+    """That all have one layout, which the base has too."""
+    found = case.checkpoints
+    count = sum(map(len, found.folders.values()))
+    adapter = found.adapter
+    yield (
+        OK,
+        f"{found.root}: {count} LoRAs of {len(found.folders)} datasets, rank {adapter.rank}, scale "
+        f"{adapter.scale:g}, {', '.join(adapter.targets)}; base {adapter.base or 'not named'}",
+    )
+
+
+def generator(case: Case) -> Found:
+    """That its files fit each other, its encoder is here, and it is of this base."""
+    folder = find_generator(case.generator)
+    description = read_description(folder)
+    shapes = param_shapes(Generator(description.spec))
+    wanted = {
+        "/".join(key.key for key in keys): leaf.shape
+        for keys, leaf in jax.tree.leaves_with_path(shapes)
+    }
+    with opened(folder / MODEL) as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    wrong = sorted(
+        key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key)
+    )
+    if wrong:
+        yield (
+            FAULT,
+            f"{folder / MODEL}: {len(wrong)} parameters are not those that generator.json "
+            f"describes ({wrong[0]}); copy the folder again",
+        )
+    if identify(description.condition) != description.encoder_fingerprint:
+        yield (
+            FAULT,
+            f"{description.condition.encoder}: not the text encoder that {folder} was trained "
+            "with (its files differ); give that one back its place",
+        )
+    if case.config.base.path:
+        yield from _of_this_base(case.config.base.path, description)
+    if case.config.train.checkpoints:
+        yield from _of_these_checkpoints(case, folder, description)
+    count = sum(math.prod(shape) for shape in wanted.values())
+    yield OK, f"{folder}: {count / 1e6:.1f}M parameters, {description.spec.token_grid} tokens"
+
+
+def _of_this_base(path: str, description: Description) -> Found:
+    """Whether the adapters that a generator makes have this base's modules and sizes."""
+    adapter, sizes = description.adapter, load_base_config(path)
+    wanted = sizes.lora_shapes(adapter.rank, adapter.targets)
+    made = {matrix.key: matrix.shape for matrix in description.layout.matrices}
+    other = sorted(key for key in made.keys() | wanted.keys() if made.get(key) != wanted.get(key))
+    if other:
+        yield (
+            FAULT,
+            f"its adapters are of another base than {path}: {len(other)} tensors differ "
+            f"({other[0]}: {made.get(other[0])}, the base takes {wanted.get(other[0])})",
+        )
+
+
+def _of_these_checkpoints(case: Case, folder: pathlib.Path, description: Description) -> Found:
+    """Whether a generator was trained on these LoRAs."""
+    then = read_record(folder).get("checkpoints")
+    if then is not None and then != case.checkpoints.digest():
+        yield NOTE, f"{folder}: was trained on other LoRAs than {case.checkpoints.root} holds now"
+
+
+def room(case: Case) -> Found:
+    """What training the generator takes, of disk and memory, and what is free."""
+    config, checkpoints = case.config, case.checkpoints
+    condition, grid = config.condition, token_grid(config.generator.target, checkpoints.layout)
+    width = load_module(condition.encoder, condition.layer).width
+    shape = condition.num_prompts, condition.max_text_length, width
+    features = resolve_features(config.generator, shape, grid)
+    c = config.train
+    spec = DecoderSpec.of(config.generator, condition, c.dtype, c.remat, features)
+    leaves = jax.tree.leaves(param_shapes(Generator(spec)))
+    params = 4 * sum(math.prod(leaf.shape) for leaf in leaves)
+
+    tokens = 4 * math.prod(grid) * sum(map(len, checkpoints.folders.values()))
+    texts = sum(len(d.train) for d in case.suite.train) if config.suite else 0
+    states = 0 if condition.in_graph else 4 * texts * condition.max_text_length * width
+    kept = ON_DISK * params * (c.keep_last + 1)
+    disk, free = tokens + states + kept, shutil.disk_usage(_there(case.workdir)).free
+    yield (
+        OK if disk < free else FAULT,
+        f"disk: tokens {_size(tokens)}, embeddings {_size(states)}, checkpoints {_size(kept)}: "
+        f"{_size(disk)} of {_size(free)} free",
+    )
+    split = max(config.mesh.fsdp, 1)
+    memory, has = IN_MEMORY * params // split, _memory()
+    yield (
+        OK if memory < has else FAULT,
+        f"memory: parameters, gradient and optimiser {_size(memory)} a device of {_size(has)}, "
+        "beside activations; `dnd plan` counts those too",
+    )
+
+
+def _there(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or the first above it that exists."""
+    folder = folder.absolute()
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def _memory() -> int:
+    """Bytes of one device; on CPUs, of the machine."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that a person would take."""
+    unit = next((u for u in ("kB", "MB") if count < 1e3 * UNITS[u]), "GB")
+    return f"{count / UNITS[unit]:.3g} {unit}"
+
+
+def packages(case: Case) -> Found:
+    """What the later stages need and this environment lacks."""
+    config = case.config
+    own = packages_of(config.base.path, config.condition.encoder)
+    for stages, needed in (
+        ("train and generate", own),
+        ("evaluate and verify-adapter", ("torch", "peft")),
+        ("plots and reports", ("matplotlib",)),
+    ):
+        missing = [name for name in needed if not is_installed(name)]
+        if missing:
+            how = how_to_install(missing)
+            yield NOTE, f"{stages} need {', '.join(missing)}, which are not installed: {how}"
