@@ -10,9 +10,16 @@ from flax import traverse_util
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import NONE, OUT, Given, Stage
-from dnd_jax.core.tensors import open_tensors, read_safetensors
-from dnd_jax.generator.folder import MODEL, STATISTICS, find_generator, read_description, steady
-from dnd_jax.generator.model import Generator
+from dnd_jax.core.tensors import open_tensors
+from dnd_jax.generator.folder import (
+    MODEL,
+    check_parameters,
+    find_generator,
+    read_description,
+    read_statistics,
+    steady,
+)
+from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.released import save_reference_generator
 
 
@@ -28,15 +35,11 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
                 f"{folder}: generator.target = {target!r}; the original's format knows only "
                 "chunk tokens"
             )
-        if not (folder / MODEL).is_file():
-            raise InputError(f"{folder / MODEL}: no such file")
+        module = Generator(description.spec)
+        check_parameters(folder, param_shapes(module))
+        statistics = read_statistics(folder, description)
         params = traverse_util.unflatten_dict(open_tensors(folder / MODEL), sep="/")
-        return save_reference_generator(
-            Generator(description.spec),
-            params,
-            path,
-            read_safetensors(folder / STATISTICS)["importance"],
-        )
+        return save_reference_generator(module, params, path, statistics["importance"])
 
 
 def _run(given: Given) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from safetensors import safe_open
 
 from dnd_jax.config import schema, validate
 from dnd_jax.config.schema import Features
@@ -23,10 +24,17 @@ from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, replacing, sync
 from dnd_jax.core.formats import FORMAT as KEY
 from dnd_jax.core.formats import read_numbered
-from dnd_jax.core.tensors import opened, write_safetensors, write_tensors
+from dnd_jax.core.tensors import (
+    DTYPES,
+    opened,
+    read_safetensors,
+    write_safetensors,
+    write_tensors,
+)
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.lora.targets import token_grid
 
 FORMAT = 1  # of generator.json
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
@@ -86,7 +94,7 @@ def read_description(folder: pathlib.Path) -> Description:
         settings = _sections(file, raw["settings"], "condition", "generator", "train")
         # At first, form and layer were not recorded.
         condition = {"form": "prompt", "layer": -1, **settings["condition"]}
-        return Description(
+        description = Description(
             settings=settings,
             seed=int(settings["seed"]),
             condition=validate.section(schema.Condition, condition, "condition"),
@@ -98,6 +106,10 @@ def read_description(folder: pathlib.Path) -> Description:
             encoder_fingerprint=str(raw["encoder_fingerprint"]),
             encoder_revision=str(raw.get("encoder_revision", "")),
         )
+        grid = token_grid(description.generator.target, description.layout)
+        if description.features[-1] != grid:
+            raise ValueError(f"features end with {description.features[-1]}, the layout has {grid}")
+        return description
     except (KeyError, TypeError, ValueError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise InputError(
@@ -192,18 +204,7 @@ def _read_params(
         if stored[key] != settings[key]
     ]
     with opened(folder / MODEL) as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        wanted = {
-            "/".join(k.key for k in keys): leaf.shape
-            for keys, leaf in jax.tree.leaves_with_path(shapes)
-        }
-        faults += [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
-        faults += [f"{key} is unknown" for key in sorted(found.keys() - wanted.keys())]
-        faults += [
-            f"{key} has shape {found[key]}, here it is {shape}"
-            for key, shape in wanted.items()
-            if found.get(key, shape) != shape
-        ]
+        faults += _parameter_faults(file, shapes)
         if faults:
             raise listed(
                 f"config.train.init_from = {folder}: not a generator of this configuration", faults
@@ -216,3 +217,48 @@ def _read_params(
             )
 
         return jax.tree_util.tree_map_with_path(read, shapes, shardings)
+
+
+def check_parameters(folder: pathlib.Path, shapes: Mapping) -> None:
+    """Raises InputError listing the parameters of a generator folder that are missing, unknown or
+    of another shape or kind than `shapes` (nested, as the parameters of its description)."""
+    with opened(folder / MODEL) as file:
+        faults = _parameter_faults(file, shapes)
+    if faults:
+        raise listed(f"{folder / MODEL}: not what {DESCRIPTION} describes; copy the folder", faults)
+
+
+def _parameter_faults(file: safe_open, shapes: Mapping) -> list[str]:
+    """What is wrong with the parameters of a file, by its header alone."""
+    stored = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    found = {key: tuple(part.get_shape()) for key, part in stored.items()}
+    wanted = {
+        "/".join(k.key for k in keys): leaf.shape
+        for keys, leaf in jax.tree.leaves_with_path(shapes)
+    }
+    faults = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+    faults += [f"{key} is unknown" for key in sorted(found.keys() - wanted.keys())]
+    faults += [
+        f"{key} has shape {found[key]}, here it is {shape}"
+        for key, shape in wanted.items()
+        if found.get(key, shape) != shape
+    ]
+    kinds = {key: part.get_dtype() for key, part in stored.items()}
+    return faults + [f"{key} holds {kind}" for key, kind in kinds.items() if kind not in DTYPES]
+
+
+def read_statistics(folder: pathlib.Path, description: Description) -> dict[str, np.ndarray]:
+    """The importance weights (T,) and the statistics of the target. Raises InputError naming what
+    the file lacks, or has in another shape."""
+    path, grid = folder / STATISTICS, description.spec.token_grid
+    wanted = {"importance": grid[:1]}
+    if description.generator.target == "element":
+        wanted |= {"mean": grid, "scale": grid[:1]}
+    found = read_safetensors(path)
+    shapes = {key: value.shape for key, value in found.items() if value.dtype in DTYPES.values()}
+    wrong = [
+        f"{key} {shapes.get(key)}, not {of}" for key, of in wanted.items() if shapes.get(key) != of
+    ]
+    if wrong:
+        raise listed(f"{path}: not of this generator; copy the folder again", wrong)
+    return found

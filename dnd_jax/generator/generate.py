@@ -29,11 +29,13 @@ from dnd_jax.encoders.cache import PromptEncoder, fingerprint_of_format_0
 from dnd_jax.generator.folder import (
     DESCRIPTION,
     MODEL,
-    STATISTICS,
+    check_parameters,
     find_generator,
     read_description,
+    read_statistics,
     steady,
 )
+from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
@@ -80,7 +82,9 @@ class TrainedGenerator:
         self.folder = folder = find_generator(run_dir)
         with steady(folder):
             description = read_description(folder)
-            statistics, flat = (read_safetensors(folder / file) for file in (STATISTICS, MODEL))
+            check_parameters(folder, param_shapes(Generator(description.spec)))
+            statistics = read_statistics(folder, description)
+            flat = read_safetensors(folder / MODEL)
             self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
         self.condition, self.adapter, self.layout = (
             description.condition,

@@ -18,17 +18,18 @@ from dnd_jax.base.identity import base_name
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.packages import how_to_install, is_installed
-from dnd_jax.core.tensors import opened, stored_tensors
+from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.data.report import findings
 from dnd_jax.data.suite import Dataset, Suite, load_suite
 from dnd_jax.encoders.cache import identify
 from dnd_jax.encoders.load import load_module
 from dnd_jax.generator.folder import (
-    MODEL,
     Description,
+    check_parameters,
     find_generator,
     read_description,
     read_record,
+    read_statistics,
 )
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import resolve_features
@@ -115,21 +116,8 @@ def generator(case: Case) -> Found:
     folder = find_generator(case.generator)
     description = read_description(folder)
     shapes = param_shapes(Generator(description.spec))
-    wanted = {
-        "/".join(key.key for key in keys): leaf.shape
-        for keys, leaf in jax.tree.leaves_with_path(shapes)
-    }
-    with opened(folder / MODEL) as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    wrong = sorted(
-        key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key)
-    )
-    if wrong:
-        yield (
-            FAULT,
-            f"{folder / MODEL}: {len(wrong)} parameters are not those that generator.json "
-            f"describes ({wrong[0]}); copy the folder again",
-        )
+    check_parameters(folder, shapes)
+    read_statistics(folder, description)
     if identify(description.condition) != description.encoder_fingerprint:
         yield (
             FAULT,
@@ -140,7 +128,7 @@ def generator(case: Case) -> Found:
         yield from _of_this_base(case.config.base.path, description)
     if case.config.train.checkpoints:
         yield from _of_these_checkpoints(case, folder, description)
-    count = sum(math.prod(shape) for shape in wanted.values())
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     yield OK, f"{folder}: {count / 1e6:.1f}M parameters, {description.spec.token_grid} tokens"
 
 
