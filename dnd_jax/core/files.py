@@ -6,6 +6,7 @@ leads to the old content or the new, whole. The cost is waiting for the disk, on
 a folder: a few milliseconds on an SSD.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -218,20 +219,88 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises InputError naming the file (and line)
+    that cannot be read."""
+    path = pathlib.Path(path)
+    try:
+        return text_of(path.read_bytes(), path)
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, not a file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def text_of(raw: bytes, path: str | os.PathLike) -> str:
+    """The text of a file's UTF-8 bytes. Raises InputError naming the file and line that are not."""
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise InputError(f"{path}: is UTF-16; save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line, at = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
+        raise InputError(
+            f"{path}:{line}: not UTF-8 at byte {at} of the line; save the file as UTF-8"
+        ) from None
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The JSON value of a file. Raises InputError naming the file when it is absent, not UTF-8 or
     not JSON."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if recover(pathlib.Path(path).parent):
-            return read_json(path)
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        text = read_text(path)
+        value = json_of(text, path)
+        if "\\ud" in text or "\\uD" in text:
+            check_whole(value, path)
+        return value
+    except InputError:
+        if os.path.lexists(path):
+            raise
+    if recover(pathlib.Path(path).parent):
+        return read_json(path)
+    raise InputError(f"{path}: no such file")
+
+
+def json_of(text: str, where: str | os.PathLike, once: bool = False) -> Any:
+    """The JSON value of a file's text. once: no object may have a key twice. Raises InputError
+    naming the file and line of what is no JSON, or no text."""
+    try:
+        return json.loads(text, object_pairs_hook=once_each if once else None)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # 5,000 digits; lists in lists 50,000 deep
-        raise InputError(f"{path}: not JSON that can be read ({first_line(error)})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        empty = "" if text.strip() else ": it is empty"
+        raise InputError(f"{where}:{error.lineno}: not JSON ({error.msg}{empty})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON that can be read ({why_no_json(error)})") from None
+
+
+def check_whole(value: Any, where: str | os.PathLike) -> None:
+    """Raises InputError, naming the file, for a JSON value with half of a character in it, which no
+    file of ours could hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end]
+        raise InputError(
+            f"{where}: {near!r} ends in half of a character (a surrogate, as left by cutting "
+            "through an emoji); remove it"
+        ) from None
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its keys and values. Raises ValueError for a key that is there twice: which one
+    counts would be a guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def why_no_json(error: Exception) -> str:
+    """What json says of a text that it does not take: no JSON, a number of 5,000 digits, lists in
+    lists 50,000 deep."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else first_line(error)

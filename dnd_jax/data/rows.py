@@ -1,112 +1,200 @@
 """Rows of a file or of a Hugging Face dataset, each with the place that messages name it by.
 
-JSONL, JSON (one list), parquet, a `datasets` folder, a hub id; and plain text, line by line.
+    .jsonl .ndjson .json        objects, one a line, or one list of them
+    .csv .tsv                   a line of names, then cells
+    .parquet .arrow .feather    tables
+    a folder, a hub id          what `datasets` reads
+
+.gz, .bz2 or .xz may stand behind the first five.
 """
 
+import bz2
+import contextlib
+import gzip
+import itertools
 import json
+import lzma
 import os
 import pathlib
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.files import json_of, once_each, read_text, text_of, why_no_json
+from dnd_jax.data.tables import cell_rows, table_rows, unlabeled
 
 datasets = packages.deferred("datasets")
-pyarrow, parquet = packages.deferred("pyarrow"), packages.deferred("pyarrow.parquet")
 
-FILES = (".jsonl", ".json", ".parquet")
 Row = tuple[str, object]  # where it stands ("FILE:LINE"), and its value
+CELLS = {".csv": ",", ".tsv": "\t"}
+TEXTS = (".jsonl", ".ndjson", ".json", *CELLS)
+FILES = (*TEXTS, ".parquet", ".arrow", ".feather")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+GLOBBED = "*?[]{}"  # in the name of a folder, which `datasets` takes for a pattern
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """A UTF-8 file. Raises InputError naming the file (and line) that cannot be read."""
+def kind_of(path: str | os.PathLike, *also: str) -> tuple[str, str]:
+    """(what a file is by its name, what it is packed in): (".csv", ".gz"), (".csv", ""); in lower
+    case. ("", "") for one of no known kind. also: text files that count as known."""
+    *_, first, last = ["", "", *(suffix.lower() for suffix in pathlib.Path(path).suffixes)]
+    if last in (*FILES, *also):
+        return last, ""
+    return (first, last) if last in PACKED and first in (*TEXTS, *also) else ("", "")
+
+
+def unknown_kind(path: str | os.PathLike, *also: str) -> InputError:
+    """Of a file whose name ends as none that is read; the error says which are."""
+    suffix = pathlib.Path(path).suffix
+    return InputError(
+        f"{path}: files {f'of {suffix}' if suffix else 'without a suffix'} are not read; save it "
+        f"as one of {', '.join((*also, *FILES))}; the first {len(also) + len(TEXTS)} may be packed "
+        f"({', '.join(PACKED)})"
+    )
+
+
+def file_rows(path: str | os.PathLike, faults: list[str]) -> Iterable[Row]:
+    """The rows of a file, read as its name says; lines that are no row are added to `faults`.
+
+    Raises InputError for a file that cannot be read, or of no known kind.
+    """
+    kind, packing = kind_of(path)
+    if not kind:
+        raise unknown_kind(path)
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: cannot be read (No such file or directory){_beside(path)}")
+    if kind not in TEXTS:
+        return table_rows(path, kind)
+    text = unpacked(path, packing)
+    if kind in CELLS:
+        return cell_rows(path, text, CELLS[kind], faults)
+    return json_rows(path, text, faults)
+
+
+def _beside(path: str | os.PathLike) -> str:
+    """What there is in place of a missing file: others of its name and another kind."""
     path = pathlib.Path(path)
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    stem = path.name.split(".")[0]
+    names = sorted(other.name for other in found if other.name.split(".")[0] == stem)
+    return f"; there is {', '.join(names)}" if names else ""
+
+
+def unpacked(path: str | os.PathLike, packing: str) -> str:
+    """The text of a file, packed as its suffix says or (empty) not. Raises InputError."""
+    if not packing:
+        return read_text(path)
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line, at = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
-        raise InputError(
-            f"{path}:{line}: not UTF-8 at byte {at} of the line; save the file as UTF-8"
-        ) from None
+        with PACKED[packing](path) as file:
+            raw = file.read()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+    return text_of(raw, path)
 
 
-def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
-    """(line number, text) of a UTF-8 file's non-blank lines. Raises InputError as `read_text`
-    does."""
-    return list(_lines(read_text(path)))
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
     """(line number, stripped line) of the lines that are not blank."""
     for number, line in enumerate(text.split("\n"), start=1):
         if stripped := line.strip():
             yield number, stripped
 
 
-def json_rows(path: str | os.PathLike, faults: list[str]) -> Iterator[Row]:
-    """The rows of a JSONL file, or of a JSON file that holds one list; lines that are no JSON are
-    added to `faults`."""
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise InputError(f"{path}{line}: not JSON ({_why(error)})") from None
+def json_rows(path: str | os.PathLike, text: str, faults: list[str]) -> Iterator[Row]:
+    """The rows of a JSONL file's text, or of a JSON file's that holds one list; lines that are no
+    JSON are added to `faults`."""
+    if _is_one(text):
+        value = json_of(text, path, once=True)
+        rows = value if isinstance(value, list) else [value]
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
         return
     name, decode = os.fspath(path), json.JSONDecoder().raw_decode
-    for number, line in _lines(text):
+    for number, line in lines_of(text):
         try:
             row, end = decode(line)
             row = row if end == len(line) else json.loads(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(f"{name}:{number}: not JSON ({_why(error)})")
+            if line.count('":') != len(row):
+                _check_once_each(line, row)
+        except (ValueError, RecursionError, TypeError) as error:
+            faults.append(f"{name}:{number}: {_no_row(error)}")
         else:
             yield f"{name}:{number}", row
 
 
-def _why(error: Exception) -> str:
-    """What json says of a text that it does not take: no JSON, a number of 5,000 digits, lists in
-    lists 50,000 deep."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+def _is_one(text: str) -> bool:
+    """Whether a text is one JSON value over several lines, or a list: not an object a line."""
+    _, first = next(lines_of(text), (0, ""))
+    if first.startswith("["):
+        return True
+    if not first.startswith("{") or "\n" not in text:
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(first)
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
 
 
-def parquet_rows(path: str | os.PathLike) -> list[Row]:
-    """The rows of a parquet file. Raises InputError naming a file that is damaged or none."""
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    return [(f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist(), start=1)]
+def _check_once_each(line: str, row: dict[str, Any]) -> None:
+    """Raises ValueError for a key that a line's object has twice. A key of `row` stands once in the
+    line, or it is looked at again."""
+    if any(line.count(f'"{key}"') > 1 for key in row):
+        json.loads(line, object_pairs_hook=once_each)
 
 
-def hub_rows(source: str, config: str, split: str, revision: str) -> Iterable[Row]:
+def _no_row(error: Exception) -> str:
+    if isinstance(error, TypeError):  # of len(): a number, true or null
+        return "expected an object"
+    return f"not JSON ({why_no_json(error)})"
+
+
+def hub_rows(
+    source: str, config: str = "", split: str = "", revision: str = "", otherwise: str = "train"
+) -> Iterable[Row]:
     """The rows of one split of a `datasets` folder (saved by save_to_disk, or one that load_dataset
-    reads) or of a hub id; config: of a hub dataset.
+    reads) or of a hub id; config: of a hub dataset; otherwise: the split where none is given.
 
     Raises InputError when it cannot be had, or has no such split (listing those there are).
     """
     folder = pathlib.Path(source)
+    if not folder.is_dir() and (source.startswith((".", "/")) or source.count("/") > 1):
+        raise InputError(f"{source}: no such file or folder")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(source)
+        elif folder.is_dir() and ("::" in source or any(mark in source for mark in GLOBBED)):
+            found = _load_by_another_name(folder, config)
         else:
             found = datasets.load_dataset(source, config or None, revision=revision or None)
     except Exception as error:  # datasets, its readers, fsspec and the hub client have their own
         raise InputError(
             f"{source}: no dataset to be had here or on the hub ({first_line(error)})"
         ) from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise InputError(f"{source}: no split {split!r}; there are {', '.join(found)}")
-        found = found[split]
-    name = f"{source}/{config}" if config else source
-    return ((f"{name}[{split}]: row {i}", row) for i, row in enumerate(found, start=1))
+    there = found if isinstance(found, datasets.DatasetDict) else {str(found.split or ""): found}
+    wanted = split or (otherwise if isinstance(found, datasets.DatasetDict) else next(iter(there)))
+    if wanted not in there:
+        raise InputError(f"{source}: no split {wanted!r}; there are {', '.join(there)}")
+    name, found = f"{source}/{config}" if config else source, there[wanted]
+    places = (f"{name}[{wanted or otherwise}]: row {i}" for i in itertools.count(1))
+    return zip(places, unlabeled(found, found.features), strict=False)
+
+
+def _load_by_another_name(folder: pathlib.Path, config: str) -> "datasets.DatasetDict":
+    """What load_dataset reads from a folder whose name it would take for a pattern: from links to
+    its files."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for place, _, files in os.walk(folder.absolute()):
+            linked = pathlib.Path(temporary, "files", os.path.relpath(place, folder.absolute()))
+            linked.mkdir(parents=True)
+            for file in files:
+                (linked / file).symlink_to(pathlib.Path(place, file))
+        return datasets.load_dataset(
+            os.path.join(temporary, "files"),
+            config or None,
+            cache_dir=os.path.join(temporary, "cache"),
+            keep_in_memory=True,
+        )

@@ -1,36 +1,27 @@
-"""Questions and answers from wherever they lie: JSONL, JSON, parquet, Hugging Face `datasets` (a
-hub id or a local folder).
+"""Questions and answers from wherever they lie: files of dnd_jax/data/rows.py, Hugging Face
+`datasets` (a hub id or a local folder).
 
 A row becomes an Example by a column map {"prompt": ..., "response": ..., "system": ...}. A value of
 the map is a column name ("question", "answers.text") or a Jinja template over the row
 ("{{question}}\\nA: {{choices.text[0]}}"). Without a map rows have "prompt", "response" and
-optionally "system" (the original's files), or are conversations: ShareGPT's {"conversations":
-[{"from": "human", "value"}, {"from": "gpt", "value"}], "system"} or {"messages": [{"role",
-"content"}]}; the first question and its answer are read.
+optionally "system" (the original's files), or are conversations
+(dnd_jax/data/conversations.py); the first question and its answer are read.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 
 from dnd_jax.core.errors import InputError, listed
-from dnd_jax.data.rows import Row, hub_rows, json_rows, parquet_rows, read_lines
+from dnd_jax.data.conversations import CONVERSATIONS, first_exchange
+from dnd_jax.data.rows import Row, file_rows, hub_rows, kind_of, lines_of, unknown_kind, unpacked
+from dnd_jax.data.templates import column_reader, missing
 
 FIELDS = ("prompt", "response", "system")
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 class Example(NamedTuple):
@@ -54,112 +45,6 @@ class Source:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     system: str = ""  # for rows that bring none
     limit: int = 0  # that many rows, drawn by a fixed seed in their order; 0: all
-
-
-def _conversation(where: str, turns: object, system: str) -> tuple[dict, int]:
-    """({"prompt", "response", "system"} of the first exchange, number of further questions). Raises
-    InputError."""
-    if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
-        raise InputError(f"{where}: a conversation must be a list of objects")
-    said: list[tuple[str, object]] = []
-    for turn in turns:
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in ROLES:
-            raise InputError(
-                f"{where}: speaker {role!r} of the conversation is none of {', '.join(ROLES)}"
-            )
-        said.append((ROLES[role], text))
-    if said and said[0][0] == "system":
-        own = said.pop(0)[1]
-        system = system or own
-    if not said or said[0][0] != "user" or (len(said) > 1 and said[1][0] != "assistant"):
-        raise InputError(
-            f"{where}: a conversation must begin with a question of the user and its answer"
-        )
-    row = {"prompt": said[0][1], "system": system}
-    if len(said) > 1:
-        row["response"] = said[1][1]
-    return row, sum(role == "user" for role, _ in said[1:])
-
-
-def _column(row: Mapping, path: str) -> object:
-    """The value at "column" or "column.key.0". Raises KeyError."""
-    if path in row:
-        return row[path]
-    value: object = row
-    for part in path.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            raise KeyError(path)
-    return value
-
-
-def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mapping], dict]:
-    """(where, row) -> {"prompt", "response", "system"} by a column map; numbers and truth values
-    become text.
-
-    Raises InputError: here for a template that is none, when called for a column that a row lacks.
-    """
-    readers = _column_readers(columns, name)
-
-    def read(where: str, row: Mapping) -> dict:
-        values = {}
-        for field, reader in readers.items():
-            try:
-                value = reader(row)
-            except KeyError:
-                raise InputError(
-                    f"{where}: no column {columns[field]!r} for {field}; there are {', '.join(row)}"
-                ) from None
-            except Exception as error:  # a template can raise whatever Python raises
-                raise InputError(
-                    f"{where}: columns.{field} cannot be filled in ({error}); there are "
-                    f"{', '.join(row)}"
-                ) from None
-            number = isinstance(value, bool | int | float) and not _missing(value)
-            values[field] = str(value) if number else value
-        return values
-
-    return read
-
-
-def _column_readers(
-    columns: Mapping[str, str], name: str
-) -> dict[str, Callable[[Mapping], object]]:
-    """What reads each field of a row. Raises InputError for a template that is none."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_said
-    )
-    environment.globals["zip"] = zip
-    readers: dict[str, Callable[[Mapping], object]] = {}
-    for field, expression in columns.items():
-        if "{{" in expression or "{%" in expression:
-            try:
-                template = environment.from_string(expression)
-            except jinja2.TemplateError as error:
-                raise InputError(
-                    f"{name}: columns.{field} is no Jinja template ({error})"
-                ) from None
-            readers[field] = lambda row, template=template: template.render(row)
-        else:
-            readers[field] = lambda row, expression=expression: _column(row, expression)
-    return readers
-
-
-def _missing(value: object) -> bool:
-    """Whether a value says that there is none: null, or a table's NaN."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _said(value: object) -> object:
-    """What a template prints for a value. Raises ValueError for one that has no text of its own, so
-    that no "None" is taught; `{{ x or "" }}` asks for an empty text."""
-    if _missing(value) or isinstance(value, list | tuple | Mapping):
-        raise ValueError("a value is missing" if _missing(value) else "a list or object is no text")
-    return value
 
 
 @dataclasses.dataclass
@@ -202,13 +87,19 @@ def read_source(
 
 
 def _rows(source: Source, split: str, faults: list[str]) -> Iterable[Row]:
-    """The rows of a source, whatever kind it is."""
-    suffix = pathlib.Path(source.source).suffix
-    if suffix in (".jsonl", ".json"):
-        return json_rows(source.source, faults)
-    if suffix == ".parquet":
-        return parquet_rows(source.source)
-    return hub_rows(source.source, source.config, source.split or split, source.revision)
+    """The rows of a source, whatever kind it is. Raises InputError for a key that says nothing of
+    it."""
+    path = pathlib.Path(source.source)
+    if not kind_of(path)[0]:
+        if path.exists() and not path.is_dir():
+            raise unknown_kind(path)
+        return hub_rows(source.source, source.config, source.split, source.revision, split)
+    if source.config or source.revision or source.split not in ("", "train"):
+        raise InputError(
+            f"{path}: a file has no config, revision or split; leave them out, or name the file of "
+            "the split"
+        )
+    return file_rows(path, faults)
 
 
 def _drawn(rows: Iterable[Row], limit: int) -> Iterable[Row]:
@@ -227,51 +118,61 @@ def _fields(where: str, row: object, read: Callable | None) -> tuple[Mapping, in
         raise InputError(f"{where}: expected an object, got {type(row).__name__}")
     if read:
         return read(where, row), 0
-    if "prompt" not in row:
-        turns = row.get("conversations", row.get("messages"))
-        if turns is not None:
-            return _conversation(where, turns, row.get("system") or "")
+    if missing(row.get("prompt")):
+        for key in CONVERSATIONS:
+            if not missing(turns := row.get(key)):
+                return first_exchange(where, turns, row.get("system"))
     return row, 0
 
 
 def _example(where: str, row: Mapping, system: str, answers: bool) -> Example:
     """The example of a row with "prompt", "response", "system". Raises InputError for what is no
     text."""
-    prompt, response, system = row.get("prompt"), row.get("response"), row.get("system") or system
-    if not response and not answers:
+    prompt, response, own = (row.get(key) for key in FIELDS)
+    if not answers and (missing(response) or response == ""):
         response = ""
+    system = system if missing(own) or own == "" else own
     bad = [] if _is_text(prompt) else ["prompt"]
-    if not _is_text(response) and (answers or response):
+    if not _is_text(response) and (answers or response != ""):
         bad.append("response")
     if type(system) is not str:
         bad.append("system")
     if bad:
-        there = (
-            ""
-            if "prompt" in row
-            else f" (columns {', '.join(k for k in row if k != 'system')}; name them in a column "
-            "map)"
-        )
-        raise InputError(f"{where}: {' and '.join(bad)} must be given as text{there}")
+        raise InputError(f"{where}: {' and '.join(bad)} must be given as text{_hint(row, bad)}")
     for text in (prompt, response, system):
-        if not (text.isascii() or _encodes(text)):
-            raise InputError(
-                f"{where}: {text[:40]!r} ... holds half of a character (a surrogate, as left by "
-                "cutting through an emoji), which is no text; remove it"
-            )
+        if fault := _text_fault(text):
+            raise InputError(f"{where}: {fault}")
     return Example(prompt, response, system, where)
+
+
+def _hint(row: Mapping, bad: Sequence[str]) -> str:
+    """What to do about a row whose fields are no texts."""
+    lists = [key for key, of in row.items() if isinstance(of, list) and of and key not in FIELDS]
+    if rows := [key for key in lists if all(isinstance(each, Mapping) for each in row[key])]:
+        return f" (the rows seem to lie in {rows[0]!r}: save that list alone, or name columns)"
+    if any(key not in row for key in bad):
+        there = ", ".join(key for key in row if key != "system")
+        return f" (columns {there}; name them in a column map)"
+    return " (there is nothing in it)" if all(missing(row[key]) for key in bad) else ""
 
 
 def _is_text(value: object) -> bool:
     return type(value) is str and value != "" and not value.isspace()
 
 
-def _encodes(text: str) -> bool:
+def _text_fault(text: str) -> str:
+    """Why a text is none that can be written; empty when it can."""
+    if "\0" in text:
+        return f"{text[:40]!r} ... holds a NUL character, which is no text; remove it"
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return (
+            f"{text[:40]!r} ... holds half of a character (a surrogate, as left by cutting through "
+            "an emoji), which is no text; remove it"
+        )
+    return ""
 
 
 def read_jsonl(
@@ -304,21 +205,39 @@ def hold_out(
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
-    """Prompts of a file: JSONL objects with "prompt" (anything else in them is ignored), or plain
-    text, one prompt a line.
+    """Prompts of a file: of a table or JSON its "prompt", or the first question of a conversation
+    (anything else is ignored); of a .txt file its lines.
 
     Raises InputError naming file and line.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in (".jsonl", ".json"):
-        return [line for _, line in read_lines(path)]
     faults: list[str] = []
     prompts = []
-    for where, row in json_rows(path, faults):
-        text = row.get("prompt") if isinstance(row, dict) else None
-        if not _is_text(text) or not _encodes(text):
-            faults.append(f'{where}: expected an object with a "prompt" text')
-        prompts.append(text)
+    for where, row in _prompt_rows(pathlib.Path(path), faults):
+        try:
+            text = _fields(where, row, None)[0].get("prompt")
+            if not _is_text(text):
+                hint = _hint(row, ["prompt"])
+                raise InputError(f'{where}: expected an object with a "prompt" text{hint}')
+            if fault := _text_fault(text):
+                raise InputError(f"{where}: {fault}")
+            prompts.append(text)
+        except InputError as error:
+            faults.append(str(error))
     if faults:
         raise InputError(faults[0])
     return prompts
+
+
+def _prompt_rows(path: pathlib.Path, faults: list[str]) -> Iterable[Row]:
+    """The rows of a file of prompts: a text file's lines, a pipe's too, as {"prompt": line}."""
+    kind, packing = kind_of(path, ".txt")
+    if not kind and (path.is_fifo() or path.is_char_device()):
+        kind = ".txt"
+    if not kind:
+        raise unknown_kind(path, ".txt")
+    if kind != ".txt":
+        return file_rows(path, faults)
+    lines = list(lines_of(unpacked(path, packing)))
+    if lines and all(line.startswith("{") and line.endswith("}") for _, line in lines):
+        raise InputError(f"{path}: its lines are JSON objects, not prompts; call it .jsonl")
+    return ((f"{path}:{number}", {"prompt": line}) for number, line in lines)

@@ -40,8 +40,16 @@ import numpy as np
 
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import check_whole
 from dnd_jax.data.sources import Example, Reading, hold_out, read_source
-from dnd_jax.data.suite_file import POOLS, Entry, read_described, read_description, read_entries
+from dnd_jax.data.suite_file import (
+    POOLS,
+    Entry,
+    find_suite,
+    read_described,
+    read_description,
+    read_entries,
+)
 
 DEFAULT_KIND = "unseen"
 MOST_LABELS = 32  # different answers of a dataset whose labels' likelihoods are compared
@@ -114,9 +122,10 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
     Raises InputError naming the file and what is wrong in it.
     """
     root = pathlib.Path(root)
-    path = root if root.suffix == ".json" and not root.is_dir() else root / "suite.json"
+    path = find_suite(root)
     raw = read_description(path)
     entries = read_entries(path, raw)
+    check_whole(raw, path)
     names = {role: [e.name for e in entries if e.role == role] for role in POOLS}
     kinds = _kinds(path, raw, names["unseen"])
     corpus = _corpus(path, raw)

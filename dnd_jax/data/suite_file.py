@@ -7,9 +7,9 @@ import typing
 from collections.abc import Mapping
 
 from dnd_jax.core.errors import InputError, listed, nearest
-from dnd_jax.core.files import read_json
+from dnd_jax.core.files import json_of, read_text
 from dnd_jax.core.names import name_fault, twin_faults
-from dnd_jax.data.rows import FILES
+from dnd_jax.data.rows import kind_of
 from dnd_jax.data.sources import FIELDS, Source
 
 SPLITS = ("train", "test")
@@ -29,9 +29,42 @@ class Entry:
     holdout: int = 0
 
 
+SUITE = "suite.json"  # in a suite's folder
+
+
+def find_suite(root: pathlib.Path) -> pathlib.Path:
+    """The file that describes a suite: itself, or the one in its folder. Raises InputError that
+    says what is there instead."""
+    if root.is_file():
+        if root.suffix.lower() != ".json":
+            raise InputError(
+                f"{root}: no suite, which is a folder with {SUITE}, or a JSON file that lists the "
+                "files of its datasets"
+            )
+        return root
+    path = root if root.suffix.lower() == ".json" and not root.is_dir() else root / SUITE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file{_instead(root)}")
+    return path
+
+
+def _instead(root: pathlib.Path) -> str:
+    """What there is in place of a suite's file."""
+    if not root.is_dir():
+        return nearest(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
+    near = [*sorted(root.iterdir()), *root.absolute().parents[:2]]
+    if found := [folder for folder in near if (folder / SUITE).is_file()]:
+        return f"; it is in {found[0]}: give --suite={found[0]}"
+    if files := sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".json"):
+        return f"; there is {', '.join(files[:5])}: give the one that describes the suite"
+    if (root / "datasets").is_dir():
+        return "; it names those of datasets/ to train on, and the unseen ones"
+    return ""
+
+
 def read_description(path: pathlib.Path) -> dict:
     """The JSON object of a suite's file. Raises InputError for an unknown key."""
-    raw = read_json(path)
+    raw = json_of(read_text(path), path, once=True)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected an object")
     own = {"datasets"} if "datasets" in raw else {"train", "unseen"}
@@ -164,8 +197,11 @@ def read_described(path: pathlib.Path, what: str, raw: object) -> Source:
             f"{path}: {what}.columns must map prompt, response and system to names of columns or "
             "templates"
         )
-    local = path.parent / raw["source"]
-    is_file = pathlib.Path(raw["source"]).suffix in FILES
-    return Source(
-        **{**raw, "source": os.fspath(local) if is_file or local.exists() else raw["source"]}
-    )
+    source = os.path.expanduser(raw["source"])
+    if source.startswith("~"):
+        raise InputError(
+            f"{path}: {what}.source = {source!r} begins with a home folder that does not exist"
+        )
+    local = path.parent / source
+    is_local = kind_of(source)[0] or source.startswith(("/", "./", "../")) or local.exists()
+    return Source(**{**raw, "source": os.fspath(local) if is_local else source})

@@ -29,7 +29,7 @@ from dnd_jax.core.files import write_json
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.costs.bench.case import peak_memory
 from dnd_jax.costs.bench.run import finished
-from dnd_jax.data.rows import FILES
+from dnd_jax.data.rows import kind_of
 from dnd_jax.data.sources import read_jsonl
 from dnd_jax.scoring.generate_vs_tune import (
     PAPER,
@@ -71,7 +71,7 @@ def overhead(
     Raises InputError for prompts without responses or longer than config.base.max_length, a damaged
     generator, and a base that is not at hand or not supported.
     """
-    if pathlib.Path(prompts).suffix not in FILES:
+    if not kind_of(prompts)[0]:
         raise InputError(
             f"{prompts}: tuning needs the task's answers; give a JSONL file with prompt and "
             "response in each line"
