@@ -16,6 +16,7 @@ from dnd_jax.core.errors import (
     first_line,
     is_no_room,
     nearest,
+    tell,
 )
 from dnd_jax.core.processes import STDOUT, nobody_reads
 
@@ -85,7 +86,7 @@ def _main(argv: list[str]) -> int:
     try:
         _run(argv[0], argv[1:])
     except (InputError, CheckFailed, Lost) as error:
-        print(f"dnd: {error}", file=sys.stderr)
+        tell(error)
         if isinstance(error, Missing) and requeued():
             return 3  # as for a peer lost later: GKE starts all again, but not after bad input
         return 1 if isinstance(error, CheckFailed) or is_no_room(error) else 2
@@ -98,17 +99,16 @@ def _main(argv: list[str]) -> int:
     except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
         if not is_no_room(error):
             raise
-        hint = (
-            "a smaller batch, train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` "
-            "says what fits"
+        tell(
+            f"no room on the device ({first_line(error)}); take a smaller batch, "
+            "train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` says what fits"
         )
-        print(f"dnd: no room on the device ({first_line(error)}); take {hint}", file=sys.stderr)
         return 1
     except OSError as error:
         if isinstance(error, BrokenPipeError) and nobody_reads(STDOUT):
             raise
         what = f"{error.filename or 'disk'}: {error.strerror or error}"
-        print(f"dnd: {what}; check the path, its rights and the free space", file=sys.stderr)
+        tell(f"{what}; check the path, its rights and the free space")
         return 2
     return 0
 

@@ -5,7 +5,10 @@ one for a check that fails.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+LONGEST = 3000  # characters of a message
 
 
 class InputError(ValueError):
@@ -38,6 +41,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first; its type when it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tell(what: object) -> None:
+    """Prints why `dnd` ends, as one line on stderr: what is no printable character as its escape,
+    and of a long line, which quotes a long value, the beginning and the end."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(what))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"dnd: {line}", file=sys.stderr)
 
 
 def is_no_room(error: BaseException) -> bool:
