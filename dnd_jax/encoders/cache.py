@@ -46,6 +46,12 @@ def identify(config: schema.Condition) -> str:
     return fingerprint(encoder_files(config.encoder), config)
 
 
+def is_encoder(wanted: str, config: schema.Condition) -> bool:
+    """Whether an encoder has the fingerprint that a generator's description of any version wants;
+    it is not loaded."""
+    return wanted == identify(config) or wanted == fingerprint_of_format_0(config.encoder, config)
+
+
 def fingerprint_of_format_0(name: str, config: schema.Condition) -> str:
     """The fingerprint in descriptions without a format number: of every .json, .txt, .safetensors
     and .model file of the encoder's folder, whether it belongs to the model or not."""

@@ -39,6 +39,7 @@ CHECKS: tuple[tuple[str, Callable[[Case], str], Callable[[Case], Found]], ...] =
     ("base", lambda case: case.config.base.path, checks.base),
     ("suite", lambda case: case.config.suite, checks.suite),
     ("checkpoints", lambda case: case.config.train.checkpoints, checks.checkpoints),
+    ("encoder", lambda case: case.config.suite or case.config.train.checkpoints, checks.encoder),
     ("generator", lambda case: case.generator, checks.generator),
     ("room", lambda case: case.config.train.checkpoints, checks.room),
     ("packages", lambda case: "always", checks.packages),
@@ -56,10 +57,14 @@ def examine(case: Case) -> list[Finding]:
     found: list[Finding] = []
     for name, of, check in CHECKS:
         try:
-            found += [Finding(name, *said) for said in check(case)] if of(case) else []
+            for state, text in check(case) if of(case) else ():
+                found.append(Finding(name, state, text))
         except InputError as error:
             found.append(Finding(name, FAULT, str(error)))
-    return found
+    told: dict[str, Finding] = {}  # several checks read the same files
+    for finding in found:
+        told.setdefault(finding.text, finding)
+    return list(told.values())
 
 
 def table(found: Sequence[Finding]) -> str:

@@ -21,7 +21,7 @@ from dnd_jax.core.packages import how_to_install, is_installed
 from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.data.report import findings
 from dnd_jax.data.suite import Dataset, Suite, load_suite
-from dnd_jax.encoders.cache import identify
+from dnd_jax.encoders.cache import identify, is_encoder
 from dnd_jax.encoders.load import load_module
 from dnd_jax.generator.folder import (
     Description,
@@ -111,6 +111,15 @@ def checkpoints(case: Case) -> Found:
     )
 
 
+def encoder(case: Case) -> Found:
+    """The text encoder of the settings, for training: that it is here and has the layer."""
+    condition = case.config.condition
+    module = load_module(condition.encoder, condition.layer)
+    identify(condition)  # its files can be read
+    kind = type(module).__name__
+    yield OK, f"{condition.encoder}: {kind}, {condition.max_text_length} x {module.width} a text"
+
+
 def generator(case: Case) -> Found:
     """That its files fit each other, its encoder is here, and it is of this base."""
     folder = find_generator(case.generator)
@@ -118,7 +127,7 @@ def generator(case: Case) -> Found:
     shapes = param_shapes(Generator(description.spec))
     check_parameters(folder, shapes)
     read_statistics(folder, description)
-    if identify(description.condition) != description.encoder_fingerprint:
+    if not is_encoder(description.encoder_fingerprint, description.condition):
         yield (
             FAULT,
             f"{description.condition.encoder}: not the text encoder that {folder} was trained "
@@ -149,8 +158,9 @@ def _of_this_base(path: str, description: Description) -> Found:
 def _of_these_checkpoints(case: Case, folder: pathlib.Path, description: Description) -> Found:
     """Whether a generator was trained on these LoRAs."""
     then = read_record(folder).get("checkpoints")
-    if then is not None and then != case.checkpoints.digest():
-        yield NOTE, f"{folder}: was trained on other LoRAs than {case.checkpoints.root} holds now"
+    now = case.checkpoints
+    if then is not None and then not in (now.digest(), now.digest_of_format_0()):
+        yield NOTE, f"{folder}: was trained on other LoRAs than {now.root} holds now"
 
 
 def room(case: Case) -> Found:
