@@ -426,7 +426,7 @@ def run(
         found["traceback"] = traceback.format_exc()[-3000:]
     found["seconds"] = round(time.monotonic() - started, 3)
     found["words"] = " ".join(words)
-    found["stderr"] = said.getvalue()[-3000:]
+    found["stderr"] = said.getvalue()[-8000:]
     after = _state(folder, but)
     found["touched"] = sorted(
         k for k in before.keys() | after.keys() if before.get(k) != after.get(k)

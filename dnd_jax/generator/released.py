@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -76,17 +77,28 @@ def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a .pth file; where its format allows, they are mapped into memory rather than
-    read."""
+    read. Raises InputError for a file that is none, or whose checksums are not its tensors'."""
     try:
+        if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise InputError(f"{path}: {damaged} in it is damaged; copy the file again")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = first_line(error)
-        raise InputError(f"{path}: not a state dict that can be read safely ({reason})") from None
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); copy the file again") from None
+    except pickle.UnpicklingError:  # PyTorch advises to run what is pickled in it
+        raise InputError(
+            f"{path}: holds more than tensors, or is damaged; nothing pickled is run here: save "
+            "its state_dict() alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = first_line(error).split(". ")[0]
+        raise InputError(f"{path}: not a state dict that can be read ({reason})") from None
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):

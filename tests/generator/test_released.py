@@ -20,6 +20,7 @@ from dnd_jax.costs.bench import torch_generator
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.folder import initial_params
 from dnd_jax.generator.generate import TrainedGenerator
+from dnd_jax.generator.released import read_state_dict
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.layout import MODULE_ORDER
 from dnd_jax.lora.peft_settings import AdapterConfig
@@ -436,12 +437,8 @@ def test_import_that_does_not_fit_its_surroundings(folders, tmp_path, capsys):
     )
 
 
-def test_an_element_target_has_no_place_in_the_original(folders, tmp_path, capsys):
-    path = GOLDEN / "generator_no_projection.pth"
-    assert import_it(folders, path, tmp_path / "g", "", f"--adapter={folders / 'adapter'}") == 0
-    description = json.loads((tmp_path / "g" / "generator.json").read_text())
-    description["settings"]["generator"]["target"] = "element"
-    (tmp_path / "g" / "generator.json").write_text(json.dumps(description))
+def test_an_element_target_has_no_place_in_the_original(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "cfc09d1" / "run" / "generator", tmp_path / "g")
     assert main(["export-generator", str(tmp_path / "g"), f"--out={tmp_path / 'x.pth'}"]) == 2
     assert (
         "knows only chunk tokens" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
@@ -555,3 +552,22 @@ def test_streamed_safetensors_are_what_the_library_writes(tmp_path):
         write_tensors(
             tmp_path / "z", {"a": ((2,), np.dtype(np.float32))}, [("a", np.ones(3, np.float32))]
         )
+
+
+def test_damaged_tensors_are_not_taken(tmp_path):
+    """A flipped bit in a tensor's bytes: PyTorch loads it without a word."""
+    path = tmp_path / "x.pth"
+    data = bytearray((GOLDEN / "generator_no_projection.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match="is damaged; copy the file again"):
+        read_state_dict(path)
+
+
+def test_pickled_code_is_not_advised(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"weight": torch.zeros(2), "model": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(InputError, match=r"save its state_dict\(\) alone") as refused:
+        read_state_dict(path)
+    assert "weights_only" not in str(refused.value)
