@@ -115,7 +115,7 @@ def json_rows(path: str | os.PathLike, text: str, faults: list[str]) -> Iterator
         try:
             row, end = decode(line)
             row = row if end == len(line) else json.loads(line)
-            if line.count('":') != len(row):
+            if isinstance(row, dict) and line.count('":') != len(row):
                 _check_once_each(line, row)
         except (ValueError, RecursionError, TypeError) as error:
             faults.append(f"{name}:{number}: {_no_row(error)}")
@@ -139,10 +139,13 @@ def _is_one(text: str) -> bool:
     return False
 
 
+MANY = 32  # keys, each of which is looked for in the whole line
+
+
 def _check_once_each(line: str, row: dict[str, Any]) -> None:
     """Raises ValueError for a key that a line's object has twice. A key of `row` stands once in the
-    line, or it is looked at again."""
-    if any(line.count(f'"{key}"') > 1 for key in row):
+    line, or it is looked at again, as is an object of many keys."""
+    if len(row) > MANY or any(line.count(f'"{key}"') > 1 for key in row):
         json.loads(line, object_pairs_hook=once_each)
 
 

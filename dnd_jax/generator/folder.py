@@ -37,6 +37,7 @@ from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.targets import token_grid
 
 FORMAT = 1  # of generator.json
+LARGEST = 1 << 20  # N, L or C of a stage
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 
 
@@ -100,7 +101,7 @@ def read_description(folder: pathlib.Path) -> Description:
             condition=validate.section(schema.Condition, condition, "condition"),
             generator=validate.section(schema.Generator, settings["generator"], "generator"),
             dtype=str(np.dtype(settings["train"]["dtype"])),
-            features=tuple((int(n), int(length), int(c)) for n, length, c in raw["features"]),
+            features=_features(raw["features"]),
             layout=LoraLayout.from_json(raw["layout"]),
             adapter=validate.section(AdapterConfig, raw["adapter"], "adapter"),
             encoder_fingerprint=str(raw["encoder_fingerprint"]),
@@ -110,11 +111,23 @@ def read_description(folder: pathlib.Path) -> Description:
         if description.features[-1] != grid:
             raise ValueError(f"features end with {description.features[-1]}, the layout has {grid}")
         return description
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise InputError(
             f"{file}: not a generator of this version ({why}); train or import it again"
         ) from None
+
+
+def _features(raw: object) -> tuple[Features, ...]:
+    """(N, L, C) of each stage. Raises ValueError for what cannot be."""
+    sizes = tuple(tuple(stage) for stage in raw)
+    right = [
+        len(stage) == 3 and all(type(n) is int and 0 < n <= LARGEST for n in stage)
+        for stage in sizes
+    ]
+    if len(sizes) < 2 or not all(right):
+        raise ValueError("features are not two or more triples of sizes")
+    return sizes
 
 
 def _sections(file: pathlib.Path, raw: object, *names: str) -> dict:
