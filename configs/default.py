@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
                 "max_text_length": 384,
                 "form": "prompt",
                 "in_graph": False,
+                "too_long": "refuse",
             },
             "generator": {
                 "features": ((0, 0, 0), (0, 0, 0)),

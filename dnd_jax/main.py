@@ -24,7 +24,7 @@ from dnd_jax.core.processes import STDOUT, nobody_reads
 STAGES: dict[str, tuple[str, str]] = {
     "quickstart": ("studies.quickstart", "the pipeline on a suite: results.json, report.html"),
     "suite": ("data.world", "write the embedded suite to --out"),
-    "data-report": ("data.report", "what is in a suite's data, and what is wrong with it"),
+    "data-report": ("studies.data_report", "what is in a suite's data, and what is wrong with it"),
     "pretrain": ("base.pretrain", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
     "collect": ("lora.collect", "one LoRA a dataset, all at once -> WORKDIR/loras"),
     "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),

@@ -27,6 +27,7 @@ SAME_NUMBERS = (
     "lora.save_every",
     "condition.encoder",
     "condition.in_graph",
+    "condition.too_long",
     "generator.convolution",
     "train.checkpoints",
     "train.micro_batches",

@@ -107,6 +107,9 @@ class Condition:
     # the text of an example: dnd_jax/data/condition_text.py
     form: Annotated[str, one_of(*FORMS)]
     in_graph: bool  # encode inside the train step instead of once ahead of it
+    # prompts of more than max_text_length tokens lose their end, and how many do is said; a set
+    # that loses what tells tasks apart (dnd_jax/encoders/cut.py) is refused, or taken ("cut")
+    too_long: Annotated[str, one_of("refuse", "cut")] = "refuse"
 
 
 TARGETS = ("chunk", "element")

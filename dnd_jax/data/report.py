@@ -1,6 +1,5 @@
-"""What is wrong with a suite's data, found before anything is trained on it.
-
-    dnd data-report --suite=DIR [--strict]
+"""What is wrong with a suite's data, found before anything is trained on it: what
+`dnd data-report` prints.
 
 Faults make scores mean something else than they seem (docs/METHOD.md section 7 has the original's):
 they are warned of when a suite is loaded, and refused with --strict. Notes are only for the report.
@@ -15,10 +14,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, write_json
-from dnd_jax.core.stage import DEFAULT, ON_SUITE, Given, Stage
 from dnd_jax.data.questions import (
     INNER,
     LABEL_LENGTH,
@@ -29,7 +26,7 @@ from dnd_jax.data.questions import (
     shape,
 )
 from dnd_jax.data.sources import Example
-from dnd_jax.data.suite import Dataset, Suite, load_suite
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.data.suite_file import SPLITS
 
 SAME_SHARE = 0.5  # of the smaller dataset's prompts: above it two share too much to count as two
@@ -253,12 +250,12 @@ def check(suite: Suite, strict: bool = False, kept: pathlib.Path | None = None) 
     """
     faults = _faults(suite, kept)
     if strict:
-        _refuse(suite, faults)
+        refuse(suite, faults)
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr, flush=True)
 
 
-def _refuse(suite: Suite, faults: list[str]) -> None:
+def refuse(suite: Suite, faults: list[str]) -> None:
     """Raises InputError that lists a suite's faults, if it has any."""
     if faults:
         raise listed(f"{suite.name}: faults in the data (--strict)", faults)
@@ -304,14 +301,3 @@ def report(suite: Suite, found: Sequence[Finding]) -> str:
         some = [f"  {f}" for f in found if f.fault == fault]
         lines += ["", f"{title}: {len(some) or 'none'}", *some]
     return "\n".join(lines)
-
-
-def _run(given: Given) -> None:
-    suite = load_suite(given.config.suite or given.workdir / paths.SUITE, 1)
-    found = findings(suite)
-    print(report(suite, found), flush=True)
-    if given["strict"]:
-        _refuse(suite, [str(f) for f in found if f.fault])
-
-
-STAGE = Stage(_run, ON_SUITE, settings=DEFAULT)

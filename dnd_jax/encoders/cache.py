@@ -75,9 +75,9 @@ class PromptEncoder:
     """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer
     and text length.
 
-    `module` and `params` are what `encode_windows` takes. mesh: of this process' devices, to split
-    parameters and texts over. revision: of an encoder from the hub, the commit to take; the
-    attribute says which it is.
+    `module` and `params` are what `encode_windows` takes, `tokens` gives those of texts. mesh:
+    of this process' devices, to split parameters and texts over. revision: of an encoder from the
+    hub, the commit to take; the attribute says which it is.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class PromptEncoder:
         encoder = load_encoder(config.encoder, config.layer, mesh, revision)
         self.revision = encoder.revision
         self.module, self.params, self._tokenize = encoder.module, encoder.params, encoder.tokenize
+        self.tokens = encoder.tokens
         self.max_text_length = config.max_text_length
         self.fingerprint = fingerprint(encoder.files, config)
         self._ways, over_texts = 1, None

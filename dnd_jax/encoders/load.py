@@ -37,11 +37,13 @@ from dnd_jax.config.validate import fields_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders import bert, t5, word_vectors
 from dnd_jax.encoders.bert import bert_name, bert_table
+from dnd_jax.encoders.cut import Tokens
 from dnd_jax.encoders.lm import LmEncoder
 from dnd_jax.encoders.t5 import t5_name, t5_table
 from dnd_jax.parallel.rules import shard_by_rules
 
 LAST = -1  # layer
+TOKENIZER = ("*.json", "*.txt", "*.model")  # its files and CONFIG, of a hub id
 WHOLE = (r".", ())  # the rule of what an encoder's own ones do not divide
 
 
@@ -53,6 +55,7 @@ class Encoder:
     params: dict
     # Texts, L -> (ids, valid), int32 (n, L), padded on the right.
     tokenize: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
+    tokens: Tokens
     files: dict[str, pathlib.Path]  # {name: path} of what its output depends on
     revision: str = ""  # the commit, where it comes from the hub
 
@@ -78,8 +81,15 @@ def load_encoder(
     params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = load_tokenizer(folder)
     tokenize = functools.partial(_tokenize, tokenizer)
-    files = encoder_files(folder)
-    return Encoder(module, params, tokenize, files, revision_of(folder))
+    tokens, files = functools.partial(_tokens, tokenizer), encoder_files(folder)
+    return Encoder(module, params, tokenize, tokens, files, revision_of(folder))
+
+
+def load_tokens(name: str | os.PathLike) -> Tokens:
+    """The tokens that an encoder of `load_encoder` sees, without its weights. Raises InputError."""
+    if pathlib.Path(name).is_file():
+        return word_vectors.words
+    return functools.partial(_tokens, load_tokenizer(resolve(name, TOKENIZER)))
 
 
 def encoder_files(name: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -184,9 +194,8 @@ def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None
     params = jax.device_put(
         params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params)
     )
-    return Encoder(
-        module, params, functools.partial(word_vectors.tokenize, vocabulary), {"vectors": path}
-    )
+    tokenize = functools.partial(word_vectors.tokenize, vocabulary)
+    return Encoder(module, params, tokenize, word_vectors.words, {"vectors": path})
 
 
 def _only_last(name: pathlib.Path, layer: int) -> None:
@@ -209,3 +218,8 @@ def _tokenize(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray,
     }
     encoded = tokenizer(list(texts), **how)
     return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
+
+
+def _tokens(tokenizer, texts: Sequence[str], length: int | None) -> list[list[int]]:
+    how = {"truncation": length is not None, "max_length": length, "verbose": False}
+    return tokenizer(list(texts), return_attention_mask=False, **how)["input_ids"]

@@ -95,6 +95,15 @@ def _numbers(parts: Sequence[str]) -> np.ndarray | None:
     return row if np.isfinite(row).all() else None
 
 
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def words(texts: Sequence[str], length: int | None) -> list[list[str]]:
+    """The words of each text; the first `length` of them."""
+    return [_words(text)[:length] for text in texts]
+
+
 def tokenize(
     vocabulary: Mapping[str, int], texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +113,7 @@ def tokenize(
         np.zeros((len(texts), length), np.int32),
     )
     for i, text in enumerate(texts):
-        words = re.findall(r"\w+|[^\w\s]", text)[:length]
+        words = _words(text)[:length]
         ids[i, : len(words)] = [
             vocabulary.get(w, vocabulary.get(w.lower(), UNKNOWN)) for w in words
         ]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +26,7 @@ from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import read_jsonl, read_prompts
+from dnd_jax.encoders import cut
 from dnd_jax.encoders.cache import PromptEncoder, fingerprint_of_format_0
 from dnd_jax.generator.folder import (
     DESCRIPTION,
@@ -132,6 +134,19 @@ class TrainedGenerator:
             return read_prompts(path)
         return condition_texts(read_jsonl(path), self.condition.form, self._seed)
 
+    def check(self, prompts: Sequence[str], source: str, too_long: str = "") -> None:
+        """Warns on stderr of prompts that the encoder cuts.
+
+        Raises InputError for too few, and where too much is lost, unless the generator's
+        condition.too_long, or this one, is "cut".
+        """
+        self.draw(prompts, 0, source)
+        limit = self.condition.max_text_length
+        lost = cut.count({source: prompts}, self.encoder.tokens, limit)
+        allowed = "cut" if "cut" in (too_long, self.condition.too_long) else "refuse"
+        fix = "shorten them, take a generator of longer texts"
+        cut.check(lost, allowed, fix, lambda line: print(f"warning: {line}", file=sys.stderr))
+
     def tokens(self, condition: np.ndarray) -> np.ndarray:
         """Condition embeddings (N, L, C) -> predicted token grid, float32 (T, h, w)."""
         return np.asarray(self._step(self.params, condition[None])[0])
@@ -187,12 +202,15 @@ def generate_adapter(
     generator, source = load_generator(run_dir), "prompts"
     if isinstance(prompts, str | os.PathLike):
         source, prompts = os.fspath(prompts), generator.read(prompts)
+    generator.check(prompts, source)
     return generator.write(list(prompts), out_dir, seed, source)
 
 
 FLAGS = (
     Flag("generator", str, "", "a trained or imported generator's folder"),
-    Flag("prompts", str, "", 'file of prompts: JSONL with "prompt", or plain text, one a line'),
+    Flag(
+        "prompts", str, "", 'file of prompts: JSONL or a table with "prompt", or .txt, one a line'
+    ),
     OUT,
     BASE_NAME,
     Flag("seed", int, 0, "draws the prompts"),
@@ -224,6 +242,7 @@ def _run(given: Given) -> None:
     if given["push-to-hub"]:
         _check_base_name(given, generator.adapter.base)
     prompts = generator.read(given["prompts"])
+    generator.check(prompts, given["prompts"], given.config.condition.too_long)
     base = base_to_merge(given["base"] or generator.base, generator.folder) if merged else None
     for sample, folder in enumerate(folders):
         seed = given["seed"] + sample

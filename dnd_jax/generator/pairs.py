@@ -20,6 +20,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Suite
+from dnd_jax.encoders import cut
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.lora.checkpoints import Checkpoints, token_array
 from dnd_jax.lora.targets import Target
@@ -146,7 +147,11 @@ def paired_datasets(
     encoder: PromptEncoder,
 ) -> tuple[list[PairedDataset], np.ndarray]:
     """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
-    was encoded before is read."""
+    was encoded before is read. Raises InputError where the encoder cuts too much of a task's
+    prompts, of an unseen one's too."""
+    lost = cut.of_suite(suite, encoder.tokens, config)
+    say = functools.partial(print, flush=True) if hosts.lead() else lambda line: None
+    cut.check(lost, config.condition.too_long, cut.RAISE, say)
     datasets, weights = [], []
     for dataset in tqdm(
         suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()

@@ -36,6 +36,7 @@ from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.checkpoints import Checkpoints
 from dnd_jax.lora.targets import token_grid
+from dnd_jax.studies.data_report import cut_lines
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
 # Arrays of a parameter's size in training: itself, its gradient and AdamW's two moments; and those
@@ -89,8 +90,10 @@ def base(case: Case) -> Found:
 
 
 def suite(case: Case) -> Found:
-    """Its faults, as `dnd data-report` lists them."""
+    """Its faults, as `dnd data-report` lists them, and the prompts that the text encoder cuts."""
     suite = case.suite
+    lines, refused = cut_lines(suite, case.config)
+    yield from ((FAULT if line in refused else NOTE, line) for line in lines)
     faults = [finding for finding in findings(suite) if finding.fault]
     yield from ((FAULT, str(fault)) for fault in faults)
     rows = sum(len(d.train) + len(d.test) for d in suite.every)
