@@ -145,14 +145,14 @@ def _example(where: str, row: Mapping, system: str, answers: bool) -> Example:
     return Example(prompt, response, system, where)
 
 
-def _hint(row: Mapping, bad: Sequence[str]) -> str:
-    """What to do about a row whose fields are no texts."""
+def _hint(row: Mapping, bad: Sequence[str], fix: str = "name them in a column map") -> str:
+    """What to do about a row whose fields are no texts. fix: of columns with other names."""
     lists = [key for key, of in row.items() if isinstance(of, list) and of and key not in FIELDS]
     if rows := [key for key in lists if all(isinstance(each, Mapping) for each in row[key])]:
-        return f" (the rows seem to lie in {rows[0]!r}: save that list alone, or name columns)"
+        return f" (the rows seem to lie in {rows[0]!r}: save that list alone)"
     if any(key not in row for key in bad):
         there = ", ".join(key for key in row if key != "system")
-        return f" (columns {there}; name them in a column map)"
+        return f" (columns {there}; {fix})"
     return " (there is nothing in it)" if all(missing(row[key]) for key in bad) else ""
 
 
@@ -216,7 +216,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         try:
             text = _fields(where, row, None)[0].get("prompt")
             if not _is_text(text):
-                hint = _hint(row, ["prompt"])
+                hint = _hint(row, ["prompt"], "call the one of the prompts so")
                 raise InputError(f'{where}: expected an object with a "prompt" text{hint}')
             if fault := _text_fault(text):
                 raise InputError(f"{where}: {fault}")

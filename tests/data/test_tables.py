@@ -132,7 +132,9 @@ def test_tables_that_would_be_read_wrongly(text, expected, tmp_path):
     with pytest.raises(InputError, match=expected):
         read_source(Source(str(tmp_path / "x.csv")))
     if "question" in text:
-        with pytest.raises(InputError, match='x.csv:2: .*"prompt" text .columns question, answer'):
+        with pytest.raises(
+            InputError, match='x.csv:2: .*"prompt" text .columns question, answer; call the one'
+        ):
             read_prompts(tmp_path / "x.csv")
 
 
