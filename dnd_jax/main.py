@@ -1,13 +1,13 @@
 """The console command: dnd STAGE [--config=SETTINGS] [--workdir=DIR] [--config.KEY=VALUE ...].
 `dnd` alone lists the stages."""
 
-import glob
 import importlib
 import os
 import shlex
 import sys
 
 from dnd_jax import __version__
+from dnd_jax.core import environment
 from dnd_jax.core.errors import (
     CheckFailed,
     InputError,
@@ -79,7 +79,7 @@ def _main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"dnd-jax {__version__}")
         return 0
-    _environment()
+    environment.prepare()
     from dnd_jax.core.stopping import Stopped, exit_status, requeued, stop
 
     stop.install()
@@ -97,6 +97,9 @@ def _main(argv: list[str]) -> int:
         )
         return exit_status(getattr(error, "signum", None))
     except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
+        if refusal := environment.refused(error):
+            print(f"dnd: {refusal}", file=sys.stderr)
+            return 2
         if not is_no_room(error):
             raise
         tell(
@@ -113,15 +116,6 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _environment() -> None:
-    """What the libraries read of the environment, before any of them is imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
-        # libtpu without a TPU: no questions to a metadata server
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _run(name: str, words: list[str]) -> None:
     """Imports the stage's module, and it alone with what it needs; parses its flags; runs it."""
     if name not in STAGES:
@@ -132,12 +126,16 @@ def _run(name: str, words: list[str]) -> None:
     from dnd_jax.core.workdir import held
 
     module, summary = STAGES[name]
-    stage = importlib.import_module(f"dnd_jax.{module}").STAGE
+    try:
+        stage = importlib.import_module(f"dnd_jax.{module}").STAGE
+    except ValueError as error:  # JAX reads its variables when it is imported
+        raise environment.refused(error) or error from None
     if any(word in ("-h", "--help") for word in words):
         print(command.usage(name, stage, summary))
         return
     given = command.parse(name, stage, words)
     packages.check(name, stage.packages(given))
+    environment.check_xla_flags()
     if not stage.writes:
         stage.run(given)
         return

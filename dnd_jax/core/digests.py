@@ -1,9 +1,10 @@
 """The one place that hashes: sha256 of files, texts, JSON and arrays, as hexadecimal text.
 
 The sha256 of a large file is kept under $DND_JAX_CACHE (default: ~/.cache/dnd_jax) with the file's
-size, time of change and inode. These only decide whether to hash it again: a 7B base is not read at
-every start, and a file that was replaced under the same name is. What is kept is a cache: each
-entry is written whole, by any number of processes, and one that is lost or damaged is made again.
+size, inode and both times of change. These only decide whether to hash it again: a 7B base is not
+read at every start, and a file that was replaced under the same name is. `touch -r` and `rsync -t`
+set back the time of the contents, but not that of the inode. What is kept is a cache: each entry is
+written whole, by any number of processes, and one that is lost or damaged is made again.
 """
 
 import concurrent.futures
@@ -29,7 +30,7 @@ BLOCK = 1 << 23  # bytes read at a time
 THREADS = 4  # files read at once
 PATIENCE = 3.0  # seconds until the progress is shown
 
-# {(path, size, time of change, inode): digest} of what this process could not keep in the cache
+# {(path, size, times of change, inode): digest} of what this process could not keep in the cache
 _unwritten: dict[tuple, str] = {}
 
 
@@ -115,14 +116,14 @@ def _read(path: pathlib.Path, bar: tqdm) -> str:
             unchanged = before == _state(os.fstat(file.fileno()))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    size, changed, _ = before
-    if unchanged and size >= LARGE and time.time_ns() - changed > SETTLED:
+    size, *changed, _ = before
+    if unchanged and size >= LARGE and time.time_ns() - max(changed) > SETTLED:
         _keep(path, [*before, digest.hexdigest()])
     return digest.hexdigest()
 
 
 def _state(stat: os.stat_result) -> list[int]:
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _entry(path: pathlib.Path) -> pathlib.Path:

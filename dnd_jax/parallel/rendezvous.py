@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,10 +22,10 @@ from jax.experimental import multihost_utils
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, Lost, Missing, first_line
 from dnd_jax.core.stopping import Stopped, exit_status, stop
-from dnd_jax.parallel import peers
+from dnd_jax.parallel import address, peers
+from dnd_jax.parallel.address import GIVE, Meeting
 from dnd_jax.parallel.peers import BEAT, LOST, RESUME, Line, Peers
 
-_GIVE = "give --coordinator, --processes and --process"
 _asked = 0.0  # when JAX's preemption service was asked last
 
 
@@ -45,28 +44,7 @@ def _is_hello(message: dict | None) -> bool:
     )
 
 
-class _Meeting(NamedTuple):
-    """Where process 0 waits for the others: a port beside the coordinator's, which is JAX's own.
-    mend: the flags that choose another place."""
-
-    host: str
-    port: int
-    coordinator: str
-    mend: str
-
-
-def _meeting(coordinator: str) -> _Meeting:
-    host, _, port = coordinator.rpartition(":")
-    # The next port is used as well.
-    if not host or not port.isdecimal() or not 1 <= int(port) < 65535:
-        raise InputError(
-            f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as "
-            "10.0.0.1:1234, with a port of 1 to 65534"
-        )
-    return _Meeting(host.strip("[]"), int(port) + 1, coordinator, "mend --coordinator")
-
-
-def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
+def _detected(seconds: float) -> tuple[Meeting, int, int] | None:
     """(where to meet, number of processes, this one), as `jax.distributed.initialize` is going to
     detect them in this cluster.
 
@@ -77,7 +55,7 @@ def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
         from jax._src.clusters import ClusterEnv
 
         coordinator, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            coordinator_address=os.environ.get(address.ADDRESS),
             num_processes=None,
             process_id=None,
             local_device_ids=None,
@@ -88,23 +66,15 @@ def _detected(seconds: float) -> tuple[_Meeting, int, int] | None:
         return None
     # Exception: whatever a scheduler's variables or a metadata server make of themselves.
     except Exception as error:
-        raise Missing(f"JAX cannot detect the cluster ({first_line(error)}); {_GIVE}") from None
+        raise Missing(f"JAX cannot detect the cluster ({first_line(error)}); {GIVE}") from None
     if None in (coordinator, processes, process):
-        raise InputError(f"no cluster was detected; {_GIVE}")
-    host, _, port = coordinator.rpartition(":")
-    # Under SLURM the port is 61440 + the job's number % 4096: the next one is the next job's, maybe
-    # on the same host.
-    port = int(port) - 2**15 if int(port) >= 61440 else int(port) + 1
-    return (
-        _Meeting(
-            host.strip("[]"), port, coordinator, "set JAX_COORDINATOR_PORT to one that is open"
-        ),
-        processes,
-        process,
-    )
+        raise InputError(f"no cluster was detected; {GIVE}")
+    if not 0 <= process < processes:
+        raise InputError(f"the cluster says process {process} of {processes}; {GIVE}")
+    return address.detected(coordinator), processes, process
 
 
-def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peers:
+def _gather(meeting: Meeting, processes: int, seconds: float, run: str) -> Peers:
     """What process 0 does: it waits until all others have joined."""
     hello = _hello(0, run)
     joined, lines = {0: hello}, {}
@@ -116,7 +86,7 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
 
     deadline = time.monotonic() + seconds
     try:
-        server = socket.create_server(("", meeting.port), backlog=processes)
+        server = address.listen(meeting.port, processes)
     except OSError as error:
         raise InputError(
             f"port {meeting.port}, beside that of the coordinator {meeting.coordinator}, cannot "
@@ -166,20 +136,20 @@ def _gather(meeting: _Meeting, processes: int, seconds: float, run: str) -> Peer
     return Peers(0, lines, names, token)
 
 
-def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: str) -> Peers:
+def _join(meeting: Meeting, processes: int, process: int, seconds: float, run: str) -> Peers:
     """What every other process does: it joins process 0."""
     hello, deadline = _hello(process, run), time.monotonic() + seconds
     while True:
         try:
             connection = socket.create_connection((meeting.host, meeting.port), timeout=5.0)
             break
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: of what cannot be a name
             if time.monotonic() > deadline:
+                why = getattr(error, "strerror", None) or error
                 raise Missing(
                     f"{_name(hello)} of {processes} is here, but process 0 was not found at "
-                    f"{meeting.coordinator} (port "
-                    f"{meeting.port}) within {seconds:.0f} s ({error.strerror or error}); start "
-                    f"it, or {meeting.mend}"
+                    f"{meeting.coordinator} (port {meeting.port}) within {seconds:.0f} s ({why}); "
+                    f"start it, or {meeting.mend}"
                 ) from None
             stop.check()
             time.sleep(0.2)
@@ -205,7 +175,7 @@ def _join(meeting: _Meeting, processes: int, process: int, seconds: float, run: 
     )
 
 
-def _meeting_of_lead() -> _Meeting:
+def _meeting_of_lead() -> Meeting:
     """Where to meet process 0, when JAX has started already and nobody was told: process 0 chooses
     an address and sends it to all over JAX's own network."""
     with contextlib.ExitStack() as stack:
@@ -219,7 +189,7 @@ def _meeting_of_lead() -> _Meeting:
         free = stack.enter_context(socket.create_server(("", 0)))
         text = f"{host}:{free.getsockname()[1] - 1}"
     padded = np.frombuffer(text.encode().ljust(64), np.uint8)
-    return _meeting(
+    return address.given(
         bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode().strip()
     )
 
@@ -249,7 +219,9 @@ def joined(
     try:
         # What JAX detects it gets from nobody else.
         given = () if detect else (coordinator, processes, process)
-        found = _detected(start_timeout) if detect else (_meeting(coordinator), processes, process)
+        found = (
+            _detected(start_timeout) if detect else (address.given(coordinator), processes, process)
+        )
         if found is None:  # JAX first: a missing process ends in JAX's own words
             jax.distributed.initialize(initialization_timeout=int(start_timeout))
             found = _meeting_of_lead(), jax.process_count(), jax.process_index()
@@ -257,6 +229,8 @@ def joined(
         print(f"process {process} of {processes}: waiting for the others", flush=True)
         digest = digests.of_texts([*run, jax.__version__, digests.of_program()])
         if process == 0:
+            if not jax.distributed.is_initialized():
+                address.check_own(meeting)
             peers.present = _gather(meeting, processes, start_timeout, digest)
         else:
             peers.present = _join(meeting, processes, process, start_timeout, digest)

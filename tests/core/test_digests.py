@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pathlib
 import re
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ OLD = 1_600_000_000_000_000_000  # nanoseconds: files that changed long ago
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, which keeps files of any size."""
+    """A cache of the test's own, which keeps files of any size and age."""
     monkeypatch.setenv(files.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "LARGE", 1)
+    monkeypatch.setattr(digests, "SETTLED", -(2**62))
     return tmp_path / "cache"
 
 
@@ -61,7 +64,38 @@ def test_a_replaced_file_of_the_same_size_and_time_is_read_again(tmp_path, reads
     assert reads == ["weights", "weights"]
 
 
-def test_a_file_that_has_just_changed_is_not_kept(tmp_path, reads):
+def _in_place(path: pathlib.Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _copied(path: pathlib.Path, content: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(content)
+    shutil.copyfile(other, path)
+
+
+def _renamed(path: pathlib.Path, content: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("replace", [_in_place, _copied, _renamed])
+def test_a_time_that_is_set_back_hides_nothing(tmp_path, reads, replace):
+    """As `touch -r`, `cp -p` and `rsync -t` leave it: the same name, size and time of contents."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    stat = path.stat()
+    assert digests.of_file(path) == digests.of_file(path) == hashlib.sha256(b"one").hexdigest()
+    time.sleep(0.05)  # clocks of file systems tick in milliseconds
+    replace(path, b"two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digests.of_file(path) == hashlib.sha256(b"two").hexdigest()
+    assert reads == ["weights", "weights"]
+
+
+def test_a_file_that_has_just_changed_is_not_kept(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED", 2 * 10**9)
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     stat = path.stat()
@@ -101,7 +135,7 @@ def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
 
 
 def _hash_all(folder: pathlib.Path) -> str:
-    digests.LARGE = 1
+    digests.LARGE, digests.SETTLED = 1, -(2**62)
     return digests.of_files({path.name: path for path in folder.iterdir()})
 
 

@@ -1,0 +1,49 @@
+"""What the libraries read of the environment: set before any of them is imported, and checked where
+they would end in an abort or a stack."""
+
+import glob
+import os
+import re
+import subprocess
+import sys
+
+from dnd_jax.core.errors import InputError, first_line
+
+XLA = "XLA_FLAGS"
+# Of these alone, XLA_FLAGS is known to be right.
+_KNOWN = re.compile(r"(\s*--xla_force_host_platform_device_count=\d+)*\s*")
+
+
+def prepare() -> None:
+    """Sets what is not set."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        # libtpu without a TPU: no questions to a metadata server
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def check_xla_flags() -> None:
+    """Raises InputError for flags that this version of XLA does not take: it would abort. They are
+    read by a process of its own, for a quarter of a second, and only where there are any."""
+    given = os.environ.get(XLA, "")
+    if _KNOWN.fullmatch(given):
+        return
+    read = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    ended = subprocess.run(
+        [sys.executable, "-c", read], capture_output=True, text=True, errors="replace", check=False
+    )
+    if not ended.returncode or "parse_flags" not in ended.stderr:
+        return  # taken, or not to be known in this way
+    why = re.search(r"^[EF]\d{4} .*?\] (.*)", ended.stderr, re.MULTILINE)[1]
+    raise InputError(f"{XLA}={given}: {why}; mend the environment variable, or unset it")
+
+
+def refused(error: Exception) -> InputError | None:
+    """The user's line for an error that JAX raises because of its environment variables; None for
+    any other."""
+    text = first_line(error)
+    of_jax = isinstance(error, ValueError) and re.search(r"\bJAX_\w+|JAX flag jax_\w+", text)
+    if of_jax or text.startswith(("Unable to initialize backend", "Unknown backend")):
+        return InputError(f"JAX cannot start: {text}; mend its environment variable, or unset it")
+    return None

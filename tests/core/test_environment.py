@@ -1,0 +1,72 @@
+"""Variables of the environment that JAX would abort on, or answer with a stack, are one line."""
+
+import pytest
+
+from dnd_jax import main
+from dnd_jax.core import environment
+from dnd_jax.core.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("--xla_nonsense=1", "Unknown flag in XLA_FLAGS: --xla_nonsense=1; mend the environment"),
+        ("--xla_cpu_enable_fast_math=zz", "Couldn't interpret value zz for flag xla_cpu_enable_f"),
+        ("--xla_force_host_platform_device_count=two", "Couldn't interpret value two"),
+    ],
+)
+def test_flags_that_xla_does_not_take(flags, fault, monkeypatch):
+    monkeypatch.setenv(environment.XLA, flags)
+    with pytest.raises(InputError) as caught:
+        environment.check_xla_flags()
+    assert f"XLA_FLAGS={flags}: {fault}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_that_it_takes(monkeypatch):
+    monkeypatch.setenv(environment.XLA, "--xla_cpu_enable_fast_math=false  --xla_dump_to=/tmp/x")
+    environment.check_xla_flags()
+
+    def never(*_, **__):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(environment.subprocess, "run", never)
+    for flags in ("", "  ", "--xla_force_host_platform_device_count=8"):
+        monkeypatch.setenv(environment.XLA, flags)
+        environment.check_xla_flags()
+    monkeypatch.delenv(environment.XLA)
+    environment.check_xla_flags()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+            "dnd: JAX cannot start: invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; ",
+        ),
+        (ValueError('Invalid value "zz" for JAX flag jax_num_cpu_devices'), "jax_num_cpu_devices;"),
+        (ValueError("not of JAX"), None),
+    ],
+)
+def test_what_jax_says_of_its_variables_when_it_is_imported(error, shown, monkeypatch, capsys):
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr(main.importlib, "import_module", refuse)
+    if shown is None:
+        with pytest.raises(ValueError, match="not of JAX"):
+            main.main(["suite", "--help"])
+        return
+    assert main.main(["suite", "--help"]) == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_a_backend_that_is_not_there(monkeypatch, capsys):
+    def start(*_):
+        raise RuntimeError("Unable to initialize backend 'foo': Backend 'foo' is not known.")
+
+    monkeypatch.setattr(main, "_run", start)
+    assert main.main(["suite"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dnd: JAX cannot start: Unable to initialize backend 'foo'")
+    assert said.count("\n") == 1
