@@ -127,6 +127,16 @@ def hub_id(folder: pathlib.Path) -> str:
     return f"{found[1]}/{found[2]}" if found else ""
 
 
+def cached(name: str, file: str) -> pathlib.Path | None:
+    """The folder of a hub id in the hub's cache that has this file; None where there is none.
+    Nothing is asked of the hub."""
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, file)
+    except ValueError:  # what is no name there
+        return None
+    return pathlib.Path(found).parent if isinstance(found, str) else None
+
+
 def resolve(
     path: str | os.PathLike, files: Sequence[str] = FILES, revision: str = ""
 ) -> pathlib.Path:

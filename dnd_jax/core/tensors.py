@@ -40,9 +40,19 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise InputError(
+                f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull` there"
+            ) from None
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from None
+
+
+def _is_pointer(path: pathlib.Path) -> bool:
+    """Whether git-lfs left the name of a file's contents in its place."""
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.")
 
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -84,11 +94,19 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     InputError as `weight_files`, and naming a file that is absent or damaged."""
     found = {}
     for path in weight_files(folder):
-        with opened(path) as file:
-            for key in file.keys():  # noqa: SIM118, not a dict
-                part = file.get_slice(key)
-                found[key] = Stored(path, tuple(part.get_shape()), part.get_dtype())
+        found |= file_tensors(path)
     return found
+
+
+def file_tensors(path: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of one .safetensors file, by its name, from its header alone. Raises InputError
+    when the file is absent or damaged."""
+    with opened(path) as file:
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        return {
+            key: Stored(path, tuple(part.get_shape()), part.get_dtype())
+            for key, part in parts.items()
+        }
 
 
 def write_safetensors(

@@ -19,8 +19,14 @@ from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import DESCRIPTION, write_generator
 from dnd_jax.generator.released import CRITERION_WEIGHT, architecture, mapped, read_state_dict
+from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.layout import SCALE_CELLS, LoraLayout
-from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config, read_shapes
+from dnd_jax.lora.peft_settings import (
+    AdapterConfig,
+    load_adapter_config,
+    read_fields,
+    read_shapes,
+)
 
 
 def _adapter_layout(
@@ -34,11 +40,11 @@ def _adapter_layout(
     """
     width = features[2] - SCALE_CELLS
     if adapter:
-        source, shapes, settings = (
-            os.fspath(adapter),
-            read_shapes(adapter),
-            load_adapter_config(adapter),
-        )
+        source, shapes = os.fspath(adapter), read_shapes(adapter)
+        settings = load_adapter_config(adapter)
+        LoraLayout.from_shapes(shapes)  # names whatever is no LoRA
+        base = config.base.path or settings.base
+        check_fits(shapes, read_fields(adapter), base, f"{adapter}: not an adapter of {base}")
     else:
         c, source = (
             config.lora,

@@ -28,14 +28,15 @@ from dnd_jax.base.known import base_sizes
 from dnd_jax.config.load import DEFAULTS, load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
-from dnd_jax.core.errors import CheckFailed, InputError, listed
+from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.files import replacing
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.generator.cascade import cascade
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import encoder_module, spec_of
+from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
-from dnd_jax.lora.peft_settings import load_adapter_config, read_shapes
+from dnd_jax.lora.peft_settings import load_adapter_config, read_fields, read_shapes
 from dnd_jax.lora.targets import token_grid
 
 LONGEST_TEXT, SQUEEZED = 1536, 1000  # tokens without a length projection; tokens after one
@@ -73,6 +74,7 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
     shapes, problem = None, ""
     if adapter:
         shapes, settings = read_shapes(adapter), load_adapter_config(adapter)
+        fields = read_fields(adapter)
         LoraLayout.from_shapes(shapes)  # names whatever is no LoRA
         base, lora = (
             base or settings.base,
@@ -98,12 +100,7 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
             and names <= set(MODULE_ORDER)
             and shapes == lm.lora_shapes(lora.rank, tuple(names))
         )
-        if lm is not None:
-            _check_same(
-                shapes,
-                lm.lora_shapes(lora.rank, MODULE_ORDER),
-                f"{adapter}: not an adapter of {base}",
-            )
+        check_fits(shapes, fields, base, f"{adapter}: not an adapter of {base}")
         if names <= set(MODULE_ORDER):
             lora = dataclasses.replace(
                 lora, targets=tuple(name for name in MODULE_ORDER if name in names)
@@ -126,21 +123,6 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
         generator=dataclasses.replace(config.generator, chunk_width=width),
     )
     return Tokens(LoraLayout.from_shapes(shapes, width or None), config, origin, problem)
-
-
-def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple], title: str) -> None:
-    faults = [
-        f"{key} has shape {shape}, the base's would be {expected[key]}"
-        for key, shape in found.items()
-        if shape != expected.get(key, shape)
-    ]
-    faults += [
-        f"{key} is in no layer of the base"
-        for key in found
-        if key.startswith("model.layers.") and key not in expected
-    ]
-    if faults:
-        raise listed(title, sorted(faults))
 
 
 def settle(config: Config, layout: LoraLayout, budget: float = 0) -> Config:

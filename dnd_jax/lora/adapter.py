@@ -14,16 +14,17 @@ from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
-from dnd_jax.lora.layout import PEFT_PREFIX, canonical
+from dnd_jax.lora.names import LORA_B, PEFT_PREFIX, are_pefts, canonical
 from dnd_jax.lora.peft_settings import (
     CARD,
     CONFIG,
-    LORA_B,
     WEIGHTS,
     AdapterConfig,
     b_factor,
     config_file,
     load_adapter_config,
+    read_shapes,
+    stored_names,
     weights_file,
 )
 
@@ -78,6 +79,7 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarr
 def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint (an adapter folder or a flat .safetensors file) under canonical
     keys, per-module alphas folded into B. Raises InputError if missing or damaged."""
+    read_shapes(path)  # names what is there instead, and what is no floating point
     tensors = canonical(read_safetensors(weights_file(path)))
     config = (
         pathlib.Path(path) / CONFIG
@@ -111,9 +113,9 @@ def _hashes(card: str) -> list[str]:
 
 
 def as_folder(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A checkpoint as a folder that PEFT loads: itself, or for a flat file one written to `folder`,
-    kept if it is of that file."""
-    if path.suffix != ".safetensors":
+    """A checkpoint as a folder that PEFT loads: itself, or for a flat file, or names that a wrapper
+    has changed, one written to `folder`, kept if it is of that file."""
+    if path.suffix != ".safetensors" and are_pefts(stored_names(path)):
         return path
     card = f"{path.name} (sha256 {fingerprint(path)}) as a folder that PEFT loads.\n"
     if not is_made_from(folder, card):

@@ -38,6 +38,8 @@ from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE
 from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.fit import check_fits
+from dnd_jax.lora.found import is_unfinished, what_is_there, why_no_checkpoints
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.peft_settings import (
@@ -45,6 +47,7 @@ from dnd_jax.lora.peft_settings import (
     AdapterConfig,
     config_file,
     load_adapter_config,
+    read_fields,
     read_shapes,
     weights_file,
 )
@@ -63,15 +66,21 @@ def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     folders (ours, PEFT's, LLaMA-Factory's checkpoint-N) or the original's flat N.safetensors; none
     if there are none.
 
-    Raises InputError when it holds both kinds.
+    Raises InputError when it holds both kinds, one of them in another form, or a whole model.
     """
-    folders = [path.parent for path in folder.glob(f"*/{WEIGHTS}")]
+    inner = [p for p in folder.glob("*/") if not p.name.startswith(".")]
+    folders = [path for path in inner if (path / WEIGHTS).is_file()]
+    broken = [path for path in inner if path not in folders and is_unfinished(path)]
+    if broken:
+        raise InputError(what_is_there(min(broken)))
     # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
     flat = [
         path
         for path in folder.glob("*.safetensors")
         if path.name != WEIGHTS and not path.name.startswith(".")
     ]
+    if flat and (folder / "config.json").is_file():
+        raise InputError(what_is_there(folder))
     if folders and flat:
         raise InputError(
             f"{folder.name} holds both {len(folders)} adapter folders and {len(flat)} flat files "
@@ -99,16 +108,9 @@ def checkpoint_folders(
             faults.append(str(error))
             continue
         if not found[name]:
-            pickled = [
-                path
-                for pattern in ("*", "*/*")
-                for path in folder.glob(pattern)
-                if path.suffix in (".bin", ".pt", ".pth")
-            ]
-            convert = (
-                f" (pickled {pickled[0].name}: save it as safetensors first)" if pickled else ""
+            faults.append(
+                f"no checkpoints for {name}: {why_no_checkpoints(pathlib.Path(root), name)}"
             )
-            faults.append(f"no checkpoints for {name}{convert}")
     if faults:
         raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
     return found
@@ -126,7 +128,7 @@ def _differences(
     (wanted, shapes), (settings, found) = first, other
     differ = [
         f"{key} {getattr(settings, key)!r} instead of {getattr(wanted, key)!r}"
-        for key in ("rank", "alpha")
+        for key in ("rank", "alpha", "revision")
         if getattr(settings, key) != getattr(wanted, key)
     ]
     missing, more = shapes.keys() - found.keys(), found.keys() - shapes.keys()
@@ -143,6 +145,11 @@ def _differences(
             f"{shapes[key]})"
         )
     return differ
+
+
+def own_base(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether the checkpoints are those that were collected on the workdir's own base."""
+    return not config.train.checkpoints and (workdir / BASE / "config.json").is_file()
 
 
 class Checkpoints:
@@ -171,7 +178,12 @@ class Checkpoints:
         if faults:
             raise listed(f"checkpoints of another layout or scale than {first}", faults)
         base = base_name or self._base(bases, config, workdir)
-        self.adapter = dataclasses.replace(self.adapter, base=base)
+        at = config.base.path or (str(workdir / BASE) if own_base(config, workdir) else base)
+        check_fits(
+            shapes, read_fields(first), at, f"{first}: not an adapter of {at or 'a decoder'}"
+        )
+        kept = self.adapter.revision if base == self.adapter.base else ""
+        self.adapter = dataclasses.replace(self.adapter, base=base, revision=kept)
 
     def _base(self, named: dict[str, pathlib.Path], config: Config, workdir: pathlib.Path) -> str:
         """What the checkpoints' base is called. Those of `dnd collect` keep a hub id that they
@@ -180,9 +192,8 @@ class Checkpoints:
         first = min(named)
         if own and len(named) == 1 and is_hub_id(first) and not first.endswith(f"/{BASE}"):
             return first
-        pretrained = workdir / BASE
-        has_own = own and (pretrained / "config.json").is_file()
-        return one_name(named, config.base.path or (pretrained if has_own else None))
+        has_own = own_base(config, workdir)
+        return one_name(named, config.base.path or (workdir / BASE if has_own else None))
 
     def tensors(self, dataset: str | None = None) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""

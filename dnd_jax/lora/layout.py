@@ -14,19 +14,19 @@ import dataclasses
 import functools
 import json
 import math
-import re
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 
 from dnd_jax.core.errors import InputError, listed
+from dnd_jax.lora.names import KEY, canonical, canonical_name, name_faults, what_it_is
 
-PEFT_PREFIX = "base_model.model."
+# Behind a shape that is none: what leaves such files.
+EMPTY = " (ZeRO-3 or FSDP saved it without gathering its parts)"
 # The order of the projections inside a layer; other names follow, alphabetically.
 MODULE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 SCALE_CELLS = 2  # rows and columns that a token adds for its scale pair
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,6 @@ class Matrix:
     @property
     def is_b(self) -> bool:
         return self.key.endswith(".lora_B.weight")
-
-
-def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same tensors keyed without PEFT's "base_model.model." prefix."""
-    return {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
 
 
 def _module_sort_key(module: str) -> tuple:
@@ -91,21 +86,18 @@ class LoraLayout:
         cls, raw_shapes: Mapping[str, tuple[int, ...]], chunk_width: int | None = None
     ) -> "LoraLayout":
         """`from_tensors` for {key: shape}."""
-        faults, pairs, ranks = [], {}, {}
+        faults, pairs, ranks = name_faults(raw_shapes), {}, {}
         for raw_key, shape in raw_shapes.items():
-            match = _KEY.fullmatch(raw_key.removeprefix(PEFT_PREFIX))
+            match = KEY.fullmatch(canonical_name(raw_key))
             if match is None:
-                faults.append(
-                    f"{raw_key} is not a LoRA matrix (expected ...lora_A.weight or "
-                    "...lora_B.weight)"
-                )
+                faults.append(f"{raw_key} is not a LoRA matrix: {what_it_is(raw_key)}")
                 continue
             sides = pairs.setdefault(match["module"], {})
-            if match["side"] in sides:
-                faults.append(f"{raw_key} occurs twice, with and without the prefix {PEFT_PREFIX}")
             sides[match["side"]] = shape
             if len(shape) != 2 or 0 in shape:
-                faults.append(f"{raw_key} has shape {shape}, expected two non-empty dimensions")
+                faults.append(
+                    f"{raw_key} has shape {shape}, expected two non-empty dimensions{EMPTY}"
+                )
             else:
                 ranks[raw_key] = shape[0 if match["side"] == "A" else 1]
         for module, sides in pairs.items():

@@ -25,6 +25,7 @@ from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import DTYPES, Stored, open_tensors, opened, stored_tensors
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.card import names_hub_model
+from dnd_jax.lora.fit import TOWERS
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import load_adapter_config
 
@@ -38,7 +39,6 @@ _WEIGHTS = re.compile(
     r"|trainer_state\.json"
 )
 _NAMES = ("_name_or_path", "name_or_path")  # where transformers read a config or tokenizer from
-_TOWERS = re.compile(r"^((model|language_model)\.)+")
 
 
 def merge_adapter(
@@ -94,14 +94,12 @@ def _adapted(
 def _spellings(name: str, stored: Mapping[str, Stored]) -> Sequence[str]:
     """The stored names that can be this one.
 
-    A model of text and images has its language model under model.language_model. in memory, where
-    PEFT takes its names from, under model. in the files of Qwen2.5-VL, language_model.model. in
-    others: transformers renames them while it loads. A name that is stored as it is counts alone.
+    A name that is stored as it is counts alone; else TOWERS may be others in a file.
     """
     if name in stored:
         return [name]
-    bare = _TOWERS.sub("", name)
-    return [other for other in stored if _TOWERS.sub("", other) == bare]
+    bare = TOWERS.sub("", name)
+    return [other for other in stored if TOWERS.sub("", other) == bare]
 
 
 def _copy_documents(folder: pathlib.Path, out: pathlib.Path) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
-from dnd_jax.core.tensors import opened
-from dnd_jax.lora.layout import canonical
+from dnd_jax.core.tensors import DTYPES, Stored, file_tensors
+from dnd_jax.lora.found import CONFIG, WEIGHTS, what_is_there
+from dnd_jax.lora.names import LORA_A, canonical
+from dnd_jax.lora.peft_fields import check_fields, is_targeted, own_value
 
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+CARD = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class AdapterConfig:
     rank: int
     alpha: float
     targets: tuple[str, ...]  # the last parts of the modules' names, or whole paths
+    revision: str = ""  # of the base on the hub, if the adapter names one
 
     @property
     def scale(self) -> float:
@@ -48,6 +50,7 @@ class AdapterConfig:
             "modules_to_save": None,
             "peft_type": "LORA",
             "r": self.rank,
+            **({"revision": self.revision} if self.revision else {}),
             "target_modules": list(self.targets),
             "task_type": "CAUSAL_LM",
             "use_dora": False,
@@ -80,50 +83,53 @@ def config_file(path: str | os.PathLike) -> pathlib.Path:
     )
 
 
-# Settings of PEFT under which an adapter is not W + scale * B A alone, or not on the modules that
-# it names.
-_OTHER_METHODS = (
-    "use_dora",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "use_qalora",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-)
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """{canonical key: shape} of a checkpoint, from the file's header alone. Raises InputError if
-    missing or damaged."""
-    with opened(weights_file(path)) as file:
-        keys = file.keys()  # of a file, which is not a dictionary
-        return canonical({key: tuple(file.get_slice(key).get_shape()) for key in keys})
+    """{canonical name: shape} of a checkpoint, from the file's header alone. Raises InputError if
+    missing, damaged, or of another type than floating point."""
+    return canonical({key: part.shape for key, part in _stored(path).items()})
 
 
-def _of_module(raw: Mapping, pattern: str, default: str, module: str):
-    """A module's own rank or alpha, by PEFT's rule: the first pattern that ends its path, else the
-    common value."""
-    found = (
-        value
-        for key, value in (raw.get(pattern) or {}).items()
-        if re.match(rf"(.*\.)?({key})$", module)
-    )
-    return next(found, raw[default])
+def stored_names(path: str | os.PathLike) -> list[str]:
+    """The names of a checkpoint's tensors, as they are stored. Raises InputError likewise."""
+    return list(_stored(path))
+
+
+def _stored(path: str | os.PathLike) -> dict[str, Stored]:
+    file = weights_file(path)
+    if not file.is_file():
+        raise InputError(what_is_there(path))
+    parts = file_tensors(file)
+    faults = [
+        f"{key} is stored as {part.dtype}; save it as float32, float16 or bfloat16"
+        for key, part in parts.items()
+        if part.dtype not in DTYPES
+    ]
+    if faults:
+        raise listed(f"{file}: not a usable LoRA adapter", faults)
+    return parts
 
 
 def b_factor(raw: Mapping, module: str) -> float:
     """What B of a module is multiplied by when it is read: its own alpha over the common one."""
     if not raw.get("alpha_pattern"):
         return 1.0
-    return _of_module(raw, "alpha_pattern", "lora_alpha", module) / raw["lora_alpha"]
+    return own_value(raw, "alpha_pattern", "lora_alpha", module) / raw["lora_alpha"]
+
+
+def read_fields(path: str | os.PathLike) -> dict:
+    """The fields of a checkpoint's adapter_config.json. Raises InputError on what is no plain LoRA
+    of PEFT."""
+    file = config_file(path)
+    if not file.is_file():
+        raise InputError(what_is_there(path))
+    raw = read_json(file)
+    if isinstance(raw, dict) and {"fine_tune_type", "lora_parameters"} & raw.keys():
+        raise InputError(f"{file}: an adapter of MLX; convert it to PEFT's form")
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else raw
+        raise InputError(f"{file}: peft_type {kind!r}, only LORA is supported")
+    check_fields(raw, file)
+    return raw
 
 
 def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
@@ -133,23 +139,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     Raises InputError on what is no plain LoRA, and listing the modules when their ranks differ or
     are not those of the settings.
     """
-    file = config_file(path)
-    raw = read_json(file)
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else raw
-        raise InputError(f"{file}: peft_type {kind!r}, only LORA is supported")
-    for key in _OTHER_METHODS:
-        if raw.get(key):
-            raise InputError(f"{file}: {key} = {raw[key]!r} is not supported")
-    if str(raw.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
-        raise InputError(
-            f"{file}: init_lora_weights = {raw['init_lora_weights']!r}: the matrices belong to a "
-            "base that PEFT changes when it "
-            "loads them; convert it by save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)"
-        )
-    if raw.get("bias", "none") != "none":
-        raise InputError(f"{file}: bias = {raw['bias']!r} is not supported")
+    file, raw = config_file(path), read_fields(path)
     ranks = {
         key.removesuffix(LORA_A): shape[0]
         for key, shape in read_shapes(path).items()
@@ -159,7 +149,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
         faults = [
             f"{module} has rank {rank}, the settings say {wanted}"
             for module, rank in ranks.items()
-            if rank != (wanted := int(_of_module(raw, "rank_pattern", "r", module)))
+            if rank != (wanted := int(own_value(raw, "rank_pattern", "r", module)))
         ]
         if faults:
             raise listed(f"{file}: not the settings of {weights_file(path).name}", faults)
@@ -178,13 +168,18 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             raw.get(k) not in (None, [], "")
             for k in ("layers_to_transform", "layers_pattern", "exclude_modules")
         )
+        stray = [module for module in ranks if not is_targeted(raw, module)]
+        if stray:
+            title = f"{file}: its target_modules leave out what PEFT then does not load"
+            raise listed(title, sorted(stray), most=3)
         return AdapterConfig(
             base=str(raw.get("base_model_name_or_path") or ""),
+            revision=str(raw.get("revision") or ""),
             rank=rank,
             alpha=alpha * rank**0.5 if raw.get("use_rslora") else alpha,
             targets=tuple(sorted(ranks if whole else targets)),
         )
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise InputError(f"{file}: not a LoRA configuration ({error!r})") from None

@@ -22,7 +22,7 @@ from dnd_jax.core.errors import CheckFailed, InputError, first_line
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.lora.adapter import load_adapter
-from dnd_jax.lora.layout import PEFT_PREFIX
+from dnd_jax.lora.names import PEFT_PREFIX, canonical_name
 from dnd_jax.lora.peft_settings import load_adapter_config, weights_file
 
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
@@ -63,6 +63,8 @@ def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
         example = lost[0].removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
         near = sorted((len(m), m) for m in modules if m.split(".")[-1] == example.split(".")[-1])
         hint = f"; a module of the base is {PEFT_PREFIX}{near[0][1]}" if near else ""
+        if wrapped := [key for key in lost if key != PEFT_PREFIX + canonical_name(key)]:
+            hint = f"; PEFT writes {PEFT_PREFIX}{canonical_name(wrapped[0])}: rename them"
         raise CheckFailed(
             f"{folder}: {len(lost)} of {len(stored)} tensors belong to no module of the base: "
             f"{_some(lost)}{hint}"
@@ -86,6 +88,16 @@ def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
     return adapted.eval()
 
 
+def _base_of(folder: pathlib.Path, base: str | os.PathLike, revision: str) -> pathlib.Path:
+    """The base's folder. Raises InputError that says where the name comes from."""
+    try:
+        return resolve(base, revision=revision)
+    except InputError as error:
+        raise InputError(
+            f"{error}; it is the base that {folder} names; give it by --base=FOLDER or hub id"
+        ) from None
+
+
 def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> str:
     """Loads base and adapter and returns a report in lines. base: a folder or hub id; empty: the
     one the adapter names.
@@ -97,7 +109,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     config, tensors = load_adapter_config(folder), load_adapter(folder)
     if not base and not config.base:
         raise InputError(f"{folder}: names no base; give --base=FOLDER")
-    path = resolve(base or config.base)
+    path = _base_of(folder, base or config.base, "" if base else config.revision)
     model = load_torch_base(path)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))

@@ -35,8 +35,9 @@ from dnd_jax.lora.checkpoints import (
     make_target,
     token_array,
 )
-from dnd_jax.lora.layout import PEFT_PREFIX, LoraLayout
+from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.moments import Moments, importance_weights
+from dnd_jax.lora.names import PEFT_PREFIX
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 
@@ -144,11 +145,9 @@ def test_flat_files_without_settings_and_mixed_kinds(tmp_path):
     assert message.startswith(
         f"{tmp_path}: expected DATASET/*/adapter_model.safetensors or DATASET/N.safetensors"
     )
-    assert (
-        "no checkpoints for fish (pickled adapter_model.bin: save it as safetensors first)"
-        in message
-    )
-    assert "no checkpoints for nothing" in message and "birds" not in message
+    assert "checkpoint-3: no adapter_model.safetensors and no adapter_config.json" in message
+    assert "adapter_model.bin is there, which is pickled: save it as safetensors" in message
+    assert "no checkpoints for nothing: no folder nothing (there are birds, fish)" in message
     write(tmp_path / "fish" / "checkpoint-3", lora(3))
     with pytest.raises(
         InputError,
@@ -297,7 +296,8 @@ def test_a_mixed_collection_lists_what_differs(tmp_path):
         np.ones((2, 8)),
         np.ones((8, 2)),
     )
-    write(root / "fish" / "checkpoint-10", few)
+    targets = [*settings()["target_modules"], "router"]
+    write(root / "fish" / "checkpoint-10", few, target_modules=targets)
     wide = lora(4)
     wide["model.layers.0.mlp.up_proj.lora_A.weight"] = np.ones((2, 16))
     write(root / "birds" / "checkpoint-10", wide)

@@ -37,8 +37,9 @@ from dnd_jax.costs.bench import torch_generator
 from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter, verify_adapter
 from dnd_jax.lora.card import VLLM_RANKS, card
-from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX
+from dnd_jax.lora.layout import MODULE_ORDER
 from dnd_jax.lora.merge import merge_adapter
+from dnd_jax.lora.names import PEFT_PREFIX
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from lora_sets import BLOCK, qwen_shapes
 
 from dnd_jax.core.errors import InputError
-from dnd_jax.lora.layout import MODULE_ORDER, PEFT_PREFIX, LoraLayout
+from dnd_jax.lora.layout import MODULE_ORDER, LoraLayout
 from dnd_jax.lora.moments import Moments, importance_weights
+from dnd_jax.lora.names import PEFT_PREFIX
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget, from_statistics
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "tokens_qwen2_5_0_5b_layer0.npz"
