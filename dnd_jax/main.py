@@ -98,7 +98,7 @@ def _main(argv: list[str]) -> int:
         return exit_status(getattr(error, "signum", None))
     except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
         if refusal := environment.refused(error):
-            print(f"dnd: {refusal}", file=sys.stderr)
+            tell(refusal)
             return 2
         if not is_no_room(error):
             raise

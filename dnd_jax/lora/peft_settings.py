@@ -120,7 +120,7 @@ def read_fields(path: str | os.PathLike) -> dict:
     """The fields of a checkpoint's adapter_config.json. Raises InputError on what is no plain LoRA
     of PEFT."""
     file = config_file(path)
-    if not file.is_file():
+    if not file.is_file() or not weights_file(path).is_file():
         raise InputError(what_is_there(path))
     raw = read_json(file)
     if isinstance(raw, dict) and {"fine_tune_type", "lora_parameters"} & raw.keys():

@@ -35,6 +35,7 @@ from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.checkpoints import Checkpoints
+from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.targets import token_grid
 from dnd_jax.studies.data_report import cut_lines
 
@@ -146,16 +147,11 @@ def generator(case: Case) -> Found:
 
 def _of_this_base(path: str, description: Description) -> Found:
     """Whether the adapters that a generator makes have this base's modules and sizes."""
-    adapter, sizes = description.adapter, load_base_config(path)
-    wanted = sizes.lora_shapes(adapter.rank, adapter.targets)
     made = {matrix.key: matrix.shape for matrix in description.layout.matrices}
-    other = sorted(key for key in made.keys() | wanted.keys() if made.get(key) != wanted.get(key))
-    if other:
-        yield (
-            FAULT,
-            f"its adapters are of another base than {path}: {len(other)} tensors differ "
-            f"({other[0]}: {made.get(other[0])}, the base takes {wanted.get(other[0])})",
-        )
+    try:
+        check_fits(made, {}, path, f"its adapters are of another base than {path}")
+    except InputError as error:
+        yield FAULT, str(error)
 
 
 def _of_these_checkpoints(case: Case, folder: pathlib.Path, description: Description) -> Found:
