@@ -40,7 +40,7 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        if _is_pointer(path):
+        if is_pointer(path):
             raise InputError(
                 f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull` there"
             ) from None
@@ -49,7 +49,7 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         ) from None
 
 
-def _is_pointer(path: pathlib.Path) -> bool:
+def is_pointer(path: pathlib.Path) -> bool:
     """Whether git-lfs left the name of a file's contents in its place."""
     with open(path, "rb") as file:
         return file.read(40).startswith(b"version https://git-lfs.")

@@ -18,7 +18,8 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import DESCRIPTION, write_generator
-from dnd_jax.generator.released import CRITERION_WEIGHT, architecture, mapped, read_state_dict
+from dnd_jax.generator.released import CRITERION_WEIGHT, FIRST, architecture, mapped
+from dnd_jax.generator.state_dict import read_state_dict
 from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.layout import SCALE_CELLS, LoraLayout
 from dnd_jax.lora.peft_settings import (
@@ -80,7 +81,7 @@ def import_generator(
     out, source = pathlib.Path(out), os.fspath(path)
     if (out / DESCRIPTION).exists():
         raise InputError(f"{out}: already holds a generator; choose another --out")
-    state = read_state_dict(path)
+    state = read_state_dict(path, FIRST)
     found = architecture(state, source)
     projection = config.generator.length_projection
     if found.text_length and not projection:

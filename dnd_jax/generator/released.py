@@ -12,9 +12,7 @@ once in both directions, without rounding: loading and saving gives the same bit
 
 import os
 import pathlib
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -24,11 +22,12 @@ from flax import traverse_util
 
 from dnd_jax.config.schema import LENGTH_PROJECTIONS, Features
 from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError, first_line, listed
+from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import replacing
 from dnd_jax.core.tensors import DTYPES
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.spec import DecoderSpec
+from dnd_jax.generator.state_dict import read_state_dict
 
 torch = packages.deferred("torch")
 CRITERION_WEIGHT = "criterion_weight"
@@ -65,6 +64,9 @@ def _name(stage: int, tensor: str) -> str:
     return f"model.decoder.module_list.{stage}.{tensor}"
 
 
+FIRST = _name(0, "linear1.norm.weight")  # of every generator
+
+
 def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
     """Name in the original's state dict -> (our path, (to ours, from ours))."""
     table = {
@@ -73,53 +75,6 @@ def _table(num_stages: int, projected: bool) -> dict[str, tuple[str, tuple]]:
         for theirs, (ours, transforms) in _STAGE.items()
     }
     return table | (_PROJECTION if projected else {})
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a .pth file; where its format allows, they are mapped into memory rather than
-    read. Raises InputError for a file that is none, or whose checksums are not its tensors'."""
-    try:
-        if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise InputError(f"{path}: {damaged} in it is damaged; copy the file again")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); copy the file again") from None
-    except pickle.UnpicklingError:  # PyTorch advises to run what is pickled in it
-        raise InputError(
-            f"{path}: holds more than tensors, or is damaged; nothing pickled is run here: save "
-            "its state_dict() alone"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = first_line(error).split(". ")[0]
-        raise InputError(f"{path}: not a state dict that can be read ({reason})") from None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
-    ):
-        raise InputError(f"{path}: expected a flat dictionary of tensors by name")
-    bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # NumPy has no bfloat16 of its own
-
-    def array(key: str, value) -> np.ndarray:
-        raw, dtype = bits.get(value.dtype, (None, None))
-        try:
-            return (
-                value.detach().numpy()
-                if raw is None
-                else value.detach().view(raw).numpy().view(dtype)
-            )
-        except (TypeError, RuntimeError):  # float8, quantised, sparse
-            kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
-            raise InputError(
-                f"{path}: {key} is stored as {kind}; save it as dense float32, float16 or bfloat16"
-            ) from None
-
-    return {key: array(key, value) for key, value in state.items()}
 
 
 def architecture(state: Mapping[str, np.ndarray], source: str) -> DecoderSpec:
@@ -137,8 +92,7 @@ def architecture(state: Mapping[str, np.ndarray], source: str) -> DecoderSpec:
     )
     if not stages:
         raise InputError(
-            f"{source}: holds no decoder stage ({_name(0, 'linear1.norm.weight')}), so it is no "
-            "released generator"
+            f"{source}: holds no decoder stage ({FIRST}), so it is no released generator"
         )
     projected = "down_proj.weight" in state
     table = _table(stages[-1] + 1, projected)
@@ -225,7 +179,7 @@ def load_reference_generator(
         length_projection or "",
         max_text_length if length_projection else 0,
     )
-    tensors = mapped(read_state_dict(path), spec, os.fspath(path))
+    tensors = mapped(read_state_dict(path, FIRST), spec, os.fspath(path))
     return Generator(spec), traverse_util.unflatten_dict(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()}, sep="/"
     )

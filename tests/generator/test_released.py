@@ -20,7 +20,7 @@ from dnd_jax.costs.bench import torch_generator
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.folder import initial_params
 from dnd_jax.generator.generate import TrainedGenerator
-from dnd_jax.generator.released import read_state_dict
+from dnd_jax.generator.state_dict import read_state_dict
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.layout import MODULE_ORDER
 from dnd_jax.lora.peft_settings import AdapterConfig
