@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dnd_jax.base.chat import build_tokenizer
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.config.schema import Condition
 
 WORDS = (

@@ -14,8 +14,8 @@ from pipeline import ROOT, tiny_suite
 
 import dnd_jax
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
-from dnd_jax.base.chat import build_tokenizer
 from dnd_jax.base.folder import save_base
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.generator.import_released import import_generator
 
 PAGE = (ROOT / "docs" / "API.md").read_text(encoding="utf-8")

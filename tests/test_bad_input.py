@@ -18,8 +18,9 @@ from safetensors.numpy import load_file as load_tensors
 from safetensors.numpy import save_file
 from small_models import write_qwen
 
-from dnd_jax.base.chat import build_tokenizer, encode
 from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.new_tokenizer import build_tokenizer
+from dnd_jax.base.sequences import encode
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.base.architecture import Lora
+from dnd_jax.base.chat import until_end
 from dnd_jax.base.folder import load_base
 from dnd_jax.base.greedy import make_greedy, pad_left
 from dnd_jax.base.torch_base import TorchBase
@@ -43,7 +44,7 @@ def agreement(
     module, params = load_base(base.base, mesh, dtype)
     tokens = min(base.max_new_tokens, TOKENS)
     greedy = make_greedy(module, tokens)
-    end, pad = base.tokenizer.eos_token_id, base.tokenizer.pad_token_id
+    ends, pad = np.array(base.ends, np.int32), base.tokenizer.pad_token_id
 
     @jax.jit
     def logits_of(params, lora, scale, ids, valid):
@@ -59,8 +60,8 @@ def agreement(
             stop.check()
             batch = questions[first : first + batch_size]
             prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch, tokens)
-            ours = np.asarray(greedy(params, lora, scale, *pad_left(prompts, pad), end)).tolist()
-            ours = [row[: row.index(end)] if end in row else row for row in ours]
+            ours = np.asarray(greedy(params, lora, scale, *pad_left(prompts, pad), ends)).tolist()
+            ours = [until_end(row, base.ends) for row in ours]
             same += sum(a == b for a, b in zip(ours, theirs, strict=True))
             total += len(theirs)
             rows = [p + a for p, a in zip(prompts, theirs, strict=True)]

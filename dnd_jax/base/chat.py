@@ -1,223 +1,276 @@
-"""Questions and answers as arrays for the base LM: rendered with the base's chat template,
-tokenised once, ahead of time."""
+"""What a base is asked and how it answers, as text: a prompt in the base's chat template, an answer
+as that template goes on, and the tokens that end one.
+
+How a template takes and shows texts is found by rendering three marks with it, once a template.
+"""
 
 import dataclasses
+import datetime
+import functools
+import html
 import json
+import os
+import pathlib
+import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import jinja2
-import numpy as np
-import tokenizers
-
+from dnd_jax.base.hub import resolve
 from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError
-from dnd_jax.data.sources import Example
+from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.files import read_json
 
 transformers = packages.deferred("transformers")
-# The template of a base pretrained here; a given base brings its own.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+DAY = datetime.datetime(2024, 7, 26)
+# What templates are told: not to think aloud, and the same day whenever they ask for one.
+OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
+BY_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # what a template draws anew each time
+PROMPT, SYSTEM, ANSWER = "Markaprompt", "Markasystem", "Markananswer"
+# A list of parts that is shown as Python or JSON writes it is not what was to be said.
+_AS_CODE = re.compile(rf"""['"]text['"]\s*:\s*['"]({PROMPT}|{SYSTEM}|{ANSWER})""")
+USER, EVERY = ("user", "assistant"), ("system", "user", "assistant")
+
+
+class Way(NamedTuple):
+    """How texts become messages of a chat template."""
+
+    parts: tuple[str, ...] = ()  # roles whose content is a list of parts
+    own: bool = True  # the system text is a message of its own; False: it precedes the prompt
+    always: bool = False  # a system message also where there is no such text
+
+    def messages(self, prompt: str, system: str = "", answer: str | None = None) -> list[dict]:
+        if system and not self.own:
+            prompt, system = f"{system}\n\n{prompt}", ""
+        said = [("system", system)] * bool(system or self.always) + [("user", prompt)]
+        said += [("assistant", answer)] * (answer is not None)
+        return [{"role": role, "content": self._content(role, text)} for role, text in said]
+
+    def _content(self, role: str, text: str) -> str | list[dict]:
+        return [{"type": "text", "text": text}] if role in self.parts else text
+
+
+# In this order the first is taken that shows all that was to be said.
+WAYS = (Way(), Way(USER), Way(always=True), Way(USER, always=True), Way(EVERY, always=True))
+WAYS_WITH_SYSTEM = (
+    *(Way(), Way(USER), Way(("system",)), Way(EVERY)),
+    *(Way(own=False), Way(USER, own=False)),
+    *(Way((), False, True), Way(USER, False, True), Way(EVERY, False, True)),
 )
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
-ROLES = ("<system>", "<user>", "<assistant>")
-DATE = "26 Jul 2024"  # for chat templates that name the day, and would render other texts tomorrow
-SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE tokenizer of Qwen2's own class, trained on `texts`: at most vocab_size
-    tokens, the 256 bytes included.
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a template shows around an answer."""
 
-    Every piece starts with a space, so that a word is one token wherever it stands.
-    """
-    special = {**SPECIAL, "add_prefix_space": True}
-    backend = transformers.Qwen2Tokenizer(**special)._tokenizer
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*SPECIAL.values(), *ROLES],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    model = json.loads(backend.to_str())["model"]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(m) for m in model["merges"]],
-        extra_special_tokens=list(ROLES),
-        **special,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    header: str = ""  # behind the rendered prompt, where the template heads no answer when asked to
+    lead: str = ""  # spaces before the answer
+    close: str | None = None  # from the answer to the token that ends the turn; None: no such token
+    before: str = ""  # all of the marked conversation before the answer, and after it
+    after: str = ""
 
 
 def render(tokenizer, prompt: str, system: str = "") -> str:
-    """The text that precedes the response, special tokens included: the base's chat template, or
+    """The text that precedes the answer, special tokens included: the base's chat template, or
     prompt and a line break (after the begin token, where the tokenizer sets one) where it has none.
 
-    A template that knows no system role gets the system text before the prompt; one that can think
-    aloud is told not to; one that says what day it is (Llama 3.2's) always says the same.
+    A template that shows no system text gets it before the prompt; one that takes lists of parts
+    gets those; one that can think aloud is told not to; one that asks what day it is always hears
+    the same. Raises InputError, naming the template's file, where prompt or system text are not in
+    what it shows.
     """
     if tokenizer.chat_template is None:
         ids = tokenizer("")["input_ids"]
         begin = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
         return f"{begin}{system}\n{prompt}\n" if system else f"{begin}{prompt}\n"
-
-    def apply(messages: list[dict]) -> str:
-        options = {"enable_thinking": False, "date_string": DATE}
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
-
-    if not system:
-        return apply([{"role": "user", "content": prompt}])
+    template = _template(tokenizer)
+    way = _way(tokenizer, template, bool(system))
     try:
-        return apply([{"role": "system", "content": system}, {"role": "user", "content": prompt}])
-    except jinja2.TemplateError:  # Gemma's raises one
-        return apply([{"role": "user", "content": f"{system}\n\n{prompt}"}])
+        text = _apply(tokenizer, template, way.messages(prompt, system))
+    except Exception as error:  # templates are code of others
+        raise InputError(
+            f"{_file(tokenizer)}: the chat template refuses the prompt {_short(prompt)} "
+            f"({first_line(error)})"
+        ) from None
+    for what, said in (("prompt", prompt), ("system text", system)):
+        if not _stands(said, text):
+            raise InputError(
+                f"{_file(tokenizer)}: the chat template changes the {what} {_short(said)} or "
+                "leaves it out; mend the template or the text"
+            )
+    return text + _frame(tokenizer, template, tokenizer.eos_token).header
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """Token ids (n, S), padded on the right; the response and its end token lie at [start, end)."""
+def answer_text(tokenizer, response: str) -> str:
+    """A response as it is taught and scored: as the chat template shows it behind the prompt, up to
+    and with the token that ends the turn; the tokenizer's end token where the template shows none.
 
-    ids: np.ndarray  # int32 (n, S)
-    start: np.ndarray  # int32 (n,)
-    end: np.ndarray  # int32 (n,)
-    skipped: int = 0  # examples that were too long and are not here
-    cut: int = 0  # and those that are here with the beginning of their prompt cut
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def lost(self, what: str, max_length: int) -> str:
-        """One line that counts what was too long; empty where nothing was."""
-        if not self.skipped + self.cut:
-            return ""
-        how = [f"{self.skipped} skipped"] * bool(self.skipped)
-        how += [f"{self.cut} cut at the beginning of their prompts"] * bool(self.cut)
-        return (
-            f"{what}: {self.skipped + self.cut} of {len(self) + self.skipped} examples have more "
-            f"than base.max_length={max_length} tokens: {', '.join(how)}"
-        )
-
-    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
-        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
-        `at` predict `labels` (-1: beyond the response).
-
-        S is the power of two that holds the longest of the rows: few lengths to compile for, and
-        little padding to compute.
-        """
-        end = self.end[index]
-        ids = self.ids[index][..., : max(SHORTEST, 1 << int(end.max() - 1).bit_length())]
-        at = self.start[index][..., None] + np.arange(width)
-        inside = at < end[..., None]
-        at = np.minimum(at, ids.shape[-1] - 1)
-        labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
-        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
-
-    @property
-    def response_width(self) -> int:
-        """The longest response, its end token included."""
-        return int((self.end - self.start).max())
-
-
-def encode(
-    tokenizer, examples: Sequence[Example], max_length: int, too_long: str = "refuse"
-) -> Sequences:
-    """Tokenises examples; one without a response ends where that would start.
-
-    too_long, of an example with more than max_length tokens: "refuse" it with an InputError that
-    names its file and line; "skip" it; or "cut" the beginning of its prompt, never its system text,
-    template or answer (skipped, where those alone are too long). Raises InputError where all are
-    skipped, and for a tokenizer without an end token.
+    Raises InputError where there is neither.
     """
-    pairs = _token_pairs(tokenizer, examples)
-    long = [i for i, (p, r) in enumerate(pairs) if len(p) + len(r) > max_length]
-    if long and too_long == "refuse":
-        example, (p, r) = examples[long[0]], pairs[long[0]]
-        raise InputError(
-            f"{example.where}: {len(p) + len(r)} tokens with its response, more than "
-            f"base.max_length={max_length}; shorten it or raise the setting"
-        )
-    cut = dict.fromkeys(long)  # None: skipped
-    if too_long == "cut":
-        cut = {i: _cut(tokenizer, examples[i], max_length - len(pairs[i][1])) for i in long}
-    kept = [
-        (cut.get(i, p), r) for i, (p, r) in enumerate(pairs) if i not in cut or cut[i] is not None
-    ]
-    if not kept:
-        raise InputError(
-            f"{examples[0].where}: all {len(examples)} examples have more than "
-            f"base.max_length={max_length} tokens; raise the setting"
-        )
-    skipped = len(pairs) - len(kept)
-    return _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
-
-
-def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequences:
-    """Tokenises examples of any length, one after the other in rows of `length` tokens, to learn
-    every token of; the last few that fill no row go.
-
-    Raises InputError when not even one row is filled, and for a tokenizer without an end token.
-    """
-    pairs = _token_pairs(tokenizer, examples)
-    stream = np.concatenate([np.array(p + r, np.int32) for p, r in pairs])
-    rows = len(stream) // length
-    if not rows:
-        raise InputError(
-            f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower "
-            "the setting"
-        )
-    return Sequences(
-        stream[: rows * length].reshape(rows, length),
-        np.ones(rows, np.int32),
-        np.full(rows, length, np.int32),
-    )
-
-
-def _token_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-    """(tokens of the rendered prompt, of the response with its end token) of every example; nothing
-    ends where there is no response. Raises InputError for a tokenizer without an end token."""
-    if tokenizer.eos_token_id is None:
+    frame = Frame()
+    if tokenizer.chat_template is not None:
+        template = _template(tokenizer)
+        frame = _frame(tokenizer, template, tokenizer.eos_token)
+        if frame.before and response != response.strip():
+            response = _trimmed(tokenizer, template, frame, response)
+    if frame.close is None and tokenizer.eos_token is None:
         raise InputError(
             f"{tokenizer.name_or_path}: its tokenizer has no eos_token, so no answer could end; "
             "set one"
         )
-    prompts = _tokens(tokenizer, [render(tokenizer, e.prompt, e.system) for e in examples])
-    responses = _tokens(tokenizer, [e.response for e in examples])
-    end = [tokenizer.eos_token_id]
-    return [(p, r + end * bool(r)) for p, r in zip(prompts, responses, strict=True)]
+    close = tokenizer.eos_token if frame.close is None else frame.close
+    return frame.lead + response + close
 
 
-def _tokens(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+def ends_of(base: str | os.PathLike, tokenizer) -> tuple[int, ...]:
+    """Every token that ends an answer of a base: what its generation_config.json names (its
+    config.json, where that names none), its tokenizer, and its chat template.
+
+    Raises InputError for an id that is none of the model's, and where there is no end at all.
+    """
+    folder, found = resolve(base), []
+    sizes = read_json(folder / "config.json")
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and not found:
+            found = _ids(folder / name, read_json(folder / name), sizes)
+    text = answer_text(tokenizer, ANSWER)
+    taught = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([taught, *own, *found]))
 
 
-def _cut(tokenizer, example: Example, room: int) -> list[int] | None:
-    """The tokens of a rendered prompt that lost as much of its beginning as makes them fit; None
-    where no character of it has room."""
-
-    def rest(first: int) -> list[int]:
-        text = render(tokenizer, example.prompt[first:], example.system)
-        return _tokens(tokenizer, [text])[0]
-
-    fewest, most = 0, len(example.prompt)  # characters to cut: too few, and the first that may do
-    while most - fewest > 1:
-        middle = (fewest + most) // 2
-        fewest, most = (fewest, middle) if len(rest(middle)) <= room else (middle, most)
-    found = rest(most)
-    return found if most < len(example.prompt) and len(found) <= room else None
+def until_end(ids: Sequence[int], ends: Iterable[int]) -> list[int]:
+    """What stands before the first end token."""
+    ends = frozenset(ends)
+    at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:at])
 
 
-def _padded(
-    pairs: Sequence[tuple[list[int], list[int]]], pad: int, skipped: int, cut: int
-) -> Sequences:
-    """(prompt, response) token lists as arrays."""
-    start = np.array([len(p) for p, _ in pairs], np.int32)
-    end = np.array([len(p) + len(r) for p, r in pairs], np.int32)
-    ids = np.full((len(pairs), end.max()), pad, np.int32)
-    for row, (p, r) in zip(ids, pairs, strict=True):
-        row[: len(p) + len(r)] = p + r
-    return Sequences(ids, start, end, skipped, cut)
+def _ids(file: pathlib.Path, raw: dict, sizes: dict) -> list[int]:
+    """The end tokens that a file names. Raises InputError for what is no token of the model."""
+
+    def of(settings: dict, key: str):
+        inner = settings.get("text_config")
+        value = settings.get(key)
+        return inner.get(key) if value is None and isinstance(inner, dict) else value
+
+    named, size = of(raw, "eos_token_id"), of(sizes, "vocab_size")
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    for value in listed:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < 0 or (isinstance(size, int) and value >= size):
+            raise InputError(
+                f"{file}: eos_token_id {named!r} names {value!r}, which is no token of the model "
+                f"(0 to {size - 1 if isinstance(size, int) else '...'}); name ids of end tokens"
+            )
+    return listed
+
+
+def _template(tokenizer) -> str:
+    """The one template that is used: of several the one called default, as transformers does."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise InputError(
+            f"{_file(tokenizer)}: several chat templates ({names}) and none called default; name "
+            "one of them default"
+        ) from None
+
+
+def _apply(tokenizer, template: str, messages: list[dict], ask: bool = True) -> str:
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=ask, **OPTIONS
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _way(tokenizer, template: str, with_system: bool) -> Way:
+    """The first way in which a template shows prompt and system text. Raises InputError where none
+    does, and for one that draws texts by chance."""
+    if drawn := BY_CHANCE.search(template):
+        raise InputError(
+            f"{_file(tokenizer)}: the chat template draws texts by chance ({drawn.group()}), so no "
+            "run could be repeated; mend the template"
+        )
+    system, why = SYSTEM if with_system else "", ""
+    for way in WAYS_WITH_SYSTEM if with_system else WAYS:
+        try:
+            text = _apply(tokenizer, template, way.messages(PROMPT, system))
+        except Exception as error:  # templates are code of others
+            why = why or f": {first_line(error)}"
+            continue
+        if PROMPT in text and system in text and not _AS_CODE.search(text):
+            return way
+    raise InputError(
+        f"{_file(tokenizer)}: the chat template does not show a user's prompt{why}; mend the "
+        "template, or remove it to have prompts as plain lines"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(tokenizer, template: str, eos: str | None) -> Frame:
+    """What a template shows around answers; nothing where it shows none. eos: the tokenizer's end
+    token, which the template may use."""
+    way = _way(tokenizer, template, False)
+    asked = _apply(tokenizer, template, way.messages(PROMPT))
+    try:
+        whole = _apply(tokenizer, template, way.messages(PROMPT, answer=ANSWER), ask=False)
+    except Exception:  # templates are code of others; this one knows no assistant
+        return Frame()
+    before, mark, after = whole.rpartition(ANSWER)
+    if not mark or _AS_CODE.search(whole):
+        return Frame()
+    # Where the conversation does not go on from the prompt (an empty thought is left out), the
+    # answer follows the prompt itself.
+    between = before.removeprefix(asked) if before.startswith(asked) else ""
+    header = between.rstrip(" ")
+    return Frame(header, between[len(header) :], _close(tokenizer, after), before, after)
+
+
+def _close(tokenizer, after: str) -> str | None:
+    """What of the text behind an answer belongs to it: up to and with its first token that is no
+    plain text. Words before that are left out."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    tokens |= {tokenizer.eos_token} - {None}
+    found = [(after.find(t), -len(t), t) for t in tokens if t.strip() and t in after]
+    if not found:
+        return None
+    at, _, token = min(found)
+    return after[:at] + token if not after[:at].strip() else token
+
+
+def _trimmed(tokenizer, template: str, frame: Frame, response: str) -> str:
+    """A response with spaces at its ends, of which the template may show fewer."""
+    way = _way(tokenizer, template, False)
+    try:
+        whole = _apply(tokenizer, template, way.messages(PROMPT, answer=response), ask=False)
+    except Exception:  # templates are code of others
+        return response
+    if not (whole.startswith(frame.before) and whole.endswith(frame.after)):
+        return response
+    shown = whole[len(frame.before) : len(whole) - len(frame.after)]
+    return shown if shown.strip() == response.strip() else response
+
+
+def _stands(said: str, text: str) -> bool:
+    """Whether a text holds what was to be said: spaces may be others, and marks may be escaped as
+    JSON or HTML has them."""
+    if said.strip() in text:
+        return True
+    spaced, shown = " ".join(said.split()), " ".join(text.split())
+    return any(
+        " ".join(form.split()) in shown
+        for form in (spaced, json.dumps(said, ensure_ascii=False)[1:-1], html.escape(said))
+    )
+
+
+def _file(tokenizer) -> str:
+    """Where a tokenizer's chat template stands."""
+    folder = pathlib.Path(tokenizer.name_or_path)
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    return str(found[0] if found else tokenizer.name_or_path)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

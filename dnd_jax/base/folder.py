@@ -208,6 +208,9 @@ def load_tokenizer(path: str | os.PathLike):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever a damaged folder makes of its code
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+    processor = folder / "chat_template.json"  # beside those of some vision-language models
+    if tokenizer.chat_template is None and processor.is_file():
+        tokenizer.chat_template = dict(read_json(processor)).get("chat_template")
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(
             f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in "

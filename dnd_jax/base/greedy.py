@@ -10,15 +10,16 @@ from dnd_jax.base.architecture import BaseLM, Lora
 
 
 def make_greedy(module: BaseLM, max_new_tokens: int):
-    """A jitted greedy decoder: (params, lora, lora_scale, ids (B, S), valid (B, S), end id) -> ids
-    (B, max_new_tokens).
+    """A jitted greedy decoder: (params, lora, lora_scale, ids (B, S), valid (B, S), ends (E,)) ->
+    ids (B, max_new_tokens).
 
-    Prompts are padded on the left; tokens after an end token are the end token.
+    Prompts are padded on the left. An answer ends with any of the tokens `ends`; those after it are
+    the first of them.
     """
 
-    def decode(params: Mapping, lora: Lora, lora_scale: float, ids, valid, end):
+    def decode(params: Mapping, lora: Lora, lora_scale: float, ids, valid, ends):
         batch, length = ids.shape
-        ids = jnp.concatenate([ids, jnp.full((batch, max_new_tokens), end, ids.dtype)], axis=1)
+        ids = jnp.concatenate([ids, jnp.full((batch, max_new_tokens), ends[0], ids.dtype)], axis=1)
         valid = jnp.concatenate([valid, jnp.zeros((batch, max_new_tokens), valid.dtype)], axis=1)
 
         def step(i, carry):
@@ -28,11 +29,11 @@ def make_greedy(module: BaseLM, max_new_tokens: int):
             token = jnp.argmax(
                 module.apply({"params": params}, last, method="head"), axis=-1
             ).astype(ids.dtype)
-            token = jnp.where(done, end, token)
+            token = jnp.where(done, ends[0], token)
             at = (0, length + i)
             ids = jax.lax.dynamic_update_slice(ids, token[:, None], at)
             valid = jax.lax.dynamic_update_slice(valid, jnp.ones((batch, 1), valid.dtype), at)
-            return ids, valid, done | (token == end)
+            return ids, valid, done | jnp.isin(token, ends)
 
         ids, _, _ = jax.lax.fori_loop(0, max_new_tokens, step, (ids, valid, jnp.zeros(batch, bool)))
         return ids[:, length:]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
-from dnd_jax.base.chat import build_tokenizer, encode, encode_packed
 from dnd_jax.base.folder import save_base
 from dnd_jax.base.hub import pinned
 from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.new_tokenizer import VERSION, build_tokenizer
+from dnd_jax.base.sequences import encode, encode_packed
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
@@ -65,12 +66,14 @@ def pretrain(
         "base": dataclasses.asdict(config.base),
         "pretrain": dataclasses.asdict(c),
     }
-    record["suite"] = suite.fingerprint
+    record |= {"suite": suite.fingerprint, "tokenizer": VERSION}
     if (folder / DONE).is_file():
         stored = read_numbered(folder / DONE, FORMAT)
         number = stored.pop("format")
         then = stored["settings"] if number else stored  # at first the record was all of it
-        if check_same_run(folder / DONE, then, record, allowed):
+        # A whole base stays with the tokenizer that it was made with.
+        older = {"tokenizer": lambda version: version in (None, *range(VERSION))}
+        if check_same_run(folder / DONE, then, record, allowed, older):
             return folder
     if not suite.corpus:
         raise InputError(
@@ -85,7 +88,8 @@ def pretrain(
         )
 
     tokenizer = build_tokenizer(
-        (f"{e.system} {e.prompt} {e.response}" for e in suite.corpus), config.base.vocab_size
+        (" ".join(filter(None, (e.system, e.prompt, e.response))) for e in suite.corpus),
+        config.base.vocab_size,
     )
     length = config.base.max_length
     if c.loss == "text":

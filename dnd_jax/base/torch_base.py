@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors import SafetensorError
 
-from dnd_jax.base.chat import render
+from dnd_jax.base.chat import ends_of, render, until_end
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
+from dnd_jax.base.sequences import token_pairs
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, NoRoom, first_line, is_no_room
 from dnd_jax.data.sources import Example
@@ -20,6 +21,7 @@ from dnd_jax.data.sources import Example
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
 transformers = packages.deferred("transformers")
 _SLOT = "scored"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what stays of generation settings
 # PEFT 0.21 asks transformers 5 for it at every adapter, which would print into the progress bars.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -28,7 +30,7 @@ def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     """The transformers model of a folder, package or hub id: float32, on the GPU where there is
     one. Vision-language models are asked for text alone. Of the folder's generation settings none
     stays but its special tokens: greedy is greedy (Qwen2.5's own settings punish every token of the
-    prompt).
+    prompt, others force a first or last one).
 
     Raises InputError when it has no usable configuration or weights, NoRoom when it does not fit.
     """
@@ -63,8 +65,8 @@ def _from_pretrained(folder: pathlib.Path) -> tuple["torch.nn.Module", list[str]
     text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
     model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    settings = model.generation_config.to_dict()
-    special = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    settings = model.generation_config
+    special = {key: getattr(settings, key) for key in SPECIAL}
     model.generation_config = transformers.GenerationConfig(**special)
     return model, sorted(report["missing_keys"])
 
@@ -75,7 +77,10 @@ class TorchBase:
     def __init__(self, base: str | os.PathLike, batch_size: int, max_new_tokens: int):
         self.base = pathlib.Path(base)
         self.tokenizer = load_tokenizer(base)
+        self.ends = ends_of(base, self.tokenizer)
         self.model = load_torch_base(base)
+        # The harness of `dnd lm-eval` generates with the model's own settings.
+        self.model.generation_config.eos_token_id = list(self.ends)
         self.max_new_tokens = max_new_tokens
         self._device, self._batch_size = self.model.device, batch_size
         self._loaded = 0
@@ -133,7 +138,6 @@ class TorchBase:
         """Greedy answers as token ids, without the end token. at_most: tokens of an answer; 0:
         max_new_tokens. An answer of so many tokens was cut off: it has no end token."""
         prompts, answers = self.prompt_ids(examples), []
-        end = self.tokenizer.eos_token_id
         for first in range(0, len(prompts), self._batch_size):
             ids, valid = self._padded(prompts[first : first + self._batch_size])
             with torch.inference_mode():
@@ -142,21 +146,19 @@ class TorchBase:
                     attention_mask=valid,
                     max_new_tokens=at_most or self.max_new_tokens,
                     do_sample=False,
-                    eos_token_id=end,
+                    eos_token_id=list(self.ends),
                     pad_token_id=self.tokenizer.pad_token_id,
                 )[:, ids.shape[1] :].tolist()
-            answers += [row[: row.index(end)] if end in row else row for row in out]
+            answers += [until_end(row, self.ends) for row in out]
         return answers
 
     def choose(self, examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
         """Of the labels, the answer to each example that the base finds most likely, its end token
         included."""
-        ends = [self.tokenizer.eos_token_id]
-        ids = self.tokenizer(list(labels), add_special_tokens=False)["input_ids"]
-        answers = [answer + ends for answer in ids]
-        prompts = self.prompt_ids(examples)
-        rows = [(prompt + answer, len(answer)) for prompt in prompts for answer in answers]
-        width, scores = max(map(len, answers)), []
+        labelled = [e._replace(response=label) for e in examples for label in labels]
+        pairs = token_pairs(self.tokenizer, labelled)
+        rows = [(prompt + answer, len(answer)) for prompt, answer in pairs]
+        width, scores = max(length for _, length in rows), []
         for first in range(0, len(rows), self._batch_size):
             scores += self._likelihoods(rows[first : first + self._batch_size], width)
         best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)

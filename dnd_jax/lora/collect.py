@@ -22,12 +22,13 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.chat import Sequences, encode
+from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_name, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
@@ -205,6 +206,7 @@ def collect(
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)
+    ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
     adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
     train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
     batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)

@@ -1,8 +1,12 @@
-"""Greedy answers of the base LM in JAX, and the scores of an answer: exact match, right content,
-right format."""
+"""The scores of an answer: exact match, right content, right format.
+
+`dnd lm-eval` copies this file beside the tasks that it writes, whose answers the harness compares
+by it: it needs nothing but Python.
+"""
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 
 SCORES = ("exact", "content", "format")
 # a word that this share of a dataset's responses has belongs to the form, the others to the content
@@ -10,8 +14,20 @@ FORM_SHARE = 0.95
 
 
 def words(text: str) -> list[str]:
-    """Words and single punctuation marks of a text."""
-    return re.findall(r"\w+|[^\w\s]", text)
+    """Words and single punctuation marks of a text: what is compared of two answers. Spaces do not
+    count, nor how Unicode composes a letter, which many tokenizers change."""
+    return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFC", text))
+
+
+def harness_result(row: Mapping, results: Sequence) -> dict[str, float]:
+    """What the harness asks of a question of the suite's own tasks: whether its answer is right.
+
+    results: the generated text; or (log-likelihood, ...) of each of row["labels"].
+    """
+    if "labels" not in row:
+        return {"exact_match": float(words(results[0]) == words(row["answer"]))}
+    likeliest = max(range(len(results)), key=lambda i: results[i][0])
+    return {"acc": float(words(row["labels"][likeliest]) == words(row["answer"]))}
 
 
 class Scorer:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.base.chat import encode
 from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.sequences import encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.data.condition_text import condition_texts

@@ -14,6 +14,7 @@ shields the machine from that code.
 Columns, rule and intervals are those of results.json; WORKDIR/lm_eval.json holds them.
 """
 
+import functools
 import logging
 import os
 import pathlib
@@ -21,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
+from dnd_jax.base.chat import ends_of, render
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
@@ -49,6 +51,7 @@ from dnd_jax.scoring.results import FREE_FORM, add_intervals, pack, rule, summar
 
 lm_eval = packages.deferred("lm_eval")
 SCORES = "lm_eval/scores{}.json"  # a file for each --limit
+COMPARED = "words"  # marks scores made since answers to own questions are compared as words
 # The first of these that a task has is reported.
 METRICS = ("acc_norm", "exact_match", "pass@1", "acc")
 FILTER = "strict-match"  # where a task reads answers in several ways (GSM8K)
@@ -70,6 +73,16 @@ def sample_scores(title: str, samples: Sequence[Mapping]) -> tuple[str, list[flo
     return found[0], [float(s[found[0]]) for s in kept]
 
 
+def chat_text(tokenizer, said: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
+    """A question of the harness as the base is asked elsewhere. said: at most a system text, the
+    question, and the beginning of its answer."""
+    texts = {message["role"]: message["content"] for message in said}
+    if len(texts) < len(said):
+        raise InputError("lm-eval asks in several turns, which chat templates are not checked for")
+    asked = render(tokenizer, texts["user"], texts.get("system", ""))
+    return asked + texts.get("assistant", "")
+
+
 def score(
     base, tasks: Mapping[str, object], own: set[str], batch_size: int, limit: int, unsafe_code: bool
 ) -> dict:
@@ -87,8 +100,8 @@ def score(
             backend="causal",
             batch_size=batch_size,
             add_bos_token=False if rendered or chat else None,
-            enable_thinking=False,
         )
+        model.apply_chat_template = functools.partial(chat_text, base.tokenizer)
         for title, task in some.items():
             # Not simple_evaluate, which indexes every task of the harness and describes the machine
             # again and again.
@@ -127,9 +140,12 @@ def lm_eval_stage(
     keys = score_keys(candidates, base_path)
     path = workdir / SCORES.format(f"_{limit}" if limit else "")
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
-    scores = read_kept(path, settings, base_path, allowed)["scores"]
-    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
     own = {w.title for w in wanted if not w.task}
+    scores = {
+        key: {title: s for title, s in of.items() if title not in own or COMPARED in s}
+        for key, of in read_kept(path, settings, base_path, allowed)["scores"].items()
+    }
+    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
 
     def scored(tasks: Mapping[str, object]) -> dict:
         return score(base, tasks, own, config.evaluate.batch_size, limit, unsafe_code)
@@ -149,11 +165,12 @@ def _tasks(
 ) -> dict[str, object]:
     """`load_tasks`, those of the suite's own questions written first."""
     folder, tokenizer = workdir / "lm_eval" / "tasks", load_tokenizer(base_path)
+    ends = ends_of(base_path, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     datasets = {d.name: d for d in suite.unseen}
     for w in wanted:
         if not w.task:
-            write_task(folder, datasets[w.dataset], tokenizer, config)
+            write_task(folder, datasets[w.dataset], tokenizer, ends, config)
     return load_tasks(wanted, folder, unsafe_code)
 
 
@@ -182,7 +199,7 @@ def _score_all(
         stop.check()
         base.use(None if label == "base" else label)
         new = {
-            title: {"metric": metric, "values": pack(values)}
+            title: {"metric": metric, "values": pack(values), COMPARED: True}
             for title, (metric, values) in scored(todo).items()
         }
         scores[key] = scores.get(key, {}) | new

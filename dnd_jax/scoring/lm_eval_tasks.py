@@ -2,16 +2,19 @@
 harness's tasks by name."""
 
 import dataclasses
-import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 
-from dnd_jax.base.chat import render
+from dnd_jax.base.chat import answer_text, render
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.files import replacing, write_json
+from dnd_jax.core.files import as_json, replacing, write_json
 from dnd_jax.data.suite import Dataset, Suite, labels_of
+from dnd_jax.scoring import answers
+
+datasets = packages.deferred("datasets")
 
 NAMES = {
     "ARC-c": "arc_challenge",
@@ -25,6 +28,9 @@ NAMES = {
     "HumanEval": "humaneval",
 }
 FEWSHOT_SEED = 1234  # the harness's own default
+# How the suite's own tasks compare answers: this copy of scoring/answers.py lies beside them.
+RULE = "dnd_answers.py"
+RESULT = "!function dnd_answers.harness_result"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,59 +66,73 @@ def parse_tasks(texts: Sequence[str], suite: Suite) -> list[Wanted]:
     return wanted
 
 
-def write_task(folder: pathlib.Path, dataset: Dataset, tokenizer, config: Config) -> pathlib.Path:
-    """Writes FOLDER/NAME.jsonl and NAME.yaml, the test questions of a dataset as a task dnd_NAME of
-    the harness.
+def write_task(
+    folder: pathlib.Path, dataset: Dataset, tokenizer, ends: Sequence[int], config: Config
+) -> pathlib.Path:
+    """Writes FOLDER/NAME.parquet and NAME.yaml, the test questions of a dataset as a task dnd_NAME
+    of the harness, and RULE, by which it compares answers as `dnd evaluate` does.
 
     Questions are rendered with the base's template as in training, system text included. Answers
-    are asked for as config.evaluate.answers says: generated and compared (spaces at the ends do not
-    count), or chosen among the labels.
+    are asked for as config.evaluate.answers says: generated up to any of the tokens `ends`, or
+    chosen among the labels.
     """
-    path = folder.absolute() / f"{dataset.name}.jsonl"
+    path = folder.absolute() / f"{dataset.name}.parquet"
     rows: list[dict] = [
         {"text": render(tokenizer, e.prompt, e.system), "answer": e.response} for e in dataset.test
     ]
     task = {
         "task": f"dnd_{dataset.name}",
-        "dataset_path": "json",
+        "dataset_path": "parquet",  # not JSON, whose reader takes texts for dates
         "dataset_kwargs": {"data_files": {"test": str(path)}},
         "test_split": "test",
         "doc_to_text": "text",
         "target_delimiter": "",
         "num_fewshot": 0,
-        "metadata": {"version": 1},
+        "metadata": {"version": 2},
+        "process_results": RESULT,
     }
     if config.evaluate.answers == "likelihood":
         labels = labels_of(dataset)
-        for row, example in zip(rows, dataset.test, strict=True):
-            row["labels"] = [label + tokenizer.eos_token for label in labels]
-            row["right"] = labels.index(example.response)
+        for row in rows:
+            row["labels"] = labels
+            row["choices"] = [answer_text(tokenizer, label) for label in labels]
+            row["right"] = labels.index(row["answer"])
         task |= _CHOSEN
     else:
-        task |= _generated(tokenizer.eos_token, config.evaluate.max_new_tokens)
+        task |= _generated(_texts_of(tokenizer, ends), config.evaluate.max_new_tokens)
     with replacing(path) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
-    write_json(path.with_suffix(".yaml"), task)  # JSON is YAML
+        datasets.Dataset.from_list(rows).to_parquet(temporary)
+    shutil.copyfile(answers.__file__, folder / RULE)
+    # JSON is YAML, but for the tag that names a function.
+    text = as_json(task).replace(f'"{RESULT}"', RESULT)
+    with replacing(path.with_suffix(".yaml")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path.with_suffix(".yaml")
+
+
+def _texts_of(tokenizer, ends: Sequence[int]) -> list[str]:
+    """What the harness cuts a generated text at: it sees no tokens, and drops the special ones.
+    The padding behind an end counts too, where it is a word of its own."""
+    pad, added = tokenizer.pad_token_id, tokenizer.added_tokens_decoder
+    texts = tokenizer.batch_decode([[i] for i in (*ends, *[pad] * (pad in added))])
+    return [text for text in dict.fromkeys(texts) if text.strip()]
 
 
 _CHOSEN = {
     "output_type": "multiple_choice",
-    "doc_to_choice": "labels",
+    "doc_to_choice": "choices",
     "doc_to_target": "right",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
 
 
-def _generated(end: str, tokens: int) -> dict:
-    """How a task asks for greedy answers of so many tokens and compares them."""
-    exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+def _generated(until: Sequence[str], tokens: int) -> dict:
+    """How a task asks for greedy answers of so many tokens."""
     return {
         "output_type": "generate_until",
         "doc_to_target": "answer",
-        "generation_kwargs": {"until": [end], "max_gen_toks": tokens, "do_sample": False},
-        "metric_list": [exact | {"regexes_to_ignore": [r"^\s+", r"\s+$"]}],
+        "generation_kwargs": {"until": until, "max_gen_toks": tokens, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
 
 

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 
 import jax
 
-from dnd_jax.base.chat import encode
 from dnd_jax.base.folder import load_base_config, load_tokenizer
+from dnd_jax.base.sequences import encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError

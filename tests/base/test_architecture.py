@@ -30,10 +30,10 @@ from transformers import (
 
 from dnd_jax.base import architecture as base_lm
 from dnd_jax.base.architecture import BaseLM, LmConfig, RopeScaling
-from dnd_jax.base.chat import build_tokenizer
 from dnd_jax.base.folder import _windows, load_base, load_base_config, save_base
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.names import lm_table
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.weights import StoredWeights
 from dnd_jax.config import schema
 from dnd_jax.core.errors import InputError

@@ -9,10 +9,12 @@ import pytest
 from pipeline import tiny_suite
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
-from dnd_jax.base.chat import build_tokenizer, encode, encode_packed, render
+from dnd_jax.base.chat import render
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.pretrain import pretrain
+from dnd_jax.base.sequences import encode, encode_packed
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
@@ -141,7 +143,7 @@ def test_a_tokenizer_without_pad_or_end(tokenizer_of, tmp_path):
     assert (data.batch([0, 1], data.response_width)["labels"] >= 0).sum(axis=1).tolist() == (
         data.end - data.start
     ).tolist()
-    read.eos_token = None
+    read.eos_token = read.chat_template = None
     with pytest.raises(InputError, match="llama: its tokenizer has no eos_token"):
         encode(read, EXAMPLES, 200)
 

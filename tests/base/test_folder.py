@@ -15,9 +15,10 @@ from small_models import fill, logits_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dnd_jax.base.architecture import BaseLM, LmConfig
-from dnd_jax.base.chat import build_tokenizer, render
+from dnd_jax.base.chat import render
 from dnd_jax.base.folder import load_base, load_tokenizer, save_base
 from dnd_jax.base.greedy import pad_left
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.tensors import weight_files
 from dnd_jax.encoders.load import load_encoder

@@ -35,10 +35,10 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from dnd_jax.base import architecture as base_lm
-from dnd_jax.base.chat import build_tokenizer
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.identity import model_files
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.config.load import load_file as load_file_config
 from dnd_jax.config.schema import Mesh
 from dnd_jax.config.validate import freeze

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small_models import random_qwen2
 
-from dnd_jax.base.chat import build_tokenizer, render
+from dnd_jax.base.chat import render
 from dnd_jax.base.folder import load_base
 from dnd_jax.base.greedy import make_greedy, pad_left
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
@@ -121,7 +122,7 @@ def test_the_likeliest_label_equals_transformers(tmp_path):
         scores = []
         for label in labels:
             answer = [
-                *tokenizer(label, add_special_tokens=False)["input_ids"],
+                *tokenizer(f" {label}", add_special_tokens=False)["input_ids"],
                 tokenizer.eos_token_id,
             ]
             with torch.inference_mode():
@@ -193,7 +194,7 @@ def test_greedy_equals_transformers(tmp_path):
     expected = theirs(end)
     lengths = [row.index(end) if end in row else new for row in expected.tolist()]
     assert len(set(lengths)) > 2 and min(lengths) < new, lengths
-    ours = make_greedy(module, new)(params, {}, 1.0, ids, valid, end)
+    ours = make_greedy(module, new)(params, {}, 1.0, ids, valid, np.array([end]))
     np.testing.assert_array_equal(ours, expected)
 
     # A LoRA reaches every step: the one whose B A cancels o_proj gives the answers of a model
@@ -209,5 +210,6 @@ def test_greedy_equals_transformers(tmp_path):
     changed = theirs(end)
     assert not np.array_equal(changed, expected)
     np.testing.assert_array_equal(
-        make_greedy(module, new)(params, jax.device_put(lora), 4.0, ids, valid, end), changed
+        make_greedy(module, new)(params, jax.device_put(lora), 4.0, ids, valid, np.array([end])),
+        changed,
     )

@@ -23,8 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dnd_jax.base.chat import build_tokenizer
 from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze

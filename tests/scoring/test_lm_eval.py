@@ -1,7 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a small random Qwen2 with PEFT adapters, question by
 question against our own scorer."""
 
-import json
 import pathlib
 import shutil
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from small_models import random_qwen2
 
-from dnd_jax.base.chat import build_tokenizer, render
+from dnd_jax.base.chat import render
 from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
@@ -88,7 +88,7 @@ def dataset_of(base, adapters, answers: str) -> Dataset:
 def test_the_suites_questions_score_as_in_our_own_scorer(base, adapters, tmp_path, answers):
     config = configured(answers)
     dataset = dataset_of(base, adapters, answers)
-    write_task(tmp_path, dataset, base.tokenizer, config)
+    write_task(tmp_path, dataset, base.tokenizer, base.ends, config)
     tasks = load_tasks([Wanted("mine", "")], tmp_path, unsafe_code=False)
     scorer, every = Scorer([e.response for e in dataset.test]), []
     for adapter in adapters:
@@ -210,17 +210,13 @@ def test_values_question_by_question():
 
 
 def test_task_file_is_what_the_lm_eval_command_reads(base, tmp_path):
-    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     dataset = dataset_of(base, [None] * 3, "likelihood")
-    path = write_task(tmp_path, dataset, base.tokenizer, configured("likelihood"))
-    task = yaml.safe_load(path.read_text())
+    path = write_task(tmp_path, dataset, base.tokenizer, base.ends, configured("likelihood"))
+    task = load_yaml(path)
     assert task["task"] == "dnd_mine" and task["output_type"] == "multiple_choice"
-    rows = [
-        json.loads(line)
-        for line in pathlib.Path(task["dataset_kwargs"]["data_files"]["test"])
-        .read_text()
-        .splitlines()
-    ]
+    rows = datasets.Dataset.from_parquet(task["dataset_kwargs"]["data_files"]["test"]).to_list()
     assert rows[1]["text"] == render(base.tokenizer, QUESTIONS[1], "be brief")
-    assert rows[1]["labels"] == ["[A]<end>", "[B]<end>", "[C]<end>"] and rows[1]["right"] == 1
+    assert rows[1]["choices"] == [" [A]<end>", " [B]<end>", " [C]<end>"]
+    assert rows[1]["labels"] == ["[A]", "[B]", "[C]"] and rows[1]["right"] == 1

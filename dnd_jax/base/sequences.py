@@ -1,0 +1,164 @@
+"""Questions and answers as arrays for the base LM: as its chat template shows them, tokenised once,
+ahead of time."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dnd_jax.base.chat import answer_text, render
+from dnd_jax.core.errors import InputError
+from dnd_jax.data.sources import Example
+
+SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Token ids (n, S), padded on the right; the response and its end token lie at [start, end)."""
+
+    ids: np.ndarray  # int32 (n, S)
+    start: np.ndarray  # int32 (n,)
+    end: np.ndarray  # int32 (n,)
+    skipped: int = 0  # examples that were too long and are not here
+    cut: int = 0  # and those that are here with the beginning of their prompt cut
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lost(self, what: str, max_length: int) -> str:
+        """One line that counts what was too long; empty where nothing was."""
+        if not self.skipped + self.cut:
+            return ""
+        how = [f"{self.skipped} skipped"] * bool(self.skipped)
+        how += [f"{self.cut} cut at the beginning of their prompts"] * bool(self.cut)
+        return (
+            f"{what}: {self.skipped + self.cut} of {len(self) + self.skipped} examples have more "
+            f"than base.max_length={max_length} tokens: {', '.join(how)}"
+        )
+
+    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
+        `at` predict `labels` (-1: beyond the response).
+
+        S is the power of two that holds the longest of the rows: few lengths to compile for, and
+        little padding to compute.
+        """
+        end = self.end[index]
+        ids = self.ids[index][..., : max(SHORTEST, 1 << int(end.max() - 1).bit_length())]
+        at = self.start[index][..., None] + np.arange(width)
+        inside = at < end[..., None]
+        at = np.minimum(at, ids.shape[-1] - 1)
+        labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
+        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
+
+    @property
+    def response_width(self) -> int:
+        """The longest response, its end token included."""
+        return int((self.end - self.start).max())
+
+
+def encode(
+    tokenizer, examples: Sequence[Example], max_length: int, too_long: str = "refuse"
+) -> Sequences:
+    """Tokenises examples; one without a response ends where that would start.
+
+    too_long, of an example with more than max_length tokens: "refuse" it with an InputError that
+    names its file and line; "skip" it; or "cut" the beginning of its prompt, never its system text,
+    template or answer (skipped, where those alone are too long). Raises InputError where all are
+    skipped, and for a tokenizer without an end token.
+    """
+    pairs = token_pairs(tokenizer, examples)
+    long = [i for i, (p, r) in enumerate(pairs) if len(p) + len(r) > max_length]
+    if long and too_long == "refuse":
+        example, (p, r) = examples[long[0]], pairs[long[0]]
+        raise InputError(
+            f"{example.where}: {len(p) + len(r)} tokens with its response, more than "
+            f"base.max_length={max_length}; shorten it or raise the setting"
+        )
+    cut = dict.fromkeys(long)  # None: skipped
+    if too_long == "cut":
+        cut = {i: _cut(tokenizer, examples[i], max_length - len(pairs[i][1])) for i in long}
+    kept = [
+        (cut.get(i, p), r) for i, (p, r) in enumerate(pairs) if i not in cut or cut[i] is not None
+    ]
+    if not kept:
+        raise InputError(
+            f"{examples[0].where}: all {len(examples)} examples have more than "
+            f"base.max_length={max_length} tokens; raise the setting"
+        )
+    skipped = len(pairs) - len(kept)
+    return _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
+
+
+def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequences:
+    """Tokenises examples of any length, one after the other in rows of `length` tokens, to learn
+    every token of; the last few that fill no row go.
+
+    Raises InputError when not even one row is filled, and for a tokenizer without an end token.
+    """
+    pairs = token_pairs(tokenizer, examples)
+    stream = np.concatenate([np.array(p + r, np.int32) for p, r in pairs])
+    rows = len(stream) // length
+    if not rows:
+        raise InputError(
+            f"the corpus has {len(stream)} tokens, fewer than base.max_length={length}; lower "
+            "the setting"
+        )
+    return Sequences(
+        stream[: rows * length].reshape(rows, length),
+        np.ones(rows, np.int32),
+        np.full(rows, length, np.int32),
+    )
+
+
+def token_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """(tokens of the rendered prompt, of the answer up to and with its end token) of every example;
+    nothing ends where there is no response.
+
+    An answer's tokens are those that it has behind its prompt. Raises InputError as `render` and
+    `answer_text` do.
+    """
+    asked = [render(tokenizer, e.prompt, e.system) for e in examples]
+    answered = [answer_text(tokenizer, e.response) if e.response else "" for e in examples]
+    prompts = _tokens(tokenizer, asked)
+    wholes = _tokens(tokenizer, [p + a for p, a in zip(asked, answered, strict=True)])
+    pairs = []
+    for prompt, answer, whole in zip(prompts, answered, wholes, strict=True):
+        if whole[: len(prompt)] == prompt:
+            pairs.append((prompt, whole[len(prompt) :]))
+        else:  # the two share a token
+            pairs.append((prompt, _tokens(tokenizer, [answer])[0]))
+    return pairs
+
+
+def _tokens(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def _cut(tokenizer, example: Example, room: int) -> list[int] | None:
+    """The tokens of a rendered prompt that lost as much of its beginning as makes them fit; None
+    where no character of it has room."""
+
+    def rest(first: int) -> list[int]:
+        text = render(tokenizer, example.prompt[first:], example.system)
+        return _tokens(tokenizer, [text])[0]
+
+    fewest, most = 0, len(example.prompt)  # characters to cut: too few, and the first that may do
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (fewest, middle) if len(rest(middle)) <= room else (middle, most)
+    found = rest(most)
+    return found if most < len(example.prompt) and len(found) <= room else None
+
+
+def _padded(
+    pairs: Sequence[tuple[list[int], list[int]]], pad: int, skipped: int, cut: int
+) -> Sequences:
+    """(prompt, response) token lists as arrays."""
+    start = np.array([len(p) for p, _ in pairs], np.int32)
+    end = np.array([len(p) + len(r) for p, r in pairs], np.int32)
+    ids = np.full((len(pairs), end.max()), pad, np.int32)
+    for row, (p, r) in zip(ids, pairs, strict=True):
+        row[: len(p) + len(r)] = p + r
+    return Sequences(ids, start, end, skipped, cut)
