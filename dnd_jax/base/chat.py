@@ -16,15 +16,15 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dnd_jax.base.hub import resolve
-from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import read_json
 
-transformers = packages.deferred("transformers")
+# What day it is for templates that ask, whenever they do: by a variable, or by a function.
 DAY = datetime.datetime(2024, 7, 26)
-# What templates are told: not to think aloud, and the same day whenever they ask for one.
-OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024", "strftime_now": DAY.strftime}
-BY_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # what a template draws anew each time
+OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_CLOCK = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+# What else in a template would be another text each time.
+_BY_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(|\bstrftime_now\b(?!\s+is\b)")
 PROMPT, SYSTEM, ANSWER = "Markaprompt", "Markasystem", "Markananswer"
 # A list of parts that is shown as Python or JSON writes it is not what was to be said.
 _AS_CODE = re.compile(rf"""['"]text['"]\s*:\s*['"]({PROMPT}|{SYSTEM}|{ANSWER})""")
@@ -166,15 +166,21 @@ def _ids(file: pathlib.Path, raw: dict, sizes: dict) -> list[int]:
 
 
 def _template(tokenizer) -> str:
-    """The one template that is used: of several the one called default, as transformers does."""
+    """The one template that is used, of several the one called default as transformers does, on
+    the same day for ever."""
     try:
-        return tokenizer.get_chat_template()
+        return _on_the_day(tokenizer.get_chat_template())
     except ValueError:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise InputError(
             f"{_file(tokenizer)}: several chat templates ({names}) and none called default; name "
             "one of them default"
         ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def _on_the_day(template: str) -> str:
+    return _CLOCK.sub(lambda call: json.dumps(DAY.strftime(call[2])), template)
 
 
 def _apply(tokenizer, template: str, messages: list[dict], ask: bool = True) -> str:
@@ -186,11 +192,11 @@ def _apply(tokenizer, template: str, messages: list[dict], ask: bool = True) -> 
 @functools.lru_cache(maxsize=16)
 def _way(tokenizer, template: str, with_system: bool) -> Way:
     """The first way in which a template shows prompt and system text. Raises InputError where none
-    does, and for one that draws texts by chance."""
-    if drawn := BY_CHANCE.search(template):
+    does, and for one that is another text each time."""
+    if changing := _BY_CHANCE.search(template):
         raise InputError(
-            f"{_file(tokenizer)}: the chat template draws texts by chance ({drawn.group()}), so no "
-            "run could be repeated; mend the template"
+            f"{_file(tokenizer)}: what the chat template shows changes from time to time "
+            f"({changing.group()}), so no run could be repeated; mend the template"
         )
     system, why = SYSTEM if with_system else "", ""
     for way in WAYS_WITH_SYSTEM if with_system else WAYS:
@@ -217,8 +223,8 @@ def _frame(tokenizer, template: str, eos: str | None) -> Frame:
         whole = _apply(tokenizer, template, way.messages(PROMPT, answer=ANSWER), ask=False)
     except Exception:  # templates are code of others; this one knows no assistant
         return Frame()
-    before, mark, after = whole.rpartition(ANSWER)
-    if not mark or _AS_CODE.search(whole):
+    before, _, after = whole.partition(ANSWER)
+    if whole.count(ANSWER) != 1 or _AS_CODE.search(whole):
         return Frame()
     # Where the conversation does not go on from the prompt (an empty thought is left out), the
     # answer follows the prompt itself.
@@ -257,11 +263,9 @@ def _stands(said: str, text: str) -> bool:
     JSON or HTML has them."""
     if said.strip() in text:
         return True
-    spaced, shown = " ".join(said.split()), " ".join(text.split())
-    return any(
-        " ".join(form.split()) in shown
-        for form in (spaced, json.dumps(said, ensure_ascii=False)[1:-1], html.escape(said))
-    )
+    shown = [" ".join(form.split()) for form in (text, html.unescape(text))]
+    forms = [" ".join(form.split()) for form in (said, json.dumps(said, ensure_ascii=False)[1:-1])]
+    return any(form in text for form in forms for text in shown)
 
 
 def _file(tokenizer) -> str:

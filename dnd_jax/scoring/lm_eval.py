@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
-from dnd_jax.base.chat import ends_of, render
+from dnd_jax.base.chat import ends_of, render, until_end
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
@@ -83,6 +83,13 @@ def chat_text(tokenizer, said: Sequence[Mapping], add_generation_prompt: bool = 
     return asked + texts.get("assistant", "")
 
 
+def answer_of(base: TorchBase, tokens: int | Sequence[int], skip_special_tokens: bool = True):
+    """The text of an answer's tokens, up to the first that ends it; of a single token, itself."""
+    if isinstance(tokens, Sequence):
+        tokens = until_end(tokens, base.ends)
+    return base.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+
 def score(
     base, tasks: Mapping[str, object], own: set[str], batch_size: int, limit: int, unsafe_code: bool
 ) -> dict:
@@ -102,6 +109,7 @@ def score(
             add_bos_token=False if rendered or chat else None,
         )
         model.apply_chat_template = functools.partial(chat_text, base.tokenizer)
+        model.tok_decode = functools.partial(answer_of, base)
         for title, task in some.items():
             # Not simple_evaluate, which indexes every task of the harness and describes the machine
             # again and again.

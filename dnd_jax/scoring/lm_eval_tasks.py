@@ -111,10 +111,10 @@ def write_task(
 
 
 def _texts_of(tokenizer, ends: Sequence[int]) -> list[str]:
-    """What the harness cuts a generated text at: it sees no tokens, and drops the special ones.
-    The padding behind an end counts too, where it is a word of its own."""
-    pad, added = tokenizer.pad_token_id, tokenizer.added_tokens_decoder
-    texts = tokenizer.batch_decode([[i] for i in (*ends, *[pad] * (pad in added))])
+    """What the harness cuts a generated text at, which sees no tokens: the ends that are no plain
+    text, and the padding behind them."""
+    added = tokenizer.added_tokens_decoder
+    texts = tokenizer.batch_decode([[i] for i in (*ends, tokenizer.pad_token_id) if i in added])
     return [text for text in dict.fromkeys(texts) if text.strip()]
 
 
