@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.chat import ends_of
+from dnd_jax.base.chat import ANSWER, answer_text, ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_name, means_base
@@ -207,6 +207,9 @@ def collect(
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)
     ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
+    # LoRAs half of whose steps an earlier version made may have been taught other answers.
+    taught = answer_text(tokenizer, ANSWER)
+    older["answer"] = lambda then: then is None and taught == f"{ANSWER}{tokenizer.eos_token}"
     adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
     train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
     batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
@@ -231,7 +234,7 @@ def collect(
     training = Training(
         "collect",
         workdir / "collect",
-        record,
+        record | {"answer": taught},
         shaped(shapes, jax.tree.map(lambda _: batches.of_state, shapes)),
         init=lambda: jax.jit(init, out_shardings=batches.of_state)(key),
         step=lambda state, batch: step(params, state, batch),

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import jax
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.chat import answer_text, ends_of, render
+from dnd_jax.base.folder import load_base_config, load_tokenizer
 from dnd_jax.base.hub import packages_of, resolve
 from dnd_jax.base.identity import base_name
 from dnd_jax.config.schema import Config
@@ -44,6 +45,7 @@ OK, NOTE, FAULT = "ok", "note", "FAULT"
 # of them that a checkpoint of the run keeps.
 IN_MEMORY, ON_DISK = 4, 3
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+ASKED = 20  # examples of each file whose chat texts are looked at
 WIDTH = 110  # of the table
 
 Found = Iterator[tuple[str, str]]  # (OK, NOTE or FAULT; what was found) of one check
@@ -88,6 +90,19 @@ def base(case: Case) -> Found:
         f"{base_name(path)}: {sizes.model_type}, {sizes.num_hidden_layers} layers of "
         f"{sizes.hidden_size}, {len(tensors)} tensors, {tied}",
     )
+
+
+def chat(case: Case) -> Found:
+    """That its chat template shows what the suite says, and what ends its answers."""
+    path = case.config.base.path
+    tokenizer = load_tokenizer(path)
+    ends = tokenizer.convert_ids_to_tokens(ends_of(path, tokenizer))
+    datasets = case.suite.every if case.config.suite else ()
+    examples = [e for d in datasets for split in (d.train, d.test) for e in split[:ASKED]]
+    for example in examples:
+        render(tokenizer, example.prompt, example.system)
+    shown = repr(render(tokenizer, "PROMPT", "SYSTEM") + answer_text(tokenizer, "ANSWER"))
+    yield OK, f"a question is {shown}; an answer ends at {', '.join(map(repr, ends))}"
 
 
 def suite(case: Case) -> Found:

@@ -18,7 +18,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
-from dnd_jax.data.suite import Dataset, Suite
+from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.scoring.answers import Scorer
@@ -102,6 +102,33 @@ def test_the_suites_questions_score_as_in_our_own_scorer(base, adapters, tmp_pat
     assert 0 < np.mean(every) < 1 and len(set(map(tuple, every))) == 3
     base.use(adapters[1])
     assert score(base, tasks, {"mine"}, 4, 5, False)["mine"][1] == every[1][:5]  # --limit
+
+
+SAME = ("( oslo 3 )", "2024-01-02", "caf\u00e9 .", "it is\nso !", "[A]", "yes", "1.5", "None")
+SAID = ("(oslo 3)", " 2024 - 01-02", "cafe\u0301.", "it  is so!", "[ A ]", "no", "15", "none")
+
+
+@pytest.mark.parametrize("answers", ["greedy", "likelihood"])
+def test_both_scorers_have_one_notion_of_the_same_answer(base, tmp_path, answers):
+    """Inner spaces, line breaks, composed letters, texts that look like dates: in the harness's own
+    reading of the files that it is given."""
+    rows = tuple(Example(f"number {i}", text) for i, text in enumerate(SAME))
+    write_task(tmp_path, Dataset("d", rows, rows), base.tokenizer, base.ends, configured(answers))
+    task = load_tasks([Wanted("d", "")], tmp_path, unsafe_code=False)["d"]
+    documents = list(task.test_docs())
+    assert [task.doc_to_text(d) for d in documents] == [render(base.tokenizer, e[0]) for e in rows]
+    if answers == "greedy":
+        theirs = [
+            task.process_results(d, [s])["exact_match"]
+            for d, s in zip(documents, SAID, strict=True)
+        ]
+        assert theirs == Scorer(SAME).each(SAID)["exact"] == [1, 1, 1, 1, 1, 0, 0, 0]
+    else:
+        labels = labels_of(Dataset("d", rows, rows))
+        chosen = [[(float(label == text), False) for label in labels] for text in SAME]
+        theirs = [task.process_results(d, c)["acc"] for d, c in zip(documents, chosen, strict=True)]
+        assert theirs == [1.0] * len(SAME)
+        assert task.process_results(documents[0], chosen[1])["acc"] == 0.0
 
 
 @pytest.mark.slow

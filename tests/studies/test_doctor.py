@@ -59,6 +59,8 @@ def test_a_sound_run(place, capsys):
     assert doctor() == 0
     out = capsys.readouterr().out
     found = rows(out)
+    (chat,) = found["chat"]
+    assert chat[1].endswith("<assistant>ANSWER<end>'; an answer ends at '<end>'")
     assert {"base", "suite", "checkpoints", "generator", "room"} <= found.keys()
     assert all(state != "FAULT" for lines in found.values() for state, _ in lines), found
     assert out.endswith("nothing found that would stop a run\n")
@@ -68,6 +70,7 @@ def test_a_sound_run(place, capsys):
 def test_planted_faults(place, capsys):
     """One in each kind of file: all are found at once, and each names its file."""
     edit(place / "run/base/config.json", lambda c: c.update(hidden_act="relu"))
+    edit(place / "run/base/generation_config.json", lambda c: c.update(eos_token_id=[1, 5000]))
     train = place / "suite/datasets/stone-rank/train.jsonl"
     test = place / "suite/datasets/stone-rank/test.jsonl"
     test.write_text(train.read_text().splitlines()[0] + "\n" + test.read_text())
@@ -80,6 +83,7 @@ def test_planted_faults(place, capsys):
     found = rows(captured.out)
     faults = {c: " ".join(t for s, t in lines if s == "FAULT") for c, lines in found.items()}
     assert "hidden_act 'relu' is not supported" in faults["base"]
+    assert "generation_config.json: eos_token_id [1, 5000] names 5000" in faults["chat"]
     assert "test questions occur in stone-rank's train" in faults["suite"]
     assert f"{lora.relative_to(place)} has alpha 1" in faults["checkpoints"]
     assert "decoder/stage_0/conv1w is missing" in faults["generator"]
