@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import write_vectors
 
-from dnd_jax.base.chat import build_tokenizer
+from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.config.load import load_file
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.validate import freeze
