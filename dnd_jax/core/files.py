@@ -19,7 +19,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from safetensors import SafetensorError
@@ -179,6 +179,15 @@ def unreadable(error: OSError, otherwise: str = "a file") -> InputError:
     was, where the system does not say."""
     name = otherwise if error.filename is None else os.fsdecode(error.filename)
     return InputError(f"{name}: cannot be read ({error.strerror or error})")
+
+
+def holds_only(folder: pathlib.Path, names: Collection[str]) -> bool:
+    """Whether this is a folder, no link to one, with files of these names and nothing else: what
+    may be removed by whoever writes such."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return all(entry.name in names and not entry.is_dir() for entry in entries)
 
 
 def check_free(folder: str | os.PathLike, flag: str) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run by Orbax: each whole or absent, restored exactly, damaged ones set aside."""
 
+import itertools
 import json
 import logging
 import os
@@ -35,10 +36,11 @@ def open_checkpoints(
     directory: os.PathLike, keep_last: int = 2, keep_every: int = 0
 ) -> ocp.CheckpointManager:
     """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step
-    whole or absent."""
+    whole or absent. Raises InputError for a folder with steps that are not ours."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = _excepthook
+    _check_ours(epath.Path(directory))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep_last,
         keep_period=keep_every or None,
@@ -46,6 +48,18 @@ def open_checkpoints(
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(epath.Path(directory), options=options)
+
+
+def _check_ours(folder: epath.Path) -> None:
+    """Raises InputError where a folder whose name is a number holds something else than a
+    checkpoint: Orbax would take it for an old step, and remove it."""
+    for step in folder.iterdir() if folder.exists() else ():
+        names = {path.name for path in step.iterdir()} if step.name.isdecimal() else set()
+        if names and not names & {"state", "record"}:
+            raise InputError(
+                f"{step}: is no checkpoint of a run, and would be removed as an old one; move it, "
+                "or use another folder"
+            )
 
 
 def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
@@ -163,8 +177,7 @@ def restore(
             with hosts.lead_first():
                 if hosts.lead():
                     for broken, fault in faults:
-                        aside = manager.directory / f"{broken}.damaged"
-                        aside.rmtree(missing_ok=True)
+                        aside = _free(manager.directory / f"{broken}.damaged")
                         (manager.directory / str(broken)).rename(aside)
                         where = f"{manager.directory}/{broken}"
                         found = f"{where} is damaged ({_reason(fault)}), moved to {aside.name}"
@@ -179,6 +192,12 @@ def restore(
             "delete the folder to start over"
         )
     return 0, None
+
+
+def _free(path: epath.Path) -> epath.Path:
+    """The path, or the first with a number behind it that nothing has."""
+    names = (path.with_name(f"{path.name}{i or ''}") for i in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.errors import InputError, listed
-from dnd_jax.core.files import need_space, read_json, replacing
+from dnd_jax.core.files import holds_only, need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE
 from dnd_jax.data.suite import Suite
@@ -334,7 +334,5 @@ def _remove_stale(folder: pathlib.Path) -> None:
     named by a key that hold what `_write_tokens` writes."""
     for stale in folder.parent.glob("[0-9a-f]*"):
         named = re.fullmatch(r"[0-9a-f]{24}", stale.name) and stale != folder
-        if not named or stale.is_symlink() or not stale.is_dir():
-            continue
-        if {TOKENS} <= set(os.listdir(stale)) <= {TOKENS, IMPORTANCE}:
+        if named and (stale / TOKENS).is_file() and holds_only(stale, (TOKENS, IMPORTANCE)):
             shutil.rmtree(stale, ignore_errors=True)

@@ -32,7 +32,8 @@ from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
-from dnd_jax.core.files import read_json
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import holds_only, read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
@@ -42,7 +43,7 @@ from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
-from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import leading, replicated, shaped
@@ -243,6 +244,8 @@ def collect(
         save_every=c.save_every,
         after_step=lambda done, state: _keep(done, state, c, suite, folder, adapter),
     )
+    for dataset in suite.datasets:
+        _stale(folder / dataset.name, c)  # now, not after hours of training
     (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
     state = run_loop(training, Options(allowed=tuple(allowed), older=older))
 
@@ -251,7 +254,8 @@ def collect(
     scores = score_loras(module, params, lora, adapter.scale, test, c.batch_size)
     exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
     for dataset in suite.datasets:
-        _remove_stale(folder / dataset.name, c)
+        for stale in _stale(folder / dataset.name, c):
+            shutil.rmtree(stale)
     write_numbered(folder / DONE, FORMAT, {"settings": record, "exact_match": exact})
     return folder
 
@@ -286,12 +290,20 @@ def _keep(
             save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
 
 
-def _remove_stale(folder: pathlib.Path, c: schema.Lora) -> None:
-    """Removes the checkpoints of a dataset that an interrupted run of other `steps` left."""
+def _stale(folder: pathlib.Path, c: schema.Lora) -> list[pathlib.Path]:
+    """The checkpoints of a dataset that an interrupted run of other `steps` left. Raises InputError
+    for one that holds more than `save_adapter` writes, so may not be removed."""
+    found = []
     for path in folder.glob("step_*"):
         step = re.fullmatch(r"step_(\d{6})", path.name)
         if step and not c.steps - c.checkpoints < int(step[1]) <= c.steps:
-            shutil.rmtree(path)
+            if not holds_only(path, (WEIGHTS, CONFIG, CARD)):
+                raise InputError(
+                    f"{path}: would count as a LoRA of this run, of other lora.steps, and holds "
+                    "files that are not ours; move it away"
+                )
+            found.append(path)
+    return found
 
 
 def score_table(folder: pathlib.Path) -> str:

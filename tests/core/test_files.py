@@ -1,6 +1,7 @@
 """Outputs: whole at every instant, on the disk, readable as the umask says; caches that notice
 damage."""
 
+import json
 import os
 import pathlib
 import signal
@@ -291,3 +292,56 @@ with f.replacing(sys.argv[1]) as t:
         process.send_signal(signal.SIGCONT)
         process.stdin.close()
     assert (tmp_path / "out").read_text() == "x"
+
+
+def test_what_a_clean_up_may_remove(tmp_path):
+    """Folders that hold nothing but what is written into such: no links, no folders inside."""
+    for name, inside in (("ours", "ab"), ("part", "a"), ("empty", ""), ("foreign", "abc")):
+        (tmp_path / name).mkdir()
+        for file in inside:
+            (tmp_path / name / file).touch()
+    (tmp_path / "deep" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    (tmp_path / "file").touch()
+    names = [path.name for path in tmp_path.iterdir() if files.holds_only(path, "ab")]
+    assert sorted(names) == ["empty", "ours", "part"]
+
+
+TEXTS = {
+    b"": ":1: not JSON .Expecting value: it is empty",
+    b"\xff\xfe{\0}\0": ": is UTF-16; save the file as UTF-8",
+    b'{"a": "caf\xe9"}': ":1: not UTF-8 at byte 10",
+    b'{"a": "\\ud83d"}': ": .* ends in half of a character",
+    b'{"a": [{"b\\uDC00": 1}]}': ": .* ends in half of a character",
+    b'{\n"a": 1,\n}': ":3: not JSON",
+    b'{"a": "\0"}': ":1: not JSON .Invalid control character",
+    b"{} {}": ":1: not JSON .Extra data",
+}
+
+
+@pytest.mark.parametrize("raw", TEXTS, ids=ascii)
+def test_files_that_are_no_json(raw, tmp_path):
+    (tmp_path / "x.json").write_bytes(raw)
+    with pytest.raises(InputError, match=f"x.json{TEXTS[raw]}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_with_a_mark_and_without_a_fault(tmp_path):
+    value = {"a": ["\U0001f469", {"\n": None}]}
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
+        (tmp_path / "x.json").write_text("\ufeff" + text, encoding="utf-8")
+        assert read_json(tmp_path / "x.json") == value
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder: is a folder, not a file"):
+        read_json(tmp_path / "folder")
+    with pytest.raises(InputError, match="absent: no such file"):
+        read_json(tmp_path / "absent")
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    text = '{"a": 1, "b": {"c": 1, "c": 2}}'
+    assert files.json_of(text, "x") == {"a": 1, "b": {"c": 2}}
+    with pytest.raises(
+        InputError, match="x: not JSON that can be read .the key 'c' is there twice"
+    ):
+        files.json_of(text, "x", once=True)

@@ -16,7 +16,7 @@ import pytest
 from dnd_jax.config.records import check_same_run
 from dnd_jax.core.errors import InputError, Lost
 from dnd_jax.core.stopping import stop
-from dnd_jax.loop.checkpoints import sums
+from dnd_jax.loop.checkpoints import open_checkpoints, sums
 from dnd_jax.loop.run import Options, Training, run_loop
 
 
@@ -279,3 +279,15 @@ def test_a_harmed_checkpoint_leaves_the_one_before(tmp_path, harm, capfd):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint can be read"):
         run(tmp_path / "run", steps=10)
+
+
+def test_a_folder_with_a_number_that_is_no_checkpoint_stays(tmp_path):
+    """In the folder that config.train.checkpoint_dir names: Orbax would remove it."""
+    (tmp_path / "7" / "photos").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(InputError, match=f"{tmp_path}/7: is no checkpoint of a run, and would be"):
+        open_checkpoints(tmp_path)
+    assert (tmp_path / "7" / "photos").is_dir()
+    (tmp_path / "7").rename(tmp_path / "seven")
+    open_checkpoints(tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"seven", "notes"}
