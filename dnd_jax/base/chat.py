@@ -128,10 +128,10 @@ def ends_of(base: str | os.PathLike, tokenizer) -> tuple[int, ...]:
     Raises InputError for an id that is none of the model's, and where there is no end at all.
     """
     folder, found = resolve(base), []
-    sizes = read_json(folder / "config.json")
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and not found:
-            found = _ids(folder / name, read_json(folder / name), sizes)
+    sizes = _settings(folder / "config.json")
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if file.is_file() and not found:
+            found = _ids(file, _settings(file), sizes)
     text = answer_text(tokenizer, ANSWER)
     taught = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -143,6 +143,13 @@ def until_end(ids: Sequence[int], ends: Iterable[int]) -> list[int]:
     ends = frozenset(ends)
     at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return list(ids[:at])
+
+
+def _settings(file: pathlib.Path) -> dict:
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: not a model's settings, which are a JSON object; copy it again")
+    return raw
 
 
 def _ids(file: pathlib.Path, raw: dict, sizes: dict) -> list[int]:
@@ -169,13 +176,16 @@ def _template(tokenizer) -> str:
     """The one template that is used, of several the one called default as transformers does, on
     the same day for ever."""
     try:
-        return _on_the_day(tokenizer.get_chat_template())
+        template = tokenizer.get_chat_template()
     except ValueError:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise InputError(
             f"{_file(tokenizer)}: several chat templates ({names}) and none called default; name "
             "one of them default"
         ) from None
+    if not isinstance(template, str):
+        raise InputError(f"{_file(tokenizer)}: chat_template {_short(template)} is no text")
+    return _on_the_day(template)
 
 
 @functools.lru_cache(maxsize=16)
@@ -276,5 +286,6 @@ def _file(tokenizer) -> str:
     return str(found[0] if found else tokenizer.name_or_path)
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+def _short(said: object) -> str:
+    text = repr(said)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -210,7 +210,8 @@ def load_tokenizer(path: str | os.PathLike):
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     processor = folder / "chat_template.json"  # beside those of some vision-language models
     if tokenizer.chat_template is None and processor.is_file():
-        tokenizer.chat_template = dict(read_json(processor)).get("chat_template")
+        raw = read_json(processor)
+        tokenizer.chat_template = raw.get("chat_template") if isinstance(raw, dict) else None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(
             f"{folder}: the tokenizer has neither a padding nor an end token; set pad_token in "

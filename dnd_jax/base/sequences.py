@@ -117,18 +117,23 @@ def token_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int],
     nothing ends where there is no response.
 
     An answer's tokens are those that it has behind its prompt. Raises InputError as `render` and
-    `answer_text` do.
+    `answer_text` do, and for a response that has its end inside.
     """
     asked = [render(tokenizer, e.prompt, e.system) for e in examples]
     answered = [answer_text(tokenizer, e.response) if e.response else "" for e in examples]
     prompts = _tokens(tokenizer, asked)
     wholes = _tokens(tokenizer, [p + a for p, a in zip(asked, answered, strict=True)])
     pairs = []
-    for prompt, answer, whole in zip(prompts, answered, wholes, strict=True):
-        if whole[: len(prompt)] == prompt:
-            pairs.append((prompt, whole[len(prompt) :]))
-        else:  # the two share a token
-            pairs.append((prompt, _tokens(tokenizer, [answer])[0]))
+    for example, prompt, answer, whole in zip(examples, prompts, answered, wholes, strict=True):
+        ids = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:  # the two share a token
+            ids = _tokens(tokenizer, [answer])[0]
+        if ids and ids[-1] in ids[:-1]:
+            raise InputError(
+                f"{example.where}: its response has {tokenizer.decode([ids[-1]])!r} in it, which "
+                "ends an answer of this base; remove it"
+            )
+        pairs.append((prompt, ids))
     return pairs
 
 

@@ -187,6 +187,20 @@ def test_an_answer_that_the_template_would_change_is_taught_whole(with_template)
     assert answer_text(with_template(only_user), "yes") == "yes<end>"
 
 
+def test_a_response_that_brings_its_end_with_it_is_refused(with_template):
+    """As tools write them that add end tokens to their data: it could never be scored right."""
+    for template, end in ((PLAIN, "<|im_end|>"), (None, "<end>")):
+        rows = [Example("Why?", "yes"), Example("Why?", f"no{end}", "", "rows.jsonl:2")]
+        with pytest.raises(InputError, match=re.escape(f"rows.jsonl:2: its response has '{end}'")):
+            encode(with_template(template), rows, 500)
+
+
+@pytest.mark.parametrize("template", [5, ["a"], {"default": 5}, {"default": ["a"]}])
+def test_a_template_that_is_no_text(with_template, template):
+    with pytest.raises(InputError, match=r"chat_template .* is no text"):
+        render(with_template(template), SAID)
+
+
 def test_escaped_text_stands_where_it_was_to(with_template):
     odd = 'a < b & "c"\n\nd   e'
     for form in ("e", "tojson"):
