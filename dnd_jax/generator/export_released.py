@@ -44,6 +44,8 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
 
 def _run(given: Given) -> None:
     given.need("out")
+    if os.path.lexists(given["out"]):
+        raise InputError(f"--out={given['out']}: exists already; choose another --out")
     print(f"state dict: {export_generator(given.argument, given['out']).absolute()}")
 
 

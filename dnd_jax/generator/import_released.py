@@ -15,6 +15,7 @@ from dnd_jax.base.known import base_sizes
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import check_free
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import DESCRIPTION, write_generator
@@ -81,6 +82,7 @@ def import_generator(
     out, source = pathlib.Path(out), os.fspath(path)
     if (out / DESCRIPTION).exists():
         raise InputError(f"{out}: already holds a generator; choose another --out")
+    check_free(out, "out")  # files of a model there may have the same names
     state = read_state_dict(path, FIRST)
     found = architecture(state, source)
     projection = config.generator.length_projection

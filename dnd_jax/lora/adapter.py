@@ -41,9 +41,10 @@ def save_adapter(
     """Writes an adapter folder, whole or not at all; `card` becomes its CARD. dtype: one of DTYPES,
     of the stored tensors.
 
-    Raises InputError when the disk refuses.
+    Raises InputError when the disk refuses, and in the place of what is none of ours.
     """
     folder = pathlib.Path(folder)
+    check_ours(folder)
     stored = {PEFT_PREFIX + key: value for key, value in sorted(_stored(tensors, dtype).items())}
     with replacing(folder, directory=True) as temporary:
         write_safetensors(temporary / WEIGHTS, stored, {"format": "pt"})
@@ -51,6 +52,24 @@ def save_adapter(
         if card:
             (temporary / CARD).write_text(card, encoding="utf-8")
     return folder
+
+
+def is_ours(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter that `save_adapter` wrote, and nothing else: PEFT and other
+    tools write more settings."""
+    if not {WEIGHTS, CONFIG} <= set(os.listdir(folder)) <= {WEIGHTS, CONFIG, CARD}:
+        return False
+    raw = read_json(folder / CONFIG)
+    return (
+        isinstance(raw, dict) and raw.keys() <= AdapterConfig("", 1, 1.0, (), "x").to_peft().keys()
+    )
+
+
+def check_ours(folder: pathlib.Path) -> None:
+    """Raises InputError unless a folder is absent, empty or `is_ours`, so that it may be
+    replaced."""
+    if folder.is_dir() and os.listdir(folder) and not is_ours(folder):
+        raise InputError(f"{folder}: holds what dnd_jax did not make; move it to another place")
 
 
 def verify_adapter(

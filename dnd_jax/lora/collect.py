@@ -32,7 +32,7 @@ from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import holds_only, read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
@@ -42,7 +42,8 @@ from dnd_jax.data.suite_file import SPLITS
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
-from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.adapter import is_ours, save_adapter
+from dnd_jax.lora.checkpoints import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
@@ -203,6 +204,8 @@ def collect(
         if check_same_run(folder / DONE, then, record, allowed, older):
             return folder
 
+    _check_own(folder, suite)
+
     # The base, its LoRA and the tasks.
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
@@ -304,6 +307,22 @@ def _stale(folder: pathlib.Path, c: schema.Lora) -> list[pathlib.Path]:
                 )
             found.append(path)
     return found
+
+
+def _check_own(folder: pathlib.Path, suite: Suite) -> None:
+    """Raises InputError for LoRAs that lie where this stage writes its own, and are none of its:
+    they would be replaced, or trained on with them."""
+    faults = []
+    for dataset in suite.datasets:
+        there = dataset_checkpoints(folder / dataset.name)
+        faults += [str(path) for path in there if path.is_file() or not is_ours(path)]
+    if faults:
+        raise listed(
+            f"{folder}: holds LoRAs that `dnd collect` did not make; use another --workdir, or "
+            f"train on them by `dnd train --config.train.checkpoints={folder}`",
+            faults,
+            most=3,
+        )
 
 
 def score_table(folder: pathlib.Path) -> str:

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dnd_jax.base.hub import packages_of, resolve
+from dnd_jax.base.hub import is_hub_id, packages_of, resolve
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.core.workdir import BASE as OWN
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.names import PEFT_PREFIX, canonical_name
 from dnd_jax.lora.peft_settings import load_adapter_config, weights_file
@@ -89,7 +90,13 @@ def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
 
 
 def _base_of(folder: pathlib.Path, base: str | os.PathLike, revision: str) -> pathlib.Path:
-    """The base's folder. Raises InputError that says where the name comes from."""
+    """The base's folder. Raises InputError that says where the name comes from, and for the
+    relative path of a run's own base, which elsewhere reads as a stranger's USER/NAME."""
+    if is_hub_id(base) and os.fspath(base).endswith(f"/{OWN}"):
+        raise InputError(
+            f"{base}: no such model folder; {folder} names it, the base of a run that was made "
+            "elsewhere; give it by --base=FOLDER"
+        )
     try:
         return resolve(base, revision=revision)
     except InputError as error:
