@@ -9,7 +9,7 @@ from typing import Any
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
-from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.files import read_json, read_object, write_json
 from dnd_jax.core.workdir import REVISIONS
 
 huggingface_hub = packages.deferred("huggingface_hub")
@@ -103,7 +103,7 @@ def is_hub_id(name: str | os.PathLike) -> bool:
 def kept_revision(name: str | os.PathLike, workdir: pathlib.Path) -> str:
     """The commit of a hub id that a run took before, which it goes on with; empty for none."""
     path = workdir / REVISIONS
-    known = read_json(path) if is_hub_id(name) and path.is_file() else {}
+    known = read_object(path) if is_hub_id(name) and path.is_file() else {}
     return str(known.get(os.fspath(name), ""))
 
 
@@ -111,7 +111,7 @@ def keep_revision(name: str | os.PathLike, revision: str, workdir: pathlib.Path)
     """Records the commit of a hub id that a run takes, the first time."""
     if revision and is_hub_id(name) and not kept_revision(name, workdir):
         path = workdir / REVISIONS
-        known = read_json(path) if path.is_file() else {}
+        known = read_object(path) if path.is_file() else {}
         write_json(path, known | {os.fspath(name): revision})
 
 

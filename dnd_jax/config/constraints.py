@@ -26,7 +26,10 @@ AT_LEAST_1 = Must(lambda n: n >= 1, "must be at least 1")
 ABOVE_0 = Must(lambda x: x > 0, "must be above 0")
 NOT_NEGATIVE = Must(lambda x: x >= 0, "must not be negative")
 # Of a text that may be a path, empty for none: its leading ~ is replaced before this is asked.
-PATH = Must(lambda path: not path.startswith("~"), "begins with a home folder that does not exist")
+PATH = Must(
+    lambda path: not path.startswith("~") and "\0" not in path,
+    "begins with a home folder that does not exist, or holds a NUL character",
+)
 ODD = Must(lambda n: n >= 1 and n % 2 == 1, "must be odd")
 
 Positive = Annotated[int, AT_LEAST_1]

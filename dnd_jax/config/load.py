@@ -57,7 +57,7 @@ def _run(file: str) -> Any:
         raise InputError(
             f"{error.filename or file}:{error.lineno or 1}: not Python ({error.msg})"
         ) from None
-    except Exception as error:  # whatever the file's own code makes of itself
+    except (Exception, SystemExit) as error:  # whatever the file's own code makes of itself
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         raise InputError(

@@ -16,6 +16,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import listed, nearest
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of a whole number: arrays hold no larger one
 
 
 def freeze(config: ml_collections.ConfigDict | Mapping) -> Config:
@@ -118,6 +119,8 @@ class _Reader:
             self.faults.append(f"{path} = {value!r} should be {plain.__name__}")
         elif value != value:
             self.faults.append(f"{path} = {value!r} is not a number")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            self.faults.append(f"{path} is a number of {value.bit_length()} bits; at most 63")
         elif of in (int, str) and any(type(part) is not of for part in value):
             self.faults.append(f"{path} = {value!r} should hold nothing but {of.__name__}")
         return value

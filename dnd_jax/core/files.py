@@ -271,6 +271,14 @@ def read_json(path: str | os.PathLike) -> Any:
     raise InputError(f"{path}: no such file")
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object of a file of ours. Raises InputError as `read_json`, or for another value."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object; remove it, or copy it again")
+    return raw
+
+
 def json_of(text: str, where: str | os.PathLike, once: bool = False) -> Any:
     """The JSON value of a file's text. once: no object may have a key twice. Raises InputError
     naming the file and line of what is no JSON, or no text."""

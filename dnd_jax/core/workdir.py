@@ -5,7 +5,8 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_object, write_json
 from dnd_jax.core.lock import locked
 from dnd_jax.core.stopping import stop
 
@@ -55,6 +56,10 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
     finally:
         if not stop.lost:  # the folder is still this run's
             path = workdir / SECONDS
-            seconds = read_json(path) if path.is_file() else {}
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
+            seconds: dict = {}
+            with contextlib.suppress(InputError):  # absent, or damaged: it is only told
+                seconds = read_object(path)
+            before = seconds.get(stage)
+            before = before if isinstance(before, int | float) else 0.0
+            seconds[stage] = round(before + time.perf_counter() - started, 2)
             write_json(path, seconds)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 
 from dnd_jax.core import digests, packages
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.files import replacing
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import json_of, read_text, replacing
 
 
 class Metrics:
@@ -24,8 +25,8 @@ class Metrics:
     ):
         self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
         path = directory / paths.METRICS
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        rows = _rows(path) if path.exists() and step else []
+        kept = [line for line, row in rows if row["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
@@ -82,4 +83,17 @@ def packages_of(trackers: Collection[str]) -> tuple[str, ...]:
 def read_metrics(directory: str | os.PathLike) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
     path = pathlib.Path(directory, paths.METRICS)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for _, row in _rows(path)] if path.exists() else []
+
+
+def _rows(path: pathlib.Path) -> list[tuple[str, dict]]:
+    """(line, row) of a run's metrics, but for a last line that was not written to its end. Raises
+    InputError for a line that is no row."""
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.endswith("}"):
+            row = json_of(line, f"{path}:{number}")
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise InputError(f"{path}:{number}: no row of metrics; remove the line")
+            found.append((line, row))
+    return found

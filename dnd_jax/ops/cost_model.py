@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dnd_jax.config.schema import METHODS
-from dnd_jax.core.files import cache_folder, read_json
+from dnd_jax.core.files import cache_folder, read_object
 from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic, Axis
 
@@ -339,7 +339,7 @@ def key(problem: Problem) -> str:
 def tuned(problem: Problem) -> ConvPlan | None:
     """The measured plan, or None when this device has not measured the problem."""
     path = cache_file()
-    fastest = (read_json(path) if path.is_file() else {}).get(key(problem))
+    fastest = (read_object(path) if path.is_file() else {}).get(key(problem))
     if fastest is None:
         return None
     return with_memory(problem, *(tuple(tiling) if tiling else None for tiling in fastest))

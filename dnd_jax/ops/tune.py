@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from dnd_jax.core.files import read_json, write_json
+from dnd_jax.core.files import read_object, write_json
 from dnd_jax.ops import convolution, cost_model
 from dnd_jax.ops.cost_model import ConvPlan, Problem, Tiling, cache_file, key
 
@@ -69,7 +69,7 @@ def tune(problems: Iterable[Problem]) -> None:
     """Measures every problem that the cache does not have. Raises InputError when the cache cannot
     be written."""
     path = cache_file()
-    known = read_json(path) if path.is_file() else {}
+    known = read_object(path) if path.is_file() else {}
     todo = {key(p): p for p in problems if key(p) not in known}
     for name, problem in tqdm(
         todo.items(),

@@ -31,7 +31,7 @@ from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_json
+from dnd_jax.core.files import read_object
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
@@ -259,7 +259,7 @@ def _entry(
 
 def run_of(suite: Suite, evaluation: Mapping, workdir: pathlib.Path) -> dict:
     """What a report says of one seed."""
-    seconds = read_json(workdir / paths.SECONDS)
+    seconds = read_object(workdir / paths.SECONDS)
     return {
         "suite": suite.name,
         "fingerprint": suite.fingerprint,
@@ -271,7 +271,9 @@ def run_of(suite: Suite, evaluation: Mapping, workdir: pathlib.Path) -> dict:
 def _check_seeds(given: Given) -> None:
     """Raises InputError where a table of several seeds would be replaced by one of this seed."""
     path = given.workdir / paths.RESULTS
-    seeds = read_json(path)["seeds"] if path.is_file() else []
+    seeds = read_object(path).get("seeds") if path.is_file() else []
+    if not isinstance(seeds, list):
+        raise InputError(f"{path}: seeds = {seeds!r} is no list; move the file away")
     if len(seeds) > 1:
         again = " --remeasure" if given["remeasure"] else ""
         raise InputError(

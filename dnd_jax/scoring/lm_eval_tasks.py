@@ -2,6 +2,7 @@
 harness's tasks by name."""
 
 import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def parse_tasks(texts: Sequence[str], suite: Suite) -> list[Wanted]:
     for text in texts or names:
         name, _, task = text.partition(":")
         task, _, data = task.partition("@")
+        data = os.path.expanduser(data)
         if name not in names:
             faults.append(f"{name!r} is none of the unseen datasets {', '.join(names)}")
         elif data and not pathlib.Path(data).is_dir():

@@ -103,3 +103,21 @@ def test_pytorch_runs_every_variant_that_the_settings_allow():
     from dnd_jax.costs.bench.torch_worker import VARIANTS
 
     assert set(VARIANTS) == set(TORCH)
+
+
+def test_paths_and_numbers_that_nothing_can_hold():
+    raw = load_file("mini").to_dict()
+    raw["train"] |= {"steps": 10**400, "checkpoints": "a\0b"}
+    raw["seed"] = 2**63
+    with pytest.raises(InputError) as caught:
+        freeze(raw)
+    assert "config.seed is a number of 64 bits; at most 63" in str(caught.value)
+    assert "config.train.steps is a number of 1329 bits" in str(caught.value)
+    assert "config.train.checkpoints = 'a\\x00b' begins with a home folder" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_file_of_settings_that_ends_python(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\n\nsys.exit(7)\n")
+    with pytest.raises(InputError, match="mine.py:3: SystemExit: 7"):
+        load_file(str(tmp_path / "mine.py"))

@@ -19,6 +19,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.exchange import exchange
 from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
+from dnd_jax.core.workdir import timed
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -345,3 +346,18 @@ def test_a_key_that_is_there_twice(tmp_path):
         InputError, match="x: not JSON that can be read .the key 'c' is there twice"
     ):
         files.json_of(text, "x", once=True)
+
+
+def test_an_object_of_ours(tmp_path):
+    for value in ([], 3, None, "x"):
+        write_json(tmp_path / "x.json", value)
+        with pytest.raises(InputError, match="x.json: not a JSON object; remove it"):
+            files.read_object(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"train": "long"}', '{"train": null}', "\xff"])
+def test_damaged_seconds_end_no_stage(content, tmp_path):
+    (tmp_path / "seconds.json").write_text(content, encoding="latin-1")
+    with timed(tmp_path, "train"):
+        pass
+    assert read_json(tmp_path / "seconds.json")["train"] < 60

@@ -17,6 +17,7 @@ from dnd_jax.config.records import check_same_run
 from dnd_jax.core.errors import InputError, Lost
 from dnd_jax.core.stopping import stop
 from dnd_jax.loop.checkpoints import open_checkpoints, sums
+from dnd_jax.loop.metrics import Metrics, read_metrics
 from dnd_jax.loop.run import Options, Training, run_loop
 
 
@@ -291,3 +292,14 @@ def test_a_folder_with_a_number_that_is_no_checkpoint_stays(tmp_path):
     (tmp_path / "7").rename(tmp_path / "seven")
     open_checkpoints(tmp_path).close()
     assert {path.name for path in tmp_path.iterdir()} == {"seven", "notes"}
+
+
+@pytest.mark.parametrize("line", ["{}", '{"step": "x"}', "[1]}", '{"step": 1}}', '{"loss": 1}'])
+def test_metrics_that_are_none(line, tmp_path):
+    """Also those of a run that goes on."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3, "lo')
+    for read in (read_metrics, lambda folder: Metrics(folder, 3)):
+        with pytest.raises(InputError, match="metrics.jsonl:2"):
+            read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3, "lo')  # a power cut
+    assert read_metrics(tmp_path) == [{"step": 1}]
