@@ -7,7 +7,7 @@ used: `import dnd_jax` alone imports neither JAX nor any other package.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from dnd_jax.base.folder import load_base as load_base
