@@ -2,6 +2,7 @@
 harness's tasks by name."""
 
 import dataclasses
+import glob
 import os
 import pathlib
 import shutil
@@ -85,7 +86,7 @@ def write_task(
     task = {
         "task": f"dnd_{dataset.name}",
         "dataset_path": "parquet",  # not JSON, whose reader takes texts for dates
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path))}},
         "test_split": "test",
         "doc_to_text": "text",
         "target_delimiter": "",
