@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_tensors
 from safetensors.numpy import save_file
 from small_models import write_qwen
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.sequences import encode
 from dnd_jax.base.torch_base import TorchBase

@@ -1,7 +1,7 @@
 """How well the base in JAX agrees with the same base in PyTorch: greedy answers, and the logits
 along them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,9 @@ from dnd_jax.data.sources import Example
 # Questions of a dataset that are compared: logits of a large vocabulary are gigabytes. And tokens
 # of an answer: each is a pass of our base over the whole text.
 COMPARED, TOKENS = 32, 32
+# Beyond these it is not rounding: the largest difference of a logit as a share of the largest logit
+# (of a TPU's matrix units too), and the share of the same answers, in float32 (True) and below.
+MOST_APART, LEAST_SAME = 0.1, {True: 0.9, False: 0.5}
 
 
 class Asked(NamedTuple):
@@ -37,9 +40,9 @@ def agreement(
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = jnp.float32,
 ) -> dict:
-    """{"questions", "answers", "tokens", "dtype", "same_answers", "largest_logit_difference"} of
-    greedy answers to the first COMPARED questions of each adapter, at most TOKENS long, and of the
-    logits along PyTorch's. mesh, dtype: of the base in JAX, as in `load_base`. Memory: both bases
+    """{"questions", "answers", "tokens", "dtype", "same_answers", "largest_logit_difference",
+    "largest_logit"} of greedy answers to the first COMPARED questions of each adapter, at most
+    TOKENS long, and of the logits along PyTorch's. mesh, dtype: of the base in JAX, as in `load_base`. Memory: both bases
     and the logits of `batch_size` questions."""
     module, params = load_base(base.base, mesh, dtype)
     tokens = min(base.max_new_tokens, TOKENS)
@@ -51,7 +54,7 @@ def agreement(
         return module.apply({"params": params}, ids, lora, scale, valid)
 
     same = total = every = 0
-    worst = 0.0
+    worst = largest = 0.0
     for folder, lora, scale, questions in asked:
         base.use(folder)
         lora, every = jax.device_put(lora), every + len(questions)
@@ -67,8 +70,9 @@ def agreement(
             rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
             ids, valid = pad_left(rows, pad)
             ours = np.asarray(logits_of(params, lora, scale, ids, valid), np.float32)
-            difference = np.abs(ours - base.logits(rows))
-            worst = max(worst, float((difference * valid[..., None]).max()))
+            logits, inside = base.logits(rows), valid[..., None]
+            worst = max(worst, float((np.abs(ours - logits) * inside).max()))
+            largest = max(largest, float((np.abs(logits) * inside).max()))
     return {
         "questions": every,
         "answers": total,
@@ -76,4 +80,24 @@ def agreement(
         "dtype": jnp.dtype(dtype).name,
         "same_answers": same,
         "largest_logit_difference": worst,
+        "largest_logit": largest,
     }
+
+
+def disagreement(found: Mapping) -> str:
+    """A warning, of what `agreement` found, that scores of the two differ by more than rounding;
+    empty where they do not, or where nothing was measured."""
+    if "note" in found or not found["answers"]:
+        return ""
+    same, answers, apart = (
+        found[key] for key in ("same_answers", "answers", "largest_logit_difference")
+    )
+    exact = found.get("dtype", "float32") == "float32"
+    far = apart > MOST_APART * max(1.0, found.get("largest_logit", np.inf))
+    if not far and same >= LEAST_SAME[exact] * answers:
+        return ""
+    return (
+        f"WARNING: JAX and PyTorch disagree on this base: {same} of {answers} greedy answers are "
+        f"the same, logits are up to {apart:.3g} apart. The scores are PyTorch's; LoRAs that "
+        "`dnd collect` trained on JAX's reading of the base may be wrong."
+    )

@@ -2,6 +2,7 @@
 tokenizers."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,111 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, RopeScaling
+from dnd_jax.base.architecture import RULES, BaseLM, LmConfig
+from dnd_jax.base.hf_config import (
+    BASES,
+    CONFIG,
+    config_json,
+    ids_beyond,
+    load_base_config,
+    read_config,
+)
 from dnd_jax.base.hub import resolve
-from dnd_jax.base.names import lm_name, lm_table
+from dnd_jax.base.identity import TOKENIZER
+from dnd_jax.base.names import EMBEDDINGS, HEAD, lm_names, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
-from dnd_jax.config.validate import fields_of
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import write_safetensors
+from dnd_jax.core.whereabouts import flaw, instead_of
 
 transformers = packages.deferred("transformers")
-CONFIG = "config.json"
-# model_type -> class in transformers
-BASES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-
-
-def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
-    """(file, content) of a folder's config.json. Raises InputError when it is absent or no JSON
-    object."""
-    file = folder / CONFIG
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: not a model's configuration, which is a JSON object; copy the file again"
-        )
-    return file, raw
-
-
-def load_base_config(path: str | os.PathLike) -> LmConfig:
-    """The base LM's sizes from a folder's config.json. Raises InputError for an architecture that
-    is none of BASES."""
-    file, raw = read_config(resolve(path, (CONFIG,)))
-    kind = raw.get("model_type")
-    if kind not in BASES:
-        raise InputError(
-            f"{file}: model_type {kind!r} is not supported as a base (supported: "
-            f"{', '.join(BASES)}); adapters of other bases can "
-            "be collected elsewhere and imported: --config.train.checkpoints=FOLDER"
-        )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; only silu")
-    if raw.get("quantization_config"):
-        raise InputError(
-            f"{file}: quantized weights are not supported; use the model's float16, bfloat16 or "
-            "float32 version"
-        )
-    if kind == "llama" and raw.get("num_key_value_heads") is None:  # as the first Llamas have it
-        raw["num_key_value_heads"] = raw.get("num_attention_heads")
-    bias = kind in ("llama", "qwen3") and bool(raw.get("attention_bias"))
-    theta, scaling = _rope(file, raw)
-    implied = {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        # False is transformers' default for all of BASES.
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-        "head_dim": raw.get("head_dim", 128 if kind == "qwen3" else None),
-        "qkv_bias": kind == "qwen2" or bias,
-        "o_bias": bias,
-        "mlp_bias": kind == "llama" and bool(raw.get("mlp_bias")),
-        "qk_norm": kind == "qwen3",
-    }
-    config = fields_of(LmConfig, raw | implied, file)
-    return dataclasses.replace(config, windows=_windows(raw, config.num_hidden_layers))
-
-
-def _rope(file: pathlib.Path, raw: Mapping) -> tuple[float | None, RopeScaling | None]:
-    """(theta, scaling) as transformers 5 writes them, in rope_parameters, or as before, in
-    rope_theta and rope_scaling."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{file}: rope_parameters {rope!r} should be a JSON object")
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (
-        kind not in ("default", "linear", "llama3")
-        or rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1
-    ):
-        raise InputError(
-            f"{file}: rope type {rope} is not supported; only default, linear and llama3 over "
-            "whole heads are"
-        )
-    if kind == "default":
-        return theta, None
-    return theta, fields_of(RopeScaling, {**rope, "rope_type": kind}, file)
-
-
-def _windows(raw: Mapping, layers: int) -> tuple[int | None, ...]:
-    """Each layer's attention window; () when none slides."""
-    kind = raw["model_type"]
-    size = raw.get("sliding_window", 4096)  # transformers' default
-    if size is None or kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window")):
-        return ()
-    if kind == "mistral":
-        return (size,) * layers
-    first = raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-    ]
-    windows = tuple(size if k == "sliding_attention" else None for k in kinds)
-    return windows if any(windows) else ()
+GENERATION = "generation_config.json"
+SETTINGS_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_base(
@@ -131,17 +49,22 @@ def load_base(
     """
     folder = resolve(path)
     config = load_base_config(folder)
+    weights = StoredWeights(folder, functools.partial(lm_names, config=config))
+    config = _tied_as_stored(config, weights)
     module = BaseLM(config, dtype)
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    return module, load_params(weights, lm_table(config), shapes, RULES, mesh, dtype)
 
-    def rename(stored: str) -> str | None:  # some exporters store the tied head again
-        return (
-            None if config.tie_word_embeddings and stored == "lm_head.weight" else lm_name(stored)
-        )
 
-    return module, load_params(
-        StoredWeights(folder, rename), lm_table(config), shapes, RULES, mesh, dtype
-    )
+def _tied_as_stored(config: LmConfig, weights: StoredWeights) -> LmConfig:
+    """A configuration whose head is tied to the embeddings, unless the file holds a head of other
+    values: then it counts. A copy of the embeddings is left on the disk."""
+    if config.tie_word_embeddings and HEAD in weights.shapes:
+        if weights.alike(HEAD, EMBEDDINGS):
+            weights.leave(HEAD)
+        else:
+            return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
 
 
 def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, tokenizer) -> None:
@@ -156,7 +79,7 @@ def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, toke
         raise listed("base parameters without a Hugging Face name", sorted(flat))
     raw = {
         "architectures": [BASES[config.model_type]],
-        **_config_json(config),
+        **config_json(config),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "dtype": "float32",
@@ -171,42 +94,26 @@ def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, toke
     }
     with replacing(folder, directory=True) as temporary:
         (temporary / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+        (temporary / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
         write_safetensors(temporary / "model.safetensors", weights, {"format": "pt"})
         tokenizer.save_pretrained(temporary)
-
-
-def _config_json(config: LmConfig) -> dict:
-    """config.json's form of a configuration: the inverse of `load_base_config`."""
-    raw = dataclasses.asdict(config)
-    scaling = raw.pop("rope_scaling") or {"rope_type": "default"}
-    windows = raw.pop("windows")
-    ours = {key: raw.pop(key) for key in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
-    if raw["head_dim"] is None:
-        del raw["head_dim"]
-    raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
-    raw["sliding_window"] = max((w for w in windows if w), default=None)
-    if config.model_type in ("llama", "qwen3"):
-        raw["attention_bias"] = ours["o_bias"]
-    if config.model_type == "llama":
-        raw["mlp_bias"] = ours["mlp_bias"]
-    if config.model_type in ("qwen2", "qwen3"):
-        raw["use_sliding_window"] = bool(windows)
-        if windows:
-            raw["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
-    return raw
 
 
 def load_tokenizer(path: str | os.PathLike):
     """The fast tokenizer of a model folder, package or hub id; one without a padding token (Llama)
     pads with its end token.
 
-    Raises InputError when there is none.
+    Raises InputError when there is none, and where it has tokens that the embeddings lack.
     """
     folder = resolve(path)
+    if missing := _no_vocabulary(folder):  # of which transformers makes a tokenizer of one token
+        raise InputError(f"{folder}: no usable tokenizer; {missing}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever a damaged folder makes of its code
+        for name in TOKENIZER:
+            if name.endswith(".json") and (folder / name).is_file():
+                read_json(folder / name)  # says more of a damaged one
         raise InputError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
     processor = folder / "chat_template.json"  # beside those of some vision-language models
     if tokenizer.chat_template is None and processor.is_file():
@@ -219,4 +126,45 @@ def load_tokenizer(path: str | os.PathLike):
         )
     if tokenizer.pad_token is None:  # Llama's; every use of padding here is masked
         tokenizer.pad_token = tokenizer.eos_token
+    if (folder / CONFIG).is_file():
+        _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+def _no_vocabulary(folder: pathlib.Path) -> str:
+    """What a folder lacks to hold a tokenizer; empty where it has a vocabulary."""
+    there = {name for name in TOKENIZER if (folder / name).is_file()}
+    if flaws := [line for name in sorted(there) if (line := flaw(folder / name))]:
+        return flaws[0]
+    if not folder.is_dir() or not there - {*SETTINGS_OF_TOKENIZER, "merges.txt"}:
+        return f"tokenizer.json is not there; {instead_of(folder, 'tokenizer.json')}"
+    if there & {"vocab.json", "merges.txt", "tokenizer.json"} == {"vocab.json"}:
+        return "vocab.json needs merges.txt, which is not there; copy tokenizer.json from the model"
+    return ""
+
+
+def _check_vocabulary(folder: pathlib.Path, tokenizer) -> None:
+    """Raises InputError for a token, or a special id of the settings, beyond the rows of the
+    embeddings; embeddings of more rows than tokens (Qwen's) are well."""
+    file, raw = read_config(folder)
+    text = raw.get("text_config")
+    rows = raw.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    if type(rows) is not int:
+        return
+    generation = folder / GENERATION
+    settings = read_json(generation) if generation.is_file() else {}
+    for path, of in ((file, raw), (generation, settings)):
+        if faults := ids_beyond(of if isinstance(of, dict) else {}, rows):
+            raise InputError(f"{path}: {'; '.join(faults)} ({file}: vocab_size); correct it")
+    # What stands for a picture or a sound: text has none (Gemma 3's alone has such a token).
+    others = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    beyond = [(i, token) for token, i in tokenizer.get_vocab().items() if i >= rows]
+    beyond = sorted(found for found in beyond if found[1] not in others)
+    if beyond:
+        first = f"{beyond[0][1]!r} the id {beyond[0][0]}"
+        more = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        raise InputError(
+            f"{folder}: the tokenizer's files give {first}{more}, beyond the {rows} rows of the "
+            f"embeddings ({file}: vocab_size); take the model's own tokenizer, or resize the "
+            "embeddings by resize_token_embeddings and save the model again"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import read_json, read_object, write_json
+from dnd_jax.core.whereabouts import not_a_folder
 from dnd_jax.core.workdir import REVISIONS
 
 huggingface_hub = packages.deferred("huggingface_hub")
@@ -90,6 +91,7 @@ def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
 VOCABULARIES = ("tokenizer", "vocab", "added_tokens")  # JSON files whose keys are any text
+NO_PATH = "(empty path): no such model folder"
 PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
 
 
@@ -160,8 +162,8 @@ def resolve(
                 f"{name}: the package is not installed; pip install {package.replace('_', '-')}"
             )
         return pathlib.Path(next(iter(spec.submodule_search_locations)), folder)
-    if name.startswith((".", "/")) or name.count("/") > 1 or not name:
-        raise InputError(f"{name or '(empty path)'}: no such model folder")
+    if name.startswith((".", "/")) or name.count("/") > 1 or not name or os.path.exists(name):
+        raise InputError(f"{name}: {not_a_folder(pathlib.Path(name))}" if name else NO_PATH)
     try:
         found = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(files)

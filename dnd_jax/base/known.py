@@ -6,7 +6,7 @@ import os
 import pathlib
 
 from dnd_jax.base.architecture import LmConfig
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 
 
 def _qwen(vocab: int, d: int, f: int, layers: int, heads: int, kv_heads: int, **other) -> LmConfig:

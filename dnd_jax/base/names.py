@@ -1,15 +1,29 @@
 """Hugging Face's tensor names of every architecture, as tables of (theirs, ours, transposed):
 theirs is (out, in), ours (in, out).
 
-Each table comes with a function stored name -> name in the table, None for tensors that we do not
-use.
+Each table comes with a function of all stored names -> {stored name: name in the table}, without
+the tensors that are not used.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 from dnd_jax.base.architecture import LmConfig
 
 Table = Sequence[tuple[str, str, bool]]
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What old exporters store, and nobody reads.
+BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+# Parts of names -> the program that puts them there.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+    "pretrained_model.": "TRL",
+    "language_model.": "a vision-language model",
+    "module.": "DistributedDataParallel or DeepSpeed",
+}
 
 
 def affine(theirs: str, ours: str, norm: bool = False) -> Table:
@@ -35,7 +49,7 @@ def lm_table(config: LmConfig, layers: int | None = None) -> Table:
             (f"self_attn.{norm}.weight", f"{norm}/scale", False) for norm in ("q_norm", "k_norm")
         ]
 
-    table = [("model.embed_tokens.weight", "embed_tokens/embedding", False)]
+    table = [(EMBEDDINGS, "embed_tokens/embedding", False)]
     for i in range(config.num_hidden_layers if layers is None else layers):
         table += [
             (f"model.layers.{i}.{theirs}", f"layers_{i}/{ours}", transposed)
@@ -44,12 +58,41 @@ def lm_table(config: LmConfig, layers: int | None = None) -> Table:
     if layers in (None, config.num_hidden_layers):
         table.append(("model.norm.weight", "norm/scale", False))
     if layers is None and not config.tie_word_embeddings:
-        table.append(("lm_head.weight", "lm_head/kernel", True))
+        table.append((HEAD, "lm_head/kernel", True))
     return table
 
 
-def lm_name(stored: str) -> str | None:
-    """Old exporters store rotary frequencies; models saved without a head have no prefix."""
-    if stored.endswith("rotary_emb.inv_freq"):
-        return None
-    return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
+def by_prefix(stored: str, wanted: Collection[str], prefix: str) -> str:
+    """A stored name as transformers takes it: without the prefix of the whole model, or with it,
+    where the model has such a tensor; else as it is."""
+    bare, whole = stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"
+    if bare != stored and bare in wanted:
+        return bare
+    return whole if whole in wanted else stored
+
+
+def lm_names(stored: Collection[str], config: LmConfig) -> dict[str, str]:
+    """Of a decoder-only LM, whether its head is tied or not. A tied one may be stored as its head
+    alone."""
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    wanted = {theirs for theirs, _, _ in lm_table(untied)}
+    names = {
+        name: by_prefix(name, wanted, "model") for name in stored if not name.endswith(BUFFERS)
+    }
+    if config.tie_word_embeddings and EMBEDDINGS not in names.values():
+        return {name: EMBEDDINGS if to == HEAD else to for name, to in names.items()}
+    return names
+
+
+def wrapped_by(unknown: Collection[str], wanted: Collection[str]) -> str:
+    """What the names of unknown tensors say of the program that wrapped the model; empty where they
+    would not be the wanted ones without it."""
+    found = {}
+    for name in unknown:
+        bare = name
+        for mark, who in WRAPPERS.items():
+            if mark in bare:
+                bare, found[mark] = bare.replace(mark, ""), who
+        if not {bare, f"model.{bare}"} & set(wanted):
+            return ""
+    return " and ".join(f"{who} ({mark})" for mark, who in found.items())

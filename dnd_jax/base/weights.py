@@ -8,7 +8,7 @@ error.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,25 +16,56 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.names import Table
-from dnd_jax.core.errors import listed
-from dnd_jax.core.tensors import opened, stored_tensors
+from dnd_jax.base.names import HEAD, Table, wrapped_by
+from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.tensors import DTYPES, opened, stored_tensors
 from dnd_jax.parallel.rules import shard_by_rules
+
+ROWS = 4096  # compared at once
 
 
 class StoredWeights:
-    """A folder's model.safetensors, or the shards that its index names. `rename`: stored name ->
-    table's name, None to ignore."""
+    """A folder's model.safetensors, or the shards that its index names. `names`: all stored names
+    -> {stored name: table's name}, without those that are not used.
 
-    def __init__(self, folder: pathlib.Path, rename: Callable[[str], str | None]):
+    Raises InputError listing tensors that are stored under two names, or in a type that is no
+    floating-point number's.
+    """
+
+    def __init__(self, folder: pathlib.Path, names: Callable[[Collection[str]], Mapping[str, str]]):
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, tuple[pathlib.Path, str]] = {}
-        for stored, tensor in stored_tensors(folder).items():
-            name = rename(stored)
-            if name is not None:
-                self.shapes[name] = tensor.shape
-                self._where[name] = (tensor.path, stored)
+        tensors, faults = stored_tensors(folder), []
+        for stored, name in names(tensors.keys()).items():
+            tensor = tensors[stored]
+            if name in self.shapes:
+                twice = self._where[name][1]
+                faults.append(f"{stored} and {twice} are the same tensor; remove one")
+            if tensor.dtype not in DTYPES:
+                faults.append(
+                    f"{stored} is stored as {tensor.dtype}, which is no plain number type"
+                )
+            self.shapes[name] = tensor.shape
+            self._where[name] = (tensor.path, stored)
+        if faults:
+            raise listed(f"{folder}: the weights cannot be read", sorted(faults))
+
+    def leave(self, name: str) -> None:
+        """Does as if the tensor were not stored."""
+        del self.shapes[name], self._where[name]
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two matrices have the same values, in float32; read a block of rows at a time."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        with self.reader(one) as read, self.reader(other) as read_other:
+            count = self.shapes[one][0]
+            for first in range(0, count, ROWS):
+                rows = (slice(first, min(first + ROWS, count)),)
+                if (read(rows).astype(np.float32) != read_other(rows).astype(np.float32)).any():
+                    return False
+        return True
 
     @contextlib.contextmanager
     def reader(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:
@@ -91,8 +122,16 @@ def load_params(
         else traverse_util.flatten_dict(shard_by_rules(mesh, rules, shapes), sep="/")
     )
     names = {theirs for theirs, _, _ in table}
-    faults = [f"{name} is missing" for name in names - weights.shapes.keys()]
-    faults += [f"{name} is unknown" for name in weights.shapes.keys() - names]
+    unknown, missing = weights.shapes.keys() - names, names - weights.shapes.keys()
+    if unknown and (who := wrapped_by(unknown, names)):
+        raise InputError(
+            f"{weights.folder}: its tensors are named as {who} wraps a model; save the model "
+            "itself, unwrapped, by its save_pretrained"
+        )
+    faults = [f"{name} is missing" for name in missing]
+    faults += [f"{name} is unknown" for name in unknown]
+    if missing == {HEAD}:
+        faults.append("if the embeddings are the head, say tie_word_embeddings in config.json")
     for theirs, ours, transposed in table:
         if (
             theirs in weights.shapes

@@ -205,7 +205,9 @@ class Evaluate:
     # answers are free text, such as chains of thought or programs: the tables say that exact match
     # means little, and name `dnd lm-eval`
     free_form: bool
-    agreement: bool  # measure, when all is scored, how well JAX and PyTorch agree
+    # measure how well JAX and PyTorch agree: on the files of a given base, once, before LoRAs and a
+    # generator are trained; and on answers, when all is scored
+    agreement: bool
     overhead: bool  # and what generating an adapter costs against tuning one
 
 

@@ -1,5 +1,5 @@
 """Which processes there are: whether one that wrote its name down is still the one that has it,
-and whether one still reads what is written."""
+whether one still reads what is written, and what one that is started here has said."""
 
 import functools
 import os
@@ -7,6 +7,9 @@ import pathlib
 import select
 import subprocess
 import time
+from collections.abc import Mapping
+
+from dnd_jax.core.stopping import stop
 
 STDOUT = 1  # the number of the file that standard output is
 
@@ -61,3 +64,23 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
+
+
+def finished(
+    command: list[str], environment: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command, which ends with this process."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        while True:
+            stop.check()
+            try:
+                out, err = process.communicate(timeout=0.5)
+                return process.returncode, out, err
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        if process.poll() is None:
+            process.kill()

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, recover
+from dnd_jax.core.whereabouts import flaw, no_weights
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -40,19 +41,11 @@ def opened(path: str | os.PathLike) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        if is_pointer(path):
-            raise InputError(
-                f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull` there"
-            ) from None
+        if line := flaw(path):
+            raise InputError(line) from None
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from None
-
-
-def is_pointer(path: pathlib.Path) -> bool:
-    """Whether git-lfs left the name of a file's contents in its place."""
-    with open(path, "rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs.")
 
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -75,11 +68,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     index, whole = folder / INDEX, folder / WHOLE
     if whole.is_file() or not index.is_file():  # in this order, as transformers reads
-        if not whole.is_file() and list(folder.glob("pytorch_model*.bin")):
-            raise InputError(
-                f"{whole}: no such file; only safetensors are read; save it again from transformers"
-            )
+        if not whole.is_file() and not recover(folder):
+            raise InputError(f"{whole}: no such file; {no_weights(folder)}")
         return [whole]
+    if line := flaw(index):
+        raise InputError(line)
     places = read_json(index)
     shards = places.get("weight_map") if isinstance(places, dict) else None
     if not isinstance(shards, dict) or not all(
@@ -91,10 +84,15 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     """Every tensor of a model's folder, by its name, from the files' headers alone. Raises
-    InputError as `weight_files`, and naming a file that is absent or damaged."""
+    InputError as `weight_files`, naming a file that is absent or damaged, and for a tensor that two
+    files hold."""
     found = {}
     for path in weight_files(folder):
-        found |= file_tensors(path)
+        for name, tensor in file_tensors(path).items():
+            if name in found:
+                other = found[name].path.name
+                raise InputError(f"{path}: {name} is in {other} too; copy the folder again")
+            found[name] = tensor
     return found
 
 

@@ -2,12 +2,13 @@
 "bert"."""
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dnd_jax.base.names import Table, affine
+from dnd_jax.base.names import Table, affine, by_prefix
 
 WINDOW = 512  # docs/METHOD.md section 4
 RULES = (  # as those of base/architecture.py
@@ -127,12 +128,15 @@ def bert_table(layers: int) -> Table:
     return table
 
 
-def bert_name(stored: str) -> str | None:
-    """The table's name of a stored tensor. None for pooler and heads, which are not used; gamma and
-    beta, as the first BERTs call a LayerNorm's parameters, are renamed."""
-    name = stored.removeprefix("bert.")
-    if name.startswith(("pooler.", "cls.")) or name.endswith("position_ids"):
-        return None
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-        "LayerNorm.beta", "LayerNorm.bias"
-    )
+def bert_names(stored: Collection[str], layers: int) -> dict[str, str]:
+    """{stored name: the table's} of BERT's encoder, without pooler and heads, which are not used;
+    gamma and beta, as the first BERTs call a LayerNorm's parameters, are renamed."""
+    wanted = {theirs for theirs, _, _ in bert_table(layers)}
+    names = {}
+    for name in stored:
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        new = by_prefix(new.replace("LayerNorm.beta", "LayerNorm.bias"), wanted, "bert")
+        of_encoder = new.removeprefix("bert.").startswith(("embeddings.", "encoder."))
+        if of_encoder and not new.endswith("position_ids"):
+            names[name] = new
+    return names

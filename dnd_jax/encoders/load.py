@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +22,29 @@ import numpy as np
 from flax import linen as nn
 
 from dnd_jax.base import architecture as base_lm
-from dnd_jax.base.folder import (
-    BASES,
-    CONFIG,
-    load_base_config,
-    load_tokenizer,
-    read_config,
-)
+from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.hf_config import BASES, CONFIG, load_base_config, read_config
 from dnd_jax.base.hub import resolve, revision_of
 from dnd_jax.base.identity import model_files
-from dnd_jax.base.names import Table, lm_name, lm_table
+from dnd_jax.base.names import HEAD, Table, lm_names, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.config.validate import fields_of
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_json
+from dnd_jax.core.whereabouts import not_a_folder
 from dnd_jax.encoders import bert, t5, word_vectors
-from dnd_jax.encoders.bert import bert_name, bert_table
+from dnd_jax.encoders.bert import bert_names, bert_table
 from dnd_jax.encoders.cut import Tokens
 from dnd_jax.encoders.lm import LmEncoder
-from dnd_jax.encoders.t5 import t5_name, t5_table
+from dnd_jax.encoders.t5 import t5_names, t5_table
 from dnd_jax.parallel.rules import shard_by_rules
 
 LAST = -1  # layer
 TOKENIZER = ("*.json", "*.txt", "*.model")  # its files and CONFIG, of a hub id
+OF_MODELS = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")  # no word vectors
+Names = Callable[[Collection[str]], Mapping[str, str]]  # as of StoredWeights
+# Keys of a BERT that make it another model.
+NOT_OF_BERT = ("is_decoder", "add_cross_attention", "pruned_heads", "quantization_config")
 WHOLE = (r".", ())  # the rule of what an encoder's own ones do not divide
 
 
@@ -75,11 +76,12 @@ def load_encoder(
     if pathlib.Path(name).is_file():
         return _load_vectors(pathlib.Path(name), layer, mesh)
     folder = resolve(name, revision=revision)
-    module, rules, table, rename = _architecture(folder, layer)
+    module, rules, table, names = _architecture(folder, layer)
     ids = np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    params = load_params(StoredWeights(folder, rename), table, shapes, (*rules, WHOLE), mesh)
+    params = load_params(StoredWeights(folder, names), table, shapes, (*rules, WHOLE), mesh)
     tokenizer = load_tokenizer(folder)
+    _check_case(folder, tokenizer)
     tokenize = functools.partial(_tokenize, tokenizer)
     tokens, files = functools.partial(_tokens, tokenizer), encoder_files(folder)
     return Encoder(module, params, tokenize, tokens, files, revision_of(folder))
@@ -129,30 +131,16 @@ def encode_windows(
     return jnp.concatenate([states, encode((ids_BxL[:, whole:], valid_BxL[:, whole:]))], axis=1)
 
 
-def _architecture(
-    folder: pathlib.Path, layer: int
-) -> tuple[nn.Module, tuple, Table, Callable[[str], str | None]]:
-    """(module, sharding rules, table of names, renaming) of a folder's config.json."""
+def _architecture(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, Table, Names]:
+    """(module, sharding rules, table of names, naming) of a folder's config.json."""
     file, raw = read_config(folder)
     kind = raw.get("model_type")
     if kind in BASES:
         return _lm(folder, layer)
     if kind == "bert":
-        if (
-            raw.get("hidden_act", "gelu") != "gelu"
-            or raw.get("position_embedding_type", "absolute") != "absolute"
-        ):
-            raise InputError(f"{file}: only hidden_act gelu and absolute positions are supported")
-        config = fields_of(bert.BertConfig, raw, file)
-        parts = (bert.Bert(config), bert.RULES, bert_table(config.num_hidden_layers), bert_name)
+        parts = _bert(file, raw)
     elif kind in ("t5", "mt5"):
-        config = fields_of(t5.T5Config, raw, file)
-        if config.feed_forward_proj not in t5.FEED_FORWARDS:
-            raise InputError(
-                f"{file}: feed_forward_proj {config.feed_forward_proj!r} is none of "
-                f"{', '.join(t5.FEED_FORWARDS)}"
-            )
-        parts = (t5.T5Encoder(config), t5.RULES, t5_table(config.num_layers, config.gated), t5_name)
+        parts = _t5(file, raw)
     else:
         supported = ", ".join(("bert", "t5", "mt5", *BASES))
         raise InputError(
@@ -162,9 +150,35 @@ def _architecture(
     return parts
 
 
-def _lm(
-    folder: pathlib.Path, layer: int
-) -> tuple[nn.Module, tuple, Table, Callable[[str], str | None]]:
+def _bert(file: pathlib.Path, raw: Mapping) -> tuple[nn.Module, tuple, Table, Names]:
+    if (
+        raw.get("hidden_act", "gelu") != "gelu"
+        or raw.get("position_embedding_type", "absolute") != "absolute"
+    ):
+        raise InputError(f"{file}: only hidden_act gelu and absolute positions are supported")
+    if faults := [key for key in NOT_OF_BERT if raw.get(key)]:
+        raise InputError(f"{file}: {', '.join(faults)} is not supported in a text encoder")
+    config = fields_of(bert.BertConfig, raw, file)
+    layers = config.num_hidden_layers
+    names = functools.partial(bert_names, layers=layers)
+    return bert.Bert(config), bert.RULES, bert_table(layers), names
+
+
+def _t5(file: pathlib.Path, raw: Mapping) -> tuple[nn.Module, tuple, Table, Names]:
+    # transformers' defaults
+    first = {"feed_forward_proj": "gated-gelu" if raw["model_type"] == "mt5" else "relu"}
+    config = fields_of(t5.T5Config, first | raw, file)
+    if config.feed_forward_proj not in t5.FEED_FORWARDS:
+        raise InputError(
+            f"{file}: feed_forward_proj {config.feed_forward_proj!r} is none of "
+            f"{', '.join(t5.FEED_FORWARDS)}"
+        )
+    sizes = config.num_layers, config.gated
+    names = functools.partial(t5_names, layers=sizes[0], gated=sizes[1])
+    return t5.T5Encoder(config), t5.RULES, t5_table(*sizes), names
+
+
+def _lm(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, Table, Names]:
     config = load_base_config(folder)
     if not LAST <= layer <= config.num_hidden_layers:
         raise InputError(
@@ -173,21 +187,20 @@ def _lm(
         )
     layer = config.num_hidden_layers if layer == LAST else layer
     table = lm_table(config, layer)
-    wanted, every = (
-        {theirs for theirs, _, _ in table},
-        {theirs for theirs, _, _ in lm_table(config)} | {"lm_head.weight"},
-    )
+    wanted = {theirs for theirs, _, _ in table}
+    every = {theirs for theirs, _, _ in lm_table(config)} | {HEAD}
 
-    def rename(stored: str) -> str | None:
-        name = lm_name(stored)
-        # None: later layers and the head stay on the disk.
-        return name if name in wanted or name not in every else None
+    def names(stored: Collection[str]) -> dict[str, str]:
+        found = lm_names(stored, config)  # later layers and the head stay on the disk
+        return {a: b for a, b in found.items() if b in wanted or b not in every}
 
-    return LmEncoder(config, layer), base_lm.RULES, table, rename
+    return LmEncoder(config, layer), base_lm.RULES, table, names
 
 
 def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None) -> Encoder:
     _only_last(path, layer)
+    if path.suffix in OF_MODELS:
+        raise InputError(f"{path}: {not_a_folder(path)}")
     vocabulary, vectors = word_vectors.read_vectors(path)
     module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
     params = {"vectors": vectors}
@@ -204,6 +217,20 @@ def _only_last(name: pathlib.Path, layer: int) -> None:
             f"config.condition.layer = {layer}: only decoder-only LMs have layers to choose; set "
             f"it to -1 for {name}"
         )
+
+
+def _check_case(folder: pathlib.Path, tokenizer) -> None:
+    """Raises InputError where sentence-transformers would write texts in small letters first, and
+    the tokenizer does not do so by itself."""
+    file = folder / "sentence_bert_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    if isinstance(settings, dict) and settings.get("do_lower_case"):
+        capitals, small = tokenizer(["Which SEA?", "which sea?"])["input_ids"]
+        if capitals != small:
+            raise InputError(
+                f"{file}: do_lower_case is true, which only sentence-transformers reads; set "
+                "do_lower_case in tokenizer_config.json, or remove it"
+            )
 
 
 def _tokenize(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ distances, shared by all layers.
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ import numpy as np
 from flax import linen as nn
 
 from dnd_jax.base.architecture import RMSNorm
-from dnd_jax.base.names import Table
+from dnd_jax.base.names import Table, by_prefix
+
+SHARED = "shared.weight"
 
 
 def t5_table(layers: int, gated: bool) -> Table:
@@ -22,7 +25,7 @@ def t5_table(layers: int, gated: bool) -> Table:
     holds the position bias of all."""
     attention = "encoder.block.0.layer.0.SelfAttention"
     table = [
-        ("shared.weight", "word_embeddings/embedding", False),
+        (SHARED, "word_embeddings/embedding", False),
         (f"{attention}.relative_attention_bias.weight", "relative_bias", False),
         ("encoder.final_layer_norm.weight", "norm/scale", False),
     ]
@@ -43,12 +46,16 @@ def t5_table(layers: int, gated: bool) -> Table:
     return table
 
 
-def t5_name(stored: str) -> str | None:
-    """The table's name of a stored tensor. None for decoder and head, which are not used; the
-    encoder's own table of embeddings goes by the name of the shared one."""
-    if stored.startswith(("decoder.", "lm_head.")):
-        return None
-    return "shared.weight" if stored == "encoder.embed_tokens.weight" else stored
+def t5_names(stored: Collection[str], layers: int, gated: bool) -> dict[str, str]:
+    """{stored name: the table's}, without decoder and head, which are not used. The encoder's own
+    table of embeddings, where it is stored, counts and not the shared one."""
+    wanted = {theirs for theirs, _, _ in t5_table(layers, gated)}
+    names = {name: by_prefix(name, wanted, "transformer") for name in stored}
+    names = {a: b for a, b in names.items() if not b.startswith(("decoder.", "lm_head."))}
+    own = [name for name in names if name.endswith("encoder.embed_tokens.weight")]
+    if own:
+        names = {a: b for a, b in names.items() if b != SHARED} | dict.fromkeys(own, SHARED)
+    return names
 
 
 WINDOW = 512  # docs/METHOD.md section 4; also the length that T5 was trained with

@@ -12,7 +12,8 @@ import numpy as np
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.tensors import is_pointer, read_safetensors
+from dnd_jax.core.tensors import read_safetensors
+from dnd_jax.core.whereabouts import flaw
 from dnd_jax.lora.names import WRAPPERS
 
 torch = packages.deferred("torch")
@@ -51,10 +52,8 @@ def _what_folder(folder: pathlib.Path) -> str:
 
 def _loaded(path: pathlib.Path):
     """What a .pth file holds."""
-    if path.is_file() and is_pointer(path):
-        raise InputError(
-            f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull` there"
-        )
+    if line := flaw(path):
+        raise InputError(line)
     try:
         if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
             with zipfile.ZipFile(path) as archive:

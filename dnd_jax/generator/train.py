@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
+from dnd_jax.base.reading import check_given
 from dnd_jax.config.records import Older
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
@@ -84,8 +85,7 @@ def train(
     allowed: names of settings that may differ from those of the run that is resumed, None where the
     user cannot give any. profile: steps between which to trace. base_name: what generated adapters
     call their base; empty: as the checkpoints' settings. Several processes share the work; process
-    0 writes. Raises InputError for checkpoints that do not fit together, too few prompts, or a
-    folder made with other settings.
+    0 writes. Raises InputError for checkpoints that do not fit, few prompts, or other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
@@ -111,6 +111,7 @@ def train(
 
     # Pairs of prompts and tokens.
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
+        check_given(config)
         encoder = _open_encoder(config, workdir, mesh)
         target = make_target(config, checkpoints, workdir / "targets")
         datasets, importance = paired_datasets(config, suite, workdir, checkpoints, target, encoder)

@@ -28,6 +28,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_name, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
@@ -207,6 +208,8 @@ def collect(
     _check_own(folder, suite)
 
     # The base, its LoRA and the tasks.
+    if config.base.path and config.evaluate.agreement:  # one that dnd pretrained is our own
+        check_reading(base_path)
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dnd_jax.base.agreement import Asked, agreement
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.folder import load_base_config, read_config
+from dnd_jax.base.hf_config import load_base_config, read_config
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config

@@ -4,6 +4,7 @@ import html
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from dnd_jax.base.agreement import disagreement
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import read_json, replacing
@@ -180,12 +181,18 @@ def write_report(
 <title>Drag-and-drop adapters: {suite}</title>
 <style>{STYLE}</style>
 <h1>Adapters from prompts: {suite}</h1>
-{chr(10).join(sections)}</html>
+{_first(results)}{chr(10).join(sections)}</html>
 """
     path = workdir / paths.REPORT
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _first(results: Mapping) -> str:
+    """What must be read before all else; empty where there is nothing."""
+    warning = disagreement(results["agreement"])
+    return f"<p><b>{html.escape(warning)}</b></p>\n" if warning else ""
 
 
 def _introduction(results: Mapping) -> str:
@@ -236,6 +243,8 @@ def publish_measured(runs: dict[int, dict], config: Config, workdir: pathlib.Pat
     """Writes both files again with what was measured since, and prints that, the report's path
     last."""
     results = _write(runs, config, workdir)
+    if warning := disagreement(results["agreement"]):
+        print(warning)
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items())
     print(f"{_agreement(results['agreement'])}\n{results['overhead']['note']}\nseconds: {seconds}")
     print(f"report: {(workdir / paths.REPORT).absolute()}", flush=True)

@@ -242,6 +242,6 @@ def _agreement(found: Sequence[Mapping]) -> Mapping:
     if note:
         return note
     counts = ("questions", "answers", "same_answers")
-    largest = max(each["largest_logit_difference"] for each in found)
-    summed = {key: sum(each[key] for each in found) for key in counts}
-    return {**found[0], **summed, "largest_logit_difference": largest}
+    most = [key for key in ("largest_logit_difference", "largest_logit") if key in found[0]]
+    largest = {key: max(each.get(key, 0.0) for each in found) for key in most}
+    return {**found[0], **{key: sum(each[key] for each in found) for key in counts}, **largest}

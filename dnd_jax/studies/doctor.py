@@ -13,7 +13,7 @@ import pathlib
 import textwrap
 from collections.abc import Callable, Sequence
 
-from dnd_jax.base.folder import CONFIG
+from dnd_jax.base.hf_config import CONFIG
 from dnd_jax.base.hub import resolve
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import CheckFailed, InputError

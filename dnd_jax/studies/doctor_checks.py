@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import jax
 
 from dnd_jax.base.chat import answer_text, ends_of, render
-from dnd_jax.base.folder import load_base_config, load_tokenizer
+from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import packages_of, resolve
 from dnd_jax.base.identity import base_name
 from dnd_jax.config.schema import Config

@@ -20,15 +20,16 @@ from collections.abc import Mapping
 
 import jax
 
-from dnd_jax.base.folder import load_base_config, load_tokenizer
+from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.sequences import encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
+from dnd_jax.core.processes import finished
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.costs.bench.case import peak_memory
-from dnd_jax.costs.bench.run import finished
 from dnd_jax.data.rows import kind_of
 from dnd_jax.data.sources import read_jsonl
 from dnd_jax.scoring.generate_vs_tune import (

@@ -30,8 +30,9 @@ from transformers import (
 
 from dnd_jax.base import architecture as base_lm
 from dnd_jax.base.architecture import BaseLM, LmConfig, RopeScaling
-from dnd_jax.base.folder import _windows, load_base, load_base_config, save_base
+from dnd_jax.base.folder import load_base, save_base
 from dnd_jax.base.greedy import pad_left
+from dnd_jax.base.hf_config import _windows, load_base_config
 from dnd_jax.base.names import lm_table
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.weights import StoredWeights
@@ -229,7 +230,7 @@ def test_a_window_without_a_size_has_transformers_own(tmp_path):
     }
     theirs = Qwen2Config(**{key: value for key, value in raw.items() if key != "model_type"})
     assert (
-        _windows(raw, 3)
+        _windows(tmp_path, raw, 3)
         == (None, theirs.sliding_window, theirs.sliding_window)
         == (None, 4096, 4096)
     )

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dnd_jax.base import known
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.known import KNOWN, TEXT_PARTS, base_sizes
 from dnd_jax.config.load import load_file, shipped
 from dnd_jax.config.validate import freeze

@@ -14,7 +14,7 @@ from pipeline import TINY, dnd, tiny_suite
 from safetensors.numpy import load_file, save_file
 from small_models import write_encoder, write_qwen
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
 from dnd_jax.data.suite import load_suite

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import push
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core.digests import of_texts

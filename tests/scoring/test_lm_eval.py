@@ -11,7 +11,7 @@ import torch
 from small_models import random_qwen2
 
 from dnd_jax.base.chat import render
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file

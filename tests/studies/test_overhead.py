@@ -11,11 +11,11 @@ from pipeline import TINY
 from small_models import write_encoder, write_qwen
 from transformers import AutoModelForCausalLM
 
-from dnd_jax.base.folder import load_base_config
+from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.core.processes import finished
 from dnd_jax.costs.bench import torch_generator
-from dnd_jax.costs.bench.run import finished
 from dnd_jax.data.sources import read_jsonl
 from dnd_jax.main import main
 from dnd_jax.studies.overhead import compare, measure_tuning

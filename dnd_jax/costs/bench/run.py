@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
@@ -25,6 +24,7 @@ from dnd_jax.config.schema import WHAT, Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
+from dnd_jax.core.processes import finished
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.costs.bench.case import Case
@@ -44,22 +44,6 @@ def cases_of(config: Config, file: str | os.PathLike) -> list[Case]:
         if what != "gradient"
     )
     return [Case(*row[:5], stages=tuple(row[5:]) or None) for row in rows]
-
-
-def finished(command: list[str]) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command, which ends with this process."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while True:
-            stop.check()
-            try:
-                out, err = process.communicate(timeout=0.5)
-                return process.returncode, out, err
-            except subprocess.TimeoutExpired:
-                continue
-    finally:
-        if process.poll() is None:
-            process.kill()
 
 
 def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
