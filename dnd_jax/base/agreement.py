@@ -42,8 +42,8 @@ def agreement(
 ) -> dict:
     """{"questions", "answers", "tokens", "dtype", "same_answers", "largest_logit_difference",
     "largest_logit"} of greedy answers to the first COMPARED questions of each adapter, at most
-    TOKENS long, and of the logits along PyTorch's. mesh, dtype: of the base in JAX, as in `load_base`. Memory: both bases
-    and the logits of `batch_size` questions."""
+    TOKENS long, and of the logits along PyTorch's. mesh, dtype: of the base in JAX, as in
+    `load_base`. Memory: both bases and the logits of `batch_size` questions."""
     module, params = load_base(base.base, mesh, dtype)
     tokens = min(base.max_new_tokens, TOKENS)
     greedy = make_greedy(module, tokens)

@@ -46,7 +46,7 @@ def test_it_is_measured_once_for_the_same_files(base, capsys, monkeypatch):
     weights = {name: value * 1.1 for name, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors")
     monkeypatch.setattr(reading, "load_base", misread)
-    reason = r"reads it otherwise than PyTorch: logits are up to .* of 213 next tokens are the same"
+    reason = r"reads it otherwise than PyTorch: logits are up to .* next tokens are the same"
     for _ in range(2):
         with pytest.raises(CheckFailed, match=f"{base}: .*{reason}.*evaluate.agreement=False"):
             reading.check_reading(base)
@@ -59,7 +59,8 @@ def test_a_damaged_result_is_measured_again(base, tmp_path, capsys):
     kept.write_text('{"largest_logit": 1}')
     reading.check_reading(base)
     assert capsys.readouterr().out.count("comparing") == 2
-    assert json.loads(kept.read_text())["same_tokens"] == 213
+    found = json.loads(kept.read_text())
+    assert found["same_tokens"] == found["tokens"] > sum(reading.RANDOM)
 
 
 def test_what_cannot_be_measured_is_a_note(base, monkeypatch, capsys):
