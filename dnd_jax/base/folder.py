@@ -154,7 +154,10 @@ def _check_vocabulary(folder: pathlib.Path, tokenizer) -> None:
     generation = folder / GENERATION
     settings = read_json(generation) if generation.is_file() else {}
     for path, of in ((file, raw), (generation, settings)):
-        if faults := ids_beyond(of if isinstance(of, dict) else {}, rows):
+        ids = dict(of) if isinstance(of, dict) else {}
+        if path == generation:  # its end tokens are looked at where they are asked for
+            ids.pop("eos_token_id", None)
+        if faults := ids_beyond(ids, rows):
             raise InputError(f"{path}: {'; '.join(faults)} ({file}: vocab_size); correct it")
     # What stands for a picture or a sound: text has none (Gemma 3's alone has such a token).
     others = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}

@@ -45,7 +45,7 @@ NEEDED = 6
 OFF = "--config.evaluate.agreement=False goes on without the comparison"
 
 
-def check_reading(path: str | os.PathLike) -> None:
+def check_files(path: str | os.PathLike) -> None:
     """Raises CheckFailed where our reading of a base differs from PyTorch's by more than rounding,
     InputError for files that either cannot read. Where it cannot be measured it says a note.
 
@@ -74,15 +74,21 @@ def check_reading(path: str | os.PathLike) -> None:
         raise CheckFailed(f"{folder}: {fault}; please report it with its config.json ({OFF})")
 
 
+def check_reading(config: Config, path: str | os.PathLike) -> None:
+    """`check_files` of a base that the settings give, unless they turn it off. One that dnd
+    pretrained itself is its own writing."""
+    if config.base.path and config.evaluate.agreement:
+        check_files(path)
+
+
 def check_given(config: Config) -> None:
-    """`check_reading` of the base that the settings give, by process 0, before what does not
-    read it itself; where it cannot be read, that is a note. Raises CheckFailed."""
-    path = config.base.path
-    if path and config.evaluate.agreement and not is_hub_id(path) and hosts.lead():
+    """`check_reading` by process 0, before what does not read the base itself; where it is not on
+    this machine, or cannot be read, that is no fault. Raises CheckFailed."""
+    if not is_hub_id(config.base.path) and hosts.lead():
         try:
-            check_reading(path)
+            check_reading(config, config.base.path)
         except InputError as error:
-            print(f"note: not compared with PyTorch's reading: {error}", flush=True)
+            _say(f"note: not compared with PyTorch's reading: {error}")
 
 
 def difference(found: Mapping) -> str:

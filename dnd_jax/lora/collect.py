@@ -208,8 +208,7 @@ def collect(
     _check_own(folder, suite)
 
     # The base, its LoRA and the tasks.
-    if config.base.path and config.evaluate.agreement:  # one that dnd pretrained is our own
-        check_reading(base_path)
+    check_reading(config, base_path)
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)

@@ -38,9 +38,9 @@ def misread(folder):
 
 
 def test_it_is_measured_once_for_the_same_files(base, capsys, monkeypatch):
-    reading.check_reading(base)
+    reading.check_files(base)
     assert "comparing with PyTorch's reading" in capsys.readouterr().out
-    reading.check_reading(base)
+    reading.check_files(base)
     assert capsys.readouterr().out == ""
 
     weights = {name: value * 1.1 for name, value in load_file(base / "model.safetensors").items()}
@@ -49,15 +49,15 @@ def test_it_is_measured_once_for_the_same_files(base, capsys, monkeypatch):
     reason = r"reads it otherwise than PyTorch: logits are up to .* next tokens are the same"
     for _ in range(2):
         with pytest.raises(CheckFailed, match=f"{base}: .*{reason}.*evaluate.agreement=False"):
-            reading.check_reading(base)
+            reading.check_files(base)
     assert capsys.readouterr().out.count("comparing") == 1
 
 
 def test_a_damaged_result_is_measured_again(base, tmp_path, capsys):
-    reading.check_reading(base)
+    reading.check_files(base)
     (kept,) = (tmp_path / "cache" / "reading").iterdir()
     kept.write_text('{"largest_logit": 1}')
-    reading.check_reading(base)
+    reading.check_files(base)
     assert capsys.readouterr().out.count("comparing") == 2
     found = json.loads(kept.read_text())
     assert found["same_tokens"] == found["tokens"] > sum(reading.RANDOM)
@@ -67,14 +67,14 @@ def test_what_cannot_be_measured_is_a_note(base, monkeypatch, capsys):
     def note(name: str, value) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(reading, name, value)
-            reading.check_reading(base)
+            reading.check_files(base)
         return capsys.readouterr().out.splitlines()[-1]
 
     assert "0 GB of memory, 0 GB are free" in note("_free_memory", lambda: 10)
     assert "not compared with PyTorch's reading: x" in note("measured", lambda f: {"note": "x"})
     with monkeypatch.context() as patch:
         patch.setattr("dnd_jax.core.packages.is_installed", lambda name: name != "torch")
-        reading.check_reading(base)
+        reading.check_files(base)
     assert "not installed; pip install 'dnd-jax[eval]'" in capsys.readouterr().out
 
 
@@ -108,8 +108,8 @@ def test_a_process_of_its_own(tmp_path, monkeypatch, capsys):
 def test_the_process_itself_and_no_torch_beside_it(tmp_path):
     folder = write_qwen(tmp_path / "base")
     program = (
-        "import sys; from dnd_jax.base.reading import check_reading; "
-        f"check_reading({str(folder)!r}); assert 'torch' not in sys.modules"
+        "import sys; from dnd_jax.base.reading import check_files; "
+        f"check_files({str(folder)!r}); assert 'torch' not in sys.modules"
     )
     environment = os.environ | {"DND_JAX_CACHE": str(tmp_path / "cache")}
     code, out, err = finished([sys.executable, "-c", program], environment)
@@ -122,8 +122,7 @@ def test_collect_and_train_stop_before_anything_is_computed(tmp_path, monkeypatc
         raise CheckFailed(f"{path}: reads it otherwise")
 
     suite, base = tiny_suite(tmp_path / "suite"), write_qwen(tmp_path / "base")
-    monkeypatch.setattr(reading, "check_reading", different)
-    monkeypatch.setattr("dnd_jax.lora.collect.check_reading", different)
+    monkeypatch.setattr(reading, "check_files", different)
     command = [
         TINY,
         f"--suite={suite}",

@@ -269,10 +269,6 @@ def end_of_config(tokenizer, config, generation):
     config["eos_token_id"] = 151645
 
 
-def ends_of_generation(tokenizer, config, generation):
-    generation["eos_token_id"] = [1, 151645]
-
-
 def pad_of_generation(tokenizer, config, generation):
     generation["pad_token_id"] = config["vocab_size"]
 
@@ -300,7 +296,6 @@ def no_padding(tokenizer, config, generation):
         (new_words, ["'Turin'", "(and 1 more)", "config.json: vocab_size"]),
         (marks_of_chat, ["'<|im_start|>'", "(and 1 more)"]),
         (end_of_config, ["/config.json: eos_token_id 151645 is beyond the"]),
-        (ends_of_generation, ["/generation_config.json: eos_token_id 151645", "/config.json: voc"]),
         (pad_of_generation, ["/generation_config.json: pad_token_id"]),
         (fewer_rows, ["the tokenizer's files give"]),
         (fewer_rows_of_text, ["the tokenizer's files give"]),
