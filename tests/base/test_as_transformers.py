@@ -277,7 +277,35 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Of those that are read, and so computed twice, the ones that every run of the tests computes.
+OFTEN = {
+    "as it is",
+    "old linear, type",
+    "theta at the top alone",
+    "scaling beside parameters",
+    "llama3 without its original length",
+    "llama3, original length at the top",
+    "qwen2's window",
+    "layer_types beside max_window_layers",
+    "mistral's window",
+    "swish",
+    "tied, another head",
+    "tied, a copy of the embeddings",
+    "tied, the head alone",
+    "no prefix, tied, no head",
+    "a doubled prefix",
+    "shards beside the whole file",
+    "an index that misses tensors",
+}
+
+
+def members(table: dict) -> list:
+    """Names of a table of members; slow ones but those of OFTEN and the refused."""
+    slow = {name for name, of in table.items() if of[-1] is not REFUSED} - OFTEN
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+
+
+@pytest.mark.parametrize("name", members(CONFIGS))
 def test_keys_of_config_json(name, folders, tmp_path):
     family, config, read = CONFIGS[name]
     folder = altered(folders[family], tmp_path / "base", config, None)
@@ -385,7 +413,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", members(WEIGHTS))
 def test_tensors(name, folders, tmp_path):
     family, config, weights, read = WEIGHTS[name]
     folder = altered(folders[family], tmp_path / "base", config, weights)
@@ -469,7 +497,7 @@ FILES = {  # what is done to the folder, whether it is read
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", members(FILES))
 def test_files_that_a_folder_holds_twice(name, folders, tmp_path):
     change, read = FILES[name]
     folder = altered(folders["llama"], tmp_path / "base", {}, None)

@@ -19,6 +19,7 @@ from small_models import VECTORS, condition_by, write_vectors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     MistralConfig,
     MistralForCausalLM,
@@ -235,7 +236,47 @@ def mt5(folder):
     return lambda **inputs: model(**inputs).last_hidden_state
 
 
-ENCODERS = (bert, old_bert, half_bert, t5_with_decoder, t5_v11, mt5)
+def classifying_bert(folder):
+    """A classifier: its head is not read."""
+    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(vocab_size=VOCABULARY, **sizes)
+    model = random_weights(BertForSequenceClassification(config))
+    model.save_pretrained(folder)
+    return lambda **inputs: model.bert(**inputs).last_hidden_state
+
+
+def t5_with_embeddings_of_its_own(folder):
+    """An encoder whose embeddings are not the shared ones, which the file holds too."""
+    model = random_weights(T5EncoderModel(T5Config(**T5_SIZES)), 0.15)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"] * 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = T5EncoderModel.from_pretrained(folder).eval()
+    return lambda **inputs: model(**inputs).last_hidden_state
+
+
+def mt5_as_its_kind_says(folder):
+    """A config.json without feed_forward_proj, whose default is another than T5's."""
+    expected = mt5(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    for key in ("feed_forward_proj", "dense_act_fn", "is_gated_act"):
+        raw.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return expected
+
+
+ENCODERS = (
+    bert,
+    old_bert,
+    half_bert,
+    classifying_bert,
+    t5_with_decoder,
+    t5_v11,
+    t5_with_embeddings_of_its_own,
+    mt5,
+    mt5_as_its_kind_says,
+)
 
 
 @pytest.fixture(scope="module")
@@ -610,3 +651,13 @@ def test_encoder_parameters_on_a_mesh(kind, tmp_path):
     ids, valid = plain.tokenize(PROMPTS, 9)
     np.testing.assert_allclose(ours(sharded, ids, valid), ours(plain, ids, valid), atol=TOLERANCE)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(sharded.params))
+
+
+@pytest.mark.parametrize("key", ["is_decoder", "add_cross_attention", "pruned_heads"])
+def test_a_bert_that_is_another_model_is_refused(key, tokenizer, tmp_path):
+    bert(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {key: {"0": [1]}}))
+    with pytest.raises(InputError, match=f"config.json: {key} is not supported in a text encoder"):
+        load_encoder(tmp_path)
