@@ -110,7 +110,7 @@ def made(request, suite, tmp_path_factory):
         "suite": str(suite.root),
         "base": {"path": str(base)},
         "lora": {"rank": 16, "alpha": 1.0, "steps": 2, "checkpoints": 1},
-        "condition": {"encoder": str(write_encoder(root / "encoder"))},
+        "condition": {"encoder": str(write_encoder(root / "encoder")), "too_long": "cut"},
         "generator": {"features": ((0, 0, 0), (0, 0, 0)), "chunk_width": 8},
         "train": {
             "checkpoints": str(write_loras(root / "loras", base, suite, 3.0)),
