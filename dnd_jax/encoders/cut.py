@@ -23,7 +23,8 @@ BLOCK = 1000  # texts that are tokenised at once
 SHOWN = 3  # sets that are listed
 RAISE = "raise it, shorten the prompts"
 
-# Texts, L -> their tokens as the encoder gets them, special ones included; L = None: uncut.
+# Texts, L -> their tokens as the encoder gets them, special ones included, None for what the
+# vocabulary lacks; L = None: uncut.
 Tokens = Callable[[Sequence[str], int | None], list[Sequence]]
 
 
@@ -61,7 +62,9 @@ def count(sets: Mapping[str, Sequence[str]], tokens: Tokens, limit: int) -> dict
         found = list(map(len, _blocks(unsure, tokens, None)))
         lengths |= {t: n for t, n in zip(unsure, found, strict=True) if n > limit}
         longest[name] = max(found, default=0)
-    left = [hash(tuple(its)) for its in _blocks(list(lengths), tokens, limit)]
+    kept = zip(lengths, _blocks(list(lengths), tokens, limit), strict=True)
+    # Two texts of unknown words look alike without a cut.
+    left = [text if None in its else hash(tuple(its)) for text, its in kept]
     times = Counter(left)
     lost = {
         text

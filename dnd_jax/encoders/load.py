@@ -247,6 +247,10 @@ def _tokenize(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray,
     return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(np.int32)
 
 
-def _tokens(tokenizer, texts: Sequence[str], length: int | None) -> list[list[int]]:
+def _tokens(tokenizer, texts: Sequence[str], length: int | None) -> list[list[int | None]]:
     how = {"truncation": length is not None, "max_length": length, "verbose": False}
-    return tokenizer(list(texts), return_attention_mask=False, **how)["input_ids"]
+    found = tokenizer(list(texts), return_attention_mask=False, **how)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if length is None or unknown is None:
+        return found
+    return [[None if i == unknown else i for i in ids] for ids in found]

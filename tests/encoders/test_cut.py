@@ -100,6 +100,14 @@ def test_what_is_lost(sets, limit, lost):
     assert {name: cut.lost for name, cut in count(sets, words, limit).items()} == lost
 
 
+def test_words_that_the_vocabulary_lacks_are_no_cut(minilm):
+    """They look alike wherever they stand."""
+    texts = [f"{sign} " * 9 + f"a {i}" for i, sign in enumerate("\U0001f9f6\U0001f9f5\U0001f9ff")]
+    assert len({tuple(its) for its in minilm([text[:18] for text in texts], None)}) == 1
+    (found,) = count({"x": texts}, minilm, 10).values()
+    assert found.cut == 3 and not found.lost
+
+
 def test_a_lost_set_is_refused_unless_allowed(capsys):
     sets = {"one": [f"{PREFIX} {i}" for i in range(5)], "two": [f"{i} {PREFIX}" for i in range(3)]}
     found = count(sets, words, 12)
