@@ -46,6 +46,8 @@ NOT_NULL = (
 NOT_NULL_OF = {"qwen2": ("head_dim",), "qwen3": ("head_dim",), "mistral": ("num_key_value_heads",)}
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+COUNTS = ("max_position_embeddings", "max_window_layers")
+MOST_LAYERS = 10_000
 SILU = ("silu", "swish")
 FULL, SLIDING = "full_attention", "sliding_attention"
 OLD_TYPES = {"attention": FULL}  # layer_types, as they were called before
@@ -119,6 +121,13 @@ def _faults(raw: Mapping, kind: str) -> list[str]:
         for key in FLAGS
         if not isinstance(raw.get(key), bool | None)
     ]
+    faults += [
+        f"{key} = {raw[key]!r} should be a whole number"
+        for key in COUNTS
+        if not (type(raw.get(key, 0)) is int or raw[key] is None)
+    ]
+    if type(layers := raw.get("num_hidden_layers")) is int and layers > MOST_LAYERS:
+        faults.append(f"num_hidden_layers = {layers} is more than any model has")
     act = raw.get("hidden_act", "silu")
     if act is not None and act not in SILU:
         faults.append(f"hidden_act {act!r} is not supported; only silu")
@@ -217,8 +226,10 @@ def _windows(file: pathlib.Path, raw: Mapping, layers: int) -> tuple[int | None,
     first = 0 if kind == "mistral" else raw.get("max_window_layers", 28)
     implied = [SLIDING if slides and i >= first else FULL for i in range(layers)]
     given = raw.get("layer_types")
-    if given is not None and not isinstance(given, list):
-        raise InputError(f"{file}: layer_types = {given!r} should be a list")
+    if given is not None and not (
+        isinstance(given, list) and all(isinstance(name, str) for name in given)
+    ):
+        raise InputError(f"{file}: layer_types = {given!r} should be a list of names")
     types = [OLD_TYPES.get(t, t) for t in given] if given else implied
     if kind == "llama":  # transformers' own Llama slides while it generates, and only then
         slides = size is not None and size < raw["max_position_embeddings"]
