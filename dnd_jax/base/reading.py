@@ -47,31 +47,32 @@ OFF = "--config.evaluate.agreement=False goes on without the comparison"
 
 def check_files(path: str | os.PathLike) -> None:
     """Raises CheckFailed where our reading of a base differs from PyTorch's by more than rounding,
-    InputError for files that either cannot read. Where it cannot be measured it says a note.
+    InputError for files that either cannot read. Where it cannot be measured it says a note."""
+    found = comparison(path)
+    if "note" in found:
+        _say(f"note: {resolve(path)}: not compared with PyTorch's reading ({found['note']})")
+    elif fault := difference(found):
+        raise CheckFailed(f"{resolve(path)}: {fault}")
 
-    What was measured of the same files by this version is not measured again.
-    """
+
+def comparison(path: str | os.PathLike) -> dict:
+    """`measured` of a base: what is kept of the same files by this version, else measured now; only
+    a "note" where that cannot be. Raises InputError for files that cannot be read."""
     folder = resolve(path)
     if not packages.is_installed("torch"):
-        how = packages.how_to_install(["torch"])
-        _say(f"note: {folder}: not compared with PyTorch's reading, which is not installed; {how}")
-        return
+        return {"note": f"PyTorch is not installed; {packages.how_to_install(['torch'])}"}
     load_base_config(folder)
     kept = _kept(folder)
     found = _read(kept)
     if found is None:
         if note := _no_room(folder):
-            _say(f"note: {folder}: not compared with PyTorch's reading: {note}")
-            return
+            return {"note": note}
         _say(f"{folder}: comparing with PyTorch's reading of these files, once")
         found = measured(folder)
-        if "note" in found:
-            _say(f"note: {folder}: not compared with PyTorch's reading: {found['note']}")
-            return
-        with contextlib.suppress(InputError):  # a cache that cannot be written
-            write_json(kept, found)
-    if fault := difference(found):
-        raise CheckFailed(f"{folder}: {fault}; please report it with its config.json ({OFF})")
+        if "note" not in found:
+            with contextlib.suppress(InputError):  # a cache that cannot be written
+                write_json(kept, found)
+    return found
 
 
 def check_reading(config: Config, path: str | os.PathLike) -> None:
@@ -99,7 +100,8 @@ def difference(found: Mapping) -> str:
     return (
         f"dnd_jax reads it otherwise than PyTorch: logits are up to {apart:.3g} apart (the largest "
         f"is {largest:.3g}, rounding makes at most {BOUND * max(1.0, largest):.1g}), and "
-        f"{found['same_tokens']} of {found['tokens']} next tokens are the same"
+        f"{found['same_tokens']} of {found['tokens']} next tokens are the same; please report it "
+        f"with its config.json ({OFF})"
     )
 
 

@@ -39,6 +39,11 @@ CHECKS: tuple[tuple[str, Callable[[Case], str], Callable[[Case], Found]], ...] =
     ("base", lambda case: case.config.base.path, checks.base),
     ("suite", lambda case: case.config.suite, checks.suite),
     ("chat", lambda case: case.config.base.path, checks.chat),
+    (
+        "reading",
+        lambda case: case.config.evaluate.agreement and case.config.base.path,
+        checks.reading,
+    ),
     ("checkpoints", lambda case: case.config.train.checkpoints, checks.checkpoints),
     ("encoder", lambda case: case.config.suite or case.config.train.checkpoints, checks.encoder),
     ("generator", lambda case: case.generator, checks.generator),

@@ -17,6 +17,7 @@ from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import packages_of, resolve
 from dnd_jax.base.identity import base_name
+from dnd_jax.base.reading import comparison, difference
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.packages import how_to_install, is_installed
@@ -59,6 +60,11 @@ class Case:
         """config: names the suite, the base and the checkpoints; what it leaves empty is not looked
         at, nor an empty generator."""
         self.config, self.workdir, self.generator = config, workdir, generator
+
+    @property
+    def compared(self) -> str:
+        """The base whose reading is compared with PyTorch's, unless the settings turn that off."""
+        return self.config.base.path if self.config.evaluate.agreement else ""
 
     @functools.cached_property
     def suite(self) -> Suite:
@@ -104,6 +110,19 @@ def chat(case: Case) -> Found:
         render(tokenizer, example.prompt, example.system)
     shown = repr(render(tokenizer, "PROMPT", "SYSTEM") + answer_text(tokenizer, "ANSWER"))
     yield OK, f"a question is {shown}; an answer ends at {', '.join(map(repr, ends))}"
+
+
+def reading(case: Case) -> Found:
+    """That JAX computes of its files what PyTorch does."""
+    found = comparison(case.config.base.path)
+    if "note" in found:
+        yield NOTE, f"not compared with PyTorch: {found['note']}"
+    elif fault := difference(found):
+        yield FAULT, f"{case.config.base.path}: {fault}"
+    else:
+        apart, largest = found["largest_logit_difference"], found["largest_logit"]
+        alike = f"logits are at most {apart:.2g} apart, the largest is {largest:.3g}"
+        yield OK, f"JAX and PyTorch read it alike: {alike}"
 
 
 def suite(case: Case) -> Found:

@@ -71,7 +71,7 @@ def test_what_cannot_be_measured_is_a_note(base, monkeypatch, capsys):
         return capsys.readouterr().out.splitlines()[-1]
 
     assert "0 GB of memory, 0 GB are free" in note("_free_memory", lambda: 10)
-    assert "not compared with PyTorch's reading: x" in note("measured", lambda f: {"note": "x"})
+    assert "not compared with PyTorch's reading (x)" in note("measured", lambda f: {"note": "x"})
     with monkeypatch.context() as patch:
         patch.setattr("dnd_jax.core.packages.is_installed", lambda name: name != "torch")
         reading.check_files(base)

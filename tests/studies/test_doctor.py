@@ -24,8 +24,9 @@ def place(tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
-def doctor(*more: str) -> int:
+def doctor(agreement: bool = False) -> int:
     """Asks it of everything in the current folder."""
+    more = (f"--config.evaluate.agreement={agreement}",)
     given = ("--workdir=run", "--suite=suite", "--config.condition.encoder=suite/vectors.txt")
     return main(["doctor", TINY, *given, *more])
 
@@ -33,7 +34,8 @@ def doctor(*more: str) -> int:
 def rows(out: str) -> dict[str, list[tuple[str, str]]]:
     """{check: [(state, text), ...]} of a printed table."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for line in out.split("\n\n")[0].splitlines():
+    table = out[re.search(r"^base  +", out, re.MULTILINE).start() :].split("\n\n")[0]
+    for line in table.splitlines():
         if match := re.match(r"(\w[\w ]*?)  +(ok|note|FAULT)  +(.*)", line):
             found.setdefault(match[1], []).append((match[2], match[3]))
             last = match[1]
@@ -56,13 +58,14 @@ def edit(path: pathlib.Path, change: Callable[[dict], object]) -> None:
 
 
 def test_a_sound_run(place, capsys):
-    assert doctor() == 0
+    assert doctor(agreement=True) == 0
     out = capsys.readouterr().out
     found = rows(out)
     (chat,) = found["chat"]
     assert chat[1].endswith("<assistant>ANSWER<end>'; an answer ends at '<end>'")
-    assert {"base", "suite", "checkpoints", "generator", "room"} <= found.keys()
+    assert {"base", "chat", "reading", "suite", "checkpoints", "generator", "room"} <= found.keys()
     assert all(state != "FAULT" for lines in found.values() for state, _ in lines), found
+    assert "JAX and PyTorch read it alike" in found["reading"][0][1]
     assert out.endswith("nothing found that would stop a run\n")
     assert max(map(len, out.splitlines())) <= 110
 
