@@ -8,7 +8,7 @@ demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadgroup
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -n 2 --dist=loadfile

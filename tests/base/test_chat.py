@@ -242,6 +242,7 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
     )
 
 
+@pytest.mark.slow
 def test_a_base_from_questions_alone(tmp_path, capsys):
     """Two sources without responses: the whole text is learned, however long; answers, which there
     are none of, are not."""

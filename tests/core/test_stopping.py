@@ -52,6 +52,7 @@ class Run:
         return self.process.returncode, error.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_notice_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
     """One preemption, then a maintenance that the restarted run hears of; the server drops some
     requests at first."""

@@ -89,6 +89,7 @@ def test_a_case_that_is_none(tmp_path):
     assert not (tmp_path / "bench.json").exists()
 
 
+@pytest.mark.slow
 def test_tuned_plans_are_measured_once_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
     problem = Problem(1, 12, 20, 24, 16, 5, "float32", "cpu")

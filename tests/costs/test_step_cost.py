@@ -180,6 +180,7 @@ def test_a_plan_of_virtual_devices_is_measured_and_adds_up():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_5_1_5b_code", "qwen2_5_7b_math"])
 def test_the_step_of_long_texts_can_encode_them(name):
     """26624 and 4608 tokens are beyond the encoder's window of 512; by shape alone."""
@@ -199,6 +200,7 @@ def test_the_step_of_long_texts_can_encode_them(name):
     assert metrics["sample_loss"].shape == (48,)
 
 
+@pytest.mark.slow
 def test_operations_in_loops_are_said_to_be_counted_once():
     fourier = make_plan(settings(generator__convolution="dft"), jax.devices())
     assert fourier.looped == 5 and "both too low: 5 convolutions loop" in describe_plan(fourier)
@@ -222,6 +224,7 @@ def test_more_chips_hold_less_each():
     assert held == sorted(held, reverse=True) and held[3] < held[0] / 7.5
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_its_tables_and_goes_on_where_it_was(tmp_path):
     config = settings(
         sweep__meshes=((8, 1, 1), (2, 2, 2), (3, 1, 1)),

@@ -122,6 +122,7 @@ def test_text_encoder_is_as_exact_as_pytorch_where_float32_is_worst(minilm):
     assert ours < 2 * theirs and ours < 1e-3
 
 
+@pytest.mark.slow
 def test_windows_beyond_512_are_independent(minilm):
     encode, bert = minilm
     rng = np.random.default_rng(0)

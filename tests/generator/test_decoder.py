@@ -154,6 +154,7 @@ def decoders(draw) -> tuple[list[tuple[int, int, int]], int]:
     return features, draw(st.sampled_from([1, 3, 5]))
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     decoders(), st.sampled_from([None, "camera_ready", "first_release"]), st.integers(0, 2**32 - 1)
@@ -307,7 +308,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_files_are_one_clear_error(load, name):
-    with pytest.raises(InputError, match="not a state dict that can be read safely") as caught:
+    wanted = "not a state dict that can be read|holds more than tensors, or is damaged"
+    with pytest.raises(InputError, match=wanted) as caught:
         load(UNREADABLE[name])
     assert "\n" not in str(caught.value)
 
@@ -317,7 +319,7 @@ def test_code_in_a_pickle_is_refused(load, tmp_path):
     torch.load(tmp_path / "rogue.pth", weights_only=False)
     assert (tmp_path / "ran").read_text() == "code ran", "the trap works"
     (tmp_path / "ran").unlink()
-    with pytest.raises(InputError, match="not a state dict that can be read safely"):
+    with pytest.raises(InputError, match="nothing pickled is run here"):
         load(Rogue(tmp_path / "ran"))
     assert not (tmp_path / "ran").exists()
 
@@ -325,7 +327,7 @@ def test_code_in_a_pickle_is_refused(load, tmp_path):
 def test_files_that_hold_something_else_are_refused(load, tmp_path):
     for content in (
         [torch.ones(2)],
-        {"epoch": 3, "state_dict": {"down_proj.bias": torch.ones(10)}},
+        {"epoch": 3, "names": ["down_proj.bias"]},
     ):
         with pytest.raises(InputError, match="flat dictionary of tensors"):
             load(content)

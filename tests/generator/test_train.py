@@ -27,6 +27,9 @@ from dnd_jax.parallel.mesh import make_mesh
 BATCH, STEPS = 8, 3
 
 
+pytestmark = pytest.mark.xdist_group("train")  # one process builds what they share
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(configuration, suite, workdir) of a run without noise on 8 devices in two groups."""

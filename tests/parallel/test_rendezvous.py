@@ -20,6 +20,7 @@ from pipeline import ROOT, TINY, dnd, random_loras, tiny_suite, when
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 
+pytestmark = pytest.mark.xdist_group("rendezvous")  # one process builds what they share
 STEPS = 60
 ARGUMENTS = (
     f"--config={ROOT / 'tests/tiny.py'}",
@@ -162,6 +163,7 @@ def uninterrupted(inputs, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
     ended = finish(*start_two(inputs, tmp_path, *TWO))
     assert [status for status, _ in ended] == [0, 0], ended
@@ -347,6 +349,7 @@ def test_two_processes_of_a_detected_cluster_train(inputs, tmp_path, cluster):
     ), recorded
 
 
+@pytest.mark.slow
 def test_who_joined_of_a_detected_cluster_is_said_when_not_all_do(inputs, tmp_path):
     started = time.monotonic()
     more = ("--multihost", "--start-timeout=5")

@@ -91,7 +91,13 @@ def assert_same(run, reference, tolerance: float = 1e-5):
             )
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+FEWER = [
+    pytest.param(mesh, id=name, marks=[pytest.mark.slow] * (name not in ("data 8", "all three")))
+    for name, mesh in MESHES.items()
+]
+
+
+@pytest.mark.parametrize("mesh", FEWER)
 def test_every_mesh_trains_as_one_device(mesh):
     run = train(settings(mesh))
     assert run[0][-1] < run[0][0]
@@ -106,8 +112,8 @@ def test_every_mesh_trains_as_one_device(mesh):
 @pytest.mark.parametrize(
     "mesh, change",
     [
-        ((1, 1, 1), {"micro_batches": 4}),
-        ((1, 1, 1), {"remat": "convolutions"}),
+        pytest.param((1, 1, 1), {"micro_batches": 4}, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), {"remat": "convolutions"}, marks=pytest.mark.slow),
         ((2, 2, 2), {"micro_batches": 2, "remat": "stages"}),
     ],
     ids=str,
@@ -155,7 +161,9 @@ def generation(config: Config, batch: int):
     return shard_generation(spec_of(config), mesh, m.rules, batch)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_bfloat16_moment", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw_bfloat16_moment", marks=pytest.mark.slow), "adafactor"]
+)
 def test_lean_optimizers_take_less_memory_and_learn(optimizer):
     lean, full = train(settings(optimizer=optimizer)), on_one_device()
     fall = lambda losses: losses[0] - losses[-1]

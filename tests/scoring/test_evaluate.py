@@ -42,6 +42,7 @@ from dnd_jax.scoring.evaluate import evaluate
 from dnd_jax.scoring.lm_eval import lm_eval_stage
 from dnd_jax.scoring.measured import measure
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # one process builds what they share
 MODULES = ("down_proj", "q_proj")
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
 

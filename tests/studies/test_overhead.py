@@ -58,6 +58,7 @@ def command(made: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(pathlib.Path(__file__).parents[2])
     monkeypatch.setenv("XLA_FLAGS", "")  # one device a process, as elsewhere

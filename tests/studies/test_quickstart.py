@@ -22,6 +22,7 @@ from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.scoring.results import METHODS
 
+pytestmark = pytest.mark.xdist_group("quickstart")  # one process builds what they share
 STAGES = ("pretrain", "collect", "generator")
 
 
