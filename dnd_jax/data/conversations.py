@@ -55,7 +55,7 @@ def _turn(where: str, turn: Mapping) -> tuple[str, object]:
         next((turn[key] for key in keys if not missing(turn.get(key))), None)
         for keys in (("from", "role"), ("value", "content"))
     )
-    if role not in SPEAKERS:
+    if not isinstance(role, str) or role not in SPEAKERS:
         raise InputError(
             f"{where}: speaker {role!r} of the conversation is none of {', '.join(SPEAKERS)}"
         )

@@ -10,6 +10,7 @@
 
 import bz2
 import contextlib
+import dataclasses
 import gzip
 import itertools
 import json
@@ -110,15 +111,13 @@ def json_rows(path: str | os.PathLike, text: str, faults: list[str]) -> Iterator
         rows = value if isinstance(value, list) else [value]
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
         return
-    name, decode = os.fspath(path), json.JSONDecoder().raw_decode
+    name, decode = os.fspath(path), json.JSONDecoder(object_pairs_hook=once_each).raw_decode
     for number, line in lines_of(text):
         try:
             row, end = decode(line)
             row = row if end == len(line) else json.loads(line)
-            if isinstance(row, dict) and line.count('":') != len(row):
-                _check_once_each(line, row)
-        except (ValueError, RecursionError, TypeError) as error:
-            faults.append(f"{name}:{number}: {_no_row(error)}")
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{name}:{number}: not JSON ({why_no_json(error)})")
         else:
             yield f"{name}:{number}", row
 
@@ -137,22 +136,6 @@ def _is_one(text: str) -> bool:
         json.loads(text)
         return True
     return False
-
-
-MANY = 32  # keys, each of which is looked for in the whole line
-
-
-def _check_once_each(line: str, row: dict[str, Any]) -> None:
-    """Raises ValueError for a key that a line's object has twice. A key of `row` stands once in the
-    line, or it is looked at again, as is an object of many keys."""
-    if len(row) > MANY or any(line.count(f'"{key}"') > 1 for key in row):
-        json.loads(line, object_pairs_hook=once_each)
-
-
-def _no_row(error: Exception) -> str:
-    if isinstance(error, TypeError):  # of len(): a number, true or null
-        return "expected an object"
-    return f"not JSON ({why_no_json(error)})"
 
 
 def hub_rows(
@@ -177,13 +160,29 @@ def hub_rows(
         raise InputError(
             f"{source}: no dataset to be had here or on the hub ({first_line(error)})"
         ) from None
-    there = found if isinstance(found, datasets.DatasetDict) else {str(found.split or ""): found}
-    wanted = split or (otherwise if isinstance(found, datasets.DatasetDict) else next(iter(there)))
+    if isinstance(found, datasets.DatasetDict):
+        there, wanted = list(found), split or otherwise
+    else:  # of one that does not say which split it is, any
+        there = [str(found.split or split or otherwise)]
+        wanted = split or there[0]
     if wanted not in there:
         raise InputError(f"{source}: no split {wanted!r}; there are {', '.join(there)}")
-    name, found = f"{source}/{config}" if config else source, there[wanted]
-    places = (f"{name}[{wanted or otherwise}]: row {i}" for i in itertools.count(1))
-    return zip(places, unlabeled(found, found.features), strict=False)
+    found = found[wanted] if isinstance(found, datasets.DatasetDict) else found
+    name = f"{source}/{config}" if config else source
+    places = (f"{name}[{wanted}]: row {i}" for i in itertools.count(1))
+    return zip(places, unlabeled(_read(found, source), found.features), strict=False)
+
+
+def _read(found: "datasets.Dataset", source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset; pictures, sounds and the like as they are stored. Raises InputError
+    for one that cannot be read."""
+    try:
+        for name, feature in found.features.items():
+            if getattr(feature, "decode", False):
+                found = found.cast_column(name, dataclasses.replace(feature, decode=False))
+        yield from found
+    except Exception as error:  # of any codec
+        raise InputError(f"{source}: a row cannot be read ({first_line(error)})") from None
 
 
 def _load_by_another_name(folder: pathlib.Path, config: str) -> "datasets.DatasetDict":

@@ -5,13 +5,14 @@ import os
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 
 from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError, first_line, listed
+from dnd_jax.core.errors import InputError, first_line, is_no_room, listed
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.core.whereabouts import flaw
 from dnd_jax.lora.names import WRAPPERS
@@ -54,27 +55,38 @@ def _loaded(path: pathlib.Path):
     """What a .pth file holds."""
     if line := flaw(path):
         raise InputError(line)
+    _check_sums(path)
     try:
-        if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise InputError(f"{path}: {damaged} in it is damaged; copy the file again")
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); copy the file again") from None
     except pickle.UnpicklingError:  # PyTorch advises to run what is pickled in it
         raise InputError(
             f"{path}: holds more than tensors, or is damaged; nothing pickled is run here: save "
             "its state_dict() alone"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of any kind, from its reader of the old format
+        if is_no_room(error):
+            raise
         reason = first_line(error).split(". ")[0]
         raise InputError(f"{path}: not a state dict that can be read ({reason})") from None
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Raises InputError for an archive with a damaged part: PyTorch does not look at the
+    checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); copy the file again") from None
+    if damaged:
+        raise InputError(f"{path}: {damaged} in it is damaged; copy the file again")
 
 
 def _model_of(state: object, path: pathlib.Path) -> Mapping:

@@ -328,6 +328,35 @@ def test_sources_that_cannot_be_read(tmp_path):
         read_source(Source("nobody/nothing"))  # the tests are offline
 
 
+def test_a_saved_dataset_that_names_no_split_is_any(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "a")
+    for split in ("train", "test"):
+        assert content(read_source(Source(str(tmp_path / "a"), split=split)))
+    datasets.Dataset.from_list(ROWS, split="train").save_to_disk(tmp_path / "b")
+    assert content(read_source(Source(str(tmp_path / "b"))))
+    with pytest.raises(InputError, match="b: no split 'test'; there are train"):
+        read_source(Source(str(tmp_path / "b"), split="test"))
+
+
+@pytest.mark.parametrize("kind", [datasets.Image, datasets.Audio, datasets.Video])
+def test_columns_of_pictures_and_sounds_are_not_decoded(kind, tmp_path):
+    damaged = {"bytes": b"none", "path": None}
+    held = datasets.Dataset.from_list([{"prompt": "q", "response": "a", "seen": damaged}])
+    features = datasets.Features({**held.features, "seen": kind()})
+    held.cast(features).save_to_disk(tmp_path / "saved")
+    assert content(read_source(Source(str(tmp_path / "saved")))) == [("q", "a", "")]
+
+
+def test_rows_that_cannot_be_decoded(tmp_path):
+    """Pictures in lists are; a damaged one is said."""
+    damaged = [{"bytes": b"none", "path": None}]
+    held = datasets.Dataset.from_list([{"prompt": "q", "response": "a", "seen": damaged}])
+    features = datasets.Features({**held.features, "seen": datasets.List(datasets.Image())})
+    held.cast(features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="saved: a row cannot be read .*image"):
+        read_source(Source(str(tmp_path / "saved")))
+
+
 def test_limit_and_prompts_without_responses(tmp_path):
     path = lines(tmp_path / "a.jsonl", ROWS)
     some = content(read_source(Source(path, limit=5)))

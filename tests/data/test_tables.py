@@ -195,6 +195,13 @@ def test_lines_of_text_are_prompts(tmp_path):
             b'{"prompt": "a", "response": "b", "prompt": "c"}',
             "x.jsonl:1: .*'prompt' is there twice",
         ),
+        (b'{"prompt": "a", "prompt" : "b"}', "x.jsonl:1: .*'prompt' is there twice"),
+        (b'{"prompt": "a", "prompt"\t: "b"}', "x.jsonl:1: .*'prompt' is there twice"),
+        (b'{"\\u0070rompt": "a", "prompt": "b"}', "x.jsonl:1: .*'prompt' is there twice"),
+        (
+            b'{"messages": [{"role": "user", "content": "Q", "content": "Z"}]}',
+            "x.jsonl:1: .*'content' is there twice",
+        ),
         (b'{"prompt": "a", "response": Infinity}', "x.jsonl:1: response must be given as text"),
         (b'{"prompt": "a", "response": NaN}', "x.jsonl:1: response .* .there is nothing in it"),
         (b"\xff\xfea", "x.jsonl: is UTF-16"),
@@ -316,6 +323,14 @@ def test_parts_of_a_conversation(content, expected, tmp_path):
         assert read_prompts(tmp_path / "x.jsonl") == [expected]
         return
     with pytest.raises(InputError, match=f"x.jsonl:1: .*{expected}"):
+        read_source(Source(str(tmp_path / "x.jsonl")))
+
+
+@pytest.mark.parametrize("role", [["user"], {"name": "user"}, 3, True])
+def test_a_speaker_that_is_no_text(role, tmp_path):
+    row = {"messages": [{"role": role, "content": "q"}, TURNS[1]]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="x.jsonl:1: speaker .* is none of"):
         read_source(Source(str(tmp_path / "x.jsonl")))
 
 

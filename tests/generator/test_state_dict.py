@@ -97,3 +97,14 @@ def test_a_pointer_of_git_lfs(tmp_path):
     (tmp_path / "g.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(InputError, match="pointer of git-lfs"):
         read_state_dict(tmp_path / "g.pth", FIRST)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"hello\n", b".text", b"", b"{}", b"\x80\x02", b"\x80\xff", b"(lp0\n.", b"I7\n.", b"cos\n"],
+)
+def test_files_that_are_none(raw, tmp_path):
+    (tmp_path / "x.pth").write_bytes(raw)
+    with pytest.raises(InputError, match=r"x\.pth: (not a state dict|holds more than)") as caught:
+        read_state_dict(tmp_path / "x.pth", FIRST)
+    assert "\n" not in str(caught.value)
