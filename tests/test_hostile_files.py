@@ -32,6 +32,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     """Where nothing of the user's is within reach."""
     home = {"HOME": str(folder / "home"), "DND_JAX_CACHE": str(folder / "cache")}
     root = pathlib.Path(__file__).parent.parent
+    home["XLA_FLAGS"] = ""  # one device, as a user has
     return {**os.environ, **home, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
 
 
