@@ -97,11 +97,11 @@ def _main(argv: list[str]) -> int:
         )
         return exit_status(getattr(error, "signum", None))
     except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
-        if refusal := environment.refused(error):
-            tell(refusal)
-            return 2
         if not is_no_room(error):
-            raise
+            if (refusal := environment.refused(error)) is None:
+                raise
+            tell(refusal)
+            return 1 if isinstance(refusal, CheckFailed) else 2
         tell(
             f"no room on the device ({first_line(error)}); take a smaller batch, "
             "train.micro_batches, train.remat=stages or mesh.fsdp; `dnd plan` says what fits"

@@ -14,14 +14,14 @@ from dnd_jax.config.records import differences
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import workdir as paths
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.files import read_json, write_json
 
 
 @contextlib.contextmanager
 def remembering(workdir: pathlib.Path, config: Config, seeds: Sequence[int] = ()) -> Iterator[None]:
     """Remembers a run's settings and seeds from here on, and lists on the terminal what differs
-    from those that were. If the block raises InputError before anything was made with them, all
+    from those that were. If the block refuses before anything was made with them, all
     is as it was; later they stay. seeds: none for those that are remembered."""
     path, config = workdir / paths.CONFIG, absolute(config)
     then, made = read_json(path) if path.is_file() else None, _made(workdir)
@@ -33,7 +33,7 @@ def remembering(workdir: pathlib.Path, config: Config, seeds: Sequence[int] = ()
         write_settings(path, config, seeds)
     try:
         yield
-    except InputError:
+    except (InputError, CheckFailed):
         if _made(workdir) == made:
             _restore(path, then, changed)
         raise

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.errors import CheckFailed, InputError, first_line
 
 XLA = "XLA_FLAGS"
 # Of these alone, XLA_FLAGS is known to be right.
@@ -39,11 +39,15 @@ def check_xla_flags() -> None:
     raise InputError(f"{XLA}={given}: {why}; mend the environment variable, or unset it")
 
 
-def refused(error: Exception) -> InputError | None:
-    """The user's line for an error that JAX raises because of its environment variables; None for
-    any other."""
+def refused(error: Exception) -> InputError | CheckFailed | None:
+    """The line for an error that JAX raises when it starts: InputError because of its environment
+    variables, CheckFailed for a device that fails, which another start may have; None for any
+    other."""
     text = first_line(error)
     of_jax = isinstance(error, ValueError) and re.search(r"\bJAX_\w+|JAX flag jax_\w+", text)
-    if of_jax or text.startswith(("Unable to initialize backend", "Unknown backend")):
+    unknown = text.startswith("Unknown backend") or "list of known backends" in text
+    if of_jax or unknown:
         return InputError(f"JAX cannot start: {text}; mend its environment variable, or unset it")
+    if text.startswith("Unable to initialize backend"):
+        return CheckFailed(f"JAX cannot start: {text}")
     return None

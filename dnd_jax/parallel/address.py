@@ -5,13 +5,16 @@ a C++ stack and status 134. So process 0 tries the address first: it listens whe
 and calls itself by the name that the others were told.
 """
 
+import contextlib
 import errno
 import os
 import secrets
 import socket
+import time
 from typing import NamedTuple
 
-from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.errors import InputError, Missing, first_line
+from dnd_jax.core.stopping import stop
 
 GIVE = "give --coordinator, --processes and --process"
 PATIENCE = 5.0  # seconds until a call to oneself counts as unanswered
@@ -76,9 +79,10 @@ def listen(port: int, backlog: int = 8, host: str = "") -> socket.socket:
     return socket.create_server(("", port), backlog=backlog)
 
 
-def check_own(meeting: Meeting) -> None:
+def check_own(meeting: Meeting, patience: float = 0.0) -> None:
     """Process 0 calls this before JAX starts. Raises InputError unless it can listen at the
-    coordinator's port and reaches itself there by the coordinator's name."""
+    coordinator's port and reaches itself there by the coordinator's name; Missing where that name
+    is still not known, or without an answer, after `patience` seconds: it may be in a while."""
     name, port = split(meeting.coordinator, "the coordinator")
     bound = os.environ.get(BIND, "")
     host, own = split(bound, BIND) if bound else ("", port)
@@ -89,37 +93,43 @@ def check_own(meeting: Meeting) -> None:
             f"port {own} of the coordinator {bound or meeting.coordinator} cannot be used: "
             f"{_why(error)}; {meeting.mend}"
         ) from None
+    deadline = time.monotonic() + patience
     with server:
-        fault = _call(server, name, port)
+        fault, may_pass = _call(server, name, port)
+        while fault and may_pass and time.monotonic() < deadline:
+            stop.check()
+            time.sleep(1)
+            fault, may_pass = _call(server, name, port)
     if fault:
         here = socket.gethostname()
-        raise InputError(
+        raise (Missing if may_pass else InputError)(
             f"process 0 ({here}) does not reach itself at the coordinator's address "
             f"{meeting.coordinator}: {fault}; {GIVE}, with an address of this machine"
         )
 
 
-def _call(server: socket.socket, host: str, port: int) -> str:
-    """Why a call to host:port does not reach this server; empty when it does."""
+def _call(server: socket.socket, host: str, port: int) -> tuple[str, bool]:
+    """(why a call to host:port does not reach this server, empty when it does; whether it may a
+    little later)."""
     token = secrets.token_bytes(16)
     try:
         call = socket.create_connection((host, port), timeout=PATIENCE)
     except TimeoutError:
-        return f"no answer within {PATIENCE:.0f} s"
+        return f"no answer within {PATIENCE:.0f} s", True
     except (OSError, ValueError) as error:  # ValueError: of what cannot be a name
-        return _why(error)
+        return _why(error), isinstance(error, socket.gaierror)
     with call:
         call.sendall(token)
         server.settimeout(PATIENCE)
         try:
             while True:
                 answer, _ = server.accept()
-                with answer:
+                with answer, contextlib.suppress(OSError):  # a stranger who says nothing
                     answer.settimeout(PATIENCE)
                     if answer.recv(len(token)) == token:
-                        return ""
+                        return "", False
         except OSError:  # nobody has called here
-            return "another machine answers there"
+            return "another machine answers there", False
 
 
 def _why(error: Exception) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dnd_jax.core import digests
-from dnd_jax.core.errors import InputError, Lost, Missing, first_line
+from dnd_jax.core.errors import CheckFailed, InputError, Lost, Missing, first_line, tell
 from dnd_jax.core.stopping import Stopped, exit_status, stop
 from dnd_jax.parallel import address, peers
 from dnd_jax.parallel.address import GIVE, Meeting
@@ -230,7 +230,7 @@ def joined(
         digest = digests.of_texts([*run, jax.__version__, digests.of_program()])
         if process == 0:
             if not jax.distributed.is_initialized():
-                address.check_own(meeting)
+                address.check_own(meeting, start_timeout)
             peers.present = _gather(meeting, processes, start_timeout, digest)
         else:
             peers.present = _join(meeting, processes, process, start_timeout, digest)
@@ -255,10 +255,13 @@ def joined(
     )
     try:
         yield
-    except (InputError, Lost, OSError) as error:
-        print(f"dnd: {error}", file=sys.stderr, flush=True)
-        peers.present.leave(str(error))
-        os._exit(2)  # JAX's own shutdown waits for the others, who wait for this one
+    except (InputError, CheckFailed, Lost, OSError) as error:
+        tell(error)
+        failed = isinstance(error, CheckFailed)
+        peers.present.leave(str(error), 1 if failed else LOST)
+        os._exit(
+            1 if failed else 2
+        )  # JAX's own shutdown waits for the others, who wait for this one
     except (Stopped, KeyboardInterrupt) as error:
         if isinstance(error, Stopped) and error.agreed:
             peers.present.leave()

@@ -4,7 +4,7 @@ import pytest
 
 from dnd_jax import main
 from dnd_jax.core import environment
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import CheckFailed, InputError
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,26 @@ def test_what_jax_says_of_its_variables_when_it_is_imported(error, shown, monkey
 
 def test_a_backend_that_is_not_there(monkeypatch, capsys):
     def start(*_):
-        raise RuntimeError("Unable to initialize backend 'foo': Backend 'foo' is not known.")
+        raise RuntimeError("Unable to initialize backend 'foo': not in the list of known backends")
 
     monkeypatch.setattr(main, "_run", start)
     assert main.main(["suite"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("dnd: JAX cannot start: Unable to initialize backend 'foo'")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (
+            "Unable to initialize backend 'foo': 'foo' is not in the list of known backends",
+            InputError,
+        ),
+        ("Unknown backend foo", InputError),
+        ("Unable to initialize backend 'cuda': INTERNAL: no device", CheckFailed),
+        ("something else", type(None)),
+    ],
+)
+def test_a_device_that_fails_is_no_fault_of_the_environment(error, kind):
+    assert type(environment.refused(RuntimeError(error))) is kind

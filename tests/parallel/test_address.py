@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, Missing
 from dnd_jax.parallel import address, rendezvous
 
 
@@ -121,3 +121,23 @@ def test_schedulers_variables(changes, fault, monkeypatch):
     with pytest.raises(InputError) as caught, contextlib.ExitStack() as stack:
         stack.enter_context(rendezvous.joined("", 1, 0, True, 1, []))
     assert fault in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_known_a_little_later(monkeypatch):
+    """As a pod's name is, whose record comes seconds after its process."""
+    real, asked = socket.create_connection, []
+
+    def slow(address, timeout):
+        asked.append(address)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(address, timeout)
+
+    monkeypatch.setattr(address.socket, "create_connection", slow)
+    monkeypatch.setattr(address.time, "sleep", lambda _: None)
+    meeting = address.given(f"127.0.0.1:{free_port()}")
+    address.check_own(meeting, patience=60)
+    assert len(asked) == 3
+    asked.clear()
+    with pytest.raises(Missing, match="its name is not known here"):
+        address.check_own(meeting)
