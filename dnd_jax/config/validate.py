@@ -1,6 +1,7 @@
 """JSON-like values -> frozen dataclasses, with every fault in one error: settings, records of them,
 and the JSON objects of others."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -112,15 +113,16 @@ class _Reader:
         plain, of = typing.get_origin(kind) or kind, next(iter(typing.get_args(kind)), None)
         value = raw
         if plain is float and type(raw) is int:
-            value = float(raw)
+            with contextlib.suppress(OverflowError):
+                value = float(raw)
         if plain is tuple:
             value = tuples(raw)
-        if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            self.faults.append(f"{path} is a number of {value.bit_length()} bits; at most 63")
+        elif not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
             self.faults.append(f"{path} = {value!r} should be {plain.__name__}")
         elif value != value:
             self.faults.append(f"{path} = {value!r} is not a number")
-        elif isinstance(value, int) and abs(value) > LARGEST:
-            self.faults.append(f"{path} is a number of {value.bit_length()} bits; at most 63")
         elif of in (int, str) and any(type(part) is not of for part in value):
             self.faults.append(f"{path} = {value!r} should hold nothing but {of.__name__}")
         return value

@@ -1,10 +1,10 @@
 """Every field of PEFT's LoraConfig: what it does to an adapter's numbers, and whether it is read,
 does nothing to them, or is refused."""
 
-import math
 import numbers
 import pathlib
 import re
+import sys
 from collections.abc import Mapping
 
 from dnd_jax.core.errors import InputError
@@ -44,6 +44,7 @@ NO_NUMBER = (
     "ensure_weight_tying",
     "merge_weights",  # of the first versions
 )
+LARGEST = sys.float_info.max  # of a number
 _PLAIN = "train a plain LoRA"
 # {field: what to do}. With a value, an adapter is not W + scale * B A alone, or not on the modules
 # that it names.
@@ -110,15 +111,18 @@ def _note(key: str, file: str) -> None:
 
 
 def _check_numbers(raw: Mapping, file: pathlib.Path) -> None:
-    """Raises InputError for a rank or alpha that is none, of all or of a pattern."""
+    """Raises InputError for a rank or alpha that is none, of all or of a pattern, and for a pattern
+    that is none."""
     for name, least in (("r", 1), ("lora_alpha", None)):
         pattern = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name]
         own = raw.get(pattern) or {}
         if not isinstance(own, Mapping):
             raise InputError(f"{file}: {pattern} = {own!r} should be an object {{pattern: number}}")
+        for key in own:
+            _check_pattern(key, f"{file}: {pattern}")
         for key, value in {name: raw.get(name), **own}.items():
             number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or (least and value < least):
+            if not number or not abs(value) <= LARGEST or (least and value < least):
                 raise InputError(
                     f"{file}: {f'{pattern} of ' if key != name else ''}{key} = {value!r} should "
                     f"be {'a whole number of at least 1' if least else 'a number'}"
@@ -127,13 +131,23 @@ def _check_numbers(raw: Mapping, file: pathlib.Path) -> None:
         raise InputError(f"{file}: lora_alpha = 0: such an adapter changes nothing")
 
 
+def _check_pattern(key: str, where: str) -> None:
+    try:
+        re.compile(_ends_in(key))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{where} of {key!r} is no regular expression ({error})") from None
+
+
+def _ends_in(pattern: str) -> str:
+    """PEFT's expression for the paths that a pattern is of."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def own_value(raw: Mapping, pattern: str, default: str, module: str):
     """A module's own rank or alpha, by PEFT's rule: the first pattern that ends its path, else the
     common value."""
     found = (
-        value
-        for key, value in (raw.get(pattern) or {}).items()
-        if re.match(rf"(.*\.)?({key})$", module)
+        value for key, value in (raw.get(pattern) or {}).items() if re.match(_ends_in(key), module)
     )
     return next(found, raw[default])
 
