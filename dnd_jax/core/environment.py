@@ -35,8 +35,9 @@ def check_xla_flags() -> None:
     )
     if not ended.returncode or "parse_flags" not in ended.stderr:
         return  # taken, or not to be known in this way
-    why = re.search(r"^[EF]\d{4} .*?\] (.*)", ended.stderr, re.MULTILINE)[1]
-    raise InputError(f"{XLA}={given}: {why}; mend the environment variable, or unset it")
+    why = re.search(r"^[EF]\d{4} .*flags\w*\.cc:\d+\] (.*)", ended.stderr, re.MULTILINE)
+    if why:
+        raise InputError(f"{XLA}={given}: {why[1]}; mend the environment variable, or unset it")
 
 
 def refused(error: Exception) -> InputError | CheckFailed | None:

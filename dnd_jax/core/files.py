@@ -19,6 +19,7 @@ import secrets
 import shutil
 import socket
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -182,12 +183,21 @@ def unreadable(error: OSError, otherwise: str = "a file") -> InputError:
 
 
 def holds_only(folder: pathlib.Path, names: Collection[str]) -> bool:
-    """Whether this is a folder, no link to one, with files of these names and nothing else: what
-    may be removed by whoever writes such."""
+    """Whether this is a folder, no link to one, with files of these names, and of systems, and
+    nothing else: what may be removed by whoever writes such."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
-        return all(entry.name in names and not entry.is_dir() for entry in entries)
+        return all(
+            (entry.name in names or is_of_system(entry.name)) and not entry.is_dir()
+            for entry in entries
+        )
+
+
+def is_of_system(name: str) -> bool:
+    """Whether a file has a name by which macOS, or a network file system, leaves its own in any
+    folder."""
+    return name == ".DS_Store" or name.startswith(("._", ".nfs"))
 
 
 def check_free(folder: str | os.PathLike, flag: str) -> None:
@@ -309,8 +319,8 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts would be a guess."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        times = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in times.items() if count > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return found
 

@@ -99,11 +99,12 @@ def no_weights(folder: pathlib.Path) -> str:
 
 
 def _models_inside(folder: pathlib.Path) -> list[str]:
-    """The folders below, down to the third, that hold a model: of the hub's cache the commits, of a
-    trainer the checkpoints, the last of them last."""
+    """The folders below, down to the second, that hold a model, and the commits in the hub's cache;
+    of a trainer the checkpoints, the last of them last."""
     if not folder.is_dir():
         return []
-    found = [p.parent for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{CONFIG}")]
+    depths = ("*", "*/*", "models--*/snapshots/*")
+    found = [p.parent for depth in depths for p in folder.glob(f"{depth}/{CONFIG}")]
     found = [p for p in found if not p.name.endswith(("_Pooling", "_Dense", "_Normalize"))]
     names = sorted((str(p.relative_to(folder)) for p in found), key=lambda n: (len(n), n))
     return names[-MOST:]

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ def _names(path: str | os.PathLike, cells: list[str], separator: str) -> list[st
 
 def _once_each(path: str | os.PathLike, names: Collection[str]) -> None:
     """Raises InputError for a column's name that is there twice."""
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise InputError(f"{path}: columns with one name: {', '.join(twice)}; rename one")
 
@@ -102,9 +103,10 @@ def _arrow(path: str | os.PathLike) -> "pyarrow.Table":
 def _features(schema: "pyarrow.Schema") -> Mapping[str, Any]:
     """What `datasets` kept of its columns' features; nothing for another's table."""
     try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def unlabeled(rows: Iterable[dict], features: Mapping[str, Any]) -> Iterator[dict]:

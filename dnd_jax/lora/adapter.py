@@ -12,7 +12,7 @@ import numpy as np
 
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_json, replacing
+from dnd_jax.core.files import is_of_system, read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
 from dnd_jax.lora.names import LORA_B, PEFT_PREFIX, are_pefts, canonical
 from dnd_jax.lora.peft_settings import (
@@ -55,9 +55,9 @@ def save_adapter(
 
 
 def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder holds an adapter that `save_adapter` wrote, and nothing else: PEFT and other
-    tools write more settings."""
-    if not {WEIGHTS, CONFIG} <= set(os.listdir(folder)) <= {WEIGHTS, CONFIG, CARD}:
+    """Whether a folder holds an adapter that `save_adapter` wrote, and nothing else but files of
+    systems: PEFT and other tools write more settings."""
+    if not {WEIGHTS, CONFIG} <= _names(folder) <= {WEIGHTS, CONFIG, CARD}:
         return False
     raw = read_json(folder / CONFIG)
     return (
@@ -68,8 +68,12 @@ def is_ours(folder: pathlib.Path) -> bool:
 def check_ours(folder: pathlib.Path) -> None:
     """Raises InputError unless a folder is absent, empty or `is_ours`, so that it may be
     replaced."""
-    if folder.is_dir() and os.listdir(folder) and not is_ours(folder):
+    if folder.is_dir() and _names(folder) and not is_ours(folder):
         raise InputError(f"{folder}: holds what dnd_jax did not make; move it to another place")
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+    return {name for name in os.listdir(folder) if not is_of_system(name)}
 
 
 def verify_adapter(

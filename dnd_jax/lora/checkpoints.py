@@ -70,15 +70,16 @@ def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     inner = [p for p in folder.glob("*/") if not p.name.startswith(".")]
     folders = [path for path in inner if (path / WEIGHTS).is_file()]
-    broken = [path for path in inner if path not in folders and is_unfinished(path)]
-    if broken:
-        raise InputError(what_is_there(min(broken)))
     # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
     flat = [
         path
         for path in folder.glob("*.safetensors")
         if path.name != WEIGHTS and not path.name.startswith(".")
     ]
+    alone = not folders and not flat
+    broken = [path for path in inner if path not in folders and is_unfinished(path, alone)]
+    if broken:
+        raise InputError(what_is_there(min(broken)))
     if flat and (folder / "config.json").is_file():
         raise InputError(what_is_there(folder))
     if folders and flat:

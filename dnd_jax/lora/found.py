@@ -24,12 +24,13 @@ def what_is_there(path: str | os.PathLike) -> str:
     return f"{path}: no {' and no '.join(lacking)}{f'; {seen}' if seen else ''}"
 
 
-def is_unfinished(folder: pathlib.Path) -> bool:
-    """Whether a folder without WEIGHTS was to be an adapter, or holds one in another form."""
+def is_unfinished(folder: pathlib.Path, alone: bool) -> bool:
+    """Whether a folder without WEIGHTS was to be an adapter, or holds one in another form. alone:
+    no whole adapter lies beside it; else folders inside are an archive's."""
     names = os.listdir(folder)
-    return any(name == CONFIG or name.startswith("adapter_model") for name in names) or any(
-        (folder / name / CONFIG).is_file() for name in names
-    )
+    if any(name == CONFIG or name.startswith("adapter_model") for name in names):
+        return True
+    return alone and any((folder / name / CONFIG).is_file() for name in names)
 
 
 def _seen(folder: pathlib.Path) -> Iterator[str]:
@@ -103,8 +104,5 @@ def why_no_checkpoints(root: pathlib.Path, dataset: str) -> str:
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     if (folder / WEIGHTS).is_file():
         return f"{folder} is one adapter: put it into a folder of its own, {folder / 'step_1'}"
-    for path in [folder, *inner]:
-        seen = next(_seen(path))
-        if path is not folder or not inner:
-            return f"{path}: {seen}"
-    return f"{folder}: {next(_seen(folder))}"
+    path = inner[0] if inner else folder
+    return f"{path}: {next(_seen(path))}"

@@ -84,6 +84,11 @@ def hub_cache(base, root):
     return root / "models--Qwen--Q"
 
 
+def hub_cache_of_several(base, root):
+    hub_cache(base, root)
+    return root
+
+
 def trainer(base, root):
     for step in (500, 1000):
         copied(base, root / f"checkpoint-{step}")
@@ -123,6 +128,7 @@ def tokenizer_alone(base, root):
         (a_folder_up, ["there is one in base; give the folder", "/base"]),
         (a_folder_down, ["there is one a folder up; give", "/base"]),
         (hub_cache, [f"there is one in snapshots/{'a' * 40}; give the folder"]),
+        (hub_cache_of_several, [f"there is one in models--Qwen--Q/snapshots/{'a' * 40}"]),
         (trainer, ["checkpoint-500, checkpoint-1000; give one of", "/checkpoint-1000"]),
         (sentence_transformers_of_old, ["there is one in 0_Transformer"]),
         (metas, ["Meta's or Mistral's own format (consolidated.00.pth, params.json)"]),

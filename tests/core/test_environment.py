@@ -1,5 +1,8 @@
 """Variables of the environment that JAX would abort on, or answer with a stack, are one line."""
 
+import subprocess
+from contextlib import nullcontext
+
 import pytest
 
 from dnd_jax import main
@@ -20,6 +23,21 @@ def test_flags_that_xla_does_not_take(flags, fault, monkeypatch):
     with pytest.raises(InputError) as caught:
         environment.check_xla_flags()
     assert f"XLA_FLAGS={flags}: {fault}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("E1126 01:02 3 dnn.cc:4] Unable to register\nF1126 01:02 3 parse_flags.cc:5] Bad", "Bad"),
+        ("parse_flags ended without a word", None),
+    ],
+)
+def test_what_xla_says_beside(said, why, monkeypatch):
+    monkeypatch.setenv(environment.XLA, "--xla_a=1")
+    ended = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(InputError, match=f"--xla_a=1: {why};") if why else nullcontext():
+        environment.check_xla_flags()
 
 
 def test_flags_that_it_takes(monkeypatch):

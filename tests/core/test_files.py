@@ -304,6 +304,8 @@ def test_what_a_clean_up_may_remove(tmp_path):
     (tmp_path / "deep" / "a").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     (tmp_path / "file").touch()
+    for name in (".DS_Store", "._a", ".nfs01"):
+        (tmp_path / "part" / name).touch()
     names = [path.name for path in tmp_path.iterdir() if files.holds_only(path, "ab")]
     assert sorted(names) == ["empty", "ours", "part"]
 
@@ -346,6 +348,12 @@ def test_a_key_that_is_there_twice(tmp_path):
         InputError, match="x: not JSON that can be read .the key 'c' is there twice"
     ):
         files.json_of(text, "x", once=True)
+
+
+def test_many_keys_of_which_the_last_is_twice():
+    pairs = [(str(i), i) for i in range(100_000)]
+    with pytest.raises(ValueError, match="the key '99999' is there twice"):
+        files.once_each([*pairs, pairs[-1]])
 
 
 def test_an_object_of_ours(tmp_path):

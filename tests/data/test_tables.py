@@ -74,6 +74,14 @@ def test_a_stream_of_arrow(tmp_path):
     assert [row for _, row in file_rows(file, [])] == ROWS
 
 
+@pytest.mark.parametrize("features", [None, [], "x", 3])
+def test_features_that_are_none(features, tmp_path):
+    kept = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    table = pyarrow.Table.from_pylist(ROWS).replace_schema_metadata(kept)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert [row for _, row in file_rows(tmp_path / "x.parquet", [])] == ROWS
+
+
 CSVS = {
     "quotes": 'prompt,response\n"a, ""b""\nc",d\n',
     "crlf": "prompt,response\r\na,b\r\nc,d\r\n",

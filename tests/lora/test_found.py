@@ -136,7 +136,7 @@ def one_broken(root):
 
 
 def one_named(root):
-    adapter(root / "birds" / "step_1")
+    (root / "birds" / "runs").mkdir(parents=True)
     adapter(root / "birds" / "step_2" / "task")
 
 
@@ -177,5 +177,6 @@ def test_what_lies_beside_checkpoints_is_no_fault(tmp_path):
     adapter(tmp_path / "birds" / "checkpoint-2")
     files(tmp_path / "birds", "runs/events", "trainer_state.json", "checkpoint-1/optimizer.pt")
     adapter(tmp_path / "birds" / ".ipynb_checkpoints")
+    adapter(tmp_path / "birds" / "old" / "checkpoint-1")
     found = checkpoint_folders(tmp_path, ["birds"])["birds"]
     assert [os.path.basename(path) for path in found] == ["checkpoint-2"]

@@ -10,7 +10,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.lora import collect
 from dnd_jax.lora.adapter import is_ours, save_adapter
-from dnd_jax.lora.found import CONFIG
+from dnd_jax.lora.found import CONFIG, WEIGHTS
 from dnd_jax.lora.peft_settings import AdapterConfig
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -59,12 +59,26 @@ def test_what_is_ours_is_replaced(tmp_path):
         assert is_ours(ours(tmp_path / "a", card))
 
 
+def test_files_of_systems_are_nobodys(tmp_path):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / ".DS_Store").touch()
+    folder = ours(tmp_path / "birds")
+    for name in (".DS_Store", f"._{CONFIG}", ".nfs0000001"):
+        (folder / name).touch()
+        assert is_ours(folder)
+    assert set(contents(ours(folder))) == {WEIGHTS, CONFIG}
+    (folder / ".notes").touch()
+    assert not is_ours(folder)
+
+
 def suite(root: pathlib.Path) -> Suite:
     return Suite("s", root, (), (Dataset("birds", (), ()),), (), {}, "")
 
 
 def test_collect_refuses_others_loras_where_it_writes(tmp_path):
     ours(tmp_path / "birds" / "step_000004")
+    collect._check_own(tmp_path, suite(tmp_path))
+    (tmp_path / "birds" / "step_000004" / ".DS_Store").touch()
     collect._check_own(tmp_path, suite(tmp_path))
     theirs(tmp_path / "birds" / "checkpoint-3")
     with pytest.raises(InputError, match="did not make; use another --workdir.*checkpoint-3"):
