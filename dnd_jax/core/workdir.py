@@ -14,6 +14,7 @@ CONFIG = "config.json"  # the settings that the run goes on with
 REVISIONS = "revisions.json"  # {hub id: the commit that the run took}
 SUITE = "suite"  # the embedded suite, where none is given
 SUITE_FAULTS = "suite_faults.json"  # of the suite that was checked last
+PROMPTS_CUT = "prompts_cut.json"  # of the suite that was trained on last
 PRETRAIN = "pretrain"  # metrics and checkpoints of the base's training
 BASE = "base"  # the base as a Hugging Face folder
 COLLECT = "collect"  # metrics and checkpoints of the LoRAs' training

@@ -7,20 +7,26 @@ prompt is lost when more than half of its tokens are behind the cut, or when wha
 left of another prompt too, of this set or another.
 """
 
+import contextlib
 import dataclasses
+import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dnd_jax.config.schema import Config
+from dnd_jax.config.validate import section
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_json, write_json
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Suite
+from dnd_jax.parallel import hosts
 
 SHARE = 0.5  # of a prompt's tokens, and of a set's prompts, that may be lost
 # Tokens that no tokenizer adds more of. An ASCII text has at most as many of its own as characters.
 SPECIAL = 8
 BLOCK = 1000  # texts that are tokenised at once
 SHOWN = 3  # sets that are listed
+COUNTS = 1  # counted up whenever `count` finds something else than before
 RAISE = "raise it, shorten the prompts"
 
 # Texts, L -> their tokens as the encoder gets them, special ones included, None for what the
@@ -84,11 +90,32 @@ def _blocks(texts: Sequence[str], tokens: Tokens, limit: int | None) -> Iterator
         yield from tokens(texts[first : first + BLOCK], limit)
 
 
-def of_suite(suite: Suite, tokens: Tokens, config: Config) -> dict[str, Cut]:
-    """`count` of a suite's datasets."""
-    form, seed = config.condition.form, config.seed
-    texts = {d.name: condition_texts(d.train, form, seed) for d in suite.every}
-    return count(texts, tokens, config.condition.max_text_length)
+def of_suite(
+    suite: Suite,
+    tokens: Tokens,
+    config: Config,
+    kept: pathlib.Path | None = None,
+    encoder: str = "",
+) -> dict[str, Cut]:
+    """`count` of a suite's datasets.
+
+    kept: a file that holds what was counted last; it is read when that was of this suite, encoder
+    (a `PromptEncoder.fingerprint`) and settings, else written by process 0.
+    """
+    form, seed, limit = config.condition.form, config.seed, config.condition.max_text_length
+    state = {"counts": COUNTS, "suite": suite.fingerprint, "encoder": encoder}
+    state |= {"form": form, "seed": seed, "limit": limit}
+    with contextlib.suppress(InputError, LookupError, TypeError, AttributeError):  # absent, damaged
+        stored = read_json(kept) if kept else {}
+        if stored["state"] == state:
+            return {name: section(Cut, cut, name) for name, cut in stored["cut"].items()}
+    found = count(
+        {d.name: condition_texts(d.train, form, seed) for d in suite.every}, tokens, limit
+    )
+    if kept and hosts.lead():
+        cuts = {name: dataclasses.asdict(cut) for name, cut in found.items()}
+        write_json(kept, {"state": state, "cut": cuts})
+    return found
 
 
 def check(found: Mapping[str, Cut], too_long: str, fix: str, say: Callable = print) -> None:

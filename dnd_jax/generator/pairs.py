@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Suite
@@ -149,7 +150,8 @@ def paired_datasets(
     """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
     was encoded before is read. Raises InputError where the encoder cuts too much of a task's
     prompts, of an unseen one's too."""
-    lost = cut.of_suite(suite, encoder.tokens, config)
+    kept = workdir / paths.PROMPTS_CUT
+    lost = cut.of_suite(suite, encoder.tokens, config, kept, encoder.fingerprint)
     say = functools.partial(print, flush=True) if hosts.lead() else lambda line: None
     cut.check(lost, config.condition.too_long, cut.RAISE, say)
     datasets, weights = [], []

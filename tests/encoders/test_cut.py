@@ -15,7 +15,8 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
-from dnd_jax.data.suite import load_suite
+from dnd_jax.data.sources import Example
+from dnd_jax.data.suite import Dataset, Suite, load_suite
 from dnd_jax.data.world import write_world
 from dnd_jax.encoders import word_vectors
 from dnd_jax.encoders.cut import RAISE, check, count, of_suite
@@ -137,6 +138,33 @@ def test_the_embedded_suite_is_not_refused(minilm, tmp_path):
     found = of_suite(suite, minilm, dataclasses.replace(config, condition=shorter))
     assert len(found) > 30
     check(found, "refuse", RAISE)
+
+
+def test_a_suite_is_counted_once(tmp_path):
+    """Until its examples, the encoder or the settings change, or the file is damaged."""
+    example = Example("a b c d e f g", "r", "", "x:1")
+    suite = Suite("s", tmp_path, (), (Dataset("one", (example,) * 4, ()),), (), {}, "first")
+    config, kept, calls = freeze(load_file("mini")), tmp_path / "w" / "kept.json", []
+    config = dataclasses.replace(
+        config, condition=dataclasses.replace(config.condition, max_text_length=4)
+    )
+
+    def found(suite=suite, config=config, encoder="e"):
+        def tokens(texts, limit):
+            calls.append(len(texts))
+            return words(texts, limit)
+
+        before, made = len(calls), of_suite(suite, tokens, config, kept, encoder)
+        assert made["one"].cut == 4
+        return len(calls) > before
+
+    assert found() and not found()
+    assert found(encoder="f") and not found(encoder="f")
+    assert found(dataclasses.replace(suite, fingerprint="second"))
+    assert found(config=dataclasses.replace(config, seed=7)) and found()
+    for damage in ("[]", "{", kept.read_text().replace('"cut": 4', '"cut": "4"')):
+        kept.write_text(damage)
+        assert found() and not found()
 
 
 def test_data_report_says_what_is_cut(tmp_path, capsys):
