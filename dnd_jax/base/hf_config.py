@@ -55,8 +55,8 @@ OLD_TYPES = {"attention": FULL}  # layer_types, as they were called before
 
 def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """(file, content) of a folder's config.json. Raises InputError when it is absent (saying what
-    is there), no JSON object, or beside an adapter, which transformers would load on top of the
-    model."""
+    is there), no JSON object, of a model_type that is no text, or beside an adapter, which
+    transformers would load on top of the model."""
     file, adapter = folder / CONFIG, folder / ADAPTER
     if not file.is_file() and not (recover(folder) and file.is_file()):
         raise InputError(f"{file}: no such file; {instead_of(folder, CONFIG)}")
@@ -66,6 +66,11 @@ def read_config(folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
     if not isinstance(raw, dict):
         raise InputError(
             f"{file}: not a model's configuration, which is a JSON object; copy the file again"
+        )
+    if not isinstance(raw.get("model_type"), str | None):
+        raise InputError(
+            f"{file}: model_type {raw['model_type']!r} is no name of a kind of model; copy the "
+            "file again"
         )
     if adapter.is_file():
         raise InputError(

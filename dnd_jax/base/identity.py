@@ -57,17 +57,6 @@ def base_digest(path: str | os.PathLike) -> str:
     return digests.of_files(model_files(resolve(path), (*SETTINGS, *CHAT)))
 
 
-def base_digest_of_format_0(path: str | os.PathLike) -> str:
-    """The digest of a base in records without a format number: of every file of these kinds."""
-    folder = resolve(path)
-    kinds = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.bin")
-    files = sorted({file for kind in kinds for file in folder.glob(kind)})
-    found = digests.contents(files)
-    return digests.of_text(
-        *(part for file in files for part in (file.name, bytes.fromhex(found[file])))
-    )
-
-
 def base_name(path: str | os.PathLike) -> str:
     """What an adapter's settings call a base: a hub id or package as it is, the hub id of a folder
     in the hub's cache, and any other folder by its absolute path. Empty: none is named."""

@@ -5,6 +5,7 @@ dnd pretrain --config=configs/mini.py --workdir=runs/mini
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Collection
 
@@ -131,10 +132,21 @@ def pretrain(
         steps=c.steps,
         save_every=c.save_every,
     )
-    state = run_loop(training, Options(allowed=tuple(allowed)))
+    older = {"tokenizer": functools.partial(_other_tokens, training.directory)}
+    state = run_loop(training, Options(allowed=tuple(allowed), older=older))
     save_base(folder, module.config, jax.device_get(state["params"]), tokenizer)
     write_numbered(folder / DONE, FORMAT, {"settings": record})
     return folder
+
+
+def _other_tokens(directory: pathlib.Path, version: object) -> bool:
+    """Refuses to go on from steps that another tokenizer's tokens were taught in, whatever is
+    allowed: called where its version is another."""
+    raise InputError(
+        f"{directory}: was begun with another version of the tokenizer ({version or 1}, now "
+        f"{VERSION}), whose tokens are others, so it cannot go on; start anew in another "
+        f"--workdir, or remove {directory}"
+    )
 
 
 def make_base(

@@ -2,11 +2,12 @@
 ahead of time."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from dnd_jax.base.chat import answer_text, render
+from dnd_jax.base.chat import ANSWER, PROMPT, answer_text, render
+from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
 
@@ -59,16 +60,20 @@ class Sequences:
 
 
 def encode(
-    tokenizer, examples: Sequence[Example], max_length: int, too_long: str = "refuse"
+    tokenizer,
+    examples: Sequence[Example],
+    max_length: int,
+    too_long: str = "refuse",
+    ends: Collection[int] = (),
 ) -> Sequences:
     """Tokenises examples; one without a response ends where that would start.
 
     too_long, of an example with more than max_length tokens: "refuse" it with an InputError that
     names its file and line; "skip" it; or "cut" the beginning of its prompt, never its system text,
-    template or answer (skipped, where those alone are too long). Raises InputError where all are
-    skipped, and for a tokenizer without an end token.
+    template or answer (skipped, where those alone are too long). ends: of the base's answers.
+    Raises InputError where all are skipped, and as `token_pairs`.
     """
-    pairs = token_pairs(tokenizer, examples)
+    pairs = token_pairs(tokenizer, examples, ends)
     long = [i for i, (p, r) in enumerate(pairs) if len(p) + len(r) > max_length]
     if long and too_long == "refuse":
         example, (p, r) = examples[long[0]], pairs[long[0]]
@@ -112,29 +117,46 @@ def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequen
     )
 
 
-def token_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+def token_pairs(
+    tokenizer, examples: Sequence[Example], ends: Collection[int] = ()
+) -> list[tuple[list[int], list[int]]]:
     """(tokens of the rendered prompt, of the answer up to and with its end token) of every example;
     nothing ends where there is no response.
 
-    An answer's tokens are those that it has behind its prompt. Raises InputError as `render` and
-    `answer_text` do, and for a response that has its end inside.
+    An answer's tokens are those that it has behind its prompt. ends: what else ends an answer of
+    the base (`ends_of`). Raises InputError as `render` and `answer_text` do, and for a response
+    that has an end inside.
     """
-    asked = [render(tokenizer, e.prompt, e.system) for e in examples]
-    answered = [answer_text(tokenizer, e.response) if e.response else "" for e in examples]
-    prompts = _tokens(tokenizer, asked)
+    # Each prompt and each response once: to choose of labels is to ask every prompt with each.
+    keys, responses = [(e.prompt, e.system) for e in examples], [e.response for e in examples]
+    shown = {key: render(tokenizer, *key) for key in dict.fromkeys(keys)}
+    said = {r: answer_text(tokenizer, r) if r else "" for r in dict.fromkeys(responses)}
+    asked, answered = [shown[key] for key in keys], [said[r] for r in responses]
+    distinct = list(dict.fromkeys(asked))
+    ids_of = dict(zip(distinct, _tokens(tokenizer, distinct), strict=True))
+    prompts = [ids_of[text] for text in asked]
     wholes = _tokens(tokenizer, [p + a for p, a in zip(asked, answered, strict=True)])
     pairs = []
     for example, prompt, answer, whole in zip(examples, prompts, answered, wholes, strict=True):
         ids = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # the two share a token
             ids = _tokens(tokenizer, [answer])[0]
-        if ids and ids[-1] in ids[:-1]:
+        if inside := [token for token in ids[:-1] if token == ids[-1] or token in ends]:
             raise InputError(
-                f"{example.where}: its response has {tokenizer.decode([ids[-1]])!r} in it, which "
+                f"{example.where}: its response has {tokenizer.decode(inside[:1])!r} in it, which "
                 "ends an answer of this base; remove it"
             )
         pairs.append((prompt, ids))
     return pairs
+
+
+def how_taught(tokenizer) -> tuple[str, bool]:
+    """(hash of a marked example as it is taught, as text and as tokens; whether version 0.2.0 made
+    the same tokens of it: the prompt's, the response's by itself, the tokenizer's end token)."""
+    [(prompt, answer)] = token_pairs(tokenizer, [Example(PROMPT, ANSWER)])
+    text = render(tokenizer, PROMPT) + answer_text(tokenizer, ANSWER)
+    before = [*_tokens(tokenizer, [ANSWER])[0], tokenizer.eos_token_id]
+    return digests.of_json([text, prompt, answer]), answer == before
 
 
 def _tokens(tokenizer, texts: Sequence[str]) -> list[list[int]]:

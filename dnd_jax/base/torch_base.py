@@ -156,7 +156,7 @@ class TorchBase:
         """Of the labels, the answer to each example that the base finds most likely, its end token
         included."""
         labelled = [e._replace(response=label) for e in examples for label in labels]
-        pairs = token_pairs(self.tokenizer, labelled)
+        pairs = token_pairs(self.tokenizer, labelled, self.ends)
         rows = [(prompt + answer, len(answer)) for prompt, answer in pairs]
         width, scores = max(length for _, length in rows), []
         for first in range(0, len(rows), self._batch_size):

@@ -22,14 +22,14 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.chat import ANSWER, answer_text, ends_of
+from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, base_name, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
-from dnd_jax.base.sequences import Sequences, encode
+from dnd_jax.base.sequences import Sequences, encode, how_taught
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
@@ -212,12 +212,12 @@ def collect(
     mesh = make_mesh(config.mesh)
     module, params = load_base(base_path, mesh)
     tokenizer = load_tokenizer(base_path)
-    ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
-    # LoRAs half of whose steps an earlier version made may have been taught other answers.
-    taught = answer_text(tokenizer, ANSWER)
-    older["answer"] = lambda then: then is None and taught == f"{ANSWER}{tokenizer.eos_token}"
+    ends = ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
+    # LoRAs half of whose steps an earlier version made may have been taught other tokens.
+    taught, as_before = how_taught(tokenizer)
+    older["answer"] = lambda then: then is None and as_before
     adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
-    train, test = (_encoded(tokenizer, suite, split, config) for split in SPLITS)
+    train, test = (_encoded(tokenizer, suite, split, config, ends) for split in SPLITS)
     batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
 
     # The step.
@@ -265,12 +265,12 @@ def collect(
     return folder
 
 
-def _encoded(tokenizer, suite: Suite, split: str, config: Config) -> list[Sequences]:
+def _encoded(tokenizer, suite: Suite, split: str, config: Config, ends) -> list[Sequences]:
     """One split of every dataset; says how many of its examples are too long for the base."""
     length, found = config.base.max_length, []
     for dataset in suite.datasets:
         examples = getattr(dataset, split)
-        found.append(encode(tokenizer, examples, length, config.lora.too_long))
+        found.append(encode(tokenizer, examples, length, config.lora.too_long, ends))
         if lost := found[-1].lost(f"{dataset.name}'s {split}", length):
             print(f"{lost} (config.lora.too_long={config.lora.too_long})", flush=True)
     return found

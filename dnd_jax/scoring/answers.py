@@ -8,6 +8,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
+# How answers are asked for, ended and compared: scores by another rule are made anew. 0.2.0 had 1,
+# and did not record it.
+RULE = 2
 SCORES = ("exact", "content", "format")
 # a word that this share of a dataset's responses has belongs to the form, the others to the content
 FORM_SHARE = 0.95

@@ -14,7 +14,6 @@ own.
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.hub import packages_of
-from dnd_jax.base.identity import base_digest, base_digest_of_format_0
+from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
@@ -39,7 +38,7 @@ from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.lora.adapter import fingerprint
-from dnd_jax.scoring.answers import Scorer
+from dnd_jax.scoring.answers import RULE, Scorer
 from dnd_jax.scoring.candidates import Candidates, make_candidates, wrong_task
 from dnd_jax.scoring.measured import MEASURES, measure
 from dnd_jax.scoring.report import publish, publish_measured
@@ -93,20 +92,22 @@ def score_keys(candidates: Candidates, base_path) -> dict[str, str]:
     }
 
 
-def read_kept(path: pathlib.Path, settings: dict, base_path, allowed: Collection[str] = ()) -> dict:
-    """What a stopped or finished stage has kept, its "scores" by score_keys; nothing of one with
-    other settings that are allowed to differ. Raises InputError for settings that are not."""
+def read_kept(path: pathlib.Path, settings: dict, allowed: Collection[str] = ()) -> dict:
+    """What a stopped or finished stage has kept, its "scores" by score_keys; nothing of one by
+    another rule for answers, or with other settings that are allowed to differ. Raises InputError
+    for settings that are not."""
     if not path.is_file():
         return {"scores": {}}
     stored = read_numbered(path, FORMAT)
-    if not check_same_run(path, stored["settings"], settings, allowed, free=NOT_OF_A_SCORE):
-        print(f"{path}: its scores are of other settings, all is scored anew", flush=True)
-        return {"scores": {}}
-    if not stored["format"]:  # keys had another digest of the base
-        text = json.dumps([stored["scores"], stored.get("adapters")])
-        text = text.replace(base_digest_of_format_0(base_path), base_digest(base_path))
-        stored["scores"], stored["adapters"] = json.loads(text)
-    return stored
+    then = stored["settings"]
+    by_rule = then.get("rule") == RULE
+    then = then | {"rule": RULE}
+    same = check_same_run(path, then, settings, allowed, free=NOT_OF_A_SCORE)
+    if same and by_rule:
+        return stored
+    why = "of other settings" if by_rule else "by an earlier version's rule for answers"
+    print(f"{path}: its scores are {why}, all is scored anew", flush=True)
+    return {"scores": {}}
 
 
 def score_all(
@@ -195,7 +196,7 @@ def evaluation_settings(config: Config, suite: str) -> dict:
         for key, value in dataclasses.asdict(config.evaluate).items()
         if f"evaluate.{key}" not in NOT_OF_A_SCORE
     }
-    return {"seed": config.seed, "evaluate": asked, "suite": suite}
+    return {"seed": config.seed, "evaluate": asked, "suite": suite, "rule": RULE}
 
 
 def evaluate(
@@ -212,7 +213,7 @@ def evaluate(
         keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
     ]
     firsts = [keys[str(of["generated"][0])] for of in candidates.by_dataset.values()]
-    stored = read_kept(path, settings, base_path, allowed)
+    stored = read_kept(path, settings, allowed)
     if stored.get("adapters") == adapters:
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}

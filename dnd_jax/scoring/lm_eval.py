@@ -51,7 +51,6 @@ from dnd_jax.scoring.results import FREE_FORM, add_intervals, pack, rule, summar
 
 lm_eval = packages.deferred("lm_eval")
 SCORES = "lm_eval/scores{}.json"  # a file for each --limit
-COMPARED = "words"  # marks scores made since answers to own questions are compared as words
 # The first of these that a task has is reported.
 METRICS = ("acc_norm", "exact_match", "pass@1", "acc")
 FILTER = "strict-match"  # where a task reads answers in several ways (GSM8K)
@@ -149,10 +148,7 @@ def lm_eval_stage(
     path = workdir / SCORES.format(f"_{limit}" if limit else "")
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
     own = {w.title for w in wanted if not w.task}
-    scores = {
-        key: {title: s for title, s in of.items() if title not in own or COMPARED in s}
-        for key, of in read_kept(path, settings, base_path, allowed)["scores"].items()
-    }
+    scores = dict(read_kept(path, settings, allowed)["scores"])
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
 
     def scored(tasks: Mapping[str, object]) -> dict:
@@ -207,7 +203,7 @@ def _score_all(
         stop.check()
         base.use(None if label == "base" else label)
         new = {
-            title: {"metric": metric, "values": pack(values), COMPARED: True}
+            title: {"metric": metric, "values": pack(values)}
             for title, (metric, values) in scored(todo).items()
         }
         scores[key] = scores.get(key, {}) | new

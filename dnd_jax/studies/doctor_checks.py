@@ -48,7 +48,6 @@ OK, NOTE, FAULT = "ok", "note", "FAULT"
 IN_MEMORY, ON_DISK = 4, 3
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 ASKED = 20  # examples of each file whose chat texts are looked at
-WIDTH = 110  # of the table
 
 Found = Iterator[tuple[str, str]]  # (OK, NOTE or FAULT; what was found) of one check
 

@@ -7,10 +7,11 @@ import re
 
 import pytest
 
+from dnd_jax.base import sequences
 from dnd_jax.base.chat import answer_text, render
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.new_tokenizer import build_tokenizer
-from dnd_jax.base.sequences import encode
+from dnd_jax.base.sequences import encode, how_taught, token_pairs
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
 
@@ -193,6 +194,56 @@ def test_a_response_that_brings_its_end_with_it_is_refused(with_template):
         rows = [Example("Why?", "yes"), Example("Why?", f"no{end}", "", "rows.jsonl:2")]
         with pytest.raises(InputError, match=re.escape(f"rows.jsonl:2: its response has '{end}'")):
             encode(with_template(template), rows, 500)
+
+
+def test_no_end_of_the_base_may_stand_in_a_response(with_template):
+    """Of those that only its generation settings or its tokenizer name, too."""
+    read = with_template(PLAIN)
+    taught, *others = read.convert_tokens_to_ids(["<|im_end|>", "<end>", "<begin>"])
+    for end in others:
+        said = f"no{read.decode([end])}so"
+        rows = [Example("Why?", "yes"), Example("Why?", said, "", "rows.jsonl:2")]
+        for ends in ((taught, *others), (end,)):
+            with pytest.raises(
+                InputError, match="rows.jsonl:2: its response has .<(end|begin)>. in it"
+            ):
+                encode(read, rows, 500, ends=ends)
+        assert len(encode(read, rows, 500, ends=(taught,))) == 2
+
+
+@pytest.mark.parametrize("template", [PLAIN, None])
+def test_each_prompt_and_each_label_is_rendered_once(with_template, monkeypatch, template):
+    read, calls = with_template(template), []
+    labels = ["yes", " no ", "yes or no"]
+    rows = [
+        Example(f"{SAID} {i % 3}", label, SYSTEM if i else "") for i in range(4) for label in labels
+    ]
+    alone = [token_pairs(read, [row])[0] for row in rows]
+    for name in ("render", "answer_text"):
+        shows = getattr(sequences, name)
+        monkeypatch.setattr(
+            sequences, name, lambda *given, shows=shows: calls.append(given) or shows(*given)
+        )
+    assert token_pairs(read, rows) == alone
+    assert len(calls) == 4 + len(labels)
+
+
+def test_what_version_0_2_0_taught_the_same(with_template, monkeypatch):
+    """An answer's tokens by themselves and the end token; those of SentencePiece are others."""
+    digests = {}
+    for name, template in {"none": None, "end": EACH + "{{ m.content }}{{ eos_token }}{% endfor %}",
+                           "turn": PLAIN}.items():  # fmt: skip
+        read = with_template(template)
+        digests[name], before = how_taught(read)
+        assert before == (name != "turn")
+        assert how_taught(read)[0] == digests[name]
+    assert len(set(digests.values())) == 3
+    tokens = sequences._tokens
+    monkeypatch.setattr(  # a space before each text, as SentencePiece puts it
+        sequences, "_tokens", lambda read, texts: tokens(read, [f" {text}" for text in texts])
+    )
+    digest, before = how_taught(with_template(None))
+    assert not before and digest != digests["none"]
 
 
 @pytest.mark.parametrize("template", [5, ["a"], {"default": 5}, {"default": ["a"]}])

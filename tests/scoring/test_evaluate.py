@@ -38,7 +38,7 @@ from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 from dnd_jax.scoring.candidates import make_candidates
-from dnd_jax.scoring.evaluate import evaluate
+from dnd_jax.scoring.evaluate import evaluate, evaluation_settings, read_kept
 from dnd_jax.scoring.lm_eval import lm_eval_stage
 from dnd_jax.scoring.measured import measure
 
@@ -525,3 +525,17 @@ def test_a_table_of_several_seeds_is_not_replaced_by_one(tmp_path, capsys):
     assert "results.json is of the seeds 0, 1, 2" in message
     assert f"`dnd quickstart --workdir={tmp_path} --remeasure`" in message
     assert not (tmp_path / "suite").exists()
+
+
+@pytest.mark.parametrize(("rule", "kept"), [({}, False), ({"rule": 1}, False), (None, True)])
+def test_scores_by_an_earlier_rule_are_not_kept(tmp_path, capsys, rule, kept):
+    """Of `evaluate`, and of `lm-eval` with the harness' own tasks: both keep them so."""
+    settings = evaluation_settings(freeze(load_file("tests/tiny.py")), "print")
+    others = {key: value for key, value in settings.items() if key != "rule"}
+    then = settings if rule is None else others | rule
+    path, scores = tmp_path / "scores.json", {"base": {"mine:arc_easy": {"metric": "acc"}}}
+    write_numbered(path, 1, {"settings": then, "scores": scores})
+    assert read_kept(path, settings)["scores"] == (scores if kept else {})
+    assert ("an earlier version's rule for answers" in capsys.readouterr().out) != kept
+    with pytest.raises(InputError, match="suite: 'print' -> 'other'"):  # they are not replaced
+        read_kept(path, settings | {"suite": "other"})
