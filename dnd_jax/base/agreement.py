@@ -19,8 +19,8 @@ from dnd_jax.data.sources import Example
 # Questions of a dataset that are compared: logits of a large vocabulary are gigabytes. And tokens
 # of an answer: each is a pass of our base over the whole text.
 COMPARED, TOKENS = 32, 32
-# Beyond these it is not rounding: the largest difference of a logit as a share of the largest logit
-# (of a TPU's matrix units too), and the share of the same answers, in float32 (True) and below.
+# Beyond these it is not rounding: the largest difference of a logit as a share of the largest
+# logit, and the share of the same answers, in float32 (True) and below.
 MOST_APART, LEAST_SAME = 0.1, {True: 0.9, False: 0.5}
 
 
@@ -55,24 +55,28 @@ def agreement(
 
     same = total = every = 0
     worst = largest = 0.0
-    for folder, lora, scale, questions in asked:
-        base.use(folder)
-        lora, every = jax.device_put(lora), every + len(questions)
-        questions = questions[:COMPARED]
-        for first in range(0, len(questions), batch_size):
-            stop.check()
-            batch = questions[first : first + batch_size]
-            prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch, tokens)
-            ours = np.asarray(greedy(params, lora, scale, *pad_left(prompts, pad), ends)).tolist()
-            ours = [until_end(row, base.ends) for row in ours]
-            same += sum(a == b for a, b in zip(ours, theirs, strict=True))
-            total += len(theirs)
-            rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
-            ids, valid = pad_left(rows, pad)
-            ours = np.asarray(logits_of(params, lora, scale, ids, valid), np.float32)
-            logits, inside = base.logits(rows), valid[..., None]
-            worst = max(worst, float((np.abs(ours - logits) * inside).max()))
-            largest = max(largest, float((np.abs(logits) * inside).max()))
+    # Accelerators would multiply float32 in fewer bits than PyTorch does.
+    with jax.default_matmul_precision("highest"):
+        for folder, lora, scale, questions in asked:
+            base.use(folder)
+            lora, every = jax.device_put(lora), every + len(questions)
+            questions = questions[:COMPARED]
+            for first in range(0, len(questions), batch_size):
+                stop.check()
+                batch = questions[first : first + batch_size]
+                prompts, theirs = base.prompt_ids(batch), base.answer_ids(batch, tokens)
+                ours = np.asarray(
+                    greedy(params, lora, scale, *pad_left(prompts, pad), ends)
+                ).tolist()
+                ours = [until_end(row, base.ends) for row in ours]
+                same += sum(a == b for a, b in zip(ours, theirs, strict=True))
+                total += len(theirs)
+                rows = [p + a for p, a in zip(prompts, theirs, strict=True)]
+                ids, valid = pad_left(rows, pad)
+                ours = np.asarray(logits_of(params, lora, scale, ids, valid), np.float32)
+                logits, inside = base.logits(rows), valid[..., None]
+                worst = max(worst, float((np.abs(ours - logits) * inside).max()))
+                largest = max(largest, float((np.abs(logits) * inside).max()))
     return {
         "questions": every,
         "answers": total,

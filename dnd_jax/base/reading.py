@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import sys
@@ -21,12 +22,13 @@ from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import is_hub_id, resolve
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.names import EMBEDDINGS, lm_table
+from dnd_jax.base.names import lm_names, lm_table
 from dnd_jax.base.torch_base import load_torch_base, torch
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
 from dnd_jax.core.files import cache_folder, read_json, write_json
+from dnd_jax.core.memory import free_memory
 from dnd_jax.core.processes import finished
 from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.parallel import hosts
@@ -42,6 +44,11 @@ RANDOM = (96, 17)  # tokens of rows that are drawn
 # Bytes of memory a parameter: PyTorch's copy in float32, and what it is read from. JAX's comes
 # after it.
 NEEDED = 6
+SECONDS = 1800  # that it may take
+# Notes that stay, so that what ends so is not tried at every start.
+NO_ROOM, SLOW = "no room in memory", f"not done in {SECONDS // 60} minutes"
+# oneDNN would compute in fewer bits where these ask it to.
+EXACT = dict.fromkeys(("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"), "STRICT")
 OFF = "--config.evaluate.agreement=False goes on without the comparison"
 
 
@@ -62,16 +69,18 @@ def comparison(path: str | os.PathLike) -> dict:
     if not packages.is_installed("torch"):
         return {"note": f"PyTorch is not installed; {packages.how_to_install(['torch'])}"}
     load_base_config(folder)
-    kept = _kept(folder)
+    if note := _no_room(folder):  # before gigabytes are hashed
+        return {"note": note}
+    try:
+        kept = _kept(folder)
+    except importlib.metadata.PackageNotFoundError as error:
+        return {"note": first_line(error)}
     found = _read(kept)
     if found is None:
-        if note := _no_room(folder):
-            return {"note": note}
         _say(f"{folder}: comparing with PyTorch's reading of these files, once")
-        found = measured(folder)
-        if "note" not in found:
-            with contextlib.suppress(InputError):  # a cache that cannot be written
-                write_json(kept, found)
+        found = _measured_and_kept(folder, kept)
+    elif "note" in found:
+        found = {"note": f"{found['note']}; remove {kept} to try again"}
     return found
 
 
@@ -106,13 +115,18 @@ def difference(found: Mapping) -> str:
 
 
 def measured(folder: pathlib.Path) -> dict:
-    """`compare` in a process of its own; only a "note" where it had no room. Raises InputError for
-    files that cannot be read."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    """`compare` in a process of its own; only a "note" where it had no room, took too long or
+    failed. Raises InputError for files that cannot be read."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} | EXACT
     command = [sys.executable, "-m", "dnd_jax.base.reading", str(folder)]
-    code, out, err = finished(command, environment)
+    try:
+        code, out, err = finished(command, environment, SECONDS)
+    except TimeoutError:
+        return {"note": SLOW}
+    except OSError as error:
+        return {"note": f"no process for it: {first_line(error)}"}
     if code == -9:  # the kernel's way of saying so
-        return {"note": "no room in memory"}
+        return {"note": NO_ROOM}
     if code:
         lines = err.strip().splitlines() or [f"exit status {code}"]
         return {"note": lines[-1][:300]}
@@ -163,11 +177,29 @@ def _kept(folder: pathlib.Path) -> pathlib.Path:
     return cache_folder() / "reading" / f"{name}.json"
 
 
+def _measured_and_kept(folder: pathlib.Path, kept: pathlib.Path) -> dict:
+    """`measured`, kept in a file, which holds a note meanwhile: where memory is short, this process
+    may be ended with its own."""
+    with contextlib.suppress(InputError):  # a cache that cannot be written
+        write_json(kept, {"note": f"{NO_ROOM} the last time, or its process was ended"})
+    found: dict = {}
+    try:
+        found = measured(folder)
+    finally:
+        with contextlib.suppress(InputError, OSError):
+            if found and found.get("note", NO_ROOM).startswith((NO_ROOM, SLOW)):
+                write_json(kept, found)
+            else:  # stopped, or failed otherwise
+                kept.unlink(missing_ok=True)
+    return found
+
+
 def _read(kept: pathlib.Path) -> dict | None:
     """What a file keeps, if it is whole."""
     try:
         found = read_json(kept)
-        difference(found)
+        if "note" not in found:
+            difference(found)
     except (InputError, TypeError, KeyError):
         return None
     return found
@@ -175,23 +207,13 @@ def _read(kept: pathlib.Path) -> dict | None:
 
 def _no_room(folder: pathlib.Path) -> str:
     """Why there is no room in memory; empty where there is, or where that cannot be seen."""
-    names = {theirs for theirs, _, _ in lm_table(load_base_config(folder))} | {EMBEDDINGS}
-    stored = stored_tensors(folder)
-    count = sum(int(np.prod(stored[name].shape)) for name in names & stored.keys())
-    free = _free_memory()
+    config, stored = load_base_config(folder), stored_tensors(folder)
+    wanted = {theirs for theirs, _, _ in lm_table(config)}
+    used = [name for name, theirs in lm_names(stored, config).items() if theirs in wanted]
+    count, free = sum(math.prod(stored[name].shape) for name in used), free_memory()
     if free is None or NEEDED * count < free:
         return ""
     return f"it needs {NEEDED * count / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
-
-
-def _free_memory() -> int | None:
-    """Bytes that a new process may take."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = dict(line.split(":", 1) for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else None
 
 
 def main(folder: str) -> None:
@@ -201,7 +223,8 @@ def main(folder: str) -> None:
     except (InputError, RuntimeError, MemoryError) as error:
         if not is_no_room(error) and not isinstance(error, InputError):
             raise
-        found = {"note" if is_no_room(error) else "error": first_line(error)}
+        line = first_line(error)
+        found = {"note": f"{NO_ROOM}: {line}"} if is_no_room(error) else {"error": line}
     print(json.dumps(found), flush=True)
 
 

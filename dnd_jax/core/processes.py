@@ -2,6 +2,7 @@
 whether one still reads what is written, and what one that is started here has said."""
 
 import functools
+import math
 import os
 import pathlib
 import select
@@ -67,9 +68,13 @@ def _output(*command: str) -> str:
 
 
 def finished(
-    command: list[str], environment: Mapping[str, str] | None = None
+    command: list[str],
+    environment: Mapping[str, str] | None = None,
+    seconds: float = math.inf,
 ) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command, which ends with this process."""
+    """(exit status, stdout, stderr) of a command, which ends with this process. Raises TimeoutError
+    where it takes more seconds, other kinds of OSError where it cannot be started."""
+    last = time.monotonic() + seconds
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -80,7 +85,8 @@ def finished(
                 out, err = process.communicate(timeout=0.5)
                 return process.returncode, out, err
             except subprocess.TimeoutExpired:
-                continue
+                if time.monotonic() > last:
+                    raise TimeoutError(f"{command[0]}: not done in {seconds:g} seconds") from None
     finally:
         if process.poll() is None:
             process.kill()

@@ -256,6 +256,8 @@ def test_every_tensor_that_does_not_fit_in_one_error(folder):
             "mistral.*config.train.checkpoints",
         ),
         ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl' is not supported as a base"),
+        ({"model_type": ["qwen2"]}, r"model_type \['qwen2'\] is no name"),
+        ({"model_type": {}}, r"model_type \{\} is no name"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),

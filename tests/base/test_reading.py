@@ -2,23 +2,29 @@
 files; what differs is an error in numbers, what cannot be measured a note."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import sys
 
+import jax
+import numpy as np
 import pytest
 from pipeline import TINY, tiny_suite
 from safetensors.torch import load_file, save_file
 from small_models import write_qwen
 
-from dnd_jax.base import reading
+from dnd_jax.base import agreement, reading
 from dnd_jax.base.agreement import disagreement
 from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.folder import load_base
+from dnd_jax.base.hf_config import load_base_config
+from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file as load_config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.processes import finished
+from dnd_jax.data.sources import Example
 from dnd_jax.main import main
 from dnd_jax.scoring.report import publish_measured
 
@@ -70,7 +76,7 @@ def test_what_cannot_be_measured_is_a_note(base, monkeypatch, capsys):
             reading.check_files(base)
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert "0 GB of memory, 0 GB are free" in note("_free_memory", lambda: 10)
+    assert "0 GB of memory, 0 GB are free" in note("free_memory", lambda: 10)
     assert "not compared with PyTorch's reading (x)" in note("measured", lambda f: {"note": "x"})
     with monkeypatch.context() as patch:
         patch.setattr("dnd_jax.core.packages.is_installed", lambda name: name != "torch")
@@ -92,9 +98,12 @@ def test_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     assert child((0, 'noise\n{"note": "full"}\n', "bars")) == {"note": "full"}
     with pytest.raises(InputError, match="a damaged file"):
         child((0, '{"error": "a damaged file"}', ""))
-    command, environment = asked[0]
+    command, environment, seconds = asked[0]
+    assert seconds == 30 * 60
     assert command[1:] == ["-m", "dnd_jax.base.reading", str(folder)]
     assert (environment["JAX_PLATFORMS"], environment["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
+    assert environment["ONEDNN_DEFAULT_FPMATH_MODE"] == "STRICT"
+    assert environment["DNNL_DEFAULT_FPMATH_MODE"] == "STRICT"
 
     capsys.readouterr()
     reading.main(str(folder))
@@ -102,6 +111,71 @@ def test_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     (folder / "model.safetensors").write_bytes(b"")
     reading.main(str(folder))
     assert "cannot load it" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize("note", [reading.NO_ROOM, reading.SLOW, "OSError: boom"])
+def test_what_would_end_so_again_is_not_tried_again(base, tmp_path, monkeypatch, capsys, note):
+    """Nor where this process was ended with its own; what failed otherwise is tried again."""
+    tried = []
+
+    def child(folder):
+        (kept,) = (tmp_path / "cache" / "reading").iterdir()
+        tried.append(json.loads(kept.read_text())["note"])
+        return {"note": note}
+
+    monkeypatch.setattr(reading, "measured", child)
+    for _ in range(2):
+        reading.check_files(base)
+    again = note not in (reading.NO_ROOM, reading.SLOW)
+    assert len(tried) == 1 + again and tried[0].startswith(reading.NO_ROOM)
+    assert ("remove" in capsys.readouterr().out.splitlines()[-1]) != again
+    assert len(list((tmp_path / "cache" / "reading").iterdir())) == (not again)
+
+
+def test_a_stopped_measurement_is_begun_again(base, tmp_path, monkeypatch):
+    def stopped(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reading, "measured", stopped)
+        reading.check_files(base)
+    assert "note" not in reading.comparison(base)
+
+
+def test_room_is_looked_at_before_files_are_hashed(base, monkeypatch):
+    """Of tensors that are stored without `model.`, too."""
+    needed = reading._no_room
+    monkeypatch.setattr(reading, "base_digest", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(reading, "NEEDED", 10**9)
+    monkeypatch.setattr(reading, "free_memory", lambda: 1)
+    said = reading.comparison(base)["note"]
+    assert "GB of memory" in said
+    weights = load_file(base / "model.safetensors")
+    save_file({k.removeprefix("model."): v for k, v in weights.items()}, base / "model.safetensors")
+    assert needed(base) == said
+
+
+def test_no_process_and_no_packages_are_notes(base, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", missing)
+        assert "torch" in reading.comparison(base)["note"]
+    monkeypatch.undo()
+    for error, note in ((OSError("no memory"), "no memory"), (TimeoutError(), reading.SLOW)):
+
+        def raises(*given, error=error):
+            raise error
+
+        monkeypatch.setattr(reading, "finished", raises)
+        assert note in reading.measured(base)["note"]
+
+
+def test_a_process_that_takes_too_long():
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(TimeoutError):
+        finished(sleeps, seconds=0.1)
 
 
 @pytest.mark.slow
@@ -172,6 +246,30 @@ def test_disagreement_of_scores(change, warned):
     line = disagreement(FOUND | change)
     assert bool(line) == warned and "\n" not in line
     assert not warned or line.startswith("WARNING: JAX and PyTorch disagree")
+
+
+def test_accelerators_compare_in_all_bits_of_float32(base, monkeypatch):
+    """Ours is traced as they have it for accuracy, not for speed."""
+    made, found = agreement.make_greedy, []
+
+    def traced(module, tokens):
+        def greedy(*given):
+            found.append(jax.make_jaxpr(made(module, tokens))(*given))
+            return np.zeros((len(given[3]), tokens), np.int32)
+
+        return greedy
+
+    monkeypatch.setattr(agreement, "make_greedy", traced)
+    torch_base = TorchBase(base, 2, 2)
+    questions = [Example("what is iron ?", "yes")]
+    shapes = BaseLM(load_base_config(base)).config.lora_shapes(1, ("q_proj",))
+    lora = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    monkeypatch.setattr(torch_base, "use", lambda folder: None)
+    asked = [agreement.Asked("none", lora, 1.0, questions)]
+    assert agreement.agreement(torch_base, asked, 2)["answers"] == 1
+    text = str(found[0])
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 0
+    assert jax.config.jax_default_matmul_precision is None
 
 
 def test_results_of_earlier_versions_have_no_largest_logit():

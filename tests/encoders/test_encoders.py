@@ -410,6 +410,7 @@ def test_only_decoders_have_layers(minilm, tmp_path):
             "'roberta' is not supported as text encoder; use one of bert, t5, mt5, qwen2, qwen3, "
             "llama",
         ),
+        ({"model_type": ["bert"]}, r"model_type \['bert'\] is no name"),
         ({"hidden_act": "gelu_new"}, "only hidden_act gelu and absolute positions"),
         (
             {"model_type": "t5", "feed_forward_proj": "gated-silu"} | T5_SIZES,
