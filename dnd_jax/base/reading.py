@@ -47,6 +47,7 @@ NEEDED = 6
 SECONDS = 1800  # that it may take
 # Notes that stay, so that what ends so is not tried at every start.
 NO_ROOM, SLOW = "no room in memory", f"not done in {SECONDS // 60} minutes"
+BEGUN = "begun and not ended: another process is at it, or one died, perhaps for lack of memory"
 # oneDNN would compute in fewer bits where these ask it to.
 EXACT = dict.fromkeys(("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"), "STRICT")
 OFF = "--config.evaluate.agreement=False goes on without the comparison"
@@ -181,7 +182,7 @@ def _measured_and_kept(folder: pathlib.Path, kept: pathlib.Path) -> dict:
     """`measured`, kept in a file, which holds a note meanwhile: where memory is short, this process
     may be ended with its own."""
     with contextlib.suppress(InputError):  # a cache that cannot be written
-        write_json(kept, {"note": f"{NO_ROOM} the last time, or its process was ended"})
+        write_json(kept, {"note": BEGUN})
     found: dict = {}
     try:
         found = measured(folder)
