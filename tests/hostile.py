@@ -132,7 +132,7 @@ def specimens(good: pathlib.Path) -> dict[str, Specimen]:
         "vectors": Specimen(
             good / "suite",
             lambda x, out: [
-                *("doctor", settings, f"--checkpoints={good / 'loras'}", f"--workdir={out}"),
+                *("doctor", settings, f"--checkpoints={good / 'loras'}", f"--workdir={out}", ALONE),
                 f"--config.condition.encoder={x / 'vectors.txt'}",
             ],
             ("vectors.txt",),
@@ -146,7 +146,7 @@ def specimens(good: pathlib.Path) -> dict[str, Specimen]:
         ),
         "loras": Specimen(
             good / "loras",
-            lambda x, out: ["doctor", settings, f"--checkpoints={x}", f"--workdir={out}"],
+            lambda x, out: ["doctor", settings, f"--checkpoints={x}", f"--workdir={out}", ALONE],
             TRAINED,
             _adapter,
         ),
