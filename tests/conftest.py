@@ -11,6 +11,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several of PyTorch's processes on few cores: threads that wait for each other by spinning are many
+# times slower than one each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A program is compiled once for all tests, the processes that they start, and the next run.
 compiled = pathlib.Path(tempfile.gettempdir(), f"dnd_jax_tests_{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
