@@ -272,7 +272,7 @@ def test_mixed_ranks_are_listed(tmp_path):
         {"init_lora_weights": "olora"},
         {"peft_type": "OFT"},
         {"r": None},
-        {"alpha_pattern": {"(": 1}, "rank_pattern": {"(": 1}},
+        {"rank_pattern": {"(": 1}, "alpha_pattern": {"(": 1}},
     ],
     ids=str,
 )
