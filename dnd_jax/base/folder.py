@@ -110,6 +110,7 @@ def load_tokenizer(path: str | os.PathLike):
         raise InputError(f"{folder}: no usable tokenizer; {missing}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer("a")  # settings of another type are noticed here
     except Exception as error:  # transformers raises whatever a damaged folder makes of its code
         for name in TOKENIZER:
             if name.endswith(".json") and (folder / name).is_file():

@@ -93,6 +93,9 @@ def check_fields(raw: Mapping, file: pathlib.Path) -> None:
             )
         if value and hosts.lead():
             _note(key, str(file))
+    task = raw.get("task_type")
+    if task and task not in TASKS:
+        raise InputError(f"{file}: task_type = {task!r} is none of PEFT's: {', '.join(TASKS)}")
     _check_numbers(raw, file)
 
 
@@ -100,6 +103,7 @@ def _turns_on(key: str) -> bool:
     return key.startswith(("use_", "enable_")) or key.endswith("_config")
 
 
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _noted: set[str] = set()
 
 

@@ -272,6 +272,8 @@ def test_mixed_ranks_are_listed(tmp_path):
         {"init_lora_weights": "olora"},
         {"peft_type": "OFT"},
         {"r": None},
+        {"task_type": "CHAT"},
+        {"task_type": ["CAUSAL_LM"]},
         {"rank_pattern": {"(": 1}, "alpha_pattern": {"(": 1}},
     ],
     ids=str,
