@@ -31,14 +31,14 @@ from dnd_jax.encoders.cache import PromptEncoder, fingerprint_of_format_0
 from dnd_jax.generator.folder import (
     DESCRIPTION,
     MODEL,
+    Description,
     check_parameters,
     find_generator,
     read_description,
     read_statistics,
     steady,
 )
-from dnd_jax.generator.model import Generator, param_shapes
-from dnd_jax.generator.step import ONE_DEVICE, shard_generation
+from dnd_jax.generator.step import ONE_DEVICE, ShardedGeneration, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import DTYPES, save_adapter, verify_adapter
 from dnd_jax.lora.card import card, is_generated, names_hub_model
@@ -84,7 +84,8 @@ class TrainedGenerator:
         self.folder = folder = find_generator(run_dir)
         with steady(folder):
             description = read_description(folder)
-            check_parameters(folder, param_shapes(Generator(description.spec)))
+            generation = self._generation(description, mesh)
+            check_parameters(folder, generation.shapes)
             statistics = read_statistics(folder, description)
             flat = read_safetensors(folder / MODEL)
             self.fingerprint = digests.of_description(folder / DESCRIPTION, folder / MODEL)
@@ -100,16 +101,19 @@ class TrainedGenerator:
             self.adapter = dataclasses.replace(self.adapter, base=base_name)
         self._seed = description.seed
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
-        count = mesh.fsdp * mesh.tensor
-        devices = jax.local_devices()[: count if count > 0 else None]
-        self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
-        generation = shard_generation(description.spec, self._mesh, mesh.rules)
         self.module, self._step = generation.module, generation.step
         self.params = jax.device_put(
             traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
         )
         self.config_hash = digests.of_json(description.settings)
         self._description = description
+
+    def _generation(self, description: Description, mesh: schema.Mesh) -> ShardedGeneration:
+        """The generation step that a description is of, on this process' part of the mesh."""
+        count = mesh.fsdp * mesh.tensor
+        devices = jax.local_devices()[: count if count > 0 else None]
+        self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
+        return shard_generation(description.spec, self._mesh, mesh.rules)
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
