@@ -96,7 +96,7 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return exit_status(getattr(error, "signum", None))
-    except (RuntimeError, MemoryError) as error:  # JAX's and PyTorch's own are the former
+    except (RuntimeError, MemoryError, AssertionError) as error:  # JAX's, PyTorch's: the first
         if not is_no_room(error):
             if (refusal := environment.refused(error)) is None:
                 raise

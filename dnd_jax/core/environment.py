@@ -44,6 +44,13 @@ def refused(error: Exception) -> InputError | CheckFailed | None:
     """The line for an error that JAX raises when it starts: InputError because of its environment
     variables, CheckFailed for a device that fails, which another start may have; None for any
     other."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if isinstance(error, AssertionError) and platforms and _has_no_backend():
+        # jaxlib knows the platform's name, and passes over a plugin that is not there.
+        return InputError(
+            f"JAX cannot start: JAX_PLATFORMS={platforms}: its plugin is not installed; "
+            'install it (for cuda: pip install "dnd-jax[gpu]"), or unset the variable'
+        )
     text = first_line(error)
     of_jax = isinstance(error, ValueError) and re.search(r"\bJAX_\w+|JAX flag jax_\w+", text)
     unknown = text.startswith("Unknown backend") or "list of known backends" in text
@@ -52,3 +59,15 @@ def refused(error: Exception) -> InputError | CheckFailed | None:
     if text.startswith("Unable to initialize backend"):
         return CheckFailed(f"JAX cannot start: {text}")
     return None
+
+
+def _has_no_backend() -> bool:
+    """Whether JAX, where it was imported, ends in an assertion when it is asked for its devices."""
+    try:
+        if "jax" in sys.modules:
+            sys.modules["jax"].devices()
+    except AssertionError:
+        return True
+    except RuntimeError:
+        pass
+    return False

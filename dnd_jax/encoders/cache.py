@@ -49,15 +49,15 @@ def identify(config: schema.Condition) -> str:
 def is_encoder(wanted: str, config: schema.Condition) -> bool:
     """Whether an encoder has the fingerprint that a generator's description of any version wants;
     it is not loaded."""
-    return wanted == identify(config) or wanted == fingerprint_of_format_0(config.encoder, config)
+    return wanted == identify(config) or wanted == fingerprint_of_format_0(config)
 
 
-def fingerprint_of_format_0(name: str, config: schema.Condition) -> str:
+def fingerprint_of_format_0(config: schema.Condition) -> str:
     """The fingerprint in descriptions without a format number: of every .json, .txt, .safetensors
     and .model file of the encoder's folder, whether it belongs to the model or not."""
-    path = pathlib.Path(name)
+    path = pathlib.Path(config.encoder)
     kinds = (".json", ".txt", ".safetensors", ".model")
-    folder = None if path.is_file() else resolve(name)
+    folder = None if path.is_file() else resolve(config.encoder)
     files = sorted(p for p in folder.iterdir() if p.suffix in kinds) if folder else [path]
     last = config.layer == LAST
     which = "last hidden states" if last else f"hidden states of layer {config.layer}"

@@ -125,7 +125,7 @@ class TrainedGenerator:
         revision = description.encoder_revision if same else ""
         encoder = PromptEncoder(self.condition, self._mesh, revision)
         found = encoder.fingerprint
-        if found != wanted and fingerprint_of_format_0(name, self.condition) != wanted:
+        if found != wanted and fingerprint_of_format_0(self.condition) != wanted:
             raise InputError(
                 f"{name}: not the encoder that {self.folder} was trained with (its files differ)"
             )

@@ -30,9 +30,7 @@ def older_values(config: Config, checkpoints: Checkpoints) -> Older:
     """What records without a format number say instead of the present digests."""
     return {
         "checkpoints": lambda then: then == checkpoints.digest_of_format_0(),
-        "encoder": lambda then: (
-            then == fingerprint_of_format_0(config.condition.encoder, config.condition)
-        ),
+        "encoder": lambda then: then == fingerprint_of_format_0(config.condition),
         "train.init_from": lambda then: then == config.train.init_from,
     }
 

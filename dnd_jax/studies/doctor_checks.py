@@ -20,6 +20,7 @@ from dnd_jax.base.identity import base_name
 from dnd_jax.base.reading import comparison, difference
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.memory import free_memory
 from dnd_jax.core.packages import how_to_install, is_installed
 from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.data.report import findings
@@ -222,7 +223,7 @@ def room(case: Case) -> Found:
     memory, has = IN_MEMORY * params // split, _memory()
     yield (
         OK if memory < has else FAULT,
-        f"memory: parameters, gradient and optimiser {_size(memory)} a device of {_size(has)}, "
+        f"memory: parameters, gradient and optimiser {_size(memory)} of {_size(has)} a device, "
         "beside activations; `dnd plan` counts those too",
     )
 
@@ -234,12 +235,12 @@ def _there(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _memory() -> int:
-    """Bytes of one device; on CPUs, of the machine."""
+    """Bytes of one device; on CPUs, those that are free."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _size(count: float) -> str:

@@ -1,13 +1,20 @@
 """Variables of the environment that JAX would abort on, or answer with a stack, are one line."""
 
+import dataclasses
+import json
+import os
 import subprocess
+import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
+from pipeline import ROOT
 
 from dnd_jax import main
 from dnd_jax.core import environment
 from dnd_jax.core.errors import CheckFailed, InputError
+from dnd_jax.costs.bench.case import Case
 
 
 @pytest.mark.parametrize(
@@ -104,3 +111,29 @@ def test_a_backend_that_is_not_there(monkeypatch, capsys):
 )
 def test_a_device_that_fails_is_no_fault_of_the_environment(error, kind):
     assert type(environment.refused(RuntimeError(error))) is kind
+
+
+@pytest.mark.parametrize("stage", ["", "bench worker"])
+def test_a_platform_whose_plugin_is_not_installed(stage):
+    """JAX knows "cuda" without it, and ends in an assertion."""
+    if find_spec("jax_plugins") is not None:
+        pytest.skip("a plugin is installed here")
+    code = (
+        "import sys, jax; from dnd_jax import main; main._run = lambda *_: jax.devices(); "
+        "sys.exit(main.main(['suite']))"
+    )
+    command = [sys.executable, "-c", code]
+    if stage:
+        case = Case("mini", str(ROOT / "configs/mini.py"), "forward", 1, "float32")
+        spec = {"case": dataclasses.asdict(case), "variant": "direct", "repeats": 1}
+        command = [sys.executable, "-m", "dnd_jax.costs.bench.jax_worker", json.dumps(spec)]
+    ended = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == (1 if stage else 2), ended.stderr
+    said = ended.stderr.strip().splitlines()[-1].removeprefix("dnd: ")
+    assert said.startswith("JAX cannot start: JAX_PLATFORMS=cuda: its plugin is not installed")
+    assert "Traceback" not in ended.stderr

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.config.schema import Config
+from dnd_jax.core import environment
 from dnd_jax.costs.bench.case import Case, peak_memory, timed
 from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_loss
@@ -124,10 +125,12 @@ def main() -> None:
         run = operation(case, config)
         times = timed(lambda: jax.block_until_ready(run()), spec["repeats"])
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(json.dumps({"out_of_memory": True}))
-        return
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print(json.dumps({"out_of_memory": True}))
+            return
+        if refusal := environment.refused(error):
+            sys.exit(str(refusal))
+        raise
     result = {
         **times,
         "peak_bytes": peak_memory()[0],

@@ -50,7 +50,8 @@ def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
     """One process's result. Raises InputError with its last line when it fails."""
     spec = json.dumps({"case": dataclasses.asdict(case), "variant": variant, "repeats": repeats})
     command = [sys.executable, "-m", f"dnd_jax.costs.bench.{side}_worker", spec]
-    code, out, err = finished(command)
+    # The last line is the error's own, not JAX's note that it has left frames out.
+    code, out, err = finished(command, {**os.environ, "JAX_TRACEBACK_FILTERING": "off"})
     if code == -9:
         return {"out_of_memory": True}  # the kernel's way of saying so
     if code:
