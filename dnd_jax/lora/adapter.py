@@ -14,7 +14,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import is_of_system, read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
-from dnd_jax.lora.names import LORA_B, PEFT_PREFIX, are_pefts, canonical
+from dnd_jax.lora.names import LORA_B, PEFT_PREFIX, are_pefts, canonical, is_headless
 from dnd_jax.lora.peft_settings import (
     CARD,
     CONFIG,
@@ -103,7 +103,8 @@ def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint (an adapter folder or a flat .safetensors file) under canonical
     keys, per-module alphas folded into B. Raises InputError if missing or damaged."""
     read_shapes(path)  # names what is there instead, and what is no floating point
-    tensors = canonical(read_safetensors(weights_file(path)))
+    stored = read_safetensors(weights_file(path))
+    tensors, headless = canonical(stored), is_headless(stored)
     config = (
         pathlib.Path(path) / CONFIG
         if pathlib.Path(path).suffix != ".safetensors"
@@ -111,7 +112,7 @@ def load_adapter(path: str | os.PathLike) -> dict[str, np.ndarray]:
     )
     raw = read_json(config) if config.is_file() else {}
     for key in [key for key in tensors if key.endswith(LORA_B)]:
-        factor = b_factor(raw, key.removesuffix(LORA_B))
+        factor = b_factor(raw, key.removesuffix(LORA_B), headless)
         if factor != 1:
             tensors[key] = np.asarray(tensors[key], np.float32) * np.float32(factor)
     return tensors

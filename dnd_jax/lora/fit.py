@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from dnd_jax.base import hub
 from dnd_jax.base.folder import CONFIG, load_base_config
@@ -98,11 +98,23 @@ def check_fits(
         return check_known(modules, title)
     faults = [fault for module in modules for fault in _module_faults(module, shapes, known)]
     if not faults and known.exact and fields:
-        lacking = [m for m in known.shapes if m not in modules and is_targeted(fields, m)]
+        lacking = _lacking(modules, fields, known)
         faults += [f"target_modules names {m}, which the file has no tensors for" for m in lacking]
     if faults:
         raise listed(title, faults, most=5)
     return None
+
+
+def _lacking(modules: Sequence[str], fields: Mapping, known: Modules) -> list[str]:
+    """The modules of a base that the settings name besides an adapter's. They call them as the base
+    was loaded, with its head or without."""
+    others = [module for module in known.shapes if module not in modules]
+    found = [
+        [module for module in others if is_targeted(fields, module, headless)]
+        for headless in (False, True)
+        if all(is_targeted(fields, module, headless) for module in modules)
+    ]
+    return min(found, key=len, default=[])
 
 
 def _module_faults(

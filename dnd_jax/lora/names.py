@@ -55,11 +55,19 @@ Value = TypeVar("Value")
 def canonical_name(key: str) -> str:
     """A tensor's name without PEFT's prefix, wrappers and the adapter's name: those of
     `model.layers.0.self_attn.q_proj.lora_A.weight`. What is not known stays."""
+    name = _unwrapped(key)
+    return _NAMED.sub(r".lora_\1.weight", f"model.{name}" if _HEADLESS.match(name) else name)
+
+
+def _unwrapped(key: str) -> str:
     name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-    name = _DOUBLED.sub("model.", re.sub(_FRONT, "", name, count=1) if _FRONT.match(name) else name)
-    if _HEADLESS.match(name):
-        name = f"model.{name}"
-    return _NAMED.sub(r".lora_\1.weight", name)
+    return _DOUBLED.sub("model.", re.sub(_FRONT, "", name, count=1) if _FRONT.match(name) else name)
+
+
+def is_headless(keys: Iterable[str]) -> bool:
+    """Whether names are of a base that was loaded without its head: the settings beside them have
+    its modules without the "model." that `canonical_name` puts in front."""
+    return any(_HEADLESS.match(_unwrapped(key)) for key in keys)
 
 
 def canonical(tensors: Mapping[str, Value]) -> dict[str, Value]:

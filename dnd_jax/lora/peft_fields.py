@@ -147,23 +147,21 @@ def _ends_in(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def own_value(raw: Mapping, pattern: str, default: str, module: str):
+def own_value(raw: Mapping, pattern: str, default: str, module: str, headless: bool = False):
     """A module's own rank or alpha, by PEFT's rule: the first pattern that ends its path, else the
-    common value."""
+    common value. headless: as `is_targeted`."""
+    module = module.removeprefix("model.") if headless else module
     found = (
         value for key, value in (raw.get(pattern) or {}).items() if re.match(_ends_in(key), module)
     )
     return next(found, raw[default])
 
 
-def is_targeted(raw: Mapping, module: str) -> bool:
+def is_targeted(raw: Mapping, module: str, headless: bool = False) -> bool:
     """Whether PEFT puts a LoRA on a module, by the settings' target_modules, exclude_modules,
-    layers_to_transform and layers_pattern. A base that was loaded without its head has no "model."
-    in front."""
-    return _targeted(raw, module) or _targeted(raw, module.removeprefix("model."))
-
-
-def _targeted(raw: Mapping, module: str) -> bool:
+    layers_to_transform and layers_pattern. headless: of a base that was loaded without its head,
+    whose modules have no "model." in front."""
+    module = module.removeprefix("model.") if headless else module
     if raw.get("exclude_modules") and _matches(raw["exclude_modules"], module):
         return False
     targets = raw["target_modules"]

@@ -11,7 +11,7 @@ from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
 from dnd_jax.core.tensors import DTYPES, Stored, file_tensors
 from dnd_jax.lora.found import CONFIG, WEIGHTS, what_is_there
-from dnd_jax.lora.names import LORA_A, canonical
+from dnd_jax.lora.names import LORA_A, canonical, is_headless
 from dnd_jax.lora.peft_fields import check_fields, is_targeted, own_value
 
 CARD = "README.md"
@@ -109,11 +109,11 @@ def _stored(path: str | os.PathLike) -> dict[str, Stored]:
     return parts
 
 
-def b_factor(raw: Mapping, module: str) -> float:
+def b_factor(raw: Mapping, module: str, headless: bool) -> float:
     """What B of a module is multiplied by when it is read: its own alpha over the common one."""
     if not raw.get("alpha_pattern"):
         return 1.0
-    return own_value(raw, "alpha_pattern", "lora_alpha", module) / raw["lora_alpha"]
+    return own_value(raw, "alpha_pattern", "lora_alpha", module, headless) / raw["lora_alpha"]
 
 
 def read_fields(path: str | os.PathLike) -> dict:
@@ -140,6 +140,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     are not those of the settings.
     """
     file, raw = config_file(path), read_fields(path)
+    headless = is_headless(stored_names(path))
     ranks = {
         key.removesuffix(LORA_A): shape[0]
         for key, shape in read_shapes(path).items()
@@ -149,7 +150,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
         faults = [
             f"{module} has rank {rank}, the settings say {wanted}"
             for module, rank in ranks.items()
-            if rank != (wanted := int(own_value(raw, "rank_pattern", "r", module)))
+            if rank != (wanted := int(own_value(raw, "rank_pattern", "r", module, headless)))
         ]
         if faults:
             raise listed(f"{file}: not the settings of {weights_file(path).name}", faults)
@@ -168,7 +169,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             raw.get(k) not in (None, [], "")
             for k in ("layers_to_transform", "layers_pattern", "exclude_modules")
         )
-        stray = [module for module in ranks if not is_targeted(raw, module)]
+        stray = [module for module in ranks if not is_targeted(raw, module, headless)]
         if stray:
             title = f"{file}: its target_modules leave out what PEFT then does not load"
             raise listed(title, sorted(stray), most=3)

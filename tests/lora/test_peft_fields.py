@@ -11,15 +11,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from small_models import write_qwen
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.lora import peft_fields
 from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.found import CONFIG
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_fields import NO_NUMBER, READ, REFUSED, is_targeted
-from dnd_jax.lora.peft_settings import load_adapter_config
+from dnd_jax.lora.peft_settings import load_adapter_config, read_fields, read_shapes
 
 
 def test_each_field_stands_in_one_table():
@@ -34,9 +35,11 @@ def base(tmp_path_factory) -> pathlib.Path:
     return write_qwen(tmp_path_factory.mktemp("base"))
 
 
-def by_peft(base: pathlib.Path, folder: pathlib.Path, **changes) -> dict[str, np.ndarray]:
+def by_peft(
+    base: pathlib.Path, folder: pathlib.Path, loader=AutoModelForCausalLM, **changes
+) -> dict[str, np.ndarray]:
     """Saves an adapter of random numbers; {module: the change of its weight} as PEFT computes."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = loader.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"]} | changes
     peft = get_peft_model(model, LoraConfig(**settings))
     torch.manual_seed(1)
@@ -82,6 +85,8 @@ def by_us(folder: pathlib.Path) -> dict[str, np.ndarray]:
         {"target_modules": ["model.layers.0.self_attn.q_proj", "mlp.up_proj"]},
         {"exclude_modules": ["layers.0.self_attn.q_proj"]},
         {"exclude_modules": r".*0.*up_proj"},
+        {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"exclude_modules": r"model\.layers\.0\..*"},
         {"lora_dropout": 0.3, "task_type": "CAUSAL_LM", "inference_mode": True},
         {"init_lora_weights": False},
         {"init_lora_weights": "gaussian"},
@@ -99,6 +104,26 @@ def test_what_is_read_is_what_peft_computes(base, tmp_path, changes):
     assert ours.keys() == theirs.keys() and ours
     for module, delta in theirs.items():
         np.testing.assert_allclose(ours[module], delta, rtol=1e-5, atol=1e-5, err_msg=module)
+    check_fits(read_shapes(tmp_path / "a"), read_fields(tmp_path / "a"), base, "refused")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"layers\.\d+\.self_attn\.q_proj"},
+        {"target_modules": r".*_proj", "exclude_modules": r"layers\.0\..*"},
+        {"alpha_pattern": {r"^layers\.1\.mlp\.up_proj": 9}},
+        {"r": 8, "rank_pattern": {r"^layers\..*": 4}},
+    ],
+    ids=str,
+)
+def test_a_base_without_its_head_has_other_names_in_the_settings_too(base, tmp_path, changes):
+    theirs = by_peft(base, tmp_path / "a", loader=AutoModel, **changes)
+    ours = by_us(tmp_path / "a")
+    assert ours.keys() == {f"model.{module}" for module in theirs} and ours
+    for module, delta in theirs.items():
+        np.testing.assert_allclose(ours[f"model.{module}"], delta, rtol=1e-5, atol=1e-5)
+    check_fits(read_shapes(tmp_path / "a"), read_fields(tmp_path / "a"), base, "refused")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +196,10 @@ def plain(base, tmp_path_factory) -> pathlib.Path:
         ({"target_modules": ["q_proj"]}, "target_modules leave out what PEFT then does not load"),
         ({"layers_to_transform": [0]}, "target_modules leave out .*layers.1"),
         ({"exclude_modules": ["up_proj"]}, "target_modules leave out .*up_proj"),
+        (
+            {"exclude_modules": ["model.layers.1.mlp.up_proj"]},
+            "target_modules leave out .*: model.layers.1.mlp.up_proj$",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -222,8 +251,7 @@ def test_modules_that_are_adapted_are_pefts_choice(targets, layers, pattern, exc
     config.layers_to_transform, config.layers_pattern = layers, pattern
     for module in MODULES:
         found = check_target_module_exists(config, module)
-        assert peft_fields._targeted(raw, module) == bool(found and not _is_excluded(found)), module
-        assert is_targeted(raw, module) >= bool(found and not _is_excluded(found))
+        assert is_targeted(raw, module) == bool(found and not _is_excluded(found)), module
 
 
 def _is_excluded(found) -> bool:
