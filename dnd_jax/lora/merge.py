@@ -20,9 +20,18 @@ from typing import Any
 import numpy as np
 
 from dnd_jax.base import hub
+from dnd_jax.base.hf_config import read_config
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, replacing
-from dnd_jax.core.tensors import DTYPES, Stored, open_tensors, opened, stored_tensors
+from dnd_jax.core.tensors import (
+    DTYPES,
+    INDEX,
+    WHOLE,
+    Stored,
+    open_tensors,
+    opened,
+    stored_tensors,
+)
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.card import names_hub_model
 from dnd_jax.lora.fit import TOWERS
@@ -48,14 +57,17 @@ def merge_adapter(
     package or hub id.
 
     Raises InputError listing the adapted modules that the base lacks, or stores in other shapes or
-    quantised.
+    quantised; for a base with an adapter beside it; and for weights that its dtype has no room for.
     """
     folder = hub.resolve(base, FILES)
+    read_config(folder)
     tensors, scale = load_adapter(adapter), load_adapter_config(adapter).scale
     stored = stored_tensors(folder)
     weights = _adapted(stored, tensors, f"{adapter}: cannot be merged into {folder}")
     with replacing(out, directory=True) as temporary:
         _copy_documents(folder, temporary)
+        if WHOLE in {place.path.name for place in stored.values()}:
+            (temporary / INDEX).unlink(missing_ok=True)  # of shards that do not count
         for shard in sorted({place.path for place in stored.values()}):
             shutil.copyfile(shard, temporary / shard.name)
             here = {name: module for name, module in weights.items() if stored[name].path == shard}
@@ -141,7 +153,14 @@ def _add(
     for name, module in modules.items():
         a, b = (np.asarray(tensors[f"{module}.lora_{side}.weight"], np.float32) for side in "AB")
         weight = weights[name]
-        merged = (np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)).astype(weight.dtype)
+        with np.errstate(all="ignore"):
+            wide = np.asarray(weight, np.float32) + np.float32(scale) * (b @ a)
+            merged = wide.astype(weight.dtype)
+        if not np.all(np.isfinite(merged)):
+            raise InputError(
+                f"{out}: {name} would hold NaN or Inf in {weight.dtype}; the base or the adapter "
+                "holds them, or numbers that are too large"
+            )
         weight[:] = merged
         weight.flush()
         with opened(shard) as file:

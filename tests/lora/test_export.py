@@ -484,6 +484,38 @@ def test_a_merged_model_has_what_its_base_ships(tmp_path):
     }
 
 
+def test_shards_that_do_not_count_leave_no_index(tmp_path):
+    """Servers take from a folder with an index what the index names."""
+    base = write_qwen(tmp_path / "base")
+    shard = "model-00001-of-00001.safetensors"
+    shutil.copyfile(base / "model.safetensors", base / shard)
+    names = dict.fromkeys(load_file(base / shard), shard)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    folder = save_adapter(tmp_path / "a", lora(base), AdapterConfig("x/y", 2, 5.0, MODULE_ORDER))
+    merge_adapter(base, folder, tmp_path / "m")
+    assert [p.name for p in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
+
+
+def test_an_adapter_beside_the_base_is_not_merged_away(made, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "base")
+    config = AdapterConfig("x/y", 2, 5.0, MODULE_ORDER)
+    folder = save_adapter(tmp_path / "a", lora(made / "base"), config)
+    shutil.copyfile(folder / "adapter_config.json", tmp_path / "base" / "adapter_config.json")
+    with pytest.raises(InputError, match="which transformers loads on top of the model"):
+        merge_adapter(tmp_path / "base", folder, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_a_merged_model_holds_no_infinity(made, tmp_path, value):
+    tensors = lora(made / "base")
+    tensors["model.layers.0.mlp.up_proj.lora_B.weight"][0, 0] = value
+    folder = save_adapter(tmp_path / "a", tensors, AdapterConfig("x/y", 2, 50.0, MODULE_ORDER))
+    with pytest.raises(InputError, match="layers.0.mlp.up_proj.weight would hold NaN or Inf in bf"):
+        merge_adapter(made / "base", folder, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_what_cannot_be_merged_leaves_nothing(made, tmp_path):
     tensors, config = lora(made / "base"), AdapterConfig("x/y", 2, 4.0, MODULE_ORDER)
     renamed = {
