@@ -21,6 +21,7 @@ from dnd_jax.data.sources import Example
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
 transformers = packages.deferred("transformers")
 _SLOT = "scored"
+_UNTAKEN = (KeyError, TypeError, AttributeError)  # of settings that PEFT cannot take
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what stays of generation settings
 # PEFT 0.21 asks transformers 5 for it at every adapter, which would print into the progress bars.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -98,7 +99,7 @@ class TorchBase:
             raise InputError(f"{adapter}: no adapter_config.json, so no PEFT adapter")
         try:
             old, new, result = self._load(adapter)
-        except (RuntimeError, ValueError, SafetensorError) as error:
+        except (RuntimeError, ValueError, SafetensorError, *_UNTAKEN) as error:
             if is_no_room(error):
                 raise
             raise InputError(

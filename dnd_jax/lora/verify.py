@@ -18,13 +18,13 @@ import numpy as np
 from dnd_jax.base.hub import is_hub_id, packages_of, resolve
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
-from dnd_jax.core.errors import CheckFailed, InputError, first_line
+from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.core.workdir import BASE as OWN
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.names import PEFT_PREFIX, canonical_name
-from dnd_jax.lora.peft_settings import load_adapter_config, weights_file
+from dnd_jax.lora.peft_settings import CONFIG, WEIGHTS, load_adapter_config, weights_file
 
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
 ROWS, LENGTH = 2, 32  # of the random tokens that both models read
@@ -52,7 +52,9 @@ def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is checked below
             adapted = peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if is_no_room(error):
+            raise
         raise CheckFailed(f"{folder}: PEFT does not load it ({first_line(error)})") from None
     slots = {
         name.replace(".default.weight", ".weight"): value.detach()
@@ -113,6 +115,10 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     of the logits is not the one computed by hand; InputError when something cannot be read.
     """
     folder = pathlib.Path(adapter)
+    if folder.is_file():
+        raise InputError(
+            f"{folder}: a file; PEFT loads folders: give one with {WEIGHTS} and {CONFIG}"
+        )
     config, tensors = load_adapter_config(folder), load_adapter(folder)
     if not base and not config.base:
         raise InputError(f"{folder}: names no base; give --base=FOLDER")

@@ -694,6 +694,32 @@ def test_a_vision_language_base(tmp_path, capsys):
     assert status == 0 and "modules attached: 4 of 4, rank 2, scale 2" in text, text
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rank_pattern": None}, "no attribute 'keys'"),
+        ({"r": 2.0}, "found element of type float"),
+        ({"eva_config": []}, "`EvaConfig` must be"),
+        ({"lora_dropout": "x"}, "not supported between"),
+    ],
+    ids=str,
+)
+def test_settings_that_peft_cannot_take_are_one_line(made, tmp_path, capsys, changes, why):
+    config = AdapterConfig(str(made / "base"), 2, 4.0, MODULE_ORDER)
+    folder = save_adapter(tmp_path / "a", lora(made / "base"), config)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(raw | changes))
+    status, text = verified(capsys, folder)
+    assert status == 1 and f"dnd: {folder}: PEFT does not load it (" in text and why in text
+
+
+def test_verify_takes_folders_as_peft_does(made, tmp_path, capsys):
+    config = AdapterConfig(str(made / "base"), 2, 4.0, MODULE_ORDER)
+    folder = save_adapter(tmp_path / "a", lora(made / "base"), config)
+    status, text = verified(capsys, folder / "adapter_model.safetensors")
+    assert status == 2 and "a file; PEFT loads folders" in text
+
+
 def test_verify_needs_a_base_that_is_there(made, tmp_path, capsys):
     folder = save_adapter(
         tmp_path / "a", lora(made / "base"), AdapterConfig("", 2, 4.0, MODULE_ORDER)
