@@ -123,6 +123,9 @@ def _split(name: str, stage: Stage, words: Sequence[str]) -> tuple[dict[str, str
         if flag in asked:
             raise InputError(f"--{flag} is given twice; give it once")
         asked[flag] = value
+    for flag in stage.flags:
+        if flag.name in asked and f"{_KEY}{flag.setting}" in asked:
+            raise InputError(f"--{flag.name} and --{_KEY}{flag.setting} say the same; give one")
     return asked, rest
 
 

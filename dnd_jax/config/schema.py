@@ -71,7 +71,7 @@ class Lora:
 
     rank: Positive
     alpha: Rate
-    targets: tuple[str, ...]
+    targets: Annotated[tuple[str, ...], Must(bool, "must name at least one")]
     steps: Positive
     batch_size: Positive
     learning_rate: Rate

@@ -16,12 +16,13 @@ from dnd_jax.core.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """--NAME of a stage. kind: str, bool, int, float (neither below 0) or list (of texts between
-    commas)."""
+    commas). setting: the one that it says too, such as "base.path"; only one of both is given."""
 
     name: str
     kind: type
     default: Any
     meaning: str
+    setting: str = ""
 
 
 # Flags of several stages.
@@ -33,10 +34,12 @@ WORKDIR = Flag(
     "same command goes on in it",
 )
 SUITE = Flag(
-    "suite", str, "", "folder or JSON file of your own tasks (default: the embedded suite)"
+    "suite", str, "", "folder or JSON file of your own tasks (default: the embedded suite)", "suite"
 )
 STRICT = Flag("strict", bool, False, "refuse a suite with faults in its data instead of warning")
-SEEDS = Flag("seeds", list, [], "comma-separated seeds (default: the run's, else the config's)")
+SEEDS = Flag(
+    "seeds", list, [], "comma-separated seeds (default: the run's, else the config's)", "seed"
+)
 OUT = Flag("out", str, "", "what to write")
 ALLOW = Flag(
     "allow",

@@ -274,7 +274,7 @@ def init_config(
 
 FLAGS = (
     OUT,
-    Flag("base", str, "", "its folder or hub id"),
+    Flag("base", str, "", "its folder or hub id (default: config.base.path)", "base.path"),
     Flag("adapter", str, "", "a PEFT adapter of the base (default: by the base and config.lora)"),
     Flag(
         "budget",
@@ -282,9 +282,14 @@ FLAGS = (
         0.0,
         "parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)",
     ),
-    Flag("encoder", str, "", "the text encoder (default: config.condition.encoder)"),
-    Flag("num-prompts", int, 0, "prompts an adapter (default: config.condition.num_prompts)"),
-    Flag("max-text-length", int, 0, "tokens a prompt (default: config.condition.max_text_length)"),
+    *(
+        Flag(name, kind, kind(), f"{what} (default: config.{setting})", setting)
+        for name, kind, what, setting in (
+            ("encoder", str, "the text encoder", "condition.encoder"),
+            ("num-prompts", int, "prompts an adapter", "condition.num_prompts"),
+            ("max-text-length", int, "tokens a prompt", "condition.max_text_length"),
+        )
+    ),
 )
 
 
@@ -299,7 +304,8 @@ def _run(given: Given) -> None:
         given.config.condition, **{key: value for key, value in asked.items() if value}
     )
     config = dataclasses.replace(given.config, condition=condition)
-    print(init_config(config, given["out"], given["base"], given["adapter"], given["budget"]))
+    base = given["base"] or config.base.path
+    print(init_config(config, given["out"], base, given["adapter"], given["budget"]))
 
 
 STAGE = Stage(_run, FLAGS, settings=DEFAULT)

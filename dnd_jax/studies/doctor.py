@@ -133,8 +133,20 @@ def _run(given: Given) -> None:
 FLAGS = (
     WORKDIR,
     SUITE,
-    Flag("base", str, "", "the base's folder or hub id (default: config.base.path, or the run's)"),
-    Flag("checkpoints", str, "", "folder of LoRA checkpoints, a folder for each dataset"),
+    Flag(
+        "base",
+        str,
+        "",
+        "the base's folder or hub id (default: config.base.path, or the run's)",
+        "base.path",
+    ),
+    Flag(
+        "checkpoints",
+        str,
+        "",
+        "folder of LoRA checkpoints, a folder for each dataset",
+        "train.checkpoints",
+    ),
     Flag("generator", str, "", "a trained or imported generator's folder"),
 )
 STAGE = Stage(_run, FLAGS, settings=DEFAULT)

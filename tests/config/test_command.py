@@ -1,6 +1,7 @@
 """Command lines, settings by name and by a run's memory, and what `dnd` prints."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -91,6 +92,25 @@ def test_bench_cases_are_found_outside_a_checkout(outside):
 )
 def test_a_flag_that_is_given_twice_is_refused(words, flag):
     assert refusal(*words) == f"--{flag} is given twice; give it once"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "setting"),
+    [
+        ("train", "suite", "suite"),
+        ("ablate", "seeds", "seed"),
+        ("doctor", "base", "base.path"),
+        ("doctor", "checkpoints", "train.checkpoints"),
+        ("init-config", "base", "base.path"),
+        ("init-config", "encoder", "condition.encoder"),
+        ("init-config", "num-prompts", "condition.num_prompts"),
+        ("init-config", "max-text-length", "condition.max_text_length"),
+    ],
+)
+def test_a_flag_and_its_setting_are_not_given_both(stage, flag, setting):
+    words = [f"--{flag}=1", f"--config.{setting}=2"]
+    of = importlib.import_module(f"dnd_jax.{STAGES[stage][0]}").STAGE
+    assert refusal(*words, stage=of) == f"--{flag} and --config.{setting} say the same; give one"
 
 
 def test_values_that_begin_with_dashes_are_values():

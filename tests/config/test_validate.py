@@ -108,7 +108,7 @@ def test_pytorch_runs_every_variant_that_the_settings_allow():
 def test_paths_and_numbers_that_nothing_can_hold():
     raw = load_file("mini").to_dict()
     raw["train"] |= {"steps": 10**400, "checkpoints": "a\0b"}
-    raw["lora"]["learning_rate"] = 10**400
+    raw["lora"] |= {"learning_rate": 10**400, "targets": ()}
     raw["seed"] = 2**63
     with pytest.raises(InputError) as caught:
         freeze(raw)
@@ -116,6 +116,7 @@ def test_paths_and_numbers_that_nothing_can_hold():
     assert "config.train.steps is a number of 1329 bits" in str(caught.value)
     assert "config.lora.learning_rate is a number of 1329 bits" in str(caught.value)
     assert "config.train.checkpoints = 'a\\x00b' begins with a home folder" in str(caught.value)
+    assert "config.lora.targets = () must name at least one" in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
