@@ -182,8 +182,9 @@ class TorchBase:
         return (chosen * inside.to(self._device)).sum(dim=1).tolist()
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of token ids, without special tokens."""
-        return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=True)
+        """The texts of answers without their end token; what other special tokens they have (a
+        call of a tool may begin with one) is a part of them."""
+        return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=False)
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits (n, S, V) of token rows padded on the left."""

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dnd_jax.core import packages
+from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import json_of, once_each, read_text, text_of, why_no_json
 from dnd_jax.data.tables import cell_rows, table_rows, unlabeled
@@ -154,6 +154,8 @@ def hub_rows(
             found = datasets.load_from_disk(source)
         elif folder.is_dir() and ("::" in source or any(mark in source for mark in GLOBBED)):
             found = _load_by_another_name(folder, config)
+        elif folder.is_dir():
+            found = datasets.load_dataset(source, config or None, cache_dir=cache_of(folder))
         else:
             found = datasets.load_dataset(source, config or None, revision=revision or None)
     except Exception as error:  # datasets, its readers, fsspec and the hub client have their own
@@ -183,6 +185,23 @@ def _read(found: "datasets.Dataset", source: str) -> Iterator[dict[str, Any]]:
         yield from found
     except Exception as error:  # of any codec
         raise InputError(f"{source}: a row cannot be read ({first_line(error)})") from None
+
+
+def digest_of(folder: str | os.PathLike) -> str:
+    """sha256 of the files of a folder that `load_dataset` may read, under their names in it: of all
+    that are not hidden. Raises InputError."""
+    files = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [pathlib.Path(place, name) for name in names if not name.startswith(".")]
+        files |= {os.path.relpath(path, folder): path for path in paths if path.is_file()}
+    return digests.of_files(files)
+
+
+def cache_of(folder: str | os.PathLike) -> str:
+    """Where `load_dataset` keeps what it makes of a local folder's files: a place for these
+    contents. By itself it tells files apart by their paths and times of change alone."""
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"dnd_jax-{digest_of(folder)[:16]}")
 
 
 def _load_by_another_name(folder: pathlib.Path, config: str) -> "datasets.DatasetDict":

@@ -54,6 +54,8 @@ def said(value: object) -> Any:
         raise NoText('a list is no text; {{ column|join(", ") }} is one')
     if isinstance(value, Mapping):
         raise NoText("an object is no text; {{ column.key }} is a value of it")
+    if isinstance(value, bytes):
+        raise NoText("bytes are no text; {{ column.decode() }} is the text of UTF-8")
     raise NoText(f"a {type(value).__name__} is no text")
 
 
@@ -61,6 +63,9 @@ class _Mute:
     """A value that a template may look at and not print."""
 
     def __str__(self) -> str:
+        return str(said(self))
+
+    def __repr__(self) -> str:  # of what holds it
         return str(said(self))
 
     def __format__(self, how: str) -> str:
@@ -96,6 +101,10 @@ class _Whole(_Mute, float):
         return float.__format__(self, how) if how else str(self)
 
 
+class _Bytes(_Mute, bytes):
+    """Bytes, of which Python would print b'...'; `decode` makes text of them."""
+
+
 class _List(_Mute, list):
     pass
 
@@ -119,6 +128,8 @@ def _seen(value: object) -> Any:
         return _Truth(value)
     if isinstance(value, float) and (value.is_integer() or math.isinf(value)):
         return _Whole(value)
+    if isinstance(value, bytes):
+        return _Bytes(value)
     return value
 
 

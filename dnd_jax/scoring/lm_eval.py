@@ -35,6 +35,7 @@ from dnd_jax.core.formats import write_numbered
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite
+from dnd_jax.data.rows import digest_of
 from dnd_jax.data.suite import Suite
 from dnd_jax.scoring import intervals, report
 from dnd_jax.scoring.candidates import Candidates, make_candidates
@@ -82,8 +83,12 @@ def chat_text(tokenizer, said: Sequence[Mapping], add_generation_prompt: bool = 
     return asked + texts.get("assistant", "")
 
 
-def answer_of(base: TorchBase, tokens: int | Sequence[int], skip_special_tokens: bool = True):
-    """The text of an answer's tokens, up to the first that ends it; of a single token, itself."""
+def answer_of(
+    base: TorchBase, whole: bool, tokens: int | Sequence[int], skip_special_tokens: bool = True
+) -> str:
+    """The text of an answer's tokens, up to the first that ends it; of a single token, itself.
+    whole: special tokens are shown, as `TorchBase.decode` does."""
+    skip_special_tokens = skip_special_tokens and not whole
     if isinstance(tokens, Sequence):
         tokens = until_end(tokens, base.ends)
     return base.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -108,7 +113,7 @@ def score(
             add_bos_token=False if rendered or chat else None,
         )
         model.apply_chat_template = functools.partial(chat_text, base.tokenizer)
-        model.tok_decode = functools.partial(answer_of, base)
+        model.tok_decode = functools.partial(answer_of, base, rendered)
         for title, task in some.items():
             # Not simple_evaluate, which indexes every task of the harness and describes the machine
             # again and again.
@@ -154,7 +159,7 @@ def lm_eval_stage(
     def scored(tasks: Mapping[str, object]) -> dict:
         return score(base, tasks, own, config.evaluate.batch_size, limit, unsafe_code)
 
-    _score_all(wanted, loaded, candidates, keys, base, scored, path, settings, scores)
+    score_all(wanted, loaded, candidates, keys, base, scored, path, settings, scores)
     of_label = {label: scores.get(key) for label, key in keys.items()}
     return finish(config, suite, wanted, candidates, of_label, workdir)
 
@@ -178,7 +183,7 @@ def _tasks(
     return load_tasks(wanted, folder, unsafe_code)
 
 
-def _score_all(
+def score_all(
     wanted: Sequence[Wanted],
     loaded: Mapping[str, object],
     candidates: Candidates,
@@ -190,23 +195,30 @@ def _score_all(
     scores: dict,
 ) -> None:
     """Adds what `scores`, {key: {title: {"metric", "values" packed}}}, lacks of the adapters;
-    `path` keeps each when it is scored. scored: `score` of the adapter in use."""
+    `path` keeps each when it is scored, of own data with their digest. scored: `score` of the
+    adapter in use."""
+    data = {w.title: {"data": digest_of(w.data)} for w in wanted if w.data}
     jobs: dict[str, tuple[str, dict[str, None]]] = {}
     for w in wanted:
         for label in scored_on(candidates, w.dataset):
             jobs.setdefault(keys[label], (label, {}))[1][w.title] = None
     progress = tqdm(jobs.items(), desc="lm-eval", unit="adapter", dynamic_ncols=True)
     for key, (label, titles) in progress:
-        todo = {title: loaded[title] for title in titles if title not in scores.get(key, {})}
+        kept = scores.get(key, {})
+        todo = {
+            title: loaded[title]
+            for title in titles
+            if title not in kept or not data.get(title, {}).items() <= kept[title].items()
+        }
         if not todo:
             continue
         stop.check()
         base.use(None if label == "base" else label)
         new = {
-            title: {"metric": metric, "values": pack(values)}
+            title: {"metric": metric, "values": pack(values), **data.get(title, {})}
             for title, (metric, values) in scored(todo).items()
         }
-        scores[key] = scores.get(key, {}) | new
+        scores[key] = kept | new
         write_numbered(path, FORMAT, {"settings": settings, "scores": scores})
 
 

@@ -13,6 +13,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, replacing, write_json
+from dnd_jax.data.rows import cache_of
 from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.scoring import answers
 
@@ -173,8 +174,11 @@ def _written(manager, wanted: Wanted, folder: pathlib.Path) -> str:
     data = str(pathlib.Path(wanted.data).absolute())
     name = f"{wanted.dataset}_{wanted.task}_{digests.of_text(data)[:8]}"
     file = folder.absolute() / f"{name}.yaml"
-    task = {"include": str(manager.task_index[wanted.task].yaml_path), "task": f"dnd_{name}"}
-    write_json(file, task | {"dataset_path": data, "dataset_name": None})
+    entry = manager.task_index[wanted.task]
+    task = {"include": str(entry.yaml_path), "task": f"dnd_{name}"}
+    task |= {"dataset_path": data, "dataset_name": None}
+    how = (entry.cfg or {}).get("dataset_kwargs") or {}
+    write_json(file, task | {"dataset_kwargs": how | {"cache_dir": cache_of(data)}})
     return str(file)
 
 

@@ -2,6 +2,7 @@
 list them; faults by name."""
 
 import json
+import os
 import pathlib
 
 import datasets
@@ -480,3 +481,13 @@ def test_listed_suite_faults(listed, at, change, expected):
     with pytest.raises(InputError) as error:
         load_suite(path)
     assert expected in str(error.value)
+
+
+def test_a_folder_whose_files_were_replaced_under_the_same_time(tmp_path):
+    """`datasets` keeps what it made of a folder by the files' times alone."""
+    (tmp_path / "d").mkdir()
+    file = tmp_path / "d" / "train.jsonl"
+    for prompt in ("old ?", "new ?", "old ?"):
+        lines(file, [{"prompt": prompt, "response": "1"}])
+        os.utime(file, (1e9, 1e9))
+        assert read_source(Source(str(tmp_path / "d"))).examples[0].prompt == prompt

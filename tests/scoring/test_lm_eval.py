@@ -1,8 +1,10 @@
 """EleutherAI's lm-evaluation-harness on a small random Qwen2 with PEFT adapters, question by
 question against our own scorer."""
 
+import os
 import pathlib
 import shutil
+import types
 
 import datasets
 import numpy as np
@@ -22,8 +24,9 @@ from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.scoring.answers import Scorer
+from dnd_jax.scoring.candidates import Candidates
 from dnd_jax.scoring.evaluate import answers_to
-from dnd_jax.scoring.lm_eval import sample_scores, score
+from dnd_jax.scoring.lm_eval import answer_of, sample_scores, score, score_all
 from dnd_jax.scoring.lm_eval_tasks import Wanted, load_tasks, parse_tasks, write_task
 
 QUESTIONS = [
@@ -192,6 +195,54 @@ def test_a_task_of_the_harness_on_local_data(base, adapters, tmp_path):
         load_tasks([Wanted("mine", "humaneval")], tmp_path, False)
     with pytest.raises(InputError, match="mmlu, arc_esy: no single task of lm_eval"):
         load_tasks([Wanted("mine", "mmlu"), Wanted("mine", "arc_esy")], tmp_path, False)
+
+
+class Said:
+    """What stands for a base that answers with these tokens."""
+
+    def __init__(self, tokenizer, ends):
+        self.tokenizer, self.ends = tokenizer, ends
+
+    decode = TorchBase.decode
+
+
+def test_special_tokens_are_part_of_an_answer():
+    """A call of a tool begins with one; where an answer ends is known from its tokens."""
+    tokenizer = build_tokenizer(["call the tool ?"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    ids = tokenizer("<call> the tool", add_special_tokens=False)["input_ids"]
+    base = Said(tokenizer, (tokenizer.eos_token_id,))
+    ended = [*ids, tokenizer.eos_token_id, ids[1]]
+    assert base.decode([ids]) == [answer_of(base, True, ended)] == ["<call> the tool"]
+    assert answer_of(base, False, ended).split() == ["the", "tool"]  # as the harness has it
+    assert Scorer(["<call> the tool"]).each(base.decode([ids]))["exact"] == [1.0]
+
+
+def test_scores_on_data_that_was_replaced_are_made_anew(tmp_path):
+    """What is kept of a task with its own folder of data is of these contents."""
+    data = tmp_path / "data"
+    data.mkdir()
+    suite = Suite("s", tmp_path, (), (), (Dataset("one", (), ()),), {"one": "unseen"}, "")
+    wanted = parse_tasks(["one", f"one:arc_easy@{data}"], suite)
+    titles, asked, scores = [w.title for w in wanted], [], {}
+    candidates = Candidates({"one": {}}, {}, {})
+
+    def scored(tasks) -> dict:
+        asked.append(list(tasks))
+        return {title: ("acc", [1.0]) for title in tasks}
+
+    def again() -> list[str]:
+        asked.clear()
+        base, path = types.SimpleNamespace(use=lambda folder: None), tmp_path / "scores.json"
+        loaded = dict.fromkeys(titles)
+        score_all(wanted, loaded, candidates, {"base": "b"}, base, scored, path, {}, scores)
+        return sum(asked, [])
+
+    for text, expected in (("1", titles), ("1", []), ("2", titles[1:]), ("2", [])):
+        (data / "test.jsonl").write_text(text)
+        os.utime(data / "test.jsonl", (1e9, 1e9))
+        assert again() == expected
+    assert scores["b"][titles[0]] == {"metric": "acc", "values": "1"}
 
 
 def test_task_names(tmp_path):
