@@ -201,9 +201,12 @@ def is_of_system(name: str) -> bool:
 
 
 def check_free(folder: str | os.PathLike, flag: str) -> None:
-    """Raises InputError unless the folder that --flag asks to write is absent or empty."""
+    """Raises InputError unless the folder that --flag asks to write is absent or empty, but for
+    files of systems."""
     folder = pathlib.Path(folder)
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (
+        not folder.is_dir() or not all(is_of_system(path.name) for path in folder.iterdir())
+    ):
         raise InputError(f"--{flag}={folder}: exists already; choose another --{flag}")
 
 

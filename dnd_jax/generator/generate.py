@@ -98,7 +98,8 @@ class TrainedGenerator:
         if encoder:
             self.condition = dataclasses.replace(self.condition, encoder=encoder)
         if base_name:
-            self.adapter = dataclasses.replace(self.adapter, base=base_name)
+            kept = self.adapter.revision if base_name == self.base else ""
+            self.adapter = dataclasses.replace(self.adapter, base=base_name, revision=kept)
         self._seed = description.seed
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
@@ -156,8 +157,16 @@ class TrainedGenerator:
         return np.asarray(self._step(self.params, condition[None])[0])
 
     def tensors(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Exactly N prompts -> LoRA tensors under PEFT's keys without its prefix."""
-        return self.target.decode(self.tokens(self.encoder.encode(prompts)))
+        """Exactly N prompts -> LoRA tensors under PEFT's keys without its prefix. Raises InputError
+        for a generator of which some would be no numbers."""
+        tensors = self.target.decode(self.tokens(self.encoder.encode(prompts)))
+        odd = [key for key, value in tensors.items() if not np.all(np.isfinite(value))]
+        if odd:
+            raise InputError(
+                f"{self.folder}: makes NaN or Inf, in {len(odd)} of {len(tensors)} tensors "
+                f"({odd[0]}); its parameters are damaged: train or import it again"
+            )
+        return tensors
 
     def draw(self, prompts: Sequence[str], seed: int, source: str = "prompts") -> list[str]:
         """The N prompts that a seed takes for an adapter."""

@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from dnd_jax.base.hub import packages_of
+from dnd_jax.base.identity import base_name, one_name
 from dnd_jax.base.known import base_sizes
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.core import digests
@@ -45,15 +46,18 @@ def _adapter_layout(
         source, shapes = os.fspath(adapter), read_shapes(adapter)
         settings = load_adapter_config(adapter)
         LoraLayout.from_shapes(shapes)  # names whatever is no LoRA
-        base = config.base.path or settings.base
+        base = one_name({settings.base: adapter}, config.base.path or None)
         check_fits(shapes, read_fields(adapter), base, f"{adapter}: not an adapter of {base}")
+        revision = settings.revision if base == settings.base else ""
+        settings = dataclasses.replace(settings, base=base, revision=revision)
     else:
         c, source = (
             config.lora,
             f"{config.base.path} with rank {config.lora.rank} on {', '.join(config.lora.targets)}",
         )
         shapes = base_sizes(config.base.path).lora_shapes(c.rank, c.targets)
-        settings = AdapterConfig(config.base.path, c.rank, c.alpha, tuple(sorted(c.targets)))
+        named = base_name(config.base.path)
+        settings = AdapterConfig(named, c.rank, c.alpha, tuple(sorted(c.targets)))
     layout = LoraLayout.from_shapes(shapes, width if width > 0 else None)
     if (layout.num_tokens, *layout.token_shape) != features:
         made = (

@@ -118,7 +118,10 @@ def find_tokens(config: Config, base: str, adapter: str) -> Tokens:
     width = config.generator.chunk_width or _chunk_width(shapes)
     config = dataclasses.replace(
         config,
-        base=dataclasses.replace(config.base, path=base),
+        # The file may be used elsewhere, where a relative path reads as a hub id.
+        base=dataclasses.replace(
+            config.base, path=os.path.abspath(base) if os.path.isdir(base) else base
+        ),
         lora=lora,
         generator=dataclasses.replace(config.generator, chunk_width=width),
     )

@@ -8,9 +8,16 @@ from dnd_jax.base.hub import is_hub_id
 from dnd_jax.config.records import SAME_NUMBERS, Older, check_same_run
 from dnd_jax.config.schema import Condition, Config
 from dnd_jax.core import digests
+from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import fingerprint_of_format_0, identify
-from dnd_jax.generator.folder import DESCRIPTION, MODEL, find_generator, read_record
+from dnd_jax.generator.folder import (
+    DESCRIPTION,
+    MODEL,
+    find_generator,
+    read_description,
+    read_record,
+)
 from dnd_jax.lora.checkpoints import Checkpoints
 
 
@@ -41,9 +48,11 @@ def is_finished(
     suite: Suite,
     workdir: pathlib.Path,
     allowed: Collection[str] | None,
+    base_name: str = "",
 ) -> bool:
     """Whether a folder has the generator of this configuration. suite: with the datasets that are
-    trained on. Raises InputError when it has one of other settings that are not allowed to differ.
+    trained on. Raises InputError when it has one of other settings that are not allowed to differ,
+    or whose adapters call their base otherwise than `base_name`, if one is given.
     """
     if not (folder / DESCRIPTION).is_file():
         return False
@@ -53,7 +62,14 @@ def is_finished(
         now["checkpoints"] = checkpoints.digest()
     now["encoder"] = _encoder(then, config.condition)
     older = older_values(config, checkpoints)
-    return check_same_run(folder / DESCRIPTION, then, now, allowed, older)
+    same = check_same_run(folder / DESCRIPTION, then, now, allowed, older)
+    called = read_description(folder).adapter.base if same and base_name else base_name
+    if called != base_name:
+        raise InputError(
+            f"{folder}: is finished, and its adapters call their base {called!r}; name another by "
+            f"`dnd generate --base-name={base_name}`"
+        )
+    return same
 
 
 def _encoder(then: dict, condition: Condition) -> str:

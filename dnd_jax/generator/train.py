@@ -89,7 +89,7 @@ def train(
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
-    if hosts.agreed(is_finished(folder, config, suite, workdir, allowed)):
+    if hosts.agreed(is_finished(folder, config, suite, workdir, allowed, base_name)):
         return folder
 
     # Checks, before anything long begins.

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +70,17 @@ def check_ours(folder: pathlib.Path) -> None:
     replaced."""
     if folder.is_dir() and _names(folder) and not is_ours(folder):
         raise InputError(f"{folder}: holds what dnd_jax did not make; move it to another place")
+
+
+def check_called(folders: Iterable[pathlib.Path], base: str) -> None:
+    """Raises InputError for a finished adapter that calls its base otherwise, if `base` is not
+    empty."""
+    for folder in folders if base else ():
+        if (called := load_adapter_config(folder).base) != base:
+            raise InputError(
+                f"{folder}: is finished, and calls its base {called!r}; give --base-name={base} to "
+                "`dnd train`, or use another --workdir"
+            )
 
 
 def _names(folder: pathlib.Path) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dnd_jax.base.hub import is_repo_id
 from dnd_jax.core import digests
+from dnd_jax.core.files import holds_only
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 
 TAGS = ("lora", "drag-and-drop-llms", "dnd_jax")
@@ -21,8 +22,9 @@ def names_hub_model(base: str) -> bool:
 
 
 def is_generated(folder: pathlib.Path) -> bool:
-    """Whether a folder holds an adapter with our card and nothing else."""
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {WEIGHTS, CONFIG, CARD}:
+    """Whether a folder holds an adapter with our card and nothing else but files of systems."""
+    ours = (WEIGHTS, CONFIG, CARD)
+    if not holds_only(folder, ours) or not all((folder / name).is_file() for name in ours):
         return False
     return TAGS[1] in (folder / CARD).read_text(encoding="utf-8", errors="replace")
 

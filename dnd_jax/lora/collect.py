@@ -43,15 +43,14 @@ from dnd_jax.data.suite_file import SPLITS
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
-from dnd_jax.lora.adapter import is_ours, save_adapter
+from dnd_jax.lora.adapter import check_called, is_ours, save_adapter
 from dnd_jax.lora.checkpoints import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import leading, replicated, shaped
 
-DONE = "collect.json"
-FORMAT = 1  # of it
+DONE, FORMAT = "collect.json", 1  # what is written last, and the form that it has
 
 
 def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
@@ -197,14 +196,15 @@ def collect(
         "base": base_digest(base_path),
         "lora": dataclasses.asdict(c),
         "max_length": config.base.max_length,
+        "suite": suite.fingerprint,
     }
-    record["suite"] = suite.fingerprint
     older = {"base": lambda then: means_base(then, base_path)}
     if (folder / DONE).is_file():
         then = read_numbered(folder / DONE, FORMAT)["settings"]
         if check_same_run(folder / DONE, then, record, allowed, older):
+            for dataset in suite.datasets:
+                check_called(dataset_checkpoints(folder / dataset.name), name)
             return folder
-
     _check_own(folder, suite)
 
     # The base, its LoRA and the tasks.

@@ -18,7 +18,7 @@ from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
 from dnd_jax.data.suite import load_suite
-from dnd_jax.generator.folder import initial_params
+from dnd_jax.generator.folder import initial_params, read_description
 from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.generator.state_dict import read_state_dict
 from dnd_jax.lora.adapter import load_adapter, save_adapter
@@ -161,6 +161,21 @@ def test_a_file_before_pytorch_1_6(folders, tmp_path):
         )
         == 0
     )
+
+
+@pytest.mark.parametrize("by_adapter", [False, True])
+def test_a_relative_path_of_the_base_is_made_absolute(folders, tmp_path, monkeypatch, by_adapter):
+    """Elsewhere it would read as a hub id."""
+    shapes = load_base_config(folders / "base").lora_shapes(2, MODULE_ORDER)
+    write_adapter(tmp_path / "adapter", shapes, 2, "base")
+    torch.manual_seed(0)
+    model = torch_generator.Generator([(4, 6, 8), (16, 6, 8), (2 * 29, 4, 10)], 3)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    monkeypatch.chdir(folders)
+    how = ("--config.base.path=base", "--config.lora.rank=2", "--config.lora.alpha=4")
+    how = (f"--adapter={tmp_path / 'adapter'}",) if by_adapter else how
+    assert import_it(folders, tmp_path / "x.pth", tmp_path / "g", "", *how) == 0
+    assert read_description(tmp_path / "g").adapter.base == str((folders / "base").resolve())
 
 
 def test_layout_from_the_base_alone_then_generate(folders, tmp_path):

@@ -12,11 +12,14 @@ from pipeline import random_loras, tiny_suite
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
 from dnd_jax.costs.step_cost import topology_devices
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.cache import PromptEncoder
+from dnd_jax.generator.folder import read_description
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.pairs import PairedDataset, Pairs
+from dnd_jax.generator.record import is_finished
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.train import _row, train
@@ -161,3 +164,12 @@ def test_the_run_records_its_mesh_with_the_order_of_the_devices(run):
         assert record["config"]["mesh"]["slices"] == 2 and record["data_position"] == record[
             "step"
         ] == int(step.name)
+
+
+def test_a_finished_run_keeps_the_name_of_its_base(run):
+    config, suite, root = run
+    folder = root / "generator"
+    called = read_description(folder).adapter.base
+    assert is_finished(folder, config, suite, root, None, called)
+    with pytest.raises(InputError, match="its adapters call their base .* --base-name=org/other"):
+        is_finished(folder, config, suite, root, None, "org/other")

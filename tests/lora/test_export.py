@@ -313,6 +313,7 @@ def test_nothing_that_exists_is_replaced(made, tmp_path, capsys):
         if path.is_file()
     }
     for seed in (0, 1):
+        (tmp_path / "empty" / ".DS_Store").touch()  # which macOS leaves in any folder
         assert main(generate(made, f"--out={tmp_path / 'empty'}", f"--seed={seed}")) == 0
     again = load_adapter(tmp_path / "empty")
     assert (
@@ -326,6 +327,29 @@ def test_nothing_that_exists_is_replaced(made, tmp_path, capsys):
     second = load_adapter(tmp_path / "more" / "sample_1")
     assert all(np.array_equal(second[key], value) for key, value in again.items())
     assert (tmp_path / "m" / "sample_1" / "config.json").is_file()
+
+
+def test_a_generator_that_makes_no_numbers_makes_no_adapter(made, tmp_path, capsys):
+    shutil.copytree(made / "generator", tmp_path / "g")
+    tensors = load_file(tmp_path / "g" / "model.safetensors")
+    tensors["decoder/stage_1/bias_n"][0] = np.nan
+    save_file(tensors, tmp_path / "g" / "model.safetensors")
+    out = tmp_path / "a"
+    words = generate(made, f"--out={out}")
+    assert main([words[0], f"--generator={tmp_path / 'g'}", *words[2:]]) == 2
+    assert f"dnd: {tmp_path / 'g'}: makes NaN or Inf, in " in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_another_name_of_the_base_has_no_commit_of_the_first(made, tmp_path):
+    shutil.copytree(made / "generator", tmp_path / "g")
+    file = tmp_path / "g" / "generator.json"
+    raw = json.loads(file.read_text())
+    raw["adapter"] |= {"base": "org/base", "revision": "c0ffee"}
+    file.write_text(json.dumps(raw))
+    for name, revision in (("", "c0ffee"), ("org/base", "c0ffee"), ("org/copy", "")):
+        adapter = TrainedGenerator(tmp_path / "g", base_name=name).adapter
+        assert (adapter.base, adapter.revision) == (name or "org/base", revision)
 
 
 # --- Merged models

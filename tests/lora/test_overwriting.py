@@ -9,7 +9,7 @@ import pytest
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.lora import collect
-from dnd_jax.lora.adapter import is_ours, save_adapter
+from dnd_jax.lora.adapter import check_called, is_ours, save_adapter
 from dnd_jax.lora.found import CONFIG, WEIGHTS
 from dnd_jax.lora.peft_settings import AdapterConfig
 
@@ -83,3 +83,11 @@ def test_collect_refuses_others_loras_where_it_writes(tmp_path):
     theirs(tmp_path / "birds" / "checkpoint-3")
     with pytest.raises(InputError, match="did not make; use another --workdir.*checkpoint-3"):
         collect._check_own(tmp_path, suite(tmp_path))
+
+
+def test_finished_adapters_keep_the_name_of_their_base(tmp_path):
+    folders = [ours(tmp_path / "a"), ours(tmp_path / "b")]
+    check_called(folders, "")
+    check_called(folders, "org/base")
+    with pytest.raises(InputError, match="a: is finished, and calls its base 'org/base'; give --b"):
+        check_called(folders, "org/other")
