@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,9 +33,10 @@ from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.tensors import write_safetensors
 from dnd_jax.core.whereabouts import flaw, instead_of
 
-transformers = packages.deferred("transformers")
+tokenizers, transformers = packages.deferred("tokenizers"), packages.deferred("transformers")
 GENERATION = "generation_config.json"
 SETTINGS_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SENTENCE = "Which sea is deep: the größte, 42 miles?"
 
 
 def load_base(
@@ -129,6 +130,7 @@ def load_tokenizer(path: str | os.PathLike):
         tokenizer.pad_token = tokenizer.eos_token
     if (folder / CONFIG).is_file():
         _check_vocabulary(folder, tokenizer)
+        _check_class(folder, tokenizer)
     return tokenizer
 
 
@@ -171,4 +173,28 @@ def _check_vocabulary(folder: pathlib.Path, tokenizer) -> None:
             f"{folder}: the tokenizer's files give {first}{more}, beyond the {rows} rows of the "
             f"embeddings ({file}: vocab_size); take the model's own tokenizer, or resize the "
             "embeddings by resize_token_embeddings and save the model again"
+        )
+
+
+def _check_class(folder: pathlib.Path, tokenizer) -> None:
+    """Raises InputError where transformers reads a base's tokenizer.json as a class that loses the
+    spaces or letters of a text, which the file itself keeps: its classes replace what the file says
+    of them by their own."""
+    whole, file = folder / "tokenizer.json", folder / CONFIG
+    kind = read_config(folder)[1].get("model_type")
+
+    def kept(ids: list[int], decode: Callable) -> bool:
+        return decode(ids, skip_special_tokens=False).split() == SENTENCE.split()
+
+    ids = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    if kind not in BASES or not whole.is_file() or kept(ids, tokenizer.decode):
+        return
+    own = tokenizers.Tokenizer.from_file(str(whole))
+    if kept(own.encode(SENTENCE, add_special_tokens=False).ids, own.decode):
+        mend = "say TokenizersBackend as its tokenizer_class in tokenizer_config.json"
+        if kind == "qwen2":
+            mend = f"it does so with any model_type qwen2 ({file}), so take a tokenizer of Qwen's"
+        raise InputError(
+            f"{whole}: transformers reads it as {type(tokenizer).__name__}, which makes "
+            f"{tokenizer.decode(ids)!r} of {SENTENCE!r}; {mend}"
         )

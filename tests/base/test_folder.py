@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from small_models import fill, logits_of
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from dnd_jax.base.architecture import BaseLM, LmConfig
@@ -330,3 +332,48 @@ def test_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     refuse(tmp_path, "neither a padding nor an end token", load=load_tokenizer)
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    """A tokenizer as Llama's, of single characters and bytes."""
+    signs = {c: i for i, c in enumerate(["<unk>", "</s>", *"▁abcdeghilmnoprstw:,?42Wöß"])}
+    signs |= {f"<0x{i:02X}>": len(signs) + i for i in range(256)}
+    made = tokenizers.Tokenizer(models.BPE(signs, [], unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind, name, advice",
+    [
+        ("llama", "LlamaTokenizer", None),
+        ("mistral", "LlamaTokenizerFast", None),
+        ("qwen3", "TokenizersBackend", None),
+        ("qwen2", "LlamaTokenizer", "with any model_type qwen2"),
+        ("qwen2", "TokenizersBackend", "with any model_type qwen2"),
+        ("qwen3", None, "say TokenizersBackend as its tokenizer_class"),
+        ("llama", "GPT2Tokenizer", "say TokenizersBackend as its tokenizer_class"),
+    ],
+)
+def test_a_tokenizer_that_transformers_reads_as_another_class(kind, name, advice, tmp_path):
+    """Such a class puts its own treatment of spaces in the place of the file's, in silence."""
+    sizes = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    settings = {"eos_token": "</s>", "unk_token": "<unk>"} | (
+        {"tokenizer_class": name} if name else {}
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if advice:
+        refuse(tmp_path, "transformers reads it as", advice, load=load_tokenizer)
+        return
+    ids = load_tokenizer(tmp_path)("the sea", add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(tmp_path).decode(ids).strip() == "the sea"
