@@ -159,15 +159,16 @@ class TorchBase:
         labelled = [e._replace(response=label) for e in examples for label in labels]
         pairs = token_pairs(self.tokenizer, labelled, self.ends)
         rows = [(prompt + answer, len(answer)) for prompt, answer in pairs]
-        width, scores = max(length for _, length in rows), []
+        scores = []
         for first in range(0, len(rows), self._batch_size):
-            scores += self._likelihoods(rows[first : first + self._batch_size], width)
+            scores += self._likelihoods(rows[first : first + self._batch_size])
         best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)
         return [labels[i] for i in best]
 
-    def _likelihoods(self, rows: Sequence[tuple[list[int], int]], width: int) -> list[float]:
+    def _likelihoods(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         """The logarithm of the likelihood of each row's last tokens, given as (ids, how many of
-        them); width: the most."""
+        them)."""
+        width = max(length for _, length in rows)
         padded, valid = self._padded([ids for ids, _ in rows])
         with torch.inference_mode():
             logits = self.model(

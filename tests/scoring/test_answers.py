@@ -137,6 +137,11 @@ def test_the_likeliest_label_equals_transformers(tmp_path):
             )
         expected.append(labels[int(np.argmax(scores))])
     assert chosen == expected and len(set(expected)) > 1
+    # One label longer than a question with any other, which then may be alone in a batch.
+    labels = ["yes", "[A]", "no " * 60]
+    at_once = TorchBase(tmp_path, batch_size=len(labels), max_new_tokens=4)
+    one_by_one = TorchBase(tmp_path, batch_size=1, max_new_tokens=4)
+    assert one_by_one.choose(examples[:3], labels) == at_once.choose(examples[:3], labels)
 
 
 def test_generation_settings_of_the_base_do_not_bend_greedy_answers(tmp_path):
