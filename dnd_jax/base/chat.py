@@ -125,7 +125,8 @@ def ends_of(base: str | os.PathLike, tokenizer) -> tuple[int, ...]:
     """Every token that ends an answer of a base: what its generation_config.json names (its
     config.json, where that names none), its tokenizer, and its chat template.
 
-    Raises InputError for an id that is none of the model's, and where there is no end at all.
+    Raises InputError for an id that is none of the model's, where there is no end at all, and where
+    the tokenizer takes the text of an end for words.
     """
     folder, found = resolve(base), []
     sizes = _settings(folder / "config.json")
@@ -134,6 +135,11 @@ def ends_of(base: str | os.PathLike, tokenizer) -> tuple[int, ...]:
             found = _ids(file, _settings(file), sizes)
     text = answer_text(tokenizer, ANSWER)
     taught = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    if taught not in tokenizer.added_tokens_decoder:
+        raise InputError(
+            f"{tokenizer.name_or_path}: its tokenizer reads the end in {text!r} as plain text; set "
+            "split_special_tokens, and single_word of that token, to false in its files"
+        )
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return tuple(dict.fromkeys([taught, *own, *found]))
 

@@ -202,3 +202,19 @@ def test_what_is_no_token_is_refused_by_name(plain, tmp_path, name, named, why):
 def test_an_answer_cut_off_has_met_no_end():
     assert until_end([5, 6, 7], (8, 9)) == [5, 6, 7]
     assert until_end([5, 9, 8], (8, 9)) == [5] and until_end([8], (8,)) == []
+
+
+@pytest.mark.parametrize("how", ["split_special_tokens", "single_word"])
+def test_an_end_that_the_tokenizer_reads_as_plain_text(plain, tmp_path, how):
+    """Its last letter would end every answer."""
+    shutil.copy(plain / "config.json", tmp_path)
+    tokenizer = load_tokenizer(plain)
+    if how == "single_word":
+        token = transformers.AddedToken("<stop>", special=True, single_word=True)
+        tokenizer.add_special_tokens({"eos_token": token})
+    tokenizer.save_pretrained(tmp_path)
+    change(tmp_path / "config.json", vocab_size=len(tokenizer))
+    if how == "split_special_tokens":
+        change(tmp_path / "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(InputError, match=r"the end in .Markananswer<\w+>. as plain text"):
+        ends_of(tmp_path, load_tokenizer(tmp_path))
