@@ -211,7 +211,8 @@ def test_an_end_that_the_tokenizer_reads_as_plain_text(plain, tmp_path, how):
     tokenizer = load_tokenizer(plain)
     if how == "single_word":
         token = transformers.AddedToken("<stop>", special=True, single_word=True)
-        tokenizer.add_special_tokens({"eos_token": token})
+        tokenizer.add_tokens([token])
+        tokenizer.chat_template = END_OF_TURN.replace("TURN", "<stop>")
     tokenizer.save_pretrained(tmp_path)
     change(tmp_path / "config.json", vocab_size=len(tokenizer))
     if how == "split_special_tokens":
