@@ -2,7 +2,7 @@
 tokens a dataset, made once.
 
 The folders may be ours or PEFT's, LLaMA-Factory's checkpoint-N, or the original's flat
-N.safetensors (`checkpoint_folders`). Checkpoints are read one at a time and their tokens
+N.safetensors (lora/listing.py). Checkpoints are read one at a time and their tokens
 written to WORKDIR/targets/DATASET/KEY/ as they come:
 
     tokens.npy        float32 (M, T, h, w), to be mapped into memory
@@ -18,11 +18,10 @@ dataset has one.
 import concurrent.futures
 import dataclasses
 import math
-import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -32,18 +31,17 @@ from dnd_jax.base.identity import one_name
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
-from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.errors import listed
 from dnd_jax.core.files import holds_only, need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE
 from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.fit import check_fits
-from dnd_jax.lora.found import is_unfinished, what_is_there, why_no_checkpoints
 from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.peft_settings import (
-    WEIGHTS,
     AdapterConfig,
     config_file,
     load_adapter_config,
@@ -59,63 +57,6 @@ from dnd_jax.lora.targets import (
     save_statistics,
 )
 from dnd_jax.parallel import hosts
-
-
-def dataset_checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoints in a dataset's folder, in the order of the numbers in their names: adapter
-    folders (ours, PEFT's, LLaMA-Factory's checkpoint-N) or the original's flat N.safetensors; none
-    if there are none.
-
-    Raises InputError when it holds both kinds, one of them in another form, or a whole model.
-    """
-    inner = [p for p in folder.glob("*/") if not p.name.startswith(".")]
-    folders = [path for path in inner if (path / WEIGHTS).is_file()]
-    # LLaMA-Factory leaves the last adapter beside its checkpoint-N folders.
-    flat = [
-        path
-        for path in folder.glob("*.safetensors")
-        if path.name != WEIGHTS and not path.name.startswith(".")
-    ]
-    alone = not folders and not flat
-    broken = [path for path in inner if path not in folders and is_unfinished(path, alone)]
-    if broken:
-        raise InputError(what_is_there(min(broken)))
-    if flat and (folder / "config.json").is_file():
-        raise InputError(what_is_there(folder))
-    if folders and flat:
-        raise InputError(
-            f"{folder.name} holds both {len(folders)} adapter folders and {len(flat)} flat files "
-            f"({min(flat).name}, ...)"
-        )
-    return sorted(
-        folders or flat,
-        key=lambda path: ([int(d) for d in re.findall(r"\d+", path.name)], path.name),
-    )
-
-
-def checkpoint_folders(
-    root: str | os.PathLike, datasets: Sequence[str]
-) -> dict[str, list[pathlib.Path]]:
-    """The checkpoints of each dataset: those of ROOT/DATASET, as `dataset_checkpoints`.
-
-    Raises InputError naming the datasets without any, and those that hold both kinds.
-    """
-    found, faults = {}, []
-    for name in datasets:
-        folder = pathlib.Path(root, name)
-        try:
-            found[name] = dataset_checkpoints(folder)
-        except InputError as error:
-            faults.append(str(error))
-            continue
-        if not found[name]:
-            faults.append(
-                f"no checkpoints for {name}: {why_no_checkpoints(pathlib.Path(root), name)}"
-            )
-    if faults:
-        raise listed(f"{root}: expected DATASET/*/{WEIGHTS} or DATASET/N.safetensors", faults)
-    return found
-
 
 TOKENS, IMPORTANCE = "tokens.npy", "importance.npy"
 VERSION = 2  # of what the files hold

@@ -44,7 +44,7 @@ from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import check_called, is_ours, save_adapter
-from dnd_jax.lora.checkpoints import dataset_checkpoints
+from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways

@@ -28,7 +28,8 @@ def is_unfinished(folder: pathlib.Path, alone: bool) -> bool:
     """Whether a folder without WEIGHTS was to be an adapter, or holds one in another form. alone:
     no whole adapter lies beside it; else folders inside are an archive's."""
     names = os.listdir(folder)
-    if any(name == CONFIG or name.startswith("adapter_model") for name in names):
+    # rsync calls a file .adapter_model.safetensors.a1B2c3 until it is there.
+    if any(name == CONFIG or name.lstrip(".").startswith("adapter_model") for name in names):
         return True
     return alone and any((folder / name / CONFIG).is_file() for name in names)
 
@@ -56,7 +57,11 @@ def _seen(folder: pathlib.Path) -> Iterator[str]:
         )
     if any(name.startswith("adapters.") for name in names):
         yield "there is an adapter of MLX; convert it to PEFT's form"
-    left = [name for name in names if name.endswith((".tmp", ".part", ".incomplete"))]
+    left = [
+        name
+        for name in names
+        if name.endswith((".tmp", ".part", ".incomplete")) or name.startswith(f".{WEIGHTS}.")
+    ]
     if left:
         yield f"{left[0]} is there, which was not finished; save or copy the adapter again"
     # Something else.

@@ -21,7 +21,8 @@ from dnd_jax.generator.folder import read_record
 from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
 from dnd_jax.generator.nearest import nearest
 from dnd_jax.lora.adapter import as_folder, is_made_from, save_adapter
-from dnd_jax.lora.checkpoints import Checkpoints, dataset_checkpoints
+from dnd_jax.lora.checkpoints import Checkpoints
+from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
 

@@ -9,7 +9,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.files import read_json, replacing
 from dnd_jax.core.formats import write_numbered
-from dnd_jax.lora.checkpoints import checkpoint_folders
+from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.scoring.intervals import LEVEL
 from dnd_jax.scoring.plots import bars, curves, projection
 from dnd_jax.scoring.results import CUT, MEANING, METHODS, PARTS, RESULTS_FORMAT, TITLES, combine

@@ -31,11 +31,11 @@ from dnd_jax.lora.checkpoints import (
     IMPORTANCE,
     TOKENS,
     Checkpoints,
-    checkpoint_folders,
     make_target,
     token_array,
 )
 from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.lora.moments import Moments, importance_weights
 from dnd_jax.lora.names import PEFT_PREFIX
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config

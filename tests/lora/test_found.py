@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.lora.adapter import save_adapter
-from dnd_jax.lora.checkpoints import checkpoint_folders
 from dnd_jax.lora.found import CONFIG, WEIGHTS
+from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config, read_shapes
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -140,6 +140,11 @@ def one_named(root):
     adapter(root / "birds" / "step_2" / "task")
 
 
+def half_copied(root):
+    adapter(root / "birds" / "step_1")
+    files(root / "birds" / "step_2", f".{WEIGHTS}.a1B2c3")
+
+
 DATASETS = {
     "of other capitals": (lambda r: adapter(r / "Birds" / "s"), "no folder birds, but Birds: ren"),
     "another one": (lambda r: adapter(r / "fish" / "s"), r"no folder birds \(there are fish\)"),
@@ -148,6 +153,10 @@ DATASETS = {
     "a whole model": (whole_model, "a whole model, fine-tuned without LoRA"),
     "one of them pickled": (one_broken, "step_2: no adapter_model.safetensors; adapter_model.bin"),
     "one of them named": (one_named, "step_2: .*there are adapters in task"),
+    "one of them half copied": (
+        half_copied,
+        "step_2: .*adapter_model.safetensors.a1B2c3 is there, which was not finished",
+    ),
     "states alone": (
         lambda r: files(r / "birds" / "checkpoint-9", "global_step9/x.pt", "latest"),
         "checkpoint-9: global_step9 is a state of DeepSpeed",
@@ -170,6 +179,20 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
     adapter(tmp_path / "plain")
     marked(tmp_path / "marked")
     assert load_adapter_config(tmp_path / "marked") == load_adapter_config(tmp_path / "plain")
+
+
+def test_a_link_to_a_checkpoint_is_not_another_one(tmp_path):
+    """As trainers leave beside them; checkpoints that lie elsewhere may all be links."""
+    birds, elsewhere = tmp_path / "birds", tmp_path / "elsewhere"
+    for step in (1, 2):
+        adapter(birds / f"step_{step}")
+        adapter(elsewhere / f"step_{step + 2}")
+        (birds / f"step_{step + 2}").symlink_to(elsewhere / f"step_{step + 2}")
+    (birds / "latest").symlink_to("step_2")
+    (birds / "best").symlink_to(elsewhere / "step_3")
+    (birds / "gone").symlink_to("step_0")
+    found = checkpoint_folders(tmp_path, ["birds"])["birds"]
+    assert [path.name for path in found] == ["step_1", "step_2", "step_3", "step_4"]
 
 
 def test_what_lies_beside_checkpoints_is_no_fault(tmp_path):
