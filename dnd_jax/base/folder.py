@@ -29,7 +29,7 @@ from dnd_jax.base.names import EMBEDDINGS, HEAD, lm_names, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
-from dnd_jax.core.files import read_json, replacing
+from dnd_jax.core.files import as_json, read_json, replacing
 from dnd_jax.core.tensors import write_safetensors
 from dnd_jax.core.whereabouts import flaw, instead_of
 
@@ -68,9 +68,15 @@ def _tied_as_stored(config: LmConfig, weights: StoredWeights) -> LmConfig:
     return config
 
 
-def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, tokenizer) -> None:
+def save_base(
+    folder: str | os.PathLike,
+    config: LmConfig,
+    params: Mapping,
+    tokenizer,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a base as a Hugging Face folder that `transformers` loads, float32, in one file: whole
-    or not at all."""
+    or not at all. beside: {name: value} of other JSON files in it."""
     flat = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
     weights = {}
     for theirs, ours, transposed in lm_table(config):
@@ -98,6 +104,8 @@ def save_base(folder: str | os.PathLike, config: LmConfig, params: Mapping, toke
         (temporary / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
         write_safetensors(temporary / "model.safetensors", weights, {"format": "pt"})
         tokenizer.save_pretrained(temporary)
+        for name, value in (beside or {}).items():
+            (temporary / name).write_text(as_json(value), encoding="utf-8")
 
 
 def load_tokenizer(path: str | os.PathLike):

@@ -23,7 +23,8 @@ from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.files import check_unused
+from dnd_jax.core.formats import read_numbered
 from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
@@ -76,6 +77,8 @@ def pretrain(
         older = {"tokenizer": lambda version: version in (None, *range(VERSION))}
         if check_same_run(folder / DONE, then, record, allowed, older):
             return folder
+    else:
+        check_unused(folder, "the base", "give that base by --config.base.path")
     if not suite.corpus:
         raise InputError(
             f"{suite.root}/suite.json: no corpus to pretrain a base on; add one or set "
@@ -134,8 +137,8 @@ def pretrain(
     )
     older = {"tokenizer": functools.partial(_other_tokens, training.directory)}
     state = run_loop(training, Options(allowed=tuple(allowed), older=older))
-    save_base(folder, module.config, jax.device_get(state["params"]), tokenizer)
-    write_numbered(folder / DONE, FORMAT, {"settings": record})
+    done = {DONE: {"format": FORMAT, "settings": record}}
+    save_base(folder, module.config, jax.device_get(state["params"]), tokenizer, done)
     return folder
 
 

@@ -210,6 +210,16 @@ def check_free(folder: str | os.PathLike, flag: str) -> None:
         raise InputError(f"--{flag}={folder}: exists already; choose another --{flag}")
 
 
+def check_unused(folder: pathlib.Path, what: str, instead: str) -> None:
+    """Raises InputError unless the folder that `what` is to be written to is absent or empty: what
+    is there was made by somebody else."""
+    if os.path.lexists(folder) and not holds_only(folder, ()):
+        raise InputError(
+            f"{folder}: {what} would be written here, in the place of what is there; move that "
+            f"away, or {instead}"
+        )
+
+
 def cache_folder() -> pathlib.Path:
     """Where what can be made again is kept: $DND_JAX_CACHE, else ~/.cache/dnd_jax. Of a user
     without a home, a path below which nothing can be written."""

@@ -6,6 +6,7 @@ import pathlib
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import check_unused
 from dnd_jax.data import report
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Suite, labels_of, load_suite
@@ -18,12 +19,15 @@ def open_suite(
     """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its
     faults are warned of.
 
-    Raises InputError for a suite that cannot be read, one that lacks answers or labels which the
+    Raises InputError for a folder of another's in the place of the embedded suite, for a suite that
+    cannot be read, one that lacks answers or labels which the
     configuration wants, with strict for faults in its data, and with scored for one without an
     unseen dataset.
     """
-    if not config.suite and not (workdir / paths.SUITE / "suite.json").is_file():
-        write_world(workdir / paths.SUITE, config.seed)
+    own = workdir / paths.SUITE
+    if not config.suite and not (own / "suite.json").is_file():
+        check_unused(own, "the embedded suite", "give the file that describes yours by --suite")
+        write_world(own, config.seed)
     suite = load_suite(config.suite or workdir / paths.SUITE, config.condition.num_prompts)
     if scored and not suite.unseen:
         raise InputError(
