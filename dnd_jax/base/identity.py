@@ -13,7 +13,12 @@ from dnd_jax.core.workdir import BASE
 from dnd_jax.parallel import hosts
 
 SETTINGS = ("config.json", "generation_config.json")
-CHAT = ("chat_template.jinja", "chat_template.json")
+# The last of them counts first.
+CHAT = (
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/default.jinja",
+)
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

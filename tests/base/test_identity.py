@@ -32,8 +32,12 @@ def test_contents_decide(base, tmp_path, monkeypatch):
     (copy / "README.md").write_text("a card")
     (copy / "optimizer.safetensors").write_bytes(b"no weights of the model")
     assert base_digest(copy) == before
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json"):
-        other = shutil.copytree(base, tmp_path / f"other_{name}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    before = base_digest(base)
+    names = ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"]
+    for i, name in enumerate([*names, "additional_chat_templates/default.jinja"]):
+        other = shutil.copytree(base, tmp_path / f"other_{i}")
         (other / name).write_bytes((other / name).read_bytes() + b"\n")
         assert base_digest(other) != before, name
 
