@@ -18,6 +18,7 @@ dataset has one.
 import concurrent.futures
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -31,7 +32,7 @@ from dnd_jax.base.identity import one_name
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
-from dnd_jax.core.errors import listed
+from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import holds_only, need_space, read_json, replacing
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE
@@ -41,6 +42,7 @@ from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.lora.moments import Moments, importance_weights
+from dnd_jax.lora.names import LORA_B
 from dnd_jax.lora.peft_settings import (
     AdapterConfig,
     config_file,
@@ -141,7 +143,7 @@ class Checkpoints:
         """(path, tensors) of one dataset's checkpoints, or of all, read one at a time."""
         for name, paths in self.folders.items():
             if dataset in (None, name):
-                yield from ((str(path), load_adapter(path)) for path in paths)
+                yield from ((str(path), _trained(path)) for path in paths)
 
     def digest(self, dataset: str | None = None) -> str:
         """sha256 of one dataset's checkpoints, or of all: their names, tensors and settings, but
@@ -167,6 +169,18 @@ class Checkpoints:
             for path in paths
         ]
         return digests.of_json(seen)[:16]
+
+
+def _trained(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint. Raises InputError as `load_adapter`, and for one that changes
+    nothing of its base."""
+    tensors = load_adapter(path)
+    if not any(np.any(value) for key, value in tensors.items() if key.endswith(LORA_B)):
+        raise InputError(
+            f"{path}: every lora_B is zero, so it changes nothing: saved before training, or "
+            "from a model that had lost it; save it again"
+        )
+    return tensors
 
 
 def _hash(*parts) -> str:
@@ -251,12 +265,12 @@ def _write_tokens(
 
     def tokens(reader: concurrent.futures.Executor) -> Iterator[np.ndarray]:
         # The next one is read while this one is encoded.
-        ahead = reader.submit(load_adapter, paths[0])
+        ahead = reader.submit(_trained, paths[0])
         for i, path in enumerate(tqdm(paths, desc=dataset, unit="checkpoint", dynamic_ncols=True)):
             stop.check()
             tensors = ahead.result()
             if i + 1 < len(paths):
-                ahead = reader.submit(load_adapter, paths[i + 1])
+                ahead = reader.submit(_trained, paths[i + 1])
             encoded = np.ascontiguousarray(target.encode(tensors, path), "<f4")
             del tensors
             yield encoded

@@ -538,6 +538,20 @@ def test_a_bad_checkpoint_or_a_stop_leaves_no_array(tmp_path):
         token_array(found, "fish", ChunkTarget(found.layout), cache)
 
 
+@pytest.mark.parametrize("target", ["chunk", "element"])
+def test_a_checkpoint_that_changes_nothing_is_none(tmp_path, target):
+    """As PEFT saves a model whose LoRA it could not attach: A at random, B zero."""
+    root, cache = write_all(tmp_path / "loras"), tmp_path / "cache"
+    tensors = lora(10)
+    tensors |= {key: value * 0 for key, value in tensors.items() if ".lora_B." in key}
+    write(root / "birds" / "checkpoint-10", tensors)
+    config = load_file("configs/mini.py")
+    config.generator.target = target
+    found = opened(root)
+    with pytest.raises(InputError, match="checkpoint-10: every lora_B is zero, so it changes noth"):
+        token_array(found, "birds", make_target(freeze(config), found, cache), cache)
+
+
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("mount") is None,
     reason="needs root to mount a small file system",
