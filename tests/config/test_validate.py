@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import sys
 
 import pytest
 
@@ -124,3 +125,15 @@ def test_a_file_of_settings_that_ends_python(tmp_path):
     (tmp_path / "mine.py").write_text("import sys\n\nsys.exit(7)\n")
     with pytest.raises(InputError, match="mine.py:3: SystemExit: 7"):
         load_file(str(tmp_path / "mine.py"))
+
+
+def test_settings_of_the_same_size_and_time_are_read_anew(tmp_path, monkeypatch):
+    """As `cp -p`, archives and images without times leave a file that was replaced."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, text = tmp_path / "mine.py", "from dnd_jax.configs import mini\n\n\n"
+    text += "def get_config():\n    c = mini.get_config()\n    c.train.steps = {}\n    return c\n"
+    for steps in (111, 222):
+        file.write_text(text.format(steps))
+        os.utime(file, (10**9, 10**9))
+        assert load_file(str(file)).train.steps == steps
+    assert list(tmp_path.iterdir()) == [file]
