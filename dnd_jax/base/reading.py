@@ -29,7 +29,7 @@ from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
 from dnd_jax.core.files import cache_folder, read_json, write_json
 from dnd_jax.core.memory import free_memory
-from dnd_jax.core.processes import finished
+from dnd_jax.core.processes import finished, of_module
 from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.parallel import hosts
 
@@ -119,7 +119,7 @@ def measured(folder: pathlib.Path) -> dict:
     """`compare` in a process of its own; only a "note" where it had no room, took too long or
     failed. Raises InputError for files that cannot be read."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} | EXACT
-    command = [sys.executable, "-m", "dnd_jax.base.reading", str(folder)]
+    command = of_module("dnd_jax.base.reading", str(folder))
     try:
         code, out, err = finished(command, environment, SECONDS)
     except TimeoutError:

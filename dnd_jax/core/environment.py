@@ -31,7 +31,11 @@ def check_xla_flags() -> None:
         return
     read = "from jaxlib import xla_client; xla_client.CompileOptions()"
     ended = subprocess.run(
-        [sys.executable, "-c", read], capture_output=True, text=True, errors="replace", check=False
+        [sys.executable, "-P", "-c", read],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if not ended.returncode or "parse_flags" not in ended.stderr:
         return  # taken, or not to be known in this way

@@ -7,6 +7,7 @@ import os
 import pathlib
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 
@@ -65,6 +66,15 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
+
+
+def of_module(name: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours in a Python of its own, without the working directory
+    among the places of modules: a user's random.py there would be run in the place of Python's."""
+    root = str(pathlib.Path(__file__).parents[2])
+    run = f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    code = f"import runpy, sys; sys.path.append({root!r}); {run}"
+    return [sys.executable, "-P", "-c", code, *arguments]
 
 
 def finished(

@@ -27,7 +27,7 @@ from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
-from dnd_jax.core.processes import finished
+from dnd_jax.core.processes import finished, of_module
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.costs.bench.case import peak_memory
 from dnd_jax.data.rows import kind_of
@@ -45,9 +45,7 @@ RESULT = "overhead.json"
 
 def _alone(side: str, spec: Mapping) -> dict:
     """What a side measures in a process of its own. Raises InputError with its message."""
-    code, out, err = finished(
-        [sys.executable, "-m", "dnd_jax.studies.overhead", side, json.dumps(spec)]
-    )
+    code, out, err = finished(of_module("dnd_jax.studies.overhead", side, json.dumps(spec)))
     if code:
         last = (err.strip().splitlines() or ["no message"])[-1]
         raise InputError(

@@ -23,7 +23,7 @@ from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.load import load_file as load_config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError
-from dnd_jax.core.processes import finished
+from dnd_jax.core.processes import finished, of_module
 from dnd_jax.data.sources import Example
 from dnd_jax.main import main
 from dnd_jax.scoring.report import publish_measured
@@ -100,7 +100,7 @@ def test_a_process_of_its_own(tmp_path, monkeypatch, capsys):
         child((0, '{"error": "a damaged file"}', ""))
     command, environment, seconds = asked[0]
     assert seconds == 30 * 60
-    assert command[1:] == ["-m", "dnd_jax.base.reading", str(folder)]
+    assert command == of_module("dnd_jax.base.reading", str(folder))
     assert (environment["JAX_PLATFORMS"], environment["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
     assert environment["ONEDNN_DEFAULT_FPMATH_MODE"] == "STRICT"
     assert environment["DNNL_DEFAULT_FPMATH_MODE"] == "STRICT"

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from dnd_jax.config.schema import WHAT, Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
-from dnd_jax.core.processes import finished
+from dnd_jax.core.processes import finished, of_module
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.costs.bench.case import Case
@@ -49,7 +48,7 @@ def cases_of(config: Config, file: str | os.PathLike) -> list[Case]:
 def measure(side: str, case: Case, variant: str, repeats: int) -> dict:
     """One process's result. Raises InputError with its last line when it fails."""
     spec = json.dumps({"case": dataclasses.asdict(case), "variant": variant, "repeats": repeats})
-    command = [sys.executable, "-m", f"dnd_jax.costs.bench.{side}_worker", spec]
+    command = of_module(f"dnd_jax.costs.bench.{side}_worker", spec)
     # The last line is the error's own, not JAX's note that it has left frames out.
     code, out, err = finished(command, {**os.environ, "JAX_TRACEBACK_FILTERING": "off"})
     if code == -9:
