@@ -56,7 +56,7 @@ class Line:
             message = json.loads(line)
         except TimeoutError:
             raise
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # the last of lists 50,000 deep
             return None
         return message if isinstance(message, dict) else None
 

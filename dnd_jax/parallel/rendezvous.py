@@ -170,6 +170,11 @@ def _join(meeting: Meeting, processes: int, process: int, seconds: float, run: s
         )
     if "refused" in answer:
         raise (Missing if answer.get("missing") else InputError)(answer["refused"])
+    if not {"names", "token"} <= answer.keys():
+        raise InputError(
+            f"{meeting.coordinator} (port {meeting.port}): what answers there is no process of "
+            f"this run; {meeting.mend}"
+        )
     return Peers(
         process, {0: line}, {int(i): name for i, name in answer["names"].items()}, answer["token"]
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 
 import pytest
 
@@ -141,3 +142,27 @@ def test_a_name_that_is_known_a_little_later(monkeypatch):
     asked.clear()
     with pytest.raises(Missing, match="its name is not known here"):
         address.check_own(meeting)
+
+
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        (b'{"status": "ok"}\n', "what answers there is no process of this run"),
+        (b'{"a":' * 60_000 + b"\n", "left while the others were awaited"),
+        (b"HTTP/1.1 400\r\n", "left while the others were awaited"),
+    ],
+)
+def test_another_program_at_the_coordinators_port(said, why):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            call, _ = server.accept()
+            with call:
+                call.sendall(said)
+                call.recv(4096)
+
+        threading.Thread(target=answer, daemon=True).start()
+        at = server.getsockname()[1]
+        meeting = address.Meeting("127.0.0.1", at, f"127.0.0.1:{at - 1}", "mend --coordinator")
+        with pytest.raises(InputError, match=why):
+            rendezvous._join(meeting, 2, 1, 5.0, "run")
