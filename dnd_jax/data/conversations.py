@@ -18,11 +18,18 @@ SPEAKERS = {
     "system": "system",
 }
 
+# Of a turn of OpenAI's and of trainers' files: where one is 0 or false, nothing is learnt of it.
+UNTAUGHT = ("weight", "train", "loss")
+
 
 def first_exchange(where: str, turns: object, system: object) -> tuple[dict, int]:
     """({"prompt", "response", "system"} of the first exchange, number of further questions).
     system: the row's own. Raises InputError."""
-    said = [_turn(where, turn) for turn in _turns(where, turns)]
+    every = _turns(where, turns)
+    said = [_turn(where, turn) for turn in every]
+    answers = [of for of, turn in zip(every, said, strict=True) if turn[0] == "assistant"]
+    if answers:
+        _check_taught(where, answers[0])
     if said and said[0][0] == "system":
         own = said.pop(0)[1]
         system = own if missing(system) or system == "" else system
@@ -34,6 +41,16 @@ def first_exchange(where: str, turns: object, system: object) -> tuple[dict, int
     if len(said) > 1:
         row["response"] = said[1][1]
     return row, sum(role == "user" for role, _ in said[1:])
+
+
+def _check_taught(where: str, answer: Mapping) -> None:
+    """Raises InputError for an answer of which nothing is to be learnt."""
+    for key in UNTAUGHT:
+        if not missing(answer.get(key)) and not answer[key]:
+            raise InputError(
+                f"{where}: the first answer has {key} = {answer[key]!r}, which says that it is not "
+                "to be learnt; leave the row out, or begin with the exchange that is"
+            )
 
 
 def _turns(where: str, turns: object) -> list[Mapping]:

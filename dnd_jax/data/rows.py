@@ -25,7 +25,7 @@ from typing import Any
 from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import json_of, once_each, read_text, text_of, why_no_json
-from dnd_jax.data.tables import cell_rows, table_rows, unlabeled
+from dnd_jax.data.tables import cell_rows, shortest, table_rows, unlabeled
 
 datasets = packages.deferred("datasets")
 
@@ -172,7 +172,10 @@ def hub_rows(
     found = found[wanted] if isinstance(found, datasets.DatasetDict) else found
     name = f"{source}/{config}" if config else source
     places = (f"{name}[{wanted}]: row {i}" for i in itertools.count(1))
-    return zip(places, unlabeled(_read(found, source), found.features), strict=False)
+    kinds = {name: getattr(of, "dtype", None) for name, of in found.features.items()}
+    short = {name: kind for name, kind in kinds.items() if kind in ("float32", "float16")}
+    rows = shortest(_read(found, source), short)
+    return zip(places, unlabeled(rows, found.features), strict=False)
 
 
 def _read(found: "datasets.Dataset", source: str) -> Iterator[dict[str, Any]]:

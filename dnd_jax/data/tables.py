@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 
@@ -23,6 +25,8 @@ ipc = packages.deferred("pyarrow.ipc")
 NULL_CELLS = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "<NA>"}
 NULL_CELLS |= {"N/A", "NA", "n/a", "NULL", "null", "None", "NaN", "nan", "-NaN", "-nan"}
 SEPARATORS = ",;\t|"
+SHORT = {"float": np.float32, "float32": np.float32, "float16": np.float16}
+SHORT["halffloat"] = np.float16
 
 
 def cell_rows(
@@ -87,7 +91,9 @@ def table_rows(path: str | os.PathLike, kind: str) -> list[tuple[str, dict[str, 
         what = kind.removeprefix(".")
         raise InputError(f"{path}: not a readable {what} file ({first_line(error)})") from None
     places = (f"{path}: row {i}" for i in range(1, len(rows) + 1))
-    return list(zip(places, unlabeled(rows, _features(table.schema)), strict=True))
+    short = {field.name: str(field.type) for field in table.schema if str(field.type) in SHORT}
+    labelled = unlabeled(shortest(rows, short), _features(table.schema))
+    return list(zip(places, labelled, strict=True))
 
 
 def _arrow(path: str | os.PathLike) -> "pyarrow.Table":
@@ -107,6 +113,16 @@ def _features(schema: "pyarrow.Schema") -> Mapping[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, Mapping) else {}
+
+
+def shortest(rows: Iterable[dict], names: Mapping[str, str]) -> Iterator[dict]:
+    """Rows in which the numbers of columns of less than 64 bits, {name: type}, are the shortest
+    that mean the same: 0.1 that was stored in 32 bits is 0.1, not 0.10000000149011612."""
+    for row in rows:
+        for name, kind in names.items():
+            if isinstance(row.get(name), float | np.floating):
+                row = {**row, name: float(str(SHORT[kind](row[name])))}
+        yield row
 
 
 def unlabeled(rows: Iterable[dict], features: Mapping[str, Any]) -> Iterator[dict]:

@@ -7,6 +7,7 @@ import lzma
 import pathlib
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.feather
@@ -360,3 +361,34 @@ def test_conversations_in_columns(tmp_path):
     for name in ("x.parquet", "x.jsonl"):
         (example,) = read_source(Source(str(tmp_path / name))).examples
         assert example[:3] == ("q", "a", "")
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_numbers_of_fewer_bits_are_what_was_written(kind, tmp_path):
+    frame = pd.DataFrame({"prompt": ["a", "b", "c"], "n": np.array([0.1, 2.75, 7.5], kind)})
+    frame.to_parquet(tmp_path / "x.parquet")
+    made = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    made.save_to_disk(tmp_path / "saved")
+    for name in ("x.parquet", "saved"):
+        found = read_source(
+            Source(str(tmp_path / name), columns={"prompt": "prompt", "response": "n"})
+        )
+        assert [e.response for e in found.examples] == ["0.1", "2.75", "7.5"], name
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_an_answer_that_is_not_to_be_learnt(flag, tmp_path):
+    """As OpenAI's files and trainers say it of a turn."""
+
+    def rows(*flags: dict) -> Source:
+        turns = [{"role": ("user", "assistant")[i % 2], "content": f"t{i}"} for i in range(4)]
+        for turn, its in zip(turns[1::2], flags, strict=True):
+            turn.update(its)
+        (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        return Source(str(tmp_path / "x.jsonl"))
+
+    with pytest.raises(InputError, match=f"x.jsonl:1: the first answer has {next(iter(flag))} = "):
+        read_source(rows(flag, {}))
+    taught = dict.fromkeys(flag, True)
+    for flags in (({}, flag), (taught, flag), (dict.fromkeys(flag), {})):
+        assert read_source(rows(*flags)).examples[0].response == "t1"
