@@ -123,10 +123,23 @@ def _split(name: str, stage: Stage, words: Sequence[str]) -> tuple[dict[str, str
         if flag in asked:
             raise InputError(f"--{flag} is given twice; give it once")
         asked[flag] = value
+    _check_read(name, stage, asked)
+    return asked, rest
+
+
+def _check_read(name: str, stage: Stage, asked: Mapping[str, str]) -> None:
+    """Raises InputError for a setting that is given by a flag too, or that the stage passes
+    over."""
+    for key in (key.removeprefix(_KEY) for key in asked if key.startswith(_KEY) and stage.reads):
+        if not any(key == read or key.startswith(f"{read}.") for read in stage.reads):
+            reads = " and ".join(_KEY + read for read in stage.reads)
+            raise InputError(
+                f"--{_KEY}{key}: `dnd {name}` reads {reads} alone; `dnd {name} --help` lists "
+                "its flags"
+            )
     for flag in stage.flags:
         if flag.name in asked and f"{_KEY}{flag.setting}" in asked:
             raise InputError(f"--{flag.name} and --{_KEY}{flag.setting} say the same; give one")
-    return asked, rest
 
 
 def _switches(stage: Stage) -> set[str]:

@@ -102,9 +102,10 @@ class Stage:
 
     needs: names of modules, or a function of what it was called with that gives them; checked
     before `run`. argument: the name of what stands behind the stage's name ("X.pth"), empty for
-    none. settings: RUN, DEFAULT or NONE. fallback: the settings that RUN means without
-    --config and without remembered ones; empty: that is refused. writes: whether it writes into the
-    workdir, which is this process's alone meanwhile and remembers the settings.
+    none. settings: RUN, DEFAULT or NONE. reads: the settings that it goes by, or their sections;
+    any other is refused on its command line; empty: all. fallback: the settings that RUN means
+    without --config and without remembered ones; empty: that is refused. writes: whether it writes
+    into the workdir, which is this process's alone meanwhile and remembers the settings.
     """
 
     run: Callable[[Given], None]
@@ -112,6 +113,7 @@ class Stage:
     needs: tuple[str, ...] | Callable[[Given], tuple[str, ...]] = ()
     argument: str = ""
     settings: str = RUN
+    reads: tuple[str, ...] = ()
     fallback: str = ""
     writes: bool = False
 

@@ -293,6 +293,8 @@ def _places(given: Given) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         raise InputError(f"--samples={given['samples']}: at least 1")
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
+    if given["base"] and not given["merge"]:
+        raise InputError("--base is for --merge=FOLDER; what an adapter calls it is --base-name")
     if given["public"] and not given["push-to-hub"]:
         raise InputError("--public is for --push-to-hub=USER/NAME")
     if given["push-to-hub"]:
@@ -319,4 +321,5 @@ def _places(given: Given) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     return folders, merged
 
 
-STAGE = Stage(_run, FLAGS, settings=DEFAULT)
+# The rest is as the generator was trained.
+STAGE = Stage(_run, FLAGS, settings=DEFAULT, reads=("mesh", "condition.too_long"))

@@ -113,6 +113,15 @@ def test_a_flag_and_its_setting_are_not_given_both(stage, flag, setting):
     assert refusal(*words, stage=of) == f"--{flag} and --config.{setting} say the same; give one"
 
 
+def test_a_setting_that_a_stage_passes_over_is_refused():
+    of = importlib.import_module(f"dnd_jax.{STAGES['generate'][0]}").STAGE
+    said = refusal("--config.seed=1", stage=of)
+    assert "--config.seed: `dnd stage` reads config.mesh and config.condition.too_long al" in said
+    assert "--config.meshes.fsdp: " in refusal("--config.meshes.fsdp=1", stage=of)
+    given = parsed("--config.mesh.fsdp=2", "--config.condition.too_long=cut", stage=of)
+    assert given.config.mesh.fsdp == 2
+
+
 def test_values_that_begin_with_dashes_are_values():
     given = parsed("--note", "--note-of-mine", "--workdir=--note=x", stage=LOOKING)
     assert given["note"] == "--note-of-mine" and given["workdir"] == "--note=x"

@@ -256,6 +256,7 @@ def test_files_are_what_vllm_and_llama_cpp_expect(made, tmp_path):
         (["--push-to-hub=a/b", "--samples=2"], "takes one adapter"),
         (["--samples=0"], "--samples=0: at least 1"),
         (["--merge=OUT", "--base=/nowhere"], "/nowhere: no such model folder"),
+        (["--base=/nowhere"], "--base is for --merge=FOLDER"),
     ],
 )
 def test_options_of_generate(made, options, expected, tmp_path, capsys):
