@@ -99,6 +99,12 @@ class LmConfig:
                 f"{self.hidden_size} and be a multiple of "
                 f"{self.num_key_value_heads} key-value heads"
             )
+        width = self.head_width if self.head_dim is None else self.head_dim
+        if width < 1 or width % 2:
+            raise InputError(
+                f"base: heads of {width} channels cannot be rotated by position, which takes pairs "
+                "of them; give an even head_dim"
+            )
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of each LoRA-able projection, by its path inside a layer."""

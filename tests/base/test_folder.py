@@ -265,6 +265,9 @@ def test_every_tensor_that_does_not_fit_in_one_error(folder):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope type"),
         ({"num_attention_heads": 5}, "5 heads"),
+        ({"head_dim": 7}, "heads of 7 channels .* give an even head_dim"),
+        ({"head_dim": 0}, "heads of 0 channels"),
+        ({"head_dim": -8}, "heads of -8 channels"),
     ],
 )
 def test_other_architectures_are_refused(folder, change, part):
