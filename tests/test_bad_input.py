@@ -150,6 +150,7 @@ def test_suite_that_is_missing_or_no_json(tmp_path, capsys):
         (["generate", "--seed=-1"], "--seed=-1: -1 is not a non-negative integer"),
         (["overhead", "--limit=-3"], "--limit=-3: -3 is not a non-negative integer"),
         (["plan", TINY, "--devices=-2"], "--devices=-2: -2 is not a non-negative integer"),
+        (["train", TINY, "--multihost", "--process=1"], "--multihost finds out --coordinator"),
         (["train", TINY, "--coordinator=localhost:99999"], "with a port of 1 to 65534"),
         # The next port is used as well.
         (["train", TINY, "--coordinator=localhost:65535"], "with a port of 1 to 65534"),

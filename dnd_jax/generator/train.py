@@ -307,11 +307,10 @@ def _run(given: Given) -> None:
 
 def _address(given: Given) -> tuple[str, int, int]:
     """(coordinator, processes, process). Raises InputError for what does not fit together."""
-    address = coordinator, processes, process = (
-        given["coordinator"],
-        given["processes"],
-        given["process"],
-    )
+    flags = ("coordinator", "processes", "process")
+    address = coordinator, processes, process = tuple(given[flag] for flag in flags)
+    if given["multihost"] and address != ("", 1, 0):
+        raise InputError(f"--multihost finds out --{', --'.join(flags)}; leave them out")
     if not (coordinator or given["multihost"]) and (processes > 1 or process):
         raise InputError("--processes and --process need --coordinator=HOST:PORT of process 0")
     if process >= processes and coordinator:
