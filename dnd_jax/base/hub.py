@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dnd_jax.base import gguf_file
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import read_json, read_object, write_json
@@ -92,13 +93,14 @@ def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
 VOCABULARIES = ("tokenizer", "vocab", "added_tokens")  # JSON files whose keys are any text
 NO_PATH = "(empty path): no such model folder"
-PACKAGE = "package:"  # "package:NAME/FOLDER" is a folder inside an installed Python package
+PACKAGE = "package:"  # "package:NAME/REST" is a folder or file inside an installed package
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
     """Whether a model is asked of the hub by this name: it is no folder, file or package here."""
     name = os.fspath(name)
     local = name.startswith((".", "/", PACKAGE)) or pathlib.Path(name).exists()
+    local = local or gguf_file.is_gguf(name)
     return bool(name) and name.count("/") <= 1 and not local
 
 
@@ -139,29 +141,49 @@ def cached(name: str, file: str) -> pathlib.Path | None:
     return pathlib.Path(found).parent if isinstance(found, str) else None
 
 
+def in_package(name: str) -> pathlib.Path:
+    """The path that "package:NAME/REST" means, inside an installed package that is not imported.
+    Raises InputError where it is not installed."""
+    package, _, rest = name.removeprefix(PACKAGE).partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    # ImportError: of a package inside one that is absent; ValueError: of no name at all.
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"{name}: the package is not installed; {packages.how_to_install([package])}"
+        )
+    return pathlib.Path(next(iter(spec.submodule_search_locations)), rest)
+
+
+def gguf_of(name: str | os.PathLike) -> pathlib.Path | None:
+    """The GGUF file that a name means, there or not; None where it means none."""
+    name = os.fspath(name)
+    try:
+        file = in_package(name) if name.startswith(PACKAGE) else pathlib.Path(name)
+    except InputError:
+        return None
+    return file if gguf_file.is_gguf(file) else None
+
+
 def resolve(
     path: str | os.PathLike, files: Sequence[str] = FILES, revision: str = ""
 ) -> pathlib.Path:
-    """The local folder of a model: a folder, "package:NAME/FOLDER" inside an installed package, or
-    a hub id, of which `files` are downloaded. revision: of a hub id, the commit; empty: the newest.
+    """The local folder of a model: a folder, a GGUF file (written as one), "package:NAME/FOLDER" or
+    "package:NAME/FILE.gguf" inside an installed package, or a hub id, of which `files` are
+    downloaded. revision: of a hub id, the commit; empty: the newest.
 
     Raises InputError when it cannot be had.
     """
     name = os.fspath(path)
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
+    local = in_package(name) if name.startswith(PACKAGE) else pathlib.Path(name)
+    if gguf_file.is_gguf(local):
+        return gguf_file.as_folder(local)
     if name.startswith(PACKAGE):
-        package, _, folder = name.removeprefix(PACKAGE).partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        # ImportError: of a package inside one that is absent; ValueError: of no name at all.
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(
-                f"{name}: the package is not installed; pip install {package.replace('_', '-')}"
-            )
-        return pathlib.Path(next(iter(spec.submodule_search_locations)), folder)
+        return local
     if name.startswith((".", "/")) or name.count("/") > 1 or not name or os.path.exists(name):
         raise InputError(f"{name}: {not_a_folder(pathlib.Path(name))}" if name else NO_PATH)
     try:

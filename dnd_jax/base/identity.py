@@ -3,9 +3,11 @@ adapters give it."""
 
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
-from dnd_jax.base.hub import hub_id, resolve
+from dnd_jax.base.gguf_file import RECORD, Source, source_of
+from dnd_jax.base.hub import gguf_of, hub_id, resolve
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.tensors import INDEX, weight_files
@@ -64,12 +66,44 @@ def base_digest(path: str | os.PathLike) -> str:
 
 def base_name(path: str | os.PathLike) -> str:
     """What an adapter's settings call a base: a hub id or package as it is, the hub id of a folder
-    in the hub's cache, and any other folder by its absolute path. Empty: none is named."""
+    in the hub's cache, or of the model that a GGUF file says it was made from, and any other folder
+    or file by its absolute path. Empty: none is named."""
     name = os.fspath(path)
     folder = pathlib.Path(name)
-    if not name or not folder.is_dir():
+    if (source := weights_source(name)) is not None and source.hub_id:
+        return source.hub_id
+    if not name or not folder.exists():
         return name
     return hub_id(folder) or str(folder.resolve())
+
+
+def weights_source(path: str | os.PathLike) -> Source | None:
+    """The GGUF file that a base's weights come from: given as such, or as the folder that was
+    written from it. None for any other base, and for a file that is not there."""
+    file = gguf_of(path)
+    if file is not None:
+        return source_of(resolve(file)) if file.is_file() else None
+    return source_of(pathlib.Path(path)) if pathlib.Path(path, RECORD).is_file() else None
+
+
+def base_weights(path: str | os.PathLike) -> str:
+    """`Source.said` of a base whose weights come from a GGUF file; empty for any other."""
+    source = weights_source(path)
+    return "" if source is None else source.said
+
+
+def other_weights(then: str, path: str | os.PathLike) -> str:
+    """What to note of adapters that were trained on the weights `then` (as `base_weights`) and meet
+    this base: a GGUF file's are other numbers than the hub's under the same name. Empty where they
+    are the same."""
+    now = base_weights(path)
+    same = re.findall(r"sha256 (\w+)", then) == re.findall(r"sha256 (\w+)", now)
+    if same:
+        return ""
+    return (
+        f"trained on {then or 'no GGUF file that is named'}, and this base is "
+        f"{now or 'no GGUF file'}: other numbers, though the name may be one"
+    )
 
 
 def means_base(then: object, path: str | os.PathLike) -> bool:

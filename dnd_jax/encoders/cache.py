@@ -22,7 +22,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.files import need_space, replacing
 from dnd_jax.core.stopping import stop
-from dnd_jax.encoders.load import LAST, encode_windows, encoder_files, load_encoder
+from dnd_jax.encoders.load import LAST, encode_windows, encoder_files, is_vectors, load_encoder
 from dnd_jax.parallel.placement import BATCH_AXES, batch_ways
 
 VERSION = 1  # of the fingerprint, by which files of states are named
@@ -57,7 +57,7 @@ def fingerprint_of_format_0(config: schema.Condition) -> str:
     and .model file of the encoder's folder, whether it belongs to the model or not."""
     path = pathlib.Path(config.encoder)
     kinds = (".json", ".txt", ".safetensors", ".model")
-    folder = None if path.is_file() else resolve(config.encoder)
+    folder = None if is_vectors(path) else resolve(config.encoder)
     files = sorted(p for p in folder.iterdir() if p.suffix in kinds) if folder else [path]
     last = config.layer == LAST
     which = "last hidden states" if last else f"hidden states of layer {config.layer}"

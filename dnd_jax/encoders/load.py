@@ -24,7 +24,7 @@ from flax import linen as nn
 from dnd_jax.base import architecture as base_lm
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hf_config import BASES, CONFIG, load_base_config, read_config
-from dnd_jax.base.hub import resolve, revision_of
+from dnd_jax.base.hub import gguf_of, resolve, revision_of
 from dnd_jax.base.identity import model_files
 from dnd_jax.base.names import HEAD, Table, lm_names, lm_table
 from dnd_jax.base.weights import StoredWeights, load_params
@@ -41,7 +41,7 @@ from dnd_jax.parallel.rules import shard_by_rules
 
 LAST = -1  # layer
 TOKENIZER = ("*.json", "*.txt", "*.model")  # its files and CONFIG, of a hub id
-OF_MODELS = (".gguf", ".safetensors", ".bin", ".json", ".pt", ".pth")  # no word vectors
+OF_MODELS = (".safetensors", ".bin", ".json", ".pt", ".pth")  # no word vectors
 Names = Callable[[Collection[str]], Mapping[str, str]]  # as of StoredWeights
 # Keys of a BERT that make it another model.
 NOT_OF_BERT = ("is_decoder", "add_cross_attention", "pruned_heads", "quantization_config")
@@ -61,19 +61,24 @@ class Encoder:
     revision: str = ""  # the commit, where it comes from the hub
 
 
+def is_vectors(name: str | os.PathLike) -> bool:
+    """Whether an encoder's name is that of a file of word vectors; a GGUF file is a model."""
+    return pathlib.Path(name).is_file() and gguf_of(name) is None
+
+
 def load_encoder(
     name: str | os.PathLike,
     layer: int = LAST,
     mesh: jax.sharding.Mesh | None = None,
     revision: str = "",
 ) -> Encoder:
-    """The encoder of a folder, package, hub id or vector file, float32, on the mesh by its rules
-    where one is given; a parameter that the mesh does not divide is whole on every device.
+    """The encoder of a folder, GGUF or vector file, package or hub id, float32, on the mesh by its
+    rules where one is given; a parameter that the mesh does not divide is whole on every device.
 
     layer: of a decoder-only LM, 0 for its embeddings. revision: of a hub id, the commit. Raises
     InputError for an architecture or layer that does not exist.
     """
-    if pathlib.Path(name).is_file():
+    if is_vectors(name):
         return _load_vectors(pathlib.Path(name), layer, mesh)
     folder = resolve(name, revision=revision)
     module, rules, table, names = _architecture(folder, layer)
@@ -89,7 +94,7 @@ def load_encoder(
 
 def load_tokens(name: str | os.PathLike) -> Tokens:
     """The tokens that an encoder of `load_encoder` sees, without its weights. Raises InputError."""
-    if pathlib.Path(name).is_file():
+    if is_vectors(name):
         return word_vectors.words
     return functools.partial(_tokens, load_tokenizer(resolve(name, TOKENIZER)))
 
@@ -97,13 +102,14 @@ def load_tokens(name: str | os.PathLike) -> Tokens:
 def encoder_files(name: str | os.PathLike) -> dict[str, pathlib.Path]:
     """{name: path} of what the output of a folder's, package's or hub id's encoder, or that of a
     vector file, depends on."""
-    path = pathlib.Path(name)
-    return {"vectors": path} if path.is_file() else model_files(resolve(name), (CONFIG,))
+    if is_vectors(name):
+        return {"vectors": pathlib.Path(name)}
+    return model_files(resolve(name), (CONFIG,))
 
 
 def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
     """The module of a folder, package, hub id or vector file without its weights, for its sizes."""
-    if pathlib.Path(name).is_file():
+    if is_vectors(name):
         return _load_vectors(pathlib.Path(name), layer, None).module
     return _architecture(resolve(name, (CONFIG,)), layer)[0]
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.hub import check_repo_id, is_repo_id, kept_revision, push, resolve
+from dnd_jax.base.identity import other_weights
 from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
@@ -257,6 +258,8 @@ def _run(given: Given) -> None:
     prompts = generator.read(given["prompts"])
     generator.check(prompts, given["prompts"], given.config.condition.too_long)
     base = base_to_merge(given["base"] or generator.base, generator.folder) if merged else None
+    if merged and (note := other_weights(generator.adapter.weights, base)):
+        print(f"note: {base}: the generator's LoRAs were {note}", file=sys.stderr)
     for sample, folder in enumerate(folders):
         seed = given["seed"] + sample
         folder = generator.write(prompts, folder, seed, given["prompts"], given["dtype"])

@@ -152,7 +152,7 @@ def import_generator(
             },
             "features": found.features,
             "layout": layout.to_json(),
-            "adapter": dataclasses.asdict(settings),
+            "adapter": settings.to_json(),
             "encoder_fingerprint": encoder.fingerprint,
             "encoder_revision": encoder.revision,
         },

@@ -160,7 +160,7 @@ def train(
         "checkpoints": record["checkpoints"],
         "features": features,
         "layout": checkpoints.layout.to_json(),
-        "adapter": dataclasses.asdict(checkpoints.adapter),
+        "adapter": checkpoints.adapter.to_json(),
         **of_encoder,
     }
     statistics = {"importance": importance, **target.statistics()}

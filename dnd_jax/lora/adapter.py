@@ -16,6 +16,7 @@ from dnd_jax.core.files import is_of_system, read_json, replacing
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
 from dnd_jax.lora.names import LORA_B, PEFT_PREFIX, are_pefts, canonical, is_headless
 from dnd_jax.lora.peft_settings import (
+    BASE_WEIGHTS,
     CARD,
     CONFIG,
     WEIGHTS,
@@ -47,7 +48,8 @@ def save_adapter(
     check_ours(folder)
     stored = {PEFT_PREFIX + key: value for key, value in sorted(_stored(tensors, dtype).items())}
     with replacing(folder, directory=True) as temporary:
-        write_safetensors(temporary / WEIGHTS, stored, {"format": "pt"})
+        notes = {"format": "pt"} | ({BASE_WEIGHTS: config.weights} if config.weights else {})
+        write_safetensors(temporary / WEIGHTS, stored, notes)
         (temporary / CONFIG).write_text(json.dumps(config.to_peft(), indent=1) + "\n")
         if card:
             (temporary / CARD).write_text(card, encoding="utf-8")

@@ -64,6 +64,13 @@ def card(
         of_base = f"AutoModelForCausalLM.from_pretrained({base})"
         load = f'model = PeftModel.from_pretrained({of_base}, "FOLDER")\n'
     peft = "" if merged else "from peft import PeftModel\n"
+    weights = (
+        f"- its weights: the GGUF file {adapter.weights}, on which the LoRAs behind this were "
+        "trained; those of another file, or of the hub, are other numbers, and nothing was "
+        "measured on them\n"
+        if adapter.weights
+        else ""
+    )
     vllm = (
         "vllm serve FOLDER"
         if merged
@@ -78,7 +85,7 @@ def card(
         f"---\n{header}---\n\n# {title}\n\n"
         "Made by dnd_jax (Drag-and-Drop LLMs, arXiv 2506.16406) from unlabeled prompts, without "
         "training on the task.\n\n"
-        f"- base: `{adapter.base}`\n"
+        f"- base: `{adapter.base}`\n{weights}"
         f"- generator: sha256 {generator}; its configuration: sha256 {config_hash[:16]}\n"
         f"- prompts: {len(prompts)}, drawn with seed {seed} "
         f"(sha256 {digests.of_texts(prompts)[:16]})\n"

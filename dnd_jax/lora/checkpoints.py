@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.hub import is_hub_id
-from dnd_jax.base.identity import one_name
+from dnd_jax.base.identity import one_name, other_weights
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.arrays import open_array, write_array
@@ -112,10 +112,11 @@ class Checkpoints:
         first = every[0]
         self.adapter, shapes = load_adapter_config(first), read_shapes(first)
         self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
-        faults, bases = [], {self.adapter.base: first}
+        faults, bases, weights = [], {self.adapter.base: first}, {self.adapter.weights}
         for path in every[1:]:
             other = load_adapter_config(path)
             bases.setdefault(other.base, path)
+            weights.add(other.weights)
             differ = _differences((self.adapter, shapes), (other, read_shapes(path)))
             if differ:
                 faults.append(f"{path} has {', '.join(differ)}")
@@ -127,7 +128,10 @@ class Checkpoints:
             shapes, read_fields(first), at, f"{first}: not an adapter of {at or 'a decoder'}"
         )
         kept = self.adapter.revision if base == self.adapter.base else ""
-        self.adapter = dataclasses.replace(self.adapter, base=base, revision=kept)
+        of = "; ".join(sorted(weights - {""}))
+        self.adapter = dataclasses.replace(self.adapter, base=base, revision=kept, weights=of)
+        if at == config.base.path and at and (note := other_weights(of, at)) and hosts.lead():
+            print(f"note: {self.root}: {note}", flush=True)
 
     def _base(self, named: dict[str, pathlib.Path], config: Config, workdir: pathlib.Path) -> str:
         """What the checkpoints' base is called. Those of `dnd collect` keep a hub id that they

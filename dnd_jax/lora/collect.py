@@ -25,7 +25,7 @@ from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
-from dnd_jax.base.identity import base_digest, base_name, means_base
+from dnd_jax.base.identity import base_digest, base_name, base_weights, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
@@ -216,7 +216,8 @@ def collect(
     # LoRAs half of whose steps an earlier version made may have been taught other tokens.
     taught, as_before = how_taught(tokenizer)
     older["answer"] = lambda then: then is None and as_before
-    adapter = AdapterConfig(name or base_name(base_path), c.rank, c.alpha, c.targets)
+    called, weights = name or base_name(base_path), base_weights(base_path)
+    adapter = AdapterConfig(called, c.rank, c.alpha, c.targets, weights=weights)
     train, test = (_encoded(tokenizer, suite, split, config, ends) for split in SPLITS)
     batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
 

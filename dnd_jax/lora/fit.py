@@ -75,7 +75,8 @@ def _at_hand(name: str) -> pathlib.Path | None:
     if hub.is_hub_id(name):
         return hub.cached(name, CONFIG)
     if not pathlib.Path(name).is_dir() and not name.startswith(hub.PACKAGE):
-        return None
+        file = hub.gguf_of(name)
+        return hub.resolve(name) if file is not None and file.is_file() else None
     try:
         return hub.resolve(name)
     except InputError:  # a package that is not installed

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
-from dnd_jax.core.tensors import DTYPES, Stored, file_tensors
+from dnd_jax.core.tensors import DTYPES, Stored, file_notes, file_tensors
 from dnd_jax.lora.found import CONFIG, WEIGHTS, what_is_there
 from dnd_jax.lora.names import LORA_A, canonical, is_headless
 from dnd_jax.lora.peft_fields import check_fields, is_targeted, own_value
 
 CARD = "README.md"
+BASE_WEIGHTS = "base_weights"  # in the notes of an adapter's tensors: PEFT's settings have no place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,16 @@ class AdapterConfig:
     alpha: float
     targets: tuple[str, ...]  # the last parts of the modules' names, or whole paths
     revision: str = ""  # of the base on the hub, if the adapter names one
+    # The GGUF file of the base that it was trained on, as Source.said; empty: none, or not known.
+    weights: str = ""
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def to_json(self) -> dict:
+        """For records of ours."""
+        return {key: of for key, of in dataclasses.asdict(self).items() if of or key != "weights"}
 
     def to_peft(self) -> dict:
         """The fields of PEFT's adapter_config.json."""
@@ -179,6 +186,7 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             rank=rank,
             alpha=alpha * rank**0.5 if raw.get("use_rslora") else alpha,
             targets=tuple(sorted(ranks if whole else targets)),
+            weights=file_notes(weights_file(path)).get(BASE_WEIGHTS, ""),
         )
     except InputError:
         raise

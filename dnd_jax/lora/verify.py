@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dnd_jax.base.hub import is_hub_id, packages_of, resolve
+from dnd_jax.base.identity import other_weights
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
@@ -91,7 +92,9 @@ def _attach(model, folder: pathlib.Path) -> "peft.PeftModel":
     return adapted.eval()
 
 
-def _base_of(folder: pathlib.Path, base: str | os.PathLike, revision: str) -> pathlib.Path:
+def _base_of(
+    folder: pathlib.Path, base: str | os.PathLike, revision: str, weights: str
+) -> pathlib.Path:
     """The base's folder. Raises InputError that says where the name comes from, and for the
     relative path of a run's own base, which elsewhere reads as a stranger's USER/NAME."""
     if is_hub_id(base) and os.fspath(base).endswith(f"/{OWN}"):
@@ -102,8 +105,10 @@ def _base_of(folder: pathlib.Path, base: str | os.PathLike, revision: str) -> pa
     try:
         return resolve(base, revision=revision)
     except InputError as error:
+        which = f", and was trained on its {weights}" if weights else ""
         raise InputError(
-            f"{error}; it is the base that {folder} names; give it by --base=FOLDER or hub id"
+            f"{error}; it is the base that {folder} names{which}; give it by --base=FOLDER or hub "
+            "id"
         ) from None
 
 
@@ -122,7 +127,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
     config, tensors = load_adapter_config(folder), load_adapter(folder)
     if not base and not config.base:
         raise InputError(f"{folder}: names no base; give --base=FOLDER")
-    path = _base_of(folder, base or config.base, "" if base else config.revision)
+    path = _base_of(folder, base or config.base, "" if base else config.revision, config.weights)
     model = load_torch_base(path)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH)))
@@ -158,6 +163,7 @@ def verify_on_base(adapter: str | os.PathLike, base: str | os.PathLike = "") -> 
         f"largest change of a logit, {ROWS} x {LENGTH} random tokens: {change:.6g}; merged by "
         f"hand: {by_hand:.6g}",
         f"largest deviation: {off:.3g} (allowed {allowed:.3g})",
+        *([f"note: {note}"] if (note := other_weights(config.weights, path)) else []),
         "ok: the adapter changes the base as its matrices say",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from dnd_jax.base.chat import answer_text, ends_of, render
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import packages_of, resolve
-from dnd_jax.base.identity import base_name
+from dnd_jax.base.identity import base_name, base_weights, other_weights
 from dnd_jax.base.reading import comparison, difference
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
@@ -92,9 +92,10 @@ def base(case: Case) -> Found:
     sizes = load_base_config(path)
     tensors = stored_tensors(resolve(path))
     tied = "tied to the embeddings" if sizes.tie_word_embeddings else "a head of its own"
+    of = f" from {weights}" if (weights := base_weights(path)) else ""
     yield (
         OK,
-        f"{base_name(path)}: {sizes.model_type}, {sizes.num_hidden_layers} layers of "
+        f"{base_name(path)}{of}: {sizes.model_type}, {sizes.num_hidden_layers} layers of "
         f"{sizes.hidden_size}, {len(tensors)} tensors, {tied}",
     )
 
@@ -187,6 +188,8 @@ def _of_this_base(path: str, description: Description) -> Found:
         check_fits(made, {}, path, f"its adapters are of another base than {path}")
     except InputError as error:
         yield FAULT, str(error)
+    if note := other_weights(description.adapter.weights, path):
+        yield NOTE, f"its LoRAs were {note}"
 
 
 def _of_these_checkpoints(case: Case, folder: pathlib.Path, description: Description) -> Found:

@@ -121,8 +121,8 @@ def tokenizer_alone(base, root):
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (gguf_file, ["smol.gguf: a GGUF file", "gguf_file='smol.gguf'", "save_pretrained"]),
-        (gguf_folder, ["config.json: no such file", "there is smol.gguf", "save_pretrained"]),
+        (gguf_file, ["smol.gguf: not a whole GGUF file", "copy it again"]),
+        (gguf_folder, ["config.json: no such file", "give the file itself:", "/smol.gguf"]),
         (misspelt, ["no such model folder; did you mean qwen-small?"]),
         (empty, ["config.json: no such file; the folder is empty"]),
         (a_folder_up, ["there is one in base; give the folder", "/base"]),
@@ -151,7 +151,8 @@ def test_a_file_of_the_folder(base):
 def test_a_relative_file_is_not_asked_of_the_hub(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gguf_file(base, tmp_path)
-    assert refused("smol.gguf", load_base).startswith("smol.gguf: a GGUF file")
+    assert refused("smol.gguf", load_base).startswith("smol.gguf: not a whole GGUF file")
+    assert refused("no/smol.gguf", load_base).startswith("no/smol.gguf: no such GGUF file")
 
 
 # --- Not a whole one
@@ -191,7 +192,7 @@ def file_of(name, text=""):
             renamed_to("model-00001-of-00001.safetensors"),
             ["without model.safetensors.index.json; copy that file too"],
         ),
-        (file_of("smol.gguf"), ["there is smol.gguf", "gguf_file='smol.gguf'"]),
+        (file_of("smol.gguf"), ["there is smol.gguf; give the file itself:"]),
         (in_a_folder("pytorch_model_fsdp_0"), ["pytorch_model_fsdp_0", "accelerate merge-weights"]),
         (in_a_folder("global_step5"), ["global_step5", "zero_to_fp32.py"]),
         (lambda folder: None, ["copy the weights too"]),

