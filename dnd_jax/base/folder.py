@@ -42,8 +42,8 @@ SENTENCE = "Which sea is deep: the größte, 42 miles?"
 def load_base(
     path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[BaseLM, dict]:
-    """(module, parameters) of a base LM from a Hugging Face folder or id; computed and stored in
-    `dtype`.
+    """(module, parameters) of a base LM from a Hugging Face folder or id, or a GGUF file; computed
+    and stored in `dtype`.
 
     With a mesh, the parameters are read shard by shard and lie on it by architecture.RULES. Without
     one, they lie whole on the default device.

@@ -49,6 +49,11 @@ class Source:
     hub_id: str  # of the model on the hub that it was made from; empty: it does not say
 
     @property
+    def folder(self) -> str:
+        """The name of the folder that is written."""
+        return f"{self.sha256[:SHORT]}-{FORMAT}"
+
+    @property
     def said(self) -> str:
         """For records and people: "FILE (Q4_1, sha256 0123456789abcdef)"."""
         return f"{self.file} ({self.quantisation}, sha256 {self.sha256[:SHORT]})"
@@ -87,19 +92,22 @@ def as_folder(path: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
+def source_of(folder: pathlib.Path) -> Source | None:
+    """The file that a folder was written from by `as_folder`; None for any other folder, and a copy
+    of one, which may have been changed."""
+    record = folder / RECORD
+    try:
+        source = _source(record, record.stat().st_mtime_ns)
+    except OSError:
+        return None
+    return source if source is not None and folder.name == source.folder else None
+
+
 @functools.lru_cache(maxsize=64)
 def _source(record: pathlib.Path, changed: int) -> Source | None:
     try:
         return Source(**read_json(record))
     except (InputError, TypeError):
-        return None
-
-
-def source_of(folder: pathlib.Path) -> Source | None:
-    """The file that a folder was written from; None for any other folder."""
-    try:
-        return _source(folder / RECORD, (folder / RECORD).stat().st_mtime_ns)
-    except OSError:
         return None
 
 

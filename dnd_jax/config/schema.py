@@ -33,8 +33,8 @@ def _wholes(value: Any, *lengths: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The frozen base LLM: a Hugging Face folder or id, or (path empty) one pretrained on the
-    suite's corpus with these sizes."""
+    """The frozen base LLM: a Hugging Face folder or id, a GGUF file, or (path empty) one pretrained
+    on the suite's corpus with these sizes."""
 
     path: Path
     max_length: Positive  # tokens of a question with its answer

@@ -25,7 +25,7 @@ from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
-from dnd_jax.base.identity import base_digest, base_name, base_weights, means_base
+from dnd_jax.base.identity import base_digest, means_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
@@ -45,7 +45,7 @@ from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import check_called, is_ours, save_adapter
 from dnd_jax.lora.listing import dataset_checkpoints
-from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig
+from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig, adapter_of
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import leading, replicated, shaped
@@ -216,8 +216,7 @@ def collect(
     # LoRAs half of whose steps an earlier version made may have been taught other tokens.
     taught, as_before = how_taught(tokenizer)
     older["answer"] = lambda then: then is None and as_before
-    called, weights = name or base_name(base_path), base_weights(base_path)
-    adapter = AdapterConfig(called, c.rank, c.alpha, c.targets, weights=weights)
+    adapter = adapter_of(base_path, c, name)
     train, test = (_encoded(tokenizer, suite, split, config, ends) for split in SPLITS)
     batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
 

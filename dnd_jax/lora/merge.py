@@ -41,11 +41,11 @@ from dnd_jax.lora.peft_settings import load_adapter_config
 # Files of a base on the hub that a merged model needs or must have.
 FILES = (*hub.FILES, "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*POLICY*")
 TEMPLATES = "additional_chat_templates"  # the one folder that transformers reads
-# Weights, and what training left beside them.
+# Weights, what training left beside them, and what a folder made of a GGUF file says of that.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|npz|tflite"
     r"|index\.json)"
-    r"|trainer_state\.json"
+    r"|trainer_state\.json|gguf\.json"
 )
 _NAMES = ("_name_or_path", "name_or_path")  # where transformers read a config or tokenizer from
 

@@ -7,6 +7,8 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+from dnd_jax.base.identity import base_name, base_weights
+from dnd_jax.config import schema
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json
 from dnd_jax.core.tensors import DTYPES, Stored, file_notes, file_tensors
@@ -63,6 +65,13 @@ class AdapterConfig:
             "use_dora": False,
             "use_rslora": False,
         }
+
+
+def adapter_of(base: str | os.PathLike, lora: schema.Lora, name: str = "") -> AdapterConfig:
+    """The settings of an adapter that is trained on a base. name: what it calls the base; empty:
+    its hub id or absolute path."""
+    called, weights = name or base_name(base), base_weights(base)
+    return AdapterConfig(called, lora.rank, lora.alpha, lora.targets, weights=weights)
 
 
 def weights_file(path: str | os.PathLike) -> pathlib.Path:

