@@ -65,6 +65,26 @@ def tokens_of(rows: int) -> tuple[list[str], list[int]]:
     return tokens + [f"[PAD{i}]" for i in range(spare)], kinds + [UNUSED] * spare
 
 
+def sentencepiece(rows: int) -> dict:
+    """The keys of a SentencePiece vocabulary, as Llama 2 has one: words of it are in no way made by
+    the best of their parts alone."""
+    special = {"<unk>": 2, "<s>": CONTROL, "</s>": CONTROL}
+    special |= {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    words = ("\u2581t", "he", "\u2581the", "in", "er", "her", "re", "\u2581\u2581", "aa", "aaa")
+    words += tuple("\u2581theinra12")
+    tokens = [*special, *dict.fromkeys(words)]
+    kinds = [*special.values(), *[1] * (len(tokens) - len(special))]
+    scores = [0.0] * len(special) + [-float(i) for i in range(len(tokens) - len(special))]
+    spare = rows - len(tokens)
+    return {
+        "tokenizer.ggml.model": ("string", "llama"),
+        "tokenizer.ggml.tokens": ("array", tokens + [f"[PAD{i}]" for i in range(spare)]),
+        "tokenizer.ggml.token_type": ("array", kinds + [UNUSED] * spare),
+        "tokenizer.ggml.scores": ("array", scores + [-1000.0] * spare),
+        "tokenizer.ggml.padding_token_id": ("uint32", 2),
+    }
+
+
 def model_of(kind: str, **changes):
     """A transformers model of two layers, every tensor random."""
     torch.manual_seed(1)

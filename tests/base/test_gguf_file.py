@@ -2,6 +2,7 @@
 have them; written once; refused in one line."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ from gguf_files import (  # noqa: E402
     MIXED,
     TEMPLATE,
     model_of,
+    sentencepiece,
     tokens_of,
     write_gguf,
 )
@@ -202,6 +204,50 @@ def test_tokens_are_those_of_the_models_own_tokenizer(kind, pre, made, tmp_path)
     assert mine.decode(ids, skip_special_tokens=True) == plain
     # llama.cpp begins a Llama 3's texts with the bos token where the file does not say.
     assert (mine("the")["input_ids"][0] == 1) == (pre == "llama-bpe")
+
+
+def merged_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """SentencePiece's way: the best pair of neighbours that is a token, the leftmost of equals,
+    again and again; bytes of what is none."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    pieces = list(text.replace(" ", "\u2581"))
+    while True:
+        pairs = [(-scores[ids[a + b]], i) for i, (a, b) in pairwise(pieces) if a + b in ids]
+        if not pairs:
+            break
+        _, at = min(pairs)
+        pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+    found = [[ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()] for p in pieces]
+    return [i for piece in found for i in piece]
+
+
+def pairwise(pieces: list[str]):
+    return enumerate(itertools.pairwise(pieces))
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_tokens_are_those_of_the_best_scores(space, tmp_path):
+    keys = sentencepiece(300)
+    without = ("tokenizer.ggml.merges", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token")
+    without += tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos"))
+    keys["tokenizer.ggml.add_space_prefix"] = ("bool", space)
+    model = model_of("llama", vocab_size=300)
+    path = write_gguf(tmp_path / "x.gguf", "llama", model, ("F32",), keys, without)
+    mine, (tokens, scores) = (
+        load_tokenizer(path),
+        [keys[f"tokenizer.ggml.{name}"][1] for name in ("tokens", "scores")],
+    )
+    for text in ("the inherent  aaaa 12 \u00bd", " there", "in\nhe\u2581r", "\U0001f642aaaaa her"):
+        ids = mine(text, add_special_tokens=False)["input_ids"]
+        assert ids == merged_by_score(" " * space + text, tokens, scores), text
+        assert mine.decode(ids) == text.replace("\u2581", " ")
+    assert mine("the")["input_ids"][0] == 1 and mine.eos_token == "</s>"
+    after = mine("</s>the", add_special_tokens=False)["input_ids"]
+    assert after == [2, *merged_by_score(" " * space + "the", tokens, scores)]
+    if space:
+        theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+        both = [t(text, add_special_tokens=False)["input_ids"] for t in (theirs, mine)]
+        assert both[0] == both[1]
 
 
 def test_ends_template_and_special_tokens(tmp_path):
@@ -424,7 +470,18 @@ REFUSED = {
         key("llama.feed_forward_length", "uint32", 64),
         "by the file's keys (64, 64)",
     ),
-    "sentencepiece": (key(f"{KEY}.model", "string", "llama"), f"{KEY}.model 'llama' is not read"),
+    "other pieces": (key(f"{KEY}.model", "string", "t5"), f"{KEY}.model 't5' is not read"),
+    "no scores": (key(f"{KEY}.model", "string", "llama"), f"{KEY}.scores is not one for each"),
+    "fewer spaces": (
+        {
+            "keys": {
+                f"{KEY}.model": ("string", "llama"),
+                f"{KEY}.scores": ("array", [0.0] * 288),
+                f"{KEY}.remove_extra_whitespaces": ("bool", True),
+            }
+        },
+        f"{KEY}.remove_extra_whitespaces is true",
+    ),
     "no cut": ({"without": (f"{KEY}.pre",)}, f"{KEY}.pre does not say"),
     "default cut": (key(f"{KEY}.pre", "string", "default"), f"{KEY}.pre does not say"),
     "unknown cut": (key(f"{KEY}.pre", "string", "viking"), f"{KEY}.pre 'viking' is not known"),
