@@ -41,6 +41,11 @@ class Cut:
 
 
 _LLAMA3 = Cut(f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{REST}", whole=True, begins=True)
+_LOWER, _UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre -> how its models' own tokenizer.json cuts.
 CUTS = {
     "gpt-2": Cut(),
@@ -48,6 +53,7 @@ CUTS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "tekken": Cut(_TEKKEN, whole=True, begins=True),
     "qwen2": Cut(f"{CONTRACTIONS}|{WORDS}|\\p{{N}}|{REST}", composed=True),
 }
 

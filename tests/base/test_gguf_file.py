@@ -175,6 +175,7 @@ def qwen2(vocabulary: dict, merges: list) -> tokenizers.Tokenizer:
         ("qwen2", "qwen2", qwen2),
         ("qwen3", "qwen2", qwen2),
         ("llama", "llama-bpe", None),
+        ("llama", "tekken", None),
         ("llama", "gpt-2", None),
     ],
 )
@@ -202,8 +203,8 @@ def test_tokens_are_those_of_the_models_own_tokenizer(kind, pre, made, tmp_path)
     assert ids[0] == 1 and ids[-2] == 2 and 3 in ids and mine.decode(ids) == TEXTS[2]
     plain = "user\nin<think> the\n"  # a token of the user's own is no special one
     assert mine.decode(ids, skip_special_tokens=True) == plain
-    # llama.cpp begins a Llama 3's texts with the bos token where the file does not say.
-    assert (mine("the")["input_ids"][0] == 1) == (pre == "llama-bpe")
+    # llama.cpp begins these texts with the bos token where the file does not say.
+    assert (mine("the")["input_ids"][0] == 1) == (pre in ("llama-bpe", "tekken"))
 
 
 def merged_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
