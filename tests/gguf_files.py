@@ -27,6 +27,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+WHOLE = "xyz"  # a token that no merges make
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "12 3", "i n", "e r"]
 NAMES = [
     ("model.embed_tokens", "token_embd"),
@@ -59,7 +60,7 @@ def tokens_of(rows: int) -> tuple[list[str], list[int]]:
         "<think>": USER_DEFINED,
     }
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, *(merge.replace(" ", "") for merge in MERGES)]
+    words = [*alphabet, *(merge.replace(" ", "") for merge in MERGES), WHOLE]
     tokens, kinds = [*special, *words], [*special.values(), *[1] * len(words)]
     spare = rows - len(tokens)
     return tokens + [f"[PAD{i}]" for i in range(spare)], kinds + [UNUSED] * spare

@@ -186,7 +186,9 @@ def _run(given: Given) -> None:
     print(verify_on_base(given.argument, given["base"]))
 
 
-BASE = Flag("base", str, "", "the base's folder or hub id (default: the one the adapter names)")
+BASE = Flag(
+    "base", str, "", "the base's folder, GGUF file or hub id (default: the one the adapter names)"
+)
 STAGE = Stage(
     _run,
     (BASE,),

@@ -26,6 +26,7 @@ from gguf_files import (  # noqa: E402
     MERGES,
     MIXED,
     TEMPLATE,
+    WHOLE,
     model_of,
     sentencepiece,
     tokens_of,
@@ -185,7 +186,7 @@ def test_tokens_are_those_of_the_models_own_tokenizer(kind, pre, made, tmp_path)
     without = ("tokenizer.ggml.add_bos_token",)
     path = write_gguf(tmp_path / "x.gguf", kind, types=("F32",), keys=keys, without=without)
     mine = load_tokenizer(path)
-    tokens, _ = tokens_of(267)
+    tokens, _ = tokens_of(268)
     pairs = [tuple(merge.split()) for merge in MERGES]
     if made is None:
         theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
@@ -203,8 +204,12 @@ def test_tokens_are_those_of_the_models_own_tokenizer(kind, pre, made, tmp_path)
     assert ids[0] == 1 and ids[-2] == 2 and 3 in ids and mine.decode(ids) == TEXTS[2]
     plain = "user\nin<think> the\n"  # a token of the user's own is no special one
     assert mine.decode(ids, skip_special_tokens=True) == plain
-    # llama.cpp begins these texts with the bos token where the file does not say.
-    assert (mine("the")["input_ids"][0] == 1) == (pre in ("llama-bpe", "tekken"))
+    # llama.cpp begins the texts of some with the bos token where the file does not say, and takes
+    # a piece that is a token as it is.
+    some = pre in ("llama-bpe", "tekken")
+    assert (mine("the")["input_ids"][0] == 1) == some
+    whole = mine.convert_tokens_to_ids(WHOLE)
+    assert (mine(WHOLE, add_special_tokens=False)["input_ids"] == [whole]) == some
 
 
 def merged_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
@@ -256,7 +261,7 @@ def test_ends_template_and_special_tokens(tmp_path):
     tokenizer = load_tokenizer(path)
     assert set(ends_of(path, tokenizer)) == {2, 0}  # <|im_end|>, and <|endoftext|> as llama.cpp
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert len(tokenizer) == 267  # without those that fill the embeddings up
+    assert len(tokenizer) == 268  # without those that fill the embeddings up
     assert tokenizer.chat_template == TEMPLATE
     assert render(tokenizer, "the") == "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     keys = {f"tokenizer.ggml.{of}_token_id": ("uint32", 7) for of in ("eot", "eom")}
