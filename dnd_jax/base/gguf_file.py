@@ -63,10 +63,10 @@ def is_gguf(path: str | os.PathLike) -> bool:
     """Whether a path means a GGUF file, there or not: by its suffix, or a file's first bytes
     (Ollama's files have no suffix)."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        return False
     if path.suffix.lower() == SUFFIX:
-        return True
+        return not path.is_dir()
+    if not path.is_file():  # a pipe's first bytes are not ours to take
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC

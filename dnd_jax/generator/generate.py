@@ -235,7 +235,7 @@ FLAGS = (
         "base",
         str,
         "",
-        "for --merge, the base's folder or hub id (default: the one the adapter names)",
+        "for --merge, the base's folder, GGUF file or hub id (default: the one the adapter names)",
     ),
     Flag(
         "push-to-hub",

@@ -277,7 +277,9 @@ def init_config(
 
 FLAGS = (
     OUT,
-    Flag("base", str, "", "its folder or hub id (default: config.base.path)", "base.path"),
+    Flag(
+        "base", str, "", "its folder, GGUF file or hub id (default: config.base.path)", "base.path"
+    ),
     Flag("adapter", str, "", "a PEFT adapter of the base (default: by the base and config.lora)"),
     Flag(
         "budget",

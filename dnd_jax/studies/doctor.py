@@ -137,7 +137,7 @@ FLAGS = (
         "base",
         str,
         "",
-        "the base's folder or hub id (default: config.base.path, or the run's)",
+        "the base's folder, GGUF file or hub id (default: config.base.path, or the run's)",
         "base.path",
     ),
     Flag(

@@ -164,7 +164,7 @@ FLAGS = (
     WORKDIR,
     Flag("generator", str, "", "a trained or imported generator's folder"),
     Flag("prompts", str, "", "the task's JSONL: prompts with their responses"),
-    Flag("base", str, "", "its folder or hub id (default: the one the generator names)"),
+    Flag("base", str, "", "its folder, GGUF file or hub id (default: the one the generator names)"),
     Flag("limit", int, 0, "steps of tuning that are timed; 0: all"),
 )
 

@@ -1,6 +1,7 @@
 """GGUF files as bases: weights, logits and tokens as transformers and the models' own tokenizers
 have them; written once; refused in one line."""
 
+import concurrent.futures
 import importlib.util
 import itertools
 import json
@@ -302,6 +303,14 @@ def test_the_same_file_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv(files.CACHE, str(tmp_path / "other"))
     assert base_digest(path) == first
     assert base_digest(write_gguf(tmp_path / "y.gguf", types=("Q8_0",))) != first
+
+
+def test_two_at_once(cache, tmp_path):
+    path = write_gguf(tmp_path / "x.gguf")
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        first, second = both.map(resolve, [path, path])
+    assert first == second and [p.name for p in cache.iterdir()] == [first.name]
+    assert (first / "model.safetensors").is_file()
 
 
 def test_an_interrupted_write_leaves_nothing(cache, tmp_path, monkeypatch):
