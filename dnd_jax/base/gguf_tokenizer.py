@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dnd_jax.base.gguf_header import HUB, Gguf
-from dnd_jax.base.gguf_pieces import KEY, pieces_of
+from dnd_jax.base.gguf_pieces import KEY, NORMAL, pieces_of
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import as_json
@@ -49,12 +49,10 @@ def read_tokenizer(file: Gguf, config: Mapping) -> GgufTokenizer:
     tokens, kinds = _tokens(file, config["vocab_size"])
     pieces = pieces_of(file, tokens, kinds)
     ids, backend = _ids(file, len(tokens), pieces.ids), pieces.backend
-    _add_own(backend, tokens, kinds)
-    ends = [ids["eos_token_id"]]
-    ends += [file.get(f"{KEY}.{name}_token_id") for name in ("eot", "eom")]
-    own = (CONTROL, USER_DEFINED)
-    ends += [i for i, token in enumerate(tokens) if token in ENDS and kinds[i] in own]
-    ends = [i for i in dict.fromkeys(ends) if i is not None and i < len(tokens)]
+    if kinds[ids.get("pad_token_id", ids["eos_token_id"])] == NORMAL:  # a word is no padding
+        ids.pop("pad_token_id", None)
+    ends = _ends(file, ids["eos_token_id"], tokens, kinds)
+    _add_own(backend, tokens, [CONTROL if i in ends else kind for i, kind in enumerate(kinds)])
     bos, eos = (ids.get(key) for key in ("bos_token_id", "eos_token_id"))
     begins = file.get(f"{KEY}.add_bos_token", pieces.begins) and bos is not None
     _post_process(
@@ -113,6 +111,14 @@ def _ids(file: Gguf, count: int, implied: Mapping[str, int]) -> dict[str, int]:
     if faults:
         raise listed(f"{file.path}: no usable tokenizer", [f"{fault}; {HUB}" for fault in faults])
     return found
+
+
+def _ends(file: Gguf, eos: int, tokens: Sequence[str], kinds: Sequence[int]) -> list[int]:
+    """Every token that ends an answer: those that the file names, and those that are known."""
+    named = [eos, *(file.get(f"{KEY}.{name}_token_id") for name in ("eot", "eom"))]
+    own = (CONTROL, USER_DEFINED)
+    known = [i for i, token in enumerate(tokens) if token in ENDS and kinds[i] in own]
+    return [i for i in dict.fromkeys([*named, *known]) if type(i) is int and i < len(tokens)]
 
 
 def _add_own(backend: "tokenizers.Tokenizer", tokens: Sequence[str], kinds: Sequence[int]) -> None:

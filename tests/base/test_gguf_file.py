@@ -265,7 +265,7 @@ def test_ends_template_and_special_tokens(tmp_path):
     assert len(tokenizer) == 268  # without those that fill the embeddings up
     assert tokenizer.chat_template == TEMPLATE
     assert render(tokenizer, "the") == "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
-    keys = {f"tokenizer.ggml.{of}_token_id": ("uint32", 7) for of in ("eot", "eom")}
+    keys = {f"tokenizer.ggml.{of}_token_id": ("uint32", 7) for of in ("eot", "eom", "padding")}
     keys["tokenizer.ggml.add_bos_token"] = ("bool", True)
     keys["tokenizer.ggml.add_eos_token"] = ("bool", True)
     path = write_gguf(
@@ -275,6 +275,8 @@ def test_ends_template_and_special_tokens(tmp_path):
     assert set(ends_of(path, tokenizer)) == {2, 0, 7}
     ids = tokenizer("the")["input_ids"]
     assert (ids[0], ids[-1]) == (1, 2) and tokenizer.chat_template is None
+    assert tokenizer.pad_token == "<|im_end|>"  # 7 is a letter in the file
+    assert tokenizer.decode([87, 7], skip_special_tokens=True) == tokenizer.decode([87])
 
 
 # --- Once, whole or not at all

@@ -21,9 +21,11 @@ from dnd_jax.base.torch_base import load_torch_base  # noqa: E402
 from dnd_jax.config.load import load_file  # noqa: E402
 from dnd_jax.config.validate import freeze  # noqa: E402
 from dnd_jax.core import files  # noqa: E402
+from dnd_jax.data.suite import Dataset, Suite  # noqa: E402
 from dnd_jax.generator.folder import read_description  # noqa: E402
 from dnd_jax.lora.adapter import load_adapter, save_adapter  # noqa: E402
 from dnd_jax.lora.card import card  # noqa: E402
+from dnd_jax.lora.checkpoints import Checkpoints  # noqa: E402
 from dnd_jax.lora.peft_settings import (  # noqa: E402
     CONFIG,
     WEIGHTS,
@@ -80,6 +82,27 @@ def test_another_file_under_the_same_name_is_a_note(tmp_path):
     config = dataclasses.replace(load_adapter_config(plain), weights="")
     save_adapter(plain, load_adapter(adapter), config)
     assert "note: trained on no GGUF file that is named, and" in verify_on_base(plain, base)
+
+
+def test_loras_of_several_files_are_a_note(tmp_path, capsys):
+    base = write_gguf(tmp_path / "x.gguf", keys=HUB)
+    other = write_gguf(tmp_path / "y.gguf", keys=HUB, types=("Q8_0",))
+    root = tmp_path / "loras"
+    for i, of in enumerate((base, base, other)):
+        adapter_on(of, root / "task" / f"step_{i}")
+    config = load_file("mini")
+    config.train.checkpoints, config.base.path = str(root), str(base)
+    suite = Suite("s", root, (), (Dataset("task", (), ()),), (), {}, "")
+
+    def adapter() -> AdapterConfig:
+        return Checkpoints(freeze(config), suite, tmp_path / "run").adapter
+
+    both = "; ".join([base_weights(base), base_weights(other)])
+    assert (adapter().base, adapter().weights) == ("org/Tiny", both)
+    assert f"note: {root}: trained on {both}, and this base is x.gguf" in capsys.readouterr().out
+    (root / "task" / "step_2").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert adapter().weights == base_weights(base) and "note" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
