@@ -257,6 +257,11 @@ def _run(given: Given) -> None:
         _check_base_name(given, generator.adapter.base)
     prompts = generator.read(given["prompts"])
     generator.check(prompts, given["prompts"], given.config.condition.too_long)
+    if merged and generator.adapter.weights and not given["base"]:
+        raise InputError(
+            f"--merge: the LoRAs were trained on {generator.adapter.weights}; give that file by "
+            f"--base, or --base={generator.base} for the hub's own weights, which are other numbers"
+        )
     base = base_to_merge(given["base"] or generator.base, generator.folder) if merged else None
     if merged and (note := other_weights(generator.adapter.weights, base)):
         print(f"note: {base}: the generator's LoRAs were {note}", file=sys.stderr)

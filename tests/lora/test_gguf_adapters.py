@@ -131,6 +131,16 @@ def test_every_stage_on_a_gguf_file(tmp_path, capsys):
     assert main(["doctor", *given, f"--workdir={run}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"org/Tiny from {base_weights(base)}: llama, 2 layers of 64" in said
+    prompts = next(iter(sorted(suite.glob("**/train.jsonl"))))
+    made = [f"--generator={run}", f"--prompts={prompts}", f"--out={tmp_path / 'a'}"]
+    merge = ["generate", *made, f"--merge={tmp_path / 'm'}"]
+    assert main(merge) == 2
+    said = capsys.readouterr().err
+    assert f"the LoRAs were trained on {base_weights(base)}; give that file by --base" in said
+    assert main([*merge, f"--base={base}"]) == 0
+    assert "note" not in capsys.readouterr().err and not base_weights(tmp_path / "m")
+    assert f"the GGUF file {base_weights(base)}" in (tmp_path / "m" / "README.md").read_text()
+    assert main(["verify-adapter", str(tmp_path / "a"), f"--base={base}"]) == 0
     other = write_gguf(tmp_path / "y.gguf", model=model_of("llama"), keys=HUB, types=("Q8_0",))
     assert main(["doctor", *given, f"--workdir={run}", f"--base={other}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
