@@ -76,6 +76,8 @@ def config_of(file: Gguf) -> dict:
 
 def _rope(file: Gguf, keys: "_Keys", head: int) -> dict:
     """rope_parameters."""
+    if head % 2:
+        keys.fault("attention.key_length", f"makes heads of {head}, an odd number, to rotate")
     if keys.whole("rope.dimension_count", head or None) != head:
         keys.fault("rope.dimension_count", f"rotates only a part of heads of {head}")
     rope = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}

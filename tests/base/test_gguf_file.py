@@ -458,6 +458,7 @@ REFUSED = {
     "experts": (key("llama.expert_count", "uint32", 8), "llama.expert_count 8 is a mixture"),
     "yarn": (key("llama.rope.scaling.type", "string", "yarn"), "llama.rope.scaling.type 'yarn'"),
     "partial": (key("llama.rope.dimension_count", "uint32", 8), "rotates only a part of heads"),
+    "odd heads": (key("llama.attention.key_length", "uint32", 15), "makes heads of 15, an odd"),
     "other factors": (
         {"extra": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}},
         "tensor rope_freqs.weight is another rope scaling than Llama 3's",
