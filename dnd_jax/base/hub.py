@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dnd_jax.base import gguf_file
+from dnd_jax.base.gguf.file import as_folder, is_gguf
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import read_json, read_object, write_json
@@ -100,7 +100,7 @@ def is_hub_id(name: str | os.PathLike) -> bool:
     """Whether a model is asked of the hub by this name: it is no folder, file or package here."""
     name = os.fspath(name)
     local = name.startswith((".", "/", PACKAGE)) or pathlib.Path(name).exists()
-    local = local or gguf_file.is_gguf(name)
+    local = local or is_gguf(name)
     return bool(name) and name.count("/") <= 1 and not local
 
 
@@ -164,7 +164,7 @@ def gguf_of(name: str | os.PathLike) -> pathlib.Path | None:
         file = in_package(name) if name.startswith(PACKAGE) else pathlib.Path(name)
     except InputError:
         return None
-    return file if gguf_file.is_gguf(file) else None
+    return file if is_gguf(file) else None
 
 
 def resolve(
@@ -180,8 +180,8 @@ def resolve(
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     local = in_package(name) if name.startswith(PACKAGE) else pathlib.Path(name)
-    if gguf_file.is_gguf(local):
-        return gguf_file.as_folder(local)
+    if is_gguf(local):
+        return as_folder(local)
     if name.startswith(PACKAGE):
         return local
     if name.startswith((".", "/")) or name.count("/") > 1 or not name or os.path.exists(name):

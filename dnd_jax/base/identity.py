@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping
 
-from dnd_jax.base.gguf_file import RECORD, Source, source_of
+from dnd_jax.base.gguf.file import RECORD, Source, source_of
 from dnd_jax.base.hub import gguf_of, hub_id, resolve
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError

@@ -34,9 +34,9 @@ from gguf_files import (  # noqa: E402
     write_gguf,
 )
 
-from dnd_jax.base import gguf_weights  # noqa: E402
 from dnd_jax.base.chat import ends_of, render, until_end  # noqa: E402
 from dnd_jax.base.folder import load_base, load_tokenizer  # noqa: E402
+from dnd_jax.base.gguf import weights as gguf_weights  # noqa: E402
 from dnd_jax.base.greedy import make_greedy, pad_left  # noqa: E402
 from dnd_jax.base.hub import in_package, is_hub_id, resolve  # noqa: E402
 from dnd_jax.base.identity import base_digest, base_name, base_weights, other_weights  # noqa: E402

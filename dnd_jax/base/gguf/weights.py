@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dnd_jax.base.gguf_config import ROPE_FACTORS
-from dnd_jax.base.gguf_header import Gguf
+from dnd_jax.base.gguf.config import ROPE_FACTORS
+from dnd_jax.base.gguf.header import Gguf
 from dnd_jax.core.errors import listed
 
 BLOCK = 1 << 24  # values that are in memory at once

@@ -14,7 +14,7 @@ token, as llama.cpp and the tokenizer.json of Llama 2 have it.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from dnd_jax.base.gguf_header import HUB, Gguf
+from dnd_jax.base.gguf.header import HUB, Gguf
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 

@@ -15,10 +15,10 @@ import os
 import pathlib
 import re
 
-from dnd_jax.base.gguf_config import config_of
-from dnd_jax.base.gguf_header import MAGIC, Gguf, check_start
-from dnd_jax.base.gguf_tokenizer import read_tokenizer, write_tokenizer
-from dnd_jax.base.gguf_weights import GgufWeights
+from dnd_jax.base.gguf.config import config_of
+from dnd_jax.base.gguf.header import MAGIC, Gguf, check_start
+from dnd_jax.base.gguf.tokenizer import read_tokenizer, write_tokenizer
+from dnd_jax.base.gguf.weights import GgufWeights
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError, nearest
 from dnd_jax.core.files import as_json, cache_folder, need_space, read_json, replacing

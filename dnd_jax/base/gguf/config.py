@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax.base.gguf_header import ARCHITECTURES, HUB, Gguf
+from dnd_jax.base.gguf.header import ARCHITECTURES, HUB, Gguf
 from dnd_jax.core.errors import listed
 
 # Keys of an architecture that change no number of ours, or only say again what another one says.

@@ -5,8 +5,8 @@ import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from dnd_jax.base.gguf_header import HUB, Gguf
-from dnd_jax.base.gguf_pieces import KEY, NORMAL, pieces_of
+from dnd_jax.base.gguf.header import HUB, Gguf
+from dnd_jax.base.gguf.pieces import KEY, NORMAL, pieces_of
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import as_json
