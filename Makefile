@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-long lint install clean
 
 demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
@@ -11,7 +11,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadgroup
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist=loadfile --durations=20
+
+test-long: install
+	$(BIN)/python -m pytest -m long
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -91,6 +91,28 @@ def _differences(
     return differ
 
 
+def _read_all(
+    paths: Iterable[pathlib.Path],
+) -> tuple[dict[pathlib.Path, tuple[AdapterConfig, dict]], list[str]]:
+    """({checkpoint: its settings and {key: shape}}, what is wrong with the unreadable ones)."""
+    read, faults = {}, []
+    for path in paths:
+        try:
+            read[path] = load_adapter_config(path), read_shapes(path)
+        except InputError as error:
+            faults.append(str(error))
+    return read, faults
+
+
+def _fault(title: str, differ: list[str], unreadable: list[str]) -> InputError:
+    """What is wrong with checkpoints, all of it."""
+    if len(unreadable) == 1 and not differ:
+        return InputError(unreadable[0])
+    parts = [str(listed(title, differ))] * bool(differ)
+    parts += [str(listed("LoRAs that cannot be read", unreadable))] * bool(unreadable)
+    return InputError("; ".join(parts))
+
+
 def own_base(config: Config, workdir: pathlib.Path) -> bool:
     """Whether the checkpoints are those that were collected on the workdir's own base."""
     return not config.train.checkpoints and (workdir / BASE / "config.json").is_file()
@@ -103,25 +125,29 @@ class Checkpoints:
     def __init__(self, config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = ""):
         """base_name: what the generated adapters call their base; empty: as `_base`.
 
-        Raises InputError listing every checkpoint that differs from the first in rank, scale,
-        modules or shapes, and for several bases of which none is given.
+        Raises InputError listing every checkpoint that cannot be read or differs from the first in
+        rank, scale, modules or shapes, and for several bases of which none is given.
         """
         self.root = pathlib.Path(config.train.checkpoints or workdir / "loras")
         self.folders = checkpoint_folders(self.root, [d.name for d in suite.train])
-        every = [path for paths in self.folders.values() for path in paths]
-        first = every[0]
-        self.adapter, shapes = load_adapter_config(first), read_shapes(first)
+        read, unreadable = _read_all(path for paths in self.folders.values() for path in paths)
+        if not read:
+            raise _fault("", [], unreadable)
+        first = next(iter(read))
+        self.adapter, shapes = read[first]
+        faults = [
+            f"{path} has {', '.join(differ)}"
+            for path, other in read.items()
+            if (differ := _differences(read[first], other))
+        ]
+        title = f"checkpoints of another layout or scale than {first}"
+        if faults or unreadable:
+            raise _fault(title, faults, unreadable)
         self.layout = LoraLayout.from_shapes(shapes, config.generator.chunk_width or None)
-        faults, bases, weights = [], {self.adapter.base: first}, {self.adapter.weights}
-        for path in every[1:]:
-            other = load_adapter_config(path)
-            bases.setdefault(other.base, path)
-            weights.add(other.weights)
-            differ = _differences((self.adapter, shapes), (other, read_shapes(path)))
-            if differ:
-                faults.append(f"{path} has {', '.join(differ)}")
-        if faults:
-            raise listed(f"checkpoints of another layout or scale than {first}", faults)
+        bases = {}
+        for path, (settings, _) in read.items():
+            bases.setdefault(settings.base, path)
+        weights = {settings.weights for settings, _ in read.values()}
         base = base_name or self._base(bases, config, workdir)
         at = config.base.path or (str(workdir / BASE) if own_base(config, workdir) else base)
         check_fits(

@@ -287,6 +287,20 @@ def test_what_is_no_plain_lora_is_refused_by_name(changes, tmp_path):
     assert next(iter(changes)) in message or "not a LoRA configuration" in message
 
 
+def test_what_cannot_be_read_is_listed_beside_what_differs(tmp_path):
+    root = write_all(tmp_path)
+    write(root / "fish" / "checkpoint-2", lora(2), lora_alpha=8)
+    cut = [root / "birds" / "checkpoint-1", root / "fish" / "checkpoint-1"]
+    for folder in cut:
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError) as caught:
+        opened(root)
+    message = str(caught.value)
+    assert "checkpoint-2 has alpha" in message and "LoRAs that cannot be read: " in message
+    assert all(f"{folder}/adapter_model.safetensors: " in message for folder in cut)
+
+
 def test_a_mixed_collection_lists_what_differs(tmp_path):
     root = write_all(tmp_path)
     write(root / "fish" / "checkpoint-2", lora(2), lora_alpha=8)
