@@ -92,7 +92,7 @@ def assert_same(run, reference, tolerance: float = 1e-5):
 
 
 FEWER = [
-    pytest.param(mesh, id=name, marks=[pytest.mark.slow] * (name not in ("data 8", "all three")))
+    pytest.param(mesh, id=name, marks=[pytest.mark.slow] * (name != "all three"))
     for name, mesh in MESHES.items()
 ]
 
