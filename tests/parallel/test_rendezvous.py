@@ -532,7 +532,7 @@ def test_a_single_process_of_a_cluster_stops_as_well(inputs, tmp_path):
 def test_kills_at_random_moments_change_nothing(inputs, tmp_path):
     """SIGKILL anywhere, saves included: never a corrupt or a skipped step, and the same bits in the
     end."""
-    steps, count = 200, 6
+    steps, count = 160, 4
     settings = (f"--config.train.steps={steps}", "--config.train.save_every=2")
     assert finish(start(inputs, tmp_path / "whole", *settings))[0][0] == 0
     rng, workdir = random.Random(0), tmp_path / "killed"
