@@ -1,4 +1,5 @@
-# make demo: the whole pipeline on the embedded suite, in minutes. make test: the tests. Both set up .venv first.
+# make demo: the whole pipeline on the embedded suite, in minutes. make test: the tests, whose programs run once and are compiled with
+# fewer optimisations; the slow ones have all of them. Each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,7 +9,7 @@ demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadgroup
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadgroup
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist=loadfile --durations=20

@@ -19,8 +19,6 @@ compiled = pathlib.Path(tempfile.gettempdir(), f"dnd_jax_tests_{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Most of the time went into optimising programs that run once. "False": as users compile them.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

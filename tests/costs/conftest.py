@@ -1,12 +1,15 @@
 """What programs cost is asked of programs as users compile them."""
 
+import os
+
 import jax
 import pytest
+
+FLAG = "jax_disable_most_optimizations"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(FLAG, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update(FLAG, os.environ.get(FLAG.upper()) == "1")

@@ -274,10 +274,9 @@ def test_stopped_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_another_world_at_full_size(tmp_path, monkeypatch):
+def test_another_world_at_full_size(tmp_path):
     """Other words, other templates, 7 relations x 6 forms: the embedded setting as it is, on a
     suite that the library never saw."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "False")
     suite = write_other_world(tmp_path / "towns")
     done = dnd(
         "quickstart",
