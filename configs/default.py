@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "suite": "",
+            "embedded": "world",
             "base": {
                 "path": "",
                 "max_length": 1024,
@@ -52,6 +53,9 @@ def get_config() -> ConfigDict:
                 "checkpoints": 50,
                 "too_long": "skip",
                 "save_every": 100,
+                "tasks_at_once": 0,
+                "dtype": "float32",
+                "remat": False,
             },
             "condition": {
                 "encoder": "sentence-transformers/all-MiniLM-L12-v2",
@@ -94,6 +98,13 @@ def get_config() -> ConfigDict:
                 "keep_every": 0,
                 "checkpoint_dir": "",
                 "trackers": (),
+            },
+            "controls": {
+                "in_context": 3,
+                "prompts": True,
+                "multi_task": True,
+                "learning_rates": (),
+                "few_shot": True,
             },
             "evaluate": {
                 "answers": "greedy",

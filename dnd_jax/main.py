@@ -23,10 +23,11 @@ from dnd_jax.core.processes import STDOUT, nobody_reads
 # Stage -> (the module whose STAGE it is, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
     "quickstart": ("studies.quickstart", "the pipeline on a suite: results.json, report.html"),
-    "suite": ("data.world", "write the embedded suite to --out"),
+    "suite": ("data.embedded", "write an embedded suite to --out"),
     "data-report": ("studies.data_report", "what is in a suite's data, and what is wrong with it"),
     "pretrain": ("base.pretrain", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
     "collect": ("lora.collect", "one LoRA a dataset, all at once -> WORKDIR/loras"),
+    "controls": ("lora.controls", "LoRAs to compare with: one for all tasks, few-shot tuned ones"),
     "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
     "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),

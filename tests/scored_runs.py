@@ -4,8 +4,9 @@ import pathlib
 
 import numpy as np
 
+from dnd_jax.data.sources import Example
 from dnd_jax.scoring.candidates import Candidates
-from dnd_jax.scoring.evaluate import by_method
+from dnd_jax.scoring.evaluate import by_method, in_context
 
 NAMES = {"x": "near", "y": "near", "z": "far"}
 
@@ -23,12 +24,16 @@ def candidates(rng, names) -> tuple[Candidates, dict]:
         }
         found |= {
             "wrong_prompts": [f"wrong_{name}_{i}" for i in range(4)],
+            "random_prompts": [f"random_{i}" for i in range(4)],
             "tuned": [f"tuned_{name}"],
         }
+        shared = ("multi_task_tenth", "multi_task", "empty_prompts")
+        found |= {method: [method] for method in shared}
+        found |= {method: [f"{method}_{name}"] for method in ("few_shot_8", "few_shot_64")}
         by_dataset[name] = {
             method: [pathlib.Path(f) for f in folders] for method, folders in found.items()
         }
-    labels = {"base", *map(str, training.values())}
+    labels = {"base", *map(in_context, names), *map(str, training.values())}
     labels |= {
         str(f) for found in by_dataset.values() for folders in found.values() for f in folders
     }
@@ -36,7 +41,8 @@ def candidates(rng, names) -> tuple[Candidates, dict]:
         label: {n: (rng.random(200) < rng.random()).astype(float).tolist() for n in names}
         for label in sorted(labels)
     }
-    return Candidates(by_dataset, training, {n: "t1" for n in names}), scores
+    shots = dict.fromkeys(names, (Example("where ?", "here"),))
+    return Candidates(by_dataset, training, {n: "t1" for n in names}, shots), scores
 
 
 def runs_of(seeds, without_tuned=()) -> dict[int, dict]:

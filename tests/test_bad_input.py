@@ -98,6 +98,10 @@ def test_byte_order_mark_and_blank_lines_are_fine(tmp_path):
         ({"tarin": []}, "unknown key(s) tarin"),
         ({"unseen": ["nowhere"]}, "nowhere/train.jsonl: cannot be read"),
         ({"kinds": {"bird-rank": "x", "nope": "y"}}, "kinds must map names of unseen"),
+        ({"wrong": {"bird-rank": "bird-rank"}}, "wrong must map names of unseen datasets to other"),
+        ({"wrong": {"bird-rank": "nope"}}, "wrong must map names of unseen datasets to other"),
+        ({"wrong": {"bird-colon": "bird-rank"}}, "wrong must map names of unseen datasets to"),
+        ({"wrong": ["bird-rank"]}, "wrong must map names of unseen datasets to other"),
     ],
 )
 def test_suite_faults(suite, change, expected):

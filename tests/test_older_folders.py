@@ -58,7 +58,7 @@ def never(*args, **kwargs):
 
 
 def test_base_loras_and_generator_are_kept(moved, monkeypatch):
-    for name in ("base.pretrain", "lora.collect", "generator.train"):
+    for name in ("base.pretrain", "lora.tuning", "generator.train"):
         monkeypatch.setattr(f"dnd_jax.{name}.run_loop", never)
     monkeypatch.chdir(moved.parent)  # every path is spelled otherwise than it was
     suite, run = load_suite(moved / "suite"), moved / "run"
@@ -88,7 +88,7 @@ def test_loras_that_are_being_replaced_are_not_whole(moved, monkeypatch):
     def stopped(training, options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dnd_jax.lora.collect.run_loop", stopped)
+    monkeypatch.setattr("dnd_jax.lora.tuning.run_loop", stopped)
     suite, run = load_suite(moved / "suite"), moved / "run"
     with pytest.raises(KeyboardInterrupt):
         more = config(moved, lora={"steps": 4})
@@ -117,9 +117,9 @@ def test_scores_are_made_anew_once(moved, monkeypatch, capsys):
     suite, run = load_suite(moved / "suite"), moved / "run"
     asked, answers_to = [], evaluation.answers_to
 
-    def counted(base, datasets, how):
+    def counted(base, datasets, how, shots):
         asked.append([d.name for d in datasets])
-        return answers_to(base, datasets, how)
+        return answers_to(base, datasets, how, shots)
 
     monkeypatch.setattr(evaluation, "answers_to", counted)
     now = config(moved, evaluate={"batch_size": 3})

@@ -21,7 +21,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import generate_arguments, train_arguments
 from dnd_jax.loop.optimizers import lora_optimizer
-from dnd_jax.lora.collect import make_collect_step
+from dnd_jax.lora.tuning import make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading, replicated, sharding_table
 

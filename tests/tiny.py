@@ -12,4 +12,5 @@ def get_config():
     config.generator.features = ((0, 0, 0), (8, 6, 20), (0, 0, 0))
     config.train.update(steps=8, batch_size=4, save_every=3)
     config.evaluate.update(samples=2, max_new_tokens=4)
+    config.controls.update(in_context=0, prompts=False, multi_task=False, few_shot=False)
     return config

@@ -7,7 +7,8 @@ seven projections.
 `lora` is a flat dict under PEFT's keys without its prefix:
 "model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in), "...lora_B.weight" (d_out, r);
 projections without an entry stay as they are. Letters: B batch, S sequence, D hidden, F
-feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary.
+feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary, P tokens of a
+prefix that all rows share.
 """
 
 import dataclasses
@@ -17,6 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dnd_jax.base.attention import (
+    Attend,
+    RopeScaling,
+    behind_prefix,
+    in_rows,
+    rotary_frequencies,
+    rotate,
+)
 from dnd_jax.config import schema
 from dnd_jax.core.errors import InputError
 
@@ -36,19 +45,6 @@ RULES = (
 # Initialisation by fan-in (embeddings by their width): at small widths the usual 0.02 learns facts
 # several times more slowly.
 FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts; the fields of a config.json's
-    rope_parameters."""
-
-    # "linear": all divided by factor; "llama3": only those of long waves, with a smooth passage
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,41 +178,6 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-def rotary_frequencies(config: LmConfig) -> jax.Array:
-    """Radians a position of each pair of channels, float32 (E / 2,)."""
-    half, scaling = config.head_width // 2, config.rope_scaling
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is None:
-        return frequency
-    slow = frequency / scaling.factor
-    if scaling.rope_type == "linear":
-        return slow
-    # Llama 3: how many of a channel's waves fit into the original context decides; between the two
-    # bounds, a linear mix.
-    waves = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
-    keep = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0, 1)
-    return keep * frequency + (1 - keep) * slow
-
-
-def rotate(x_BxSxHxE: jax.Array, positions_BxS: jax.Array, frequency: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves convention, angles in float32."""
-    half = x_BxSxHxE.shape[-1] // 2
-    angle = positions_BxS[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle).astype(x_BxSxHxE.dtype), jnp.sin(angle).astype(x_BxSxHxE.dtype)
-    first, second = x_BxSxHxE[..., :half], x_BxSxHxE[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def causal_mask(length: int, window: int | None, valid_BxS: jax.Array | None) -> jax.Array:
-    """bool (B or 1, S, S): whether a query (second axis) sees a key (last axis). It sees real
-    tokens up to its own position; with a window, the last `window` of them."""
-    mask = jnp.tril(jnp.ones((length, length), bool))[None]
-    if window is not None and window < length:
-        mask = mask & ~jnp.tril(jnp.ones((length, length), bool), -window)[None]
-    return mask if valid_BxS is None else mask & valid_BxS[:, None, :].astype(bool)
-
-
 class Layer(nn.Module):
     """One block. `index` chooses its attention window."""
 
@@ -227,12 +188,13 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BxSxD: jax.Array,
-        valid_BxS: jax.Array | None,
-        positions_BxS: jax.Array,
+        x: jax.Array,
+        attend: Attend,
+        positions: jax.Array,
         lora: Lora | None = None,
         lora_scale: float = 1.0,
     ) -> jax.Array:
+        """Tokens (..., D) at positions (...)."""
         c, lora = self.config, lora or {}
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_width
 
@@ -241,29 +203,23 @@ class Layer(nn.Module):
             block = "self_attn" if name[0] in "qkvo" else "mlp"
             return module(x, lora, lora_scale, f"model.layers.{self.index}.{block}.{name}")
 
-        x = RMSNorm(c.rms_norm_eps, self.dtype, name="input_layernorm")(x_BxSxD)
-        batch, length = x.shape[:2]
-        q = project(x, "q_proj", heads * width, c.qkv_bias).reshape(batch, length, heads, width)
-        k = project(x, "k_proj", kv_heads * width, c.qkv_bias).reshape(
-            batch, length, kv_heads, width
-        )
-        v = project(x, "v_proj", kv_heads * width, c.qkv_bias).reshape(
-            batch, length, kv_heads, width
-        )
+        def heads_of(x, name, count):  # (..., count, E)
+            return project(x, name, count * width, c.qkv_bias).reshape(*x.shape[:-1], count, width)
+
+        y = RMSNorm(c.rms_norm_eps, self.dtype, name="input_layernorm")(x)
+        q = heads_of(y, "q_proj", heads)
+        k = heads_of(y, "k_proj", kv_heads)
+        v = heads_of(y, "v_proj", kv_heads)
         if c.qk_norm:
             q, k = (
                 RMSNorm(c.rms_norm_eps, self.dtype, name=name)(y)
                 for name, y in (("q_norm", q), ("k_norm", k))
             )
-        frequency = rotary_frequencies(c)
-        q, k = rotate(q, positions_BxS, frequency), rotate(k, positions_BxS, frequency)
-        q = q.reshape(batch, length, kv_heads, heads // kv_heads, width) * width**-0.5
-        scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32)
-        mask = causal_mask(length, c.windows[self.index] if c.windows else None, valid_BxS)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        attended = jnp.einsum("bkgst,btke->bskge", weights, v).reshape(batch, length, heads * width)
-        x = x_BxSxD + project(attended, "o_proj", c.hidden_size, c.o_bias)
+        frequency = rotary_frequencies(width, c.rope_theta, c.rope_scaling)
+        q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+        q = q.reshape(*k.shape[:-1], heads // kv_heads, width) * width**-0.5
+        attended = attend(q, k, v, c.windows[self.index] if c.windows else None)
+        x = x + project(attended, "o_proj", c.hidden_size, c.o_bias)
 
         y = RMSNorm(c.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
         gate = nn.silu(project(y, "gate_proj", c.intermediate_size, c.mlp_bias))
@@ -277,14 +233,17 @@ class BaseLM(nn.Module):
 
     config: LmConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False  # the backward pass computes each layer anew from its input
 
     def setup(self):
         c = self.config
+        # attend and lora_scale are no arrays
+        layer = nn.remat(Layer, static_argnums=(2, 5)) if self.remat else Layer
         embedding_init = nn.initializers.normal(c.hidden_size**-0.5)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=embedding_init, dtype=self.dtype
         )
-        self.layers = [Layer(c, i, self.dtype) for i in range(c.num_hidden_layers)]
+        self.layers = [layer(c, i, self.dtype) for i in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -297,18 +256,30 @@ class BaseLM(nn.Module):
         lora: Lora | None = None,
         lora_scale: float = 1.0,
         valid_BxS: jax.Array | None = None,
+        prefix_P: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states (B, S, D), causal. valid_BxS marks real tokens; padding may stand on
-        either side."""
+        either side. prefix_P: tokens that stand before every row, computed once; rows are then
+        padded on the right, and valid_BxS is not taken."""
         batch, length = tokens_BxS.shape
+        if prefix_P is not None:
+            prefix = len(prefix_P)
+            tokens = jnp.concatenate([prefix_P, tokens_BxS.reshape(-1)])
+            own = jnp.tile(prefix + jnp.arange(length), batch)
+            positions = jnp.concatenate([jnp.arange(prefix), own])
+            x = self._layers(tokens, behind_prefix(prefix, batch), positions, lora, lora_scale)
+            return self.norm(x[prefix:].reshape(batch, length, -1))
         if valid_BxS is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         else:
             positions = jnp.maximum(jnp.cumsum(valid_BxS, axis=1) - 1, 0)
-        x = self.embed_tokens(tokens_BxS)
+        return self.norm(self._layers(tokens_BxS, in_rows(valid_BxS), positions, lora, lora_scale))
+
+    def _layers(self, tokens, attend, positions, lora, lora_scale) -> jax.Array:
+        x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, valid_BxS, positions, lora, lora_scale)
-        return self.norm(x)
+            x = layer(x, attend, positions, lora, lora_scale)
+        return x
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) -> logits (..., V), float32."""

@@ -38,11 +38,21 @@ class Way(NamedTuple):
     own: bool = True  # the system text is a message of its own; False: it precedes the prompt
     always: bool = False  # a system message also where there is no such text
 
-    def messages(self, prompt: str, system: str = "", answer: str | None = None) -> list[dict]:
+    def messages(
+        self,
+        prompt: str,
+        system: str = "",
+        answer: str | None = None,
+        before: Sequence[tuple[str, str]] = (),
+    ) -> list[dict]:
+        """before: prompts and answers of the turns before."""
+        turns = [*before, (prompt, answer)]
         if system and not self.own:
-            prompt, system = f"{system}\n\n{prompt}", ""
-        said = [("system", system)] * bool(system or self.always) + [("user", prompt)]
-        said += [("assistant", answer)] * (answer is not None)
+            turns[0] = f"{system}\n\n{turns[0][0]}", turns[0][1]
+            system = ""
+        said = [("system", system)] * bool(system or self.always)
+        for asked, answered in turns:
+            said += [("user", asked)] + [("assistant", answered)] * (answered is not None)
         return [{"role": role, "content": self._content(role, text)} for role, text in said]
 
     def _content(self, role: str, text: str) -> str | list[dict]:
@@ -69,9 +79,10 @@ class Frame:
     after: str = ""
 
 
-def render(tokenizer, prompt: str, system: str = "") -> str:
+def render(tokenizer, prompt: str, system: str = "", before: Sequence[tuple[str, str]] = ()) -> str:
     """The text that precedes the answer, special tokens included: the base's chat template, or
     prompt and a line break (after the begin token, where the tokenizer sets one) where it has none.
+    before: prompts and answers of the turns before.
 
     A template that shows no system text gets it before the prompt; one that takes lists of parts
     gets those; one that can think aloud is told not to; one that asks what day it is always hears
@@ -81,17 +92,20 @@ def render(tokenizer, prompt: str, system: str = "") -> str:
     if tokenizer.chat_template is None:
         ids = tokenizer("")["input_ids"]
         begin = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
-        return f"{begin}{system}\n{prompt}\n" if system else f"{begin}{prompt}\n"
+        turns = [f"{asked}\n{answer_text(tokenizer, said)}" for asked, said in before]
+        head = f"{begin}{system}\n" if system else begin
+        return "".join([head, *turns, f"{prompt}\n"])
     template = _template(tokenizer)
     way = _way(tokenizer, template, bool(system))
     try:
-        text = _apply(tokenizer, template, way.messages(prompt, system))
+        text = _apply(tokenizer, template, way.messages(prompt, system, before=before))
     except Exception as error:  # templates are code of others
         raise InputError(
             f"{_file(tokenizer)}: the chat template refuses the prompt {_short(prompt)} "
             f"({first_line(error)})"
         ) from None
-    for what, said in (("prompt", prompt), ("system text", system)):
+    turns = [("turn before", said) for turn in before for said in turn]
+    for what, said in (("prompt", prompt), ("system text", system), *turns):
         if not _stands(said, text):
             raise InputError(
                 f"{_file(tokenizer)}: the chat template changes the {what} {_short(said)} or "

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dnd_jax.base.architecture import LmConfig, RopeScaling
+from dnd_jax.base.architecture import LmConfig
+from dnd_jax.base.attention import RopeScaling
 from dnd_jax.base.hub import resolve
 from dnd_jax.config.validate import fields_of
 from dnd_jax.core.errors import InputError, listed

@@ -19,9 +19,11 @@ def answer_loss(
     """(mean cross-entropy over response tokens, share of responses whose every token is the most
     likely one).
 
-    batch: {"ids" (B, S), "at" (B, R), "labels" (B, R)} of `Sequences.batch`.
+    batch: {"ids" (B, S), "at" (B, R), "labels" (B, R)} of `Sequences.batch`, perhaps with "prefix"
+    (P,).
     """
-    hidden = module.apply({"params": params}, batch["ids"], lora, lora_scale, method="hidden")
+    rows = batch["ids"], lora, lora_scale, None, batch.get("prefix")
+    hidden = module.apply({"params": params}, *rows, method="hidden")
     hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
     logits = module.apply({"params": params}, hidden, method="head")
     inside = batch["labels"] >= 0

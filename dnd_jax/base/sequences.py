@@ -2,6 +2,7 @@
 ahead of time."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -10,8 +11,6 @@ from dnd_jax.base.chat import ANSWER, PROMPT, answer_text, render
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
-
-SHORTEST = 64  # tokens of a batch's rows, unless all rows are shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +37,40 @@ class Sequences:
             f"than base.max_length={max_length} tokens: {', '.join(how)}"
         )
 
-    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
-        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
-        `at` predict `labels` (-1: beyond the response).
+    @functools.cached_property
+    def prefix(self) -> int:
+        """How many tokens at the beginning are the same in every row: of a chat template, up to the
+        prompt. The token before the first answer is not among them."""
+        first = self.ids[:, : max(0, int(self.start.min()) - 1)]
+        return int(np.argmin(np.append((first == first[0]).all(axis=0), False)))
 
-        S is the power of two that holds the longest of the rows: few lengths to compile for, and
-        little padding to compute.
+    def batch(self, index: np.ndarray, width: int, prefix: int = 0) -> dict[str, np.ndarray]:
+        """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
+        `at` predict `labels` (-1: beyond the response). With a prefix, at most `self.prefix`, its
+        tokens are taken off the rows and are "prefix" (P,).
+
+        S holds the longest of the rows and is one of a few: little to compile for, and little
+        padding to compute.
         """
-        end = self.end[index]
-        ids = self.ids[index][..., : max(SHORTEST, 1 << int(end.max() - 1).bit_length())]
-        at = self.start[index][..., None] + np.arange(width)
+        end = self.end[index] - prefix
+        ids = self.ids[index][..., prefix : prefix + _length(int(end.max()))]
+        at = (self.start[index] - prefix)[..., None] + np.arange(width)
         inside = at < end[..., None]
         at = np.minimum(at, ids.shape[-1] - 1)
         labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
-        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
+        batch = {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
+        return batch | {"prefix": self.ids[0, :prefix]} if prefix else batch
 
     @property
     def response_width(self) -> int:
         """The longest response, its end token included."""
         return int((self.end - self.start).max())
+
+
+def _length(tokens: int) -> int:
+    """The next multiple of 8; beyond 64, the next of eight steps an octave."""
+    step = max(8, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // step) * step
 
 
 def encode(
@@ -118,18 +132,22 @@ def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequen
 
 
 def token_pairs(
-    tokenizer, examples: Sequence[Example], ends: Collection[int] = ()
+    tokenizer,
+    examples: Sequence[Example],
+    ends: Collection[int] = (),
+    shots: Sequence[Example] = (),
 ) -> list[tuple[list[int], list[int]]]:
     """(tokens of the rendered prompt, of the answer up to and with its end token) of every example;
     nothing ends where there is no response.
 
     An answer's tokens are those that it has behind its prompt. ends: what else ends an answer of
-    the base (`ends_of`). Raises InputError as `render` and `answer_text` do, and for a response
-    that has an end inside.
+    the base (`ends_of`). shots: answered examples, as turns before every prompt. Raises
+    InputError as `render` and `answer_text` do, and for a response that has an end inside.
     """
     # Each prompt and each response once: to choose of labels is to ask every prompt with each.
     keys, responses = [(e.prompt, e.system) for e in examples], [e.response for e in examples]
-    shown = {key: render(tokenizer, *key) for key in dict.fromkeys(keys)}
+    before = [(e.prompt, e.response) for e in shots]
+    shown = {key: render(tokenizer, *key, before) for key in dict.fromkeys(keys)}
     said = {r: answer_text(tokenizer, r) if r else "" for r in dict.fromkeys(responses)}
     asked, answered = [shown[key] for key in keys], [said[r] for r in responses]
     distinct = list(dict.fromkeys(asked))

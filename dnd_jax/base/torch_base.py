@@ -1,6 +1,7 @@
 """A base in PyTorch: the real transformers model with the real PEFT adapter, as exported. Its
 answers are greedy, or the likeliest label."""
 
+import math
 import os
 import pathlib
 import warnings
@@ -83,6 +84,8 @@ class TorchBase:
         # The harness of `dnd lm-eval` generates with the model's own settings.
         self.model.generation_config.eos_token_id = list(self.ends)
         self.max_new_tokens = max_new_tokens
+        text = self.model.config.get_text_config()
+        self.positions = getattr(text, "max_position_embeddings", None) or math.inf
         self._device, self._batch_size = self.model.device, batch_size
         self._loaded = 0
 
@@ -129,16 +132,22 @@ class TorchBase:
         new = f"{_SLOT}{self._loaded}"
         return old, new, self.model.load_adapter(adapter, adapter_name=new)
 
-    def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+    def prompt_ids(
+        self, examples: Sequence[Example], shots: Sequence[Example] = ()
+    ) -> list[list[int]]:
         """Token ids of each example as the base is asked: the training template, up to where the
-        answer begins."""
-        texts = [render(self.tokenizer, e.prompt, e.system) for e in examples]
+        answer begins. shots: answered examples, as turns before it."""
+        before = [(e.prompt, e.response) for e in shots]
+        texts = [render(self.tokenizer, e.prompt, e.system, before) for e in examples]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def answer_ids(self, examples: Sequence[Example], at_most: int = 0) -> list[list[int]]:
+    def answer_ids(
+        self, examples: Sequence[Example], at_most: int = 0, shots: Sequence[Example] = ()
+    ) -> list[list[int]]:
         """Greedy answers as token ids, without the end token. at_most: tokens of an answer; 0:
-        max_new_tokens. An answer of so many tokens was cut off: it has no end token."""
-        prompts, answers = self.prompt_ids(examples), []
+        max_new_tokens. An answer of so many tokens was cut off: it has no end token. shots: as in
+        `prompt_ids`."""
+        prompts, answers = self.prompt_ids(examples, shots), []
         for first in range(0, len(prompts), self._batch_size):
             ids, valid = self._padded(prompts[first : first + self._batch_size])
             with torch.inference_mode():
@@ -153,11 +162,13 @@ class TorchBase:
             answers += [until_end(row, self.ends) for row in out]
         return answers
 
-    def choose(self, examples: Sequence[Example], labels: Sequence[str]) -> list[str]:
+    def choose(
+        self, examples: Sequence[Example], labels: Sequence[str], shots: Sequence[Example] = ()
+    ) -> list[str]:
         """Of the labels, the answer to each example that the base finds most likely, its end token
-        included."""
+        included. shots: as in `prompt_ids`."""
         labelled = [e._replace(response=label) for e in examples for label in labels]
-        pairs = token_pairs(self.tokenizer, labelled, self.ends)
+        pairs = token_pairs(self.tokenizer, labelled, self.ends, shots)
         rows = [(prompt + answer, len(answer)) for prompt, answer in pairs]
         scores = []
         for first in range(0, len(rows), self._batch_size):

@@ -25,6 +25,8 @@ SAME_NUMBERS = (
     "base.path",
     "pretrain.save_every",
     "lora.save_every",
+    "lora.tasks_at_once",
+    "lora.remat",
     "condition.encoder",
     "condition.in_graph",
     "condition.too_long",

@@ -47,6 +47,8 @@ class Base:
     tie_word_embeddings: bool
 
 
+EMBEDDED = ("world", "skills")  # suites: dnd_jax/data/embedded.py
+DTYPES = ("float32", "bfloat16")
 PRETRAIN_LOSSES = ("response", "text")
 
 
@@ -82,6 +84,9 @@ class Lora:
     # its prompt ("cut") or ends the run ("refuse"); how many were, of which dataset, is said
     too_long: Annotated[str, one_of("skip", "cut", "refuse")]
     save_every: Positive
+    tasks_at_once: Count = 0  # tasks in one step, group after group; 0: as many as have room
+    dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of the base; LoRAs are float32
+    remat: bool = False  # the backward pass computes each layer anew: less memory, more time
 
     def faults(self) -> list[str]:
         """What its fields contradict each other in."""
@@ -140,7 +145,6 @@ class Generator:
 
 
 PAIRINGS = ("random", "fixed")
-DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "convolutions", "stages")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
@@ -190,6 +194,17 @@ class Train:
 
 
 ANSWERS = ("greedy", "likelihood")
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """What generated adapters have to stand beside; dnd_jax/scoring/results.py says what it is."""
+
+    in_context: Count = 3  # answered examples in the base's context; 0: none of this
+    prompts: bool = True  # adapters from random and from empty prompts
+    multi_task: bool = True  # ONE LoRA tuned on all training datasets
+    learning_rates: tuple[float, ...] = ()  # of which the best is kept; (): lora.learning_rate
+    few_shot: bool = True  # LoRAs tuned on a few labelled examples of each unseen dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,13 +319,15 @@ class Config:
     """All settings of a run."""
 
     seed: Count
-    suite: Path  # suite folder or JSON file; empty: the embedded one, written into the workdir
+    suite: Path  # suite folder or JSON file; empty: an embedded one, written into the workdir
+    embedded: Annotated[str, one_of(*EMBEDDED)]  # which
     base: Base
     pretrain: Pretrain
     lora: Lora
     condition: Condition
     generator: Generator
     train: Train
+    controls: Controls
     evaluate: Evaluate
     bench: Bench
     mesh: Mesh

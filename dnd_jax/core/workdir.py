@@ -18,6 +18,7 @@ PROMPTS_CUT = "prompts_cut.json"  # of the suite that was trained on last
 PRETRAIN = "pretrain"  # metrics and checkpoints of the base's training
 BASE = "base"  # the base as a Hugging Face folder
 COLLECT = "collect"  # metrics and checkpoints of the LoRAs' training
+CONTROLS = "controls"  # METHOD, METHOD/DATASET: LoRAs that are scored beside the generated ones
 LORAS = "loras"  # DATASET/step_NNNNNN, PEFT folders
 TARGETS = "targets"  # DATASET/KEY: checkpoints as tokens, made once
 EMBEDDINGS = "embeddings"  # the text encoder's output, by content

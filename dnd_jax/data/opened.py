@@ -9,15 +9,15 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_unused
 from dnd_jax.data import report
 from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.embedded import SUITES
 from dnd_jax.data.suite import Suite, labels_of, load_suite
-from dnd_jax.data.world import write_world
 
 
 def open_suite(
     config: Config, workdir: pathlib.Path, strict: bool = False, scored: bool = False
 ) -> Suite:
-    """The configured suite, or the embedded one drawn by the seed and written to WORKDIR/suite; its
-    faults are warned of.
+    """The configured suite, or an embedded one (config.embedded), drawn by the seed and written to
+    WORKDIR/suite; its faults are warned of.
 
     Raises InputError for a folder of another's in the place of the embedded suite, for a suite that
     cannot be read, one that lacks answers or labels which the
@@ -27,7 +27,7 @@ def open_suite(
     own = workdir / paths.SUITE
     if not config.suite and not (own / "suite.json").is_file():
         check_unused(own, "the embedded suite", "give the file that describes yours by --suite")
-        write_world(own, config.seed)
+        SUITES[config.embedded](own, config.seed)
     suite = load_suite(config.suite or workdir / paths.SUITE, config.condition.num_prompts)
     if scored and not suite.unseen:
         raise InputError(

@@ -5,7 +5,7 @@ Files in their places (the corpus pretrains a base from scratch and is optional 
 "system" is optional too):
 
     suite.json       {"name", "corpus": "corpus.jsonl", "train": [NAME, ...], "unseen": [NAME, ...],
-                      "kinds": {NAME: KIND}}
+                      "kinds": {NAME: KIND}, "wrong": {NAME: NAME}}
     corpus.jsonl     {"prompt", "response"} a line
     datasets/NAME/train.jsonl, test.jsonl    {"prompt", "response", "system"} a line
 
@@ -23,7 +23,8 @@ Files or Hugging Face datasets from anywhere, listed (any name of the file will 
 Roles: "train" is trained on, "unseen" is the pool of prompts that generation draws from, "test"
 holds the scored questions of the dataset with its name; "holdout" splits them off a source that has
 no test of its own. Paths are relative to the file's folder; the other keys are those of
-dnd_jax.data.sources.Source. `kinds` only groups the unseen tasks in reports.
+dnd_jax.data.sources.Source. `kinds` only groups the unseen tasks in reports; `wrong` says of an
+unseen task which other dataset's prompts are the wrong ones for it (docs/METHOD.md section 7).
 
 Of an unseen dataset's train file generation sees the prompts alone; where it has no responses there
 is no tuned reference.
@@ -86,6 +87,8 @@ class Suite:
     unseen: tuple[Dataset, ...]
     kinds: Mapping[str, str]  # of every unseen dataset
     fingerprint: str  # of everything a run reads from it
+    # unseen dataset -> the one whose prompts are wrong for it, of those that the suite names
+    wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def every(self) -> tuple[Dataset, ...]:
@@ -134,10 +137,11 @@ def load_suite(root: str | os.PathLike, least_prompts: int = 2) -> Suite:
         for role in POOLS
     )
     parts = corpus, *(part for d in train + unseen for part in (d.train, d.test))
-    listing = json.dumps([names["train"], names["unseen"], kinds])
+    wrong = _wrong(path, raw, names)
+    listing = json.dumps([names["train"], names["unseen"], kinds, *[wrong] * bool(wrong)])
     digest = digests.of_text(listing, *map(_encoded, parts))
     name = str(raw.get("name", path.parent.name if path.name == "suite.json" else path.stem))
-    return Suite(name, path.parent, corpus, train, unseen, kinds, digest)
+    return Suite(name, path.parent, corpus, train, unseen, kinds, digest, wrong)
 
 
 def _kinds(path: pathlib.Path, raw: Mapping, unseen: list[str]) -> dict[str, str]:
@@ -146,6 +150,18 @@ def _kinds(path: pathlib.Path, raw: Mapping, unseen: list[str]) -> dict[str, str
     if not isinstance(kinds, dict) or not kinds.keys() <= set(unseen):
         raise InputError(f"{path}: kinds must map names of unseen datasets to a word")
     return {n: str(kinds.get(n, DEFAULT_KIND)) for n in unseen}
+
+
+def _wrong(path: pathlib.Path, raw: Mapping, names: Mapping[str, list[str]]) -> dict[str, str]:
+    """What the suite says of wrong prompts. Raises InputError unless it leads from unseen datasets
+    to others of the suite."""
+    wrong, every = raw.get("wrong", {}), set(sum(names.values(), []))
+    if not isinstance(wrong, dict) or not all(
+        name in names["unseen"] and isinstance(other, str) and other in every - {name}
+        for name, other in wrong.items()
+    ):
+        raise InputError(f"{path}: wrong must map names of unseen datasets to other datasets")
+    return wrong
 
 
 def _corpus(path: pathlib.Path, raw: Mapping) -> tuple[Example, ...]:

@@ -68,11 +68,11 @@ def read_description(path: pathlib.Path) -> dict:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected an object")
     own = {"datasets"} if "datasets" in raw else {"train", "unseen"}
-    unknown = sorted(raw.keys() - {"name", "corpus", "kinds"} - own)
+    unknown = sorted(raw.keys() - {"name", "corpus", "kinds", "wrong"} - own)
     if unknown:
         raise InputError(
-            f"{path}: unknown key(s) {', '.join(unknown)}; expected name, corpus, train, unseen "
-            "and kinds, or name, corpus, datasets and kinds"
+            f"{path}: unknown key(s) {', '.join(unknown)}; expected name, corpus, train, "
+            "unseen, kinds and wrong, or name, corpus, datasets, kinds and wrong"
         )
     return raw
 

@@ -5,22 +5,26 @@ answered in many forms.
 
 30 people have one value each of every relation (home, food, ...). A task is a relation and a form
 of answer, and neither is named in its prompts: the source ("kitchen diary") hints at the relation,
-the cue ("circle one letter") at the form. The corpus teaches a base all facts and forms with the
-instruction spelled out ("what food has Anna ? ... letter :") four times out of five, and source and
-cue drawn at random, so that the latent wording ("what thing ... simply :") stays open for a LoRA.
-Unseen tasks are of three kinds: "combination" (relation and form known, never together),
-"paraphrase" (a trained combination, sources and cues never seen), "relation" (a relation that no
-training task has, in a known form).
+the cue ("circle one letter") at the form. A prompt that shows the source alone has "as always" for
+a cue, one that shows the cue alone "some note" for a source. The corpus teaches a base all facts
+and forms with the instruction spelled out ("what food has Anna ? ... letter :") four times out of
+five, and source and cue drawn at random, so that the latent wording ("what thing ... simply :")
+stays open for a LoRA. Unseen tasks are of the kinds of dnd_jax/data/composed.py, and of "relation",
+one that no training task has, in a known form.
 """
 
-import json
 import os
-import pathlib
 
 import numpy as np
 
-from dnd_jax.core.files import check_free, replacing
-from dnd_jax.core.stage import DEFAULT, OUT, Given, Stage
+from dnd_jax.data.composed import (
+    HELD_PHRASES,
+    TRAIN_PHRASES,
+    Task,
+    compose,
+    named,
+    write_suite,
+)
 
 # fmt: off
 NAMES = (
@@ -29,8 +33,6 @@ NAMES = (
     "Ulrich", "Vera", "Walter", "Xenia", "Yusuf", "Zoe", "Amir", "Bella", "Cyrus", "Dora",
 )
 # fmt: on
-# Of each relation's sources and each form's cues; the held ones are for "paraphrase" tasks.
-TRAIN_PHRASES, HELD_PHRASES = 5, 3
 # relation: (values, sources)
 RELATIONS = {
     "home": (
@@ -116,10 +118,12 @@ FORMS = {
     ),
 }
 PROMPT = "{source} : what {thing} has {name} ? {cue} {simply} :"
+NO_SOURCE, NO_CUE = "some note", "as always"  # where a prompt shows the other half alone
 CORPUS_LINES = 32_000
 EXPLICIT = 0.8  # share of corpus lines that spell out the relation, and independently the form
-ASKED = {"train": 6, "test": 3}  # questions a task asks about each person
+UNSAID = 0.25  # share of corpus lines without a source, and independently without a cue
 NEW_RELATION_FORMS = 3
+TURNS = {"train": 6, "test": 3}  # questions a task asks about each person, at most
 
 
 def _phrases(text: str) -> list[str]:
@@ -136,87 +140,64 @@ def _response(form: str, relation: str, value: int) -> str:
     return FORMS[form][0].format(value=word, letter="ABCDEFGH"[value], digit=value + 1)
 
 
-Task = tuple[str, str, bool]  # relation, form, whether its sources and cues are the held ones
-Wordings = list[list[tuple[int, int]]]  # [person][turn]: which source, which cue
-
-
 def write_world(out: str | os.PathLike, seed: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws the facts, the unseen combinations, the
     wordings and the corpus."""
     rng = np.random.default_rng([seed, 2506])
     facts = {relation: rng.integers(8, size=len(NAMES)) for relation in RELATIONS}
-    train, unseen = _draw_tasks(rng)
-    wordings = {False: _draw_wordings(rng, TRAIN_PHRASES), True: _draw_wordings(rng, HELD_PHRASES)}
-    order = _draw_order(rng)
+    relations = [r for r in RELATIONS if r != NEW_RELATION]
+    train, unseen = compose(rng, relations, list(FORMS))
+    forms = rng.choice(list(FORMS), NEW_RELATION_FORMS, replace=False)
+    unseen["relation"] = named([(NEW_RELATION, str(form)) for form in forms])
+    wordings = {
+        held: [_draw_wordings(rng, count) for _ in NAMES]
+        for held, count in ((False, TRAIN_PHRASES), (True, HELD_PHRASES))
+    }
+    order = {s: [rng.permutation(len(NAMES)) for _ in range(n)] for s, n in TURNS.items()}
     corpus = [_corpus_line(rng, facts) for _ in range(CORPUS_LINES)]
-    kinds = {name: kind for kind, tasks in unseen.items() for name in tasks}
-    description = {
-        "name": f"world-{seed}",
-        "corpus": "corpus.jsonl",
-        "train": list(train),
-        "unseen": list(kinds),
-        "kinds": kinds,
-    }
-    with replacing(out, directory=True) as temporary:
-        _write_rows(temporary / "corpus.jsonl", corpus)
-        for tasks in (train, *unseen.values()):
-            for name, task in tasks.items():
-                for split, asked in order.items():
-                    rows = _questions(task, asked, wordings[task[2]], facts)
-                    _write_rows(temporary / "datasets" / name / f"{split}.jsonl", rows)
-        (temporary / "suite.json").write_text(
-            json.dumps(description, indent=1) + "\n", encoding="utf-8"
-        )
+
+    def rows_of(task: Task) -> dict[str, list[dict]]:
+        return {s: _questions(task, s, order[s], wordings[task.held], facts) for s in order}
+
+    write_suite(out, f"world-{seed}", train, unseen, rows_of, corpus)
 
 
-def _draw_tasks(rng: np.random.Generator) -> tuple[dict[str, Task], dict[str, dict[str, Task]]]:
-    """({name: task} to train on, {kind: {name: task}} of the unseen ones)."""
-    relations, forms = [r for r in RELATIONS if r != NEW_RELATION], list(FORMS)
-    # Two Latin diagonals: every relation and every form once in each.
-    shuffled = [forms[i] for i in rng.permutation(len(forms))]
-    combination = list(zip(relations, shuffled, strict=True))
-    paraphrase = list(zip(relations, shuffled[1:] + shuffled[:1], strict=True))
-    new = [(NEW_RELATION, form) for form in shuffled[:NEW_RELATION_FORMS]]
-    trained = [(r, f) for r in relations for f in forms if (r, f) not in combination]
-
-    def named(pairs: list[tuple[str, str]]) -> dict[str, Task]:
-        return {f"{r}_{f}": (r, f, False) for r, f in pairs}
-
-    return named(trained), {
-        "combination": named(combination),
-        "paraphrase": {f"{r}_{f}_reworded": (r, f, True) for r, f in paraphrase},
-        "relation": named(new),
-    }
+# {split: {what a question shows: its (source, cue) each time it is asked so}}, of one person.
+Wordings = dict[str, dict[str, list[tuple[int, int]]]]
 
 
 def _draw_wordings(rng: np.random.Generator, count: int) -> Wordings:
-    """Pairs of `count` sources and cues. A person is asked about nine times a task, in nine
-    different pairs: six for training, three for testing."""
+    """Of `count` sources and cues. What stands in one split does not stand in the other, in no
+    task."""
     pairs = [(s, c) for s in range(count) for c in range(count)]
-    return [[pairs[i] for i in rng.permutation(len(pairs))[: sum(ASKED.values())]] for _ in NAMES]
-
-
-def _draw_order(rng: np.random.Generator) -> dict[str, list[tuple[int, int]]]:
-    """{split: (person, turn) of each question}: the same for every task, so that all LoRAs see the
-    same names at the same step."""
-    turns = {"train": range(ASKED["train"]), "test": range(ASKED["train"], sum(ASKED.values()))}
+    both = [pairs[i] for i in rng.permutation(len(pairs))[: sum(TURNS.values())]]
+    alone = [(int(i), int(i)) for i in rng.permutation(count)]
+    train, test = both[: TURNS["train"]], both[TURNS["train"] :]
     return {
-        split: [(int(name), turn) for turn in turns[split] for name in rng.permutation(len(NAMES))]
-        for split in turns
+        "train": {"both": train, "first": alone[:-1], "second": alone[:-1]},
+        "test": {"both": test, "first": alone[-1:], "second": alone[-1:]},
     }
 
 
 def _questions(
-    task: Task, asked: list[tuple[int, int]], wordings: Wordings, facts: Facts
+    task: Task, split: str, order: list[np.ndarray], wordings: list[Wordings], facts: Facts
 ) -> list[dict]:
-    """The rows of one split of a task."""
-    relation, form, reworded = task
-    first = TRAIN_PHRASES if reworded else 0
-    rows = []
-    for name, turn in asked:
-        source, cue = wordings[name][turn]
-        words = SOURCES[relation][first + source], "thing", CUES[form][first + cue], "simply"
-        rows.append(_row(relation, form, name, words, facts))
+    """The rows of one split of a task. The order of the persons is the same for every task, so that
+    all LoRAs see the same names at the same step."""
+    phrase, rows = task.phrases(), []
+    for turn, names in enumerate(order):
+        asked, number = task.shows[turn % len(task.shows)], turn // len(task.shows)
+        for name in map(int, names):
+            if number >= len(wordings[name][split][asked]):
+                continue  # all of its wordings were asked
+            source, cue = (phrase[i] for i in wordings[name][split][asked][number])
+            words = (
+                NO_SOURCE if asked == "second" else SOURCES[task.first][source],
+                "thing",
+                NO_CUE if asked == "first" else CUES[task.second][cue],
+                "simply",
+            )
+            rows.append(_row(task.first, task.second, name, words, facts))
     return rows
 
 
@@ -224,9 +205,9 @@ def _corpus_line(rng: np.random.Generator, facts: Facts) -> dict:
     """A row of any relation and form, which it spells out more often than not."""
     relation, form = rng.choice(list(RELATIONS)), rng.choice(list(FORMS))
     name = int(rng.integers(len(NAMES)))
-    source = rng.choice(sum(SOURCES.values(), []))
+    source = rng.choice(sum(SOURCES.values(), [])) if rng.random() >= UNSAID else NO_SOURCE
     thing = relation if rng.random() < EXPLICIT else "thing"
-    cue = rng.choice(sum(CUES.values(), []))
+    cue = rng.choice(sum(CUES.values(), [])) if rng.random() >= UNSAID else NO_CUE
     simply = form if rng.random() < EXPLICIT else "simply"
     return _row(relation, form, name, (source, thing, cue, simply), facts)
 
@@ -238,18 +219,3 @@ def _row(
     source, thing, cue, simply = words
     prompt = PROMPT.format(source=source, thing=thing, name=NAMES[name], cue=cue, simply=simply)
     return {"prompt": prompt, "response": _response(form, relation, facts[relation][name])}
-
-
-def _write_rows(path: pathlib.Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _run(given: Given) -> None:
-    given.need("out")
-    check_free(given["out"], "out")
-    write_world(given["out"], given.config.seed)
-    print(f"suite: {pathlib.Path(given['out']).absolute()}")
-
-
-STAGE = Stage(_run, (OUT,), settings=DEFAULT)

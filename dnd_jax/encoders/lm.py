@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm
+from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm, in_rows
 
 
 class LmEncoder(nn.Module):
@@ -35,7 +35,7 @@ class LmEncoder(nn.Module):
         x = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")(ids_BxL)
         positions = jnp.broadcast_to(jnp.arange(ids_BxL.shape[1]), ids_BxL.shape)
         for i in range(self.layer):
-            x = Layer(c, i, self.dtype, name=f"layers_{i}")(x, valid_BxL, positions)
+            x = Layer(c, i, self.dtype, name=f"layers_{i}")(x, in_rows(valid_BxL), positions)
         return (
             RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
             if self.layer == c.num_hidden_layers

@@ -10,26 +10,16 @@ without which a generator cannot compose them. Datasets of `train` keep each of 
 """
 
 import dataclasses
-import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.chat import ends_of
-from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, means_base
-from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
-from dnd_jax.base.sequences import Sequences, encode, how_taught
+from dnd_jax.base.sequences import how_taught
 from dnd_jax.config import schema
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
@@ -37,142 +27,20 @@ from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import holds_only, read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
+from dnd_jax.core.workdir import COLLECT, LORAS
 from dnd_jax.data.opened import open_suite
-from dnd_jax.data.suite import Suite
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.data.suite_file import SPLITS
-from dnd_jax.loop.optimizers import lora_optimizer
-from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import Options, Training, run_loop
-from dnd_jax.lora.adapter import check_called, is_ours, save_adapter
+from dnd_jax.loop.run import Options
+from dnd_jax.lora.adapter import check_called, is_ours
 from dnd_jax.lora.listing import dataset_checkpoints
-from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS, AdapterConfig, adapter_of
-from dnd_jax.parallel.mesh import make_mesh
-from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import leading, replicated, shaped
+from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS
+from dnd_jax.lora.tuning import (
+    Task,
+    Tuning,
+)
 
 DONE, FORMAT = "collect.json", 1  # what is written last, and the form that it has
-
-
-def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
-    """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
-    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
-
-    def init(name: str, shape: tuple[int, int]) -> jax.Array:
-        if ".lora_B." in name:
-            return jnp.zeros(shape)
-        return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
-
-    return {name: init(name, shape) for name, shape in shapes.items()}
-
-
-def make_collect_step(
-    module: BaseLM,
-    optimizer: optax.GradientTransformation,
-    lora_scale: float,
-    over_tasks: jax.sharding.NamedSharding | None = None,
-):
-    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) ->
-    (state, metrics).
-
-    over_tasks: where the tasks lie while they are computed. The batch may have more entries than K,
-    copies of the first ones that make them divide; nothing of what is returned depends on them.
-    """
-
-    def one(params, state, batch):
-        def loss_of(lora):
-            return answer_loss(module, params, batch, lora, lora_scale)
-
-        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["lora"])
-        updates, opt = optimizer.update(gradient, state["opt"], state["lora"])
-        return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
-
-    def step(params, state, batch):
-        tasks, entries = (len(jax.tree.leaves(tree)[0]) for tree in (state, batch))
-        if entries > tasks:
-            state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
-            state = jax.lax.with_sharding_constraint(state, over_tasks)
-        found = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
-        state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
-        return state, {
-            "loss": losses.mean(),
-            "accuracy": accuracies.mean(),
-            "worst_loss": losses.max(),
-        }
-
-    return step
-
-
-def score_loras(
-    module: BaseLM, params, lora, lora_scale: float, data, batch_size: int
-) -> np.ndarray:
-    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one
-    entry a task. Memory: one batch, less than a training step's."""
-
-    @jax.jit
-    def score(params, lora, batch):
-        return answer_loss(module, params, batch, lora, lora_scale)[1]
-
-    scores = []
-    for k, sequences in enumerate(data):
-        one = {name: value[k] for name, value in lora.items()}
-        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // batch_size))
-        right = [
-            float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part)
-            for part in parts
-        ]
-        scores.append(sum(right) / len(sequences))
-    return np.array(scores)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskBatches:
-    """The batches of all tasks, one entry a task, on a mesh.
-
-    A number of tasks that the mesh does not divide is filled up with copies inside the step alone.
-    The state, then whole on every device, has none of them: a stopped run goes on with any number
-    of devices.
-    """
-
-    tasks: Sequence[Sequences]
-    batch_size: int
-    seed: int
-    pad: int  # token id
-    mesh: jax.sharding.Mesh
-
-    @functools.cached_property
-    def _entries(self) -> np.ndarray:
-        """The task of each entry of a batch."""
-        count, ways = len(self.tasks), batch_ways(self.mesh)
-        return np.arange(-(-count // ways) * ways) % count
-
-    @functools.cached_property
-    def _width(self) -> int:
-        """Tokens of the longest response."""
-        return max(task.response_width for task in self.tasks)
-
-    @functools.cached_property
-    def over_tasks(self) -> jax.sharding.NamedSharding:
-        """Where a batch's entries lie."""
-        return leading(self.mesh, len(self._entries), "the number of tasks")
-
-    @property
-    def of_state(self) -> jax.sharding.NamedSharding:
-        """Where the state of the tasks lies between steps."""
-        return self.over_tasks if len(self._entries) == len(self.tasks) else replicated(self.mesh)
-
-    def at(self, i: int) -> dict[str, jax.Array]:
-        """The i-th batch, (entries, batch_size, ...): all tasks read their examples in the same
-        order."""
-        rows = [
-            task.batch(shuffled_rows(len(task), self.batch_size, self.seed, i), self._width)
-            for task in self.tasks
-        ]
-        length = max(batch["ids"].shape[1] for batch in rows)
-        for batch in rows:
-            missing = length - batch["ids"].shape[1]
-            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=self.pad)
-        stacked = jax.tree.map(lambda *x: np.stack(x)[self._entries], *rows)
-        return jax.device_put(stacked, self.over_tasks)
 
 
 def collect(
@@ -190,7 +58,7 @@ def collect(
     adapters call the base; empty: its hub id or absolute path. Writes loras/collect.json with each
     task's exact match on its test file. Raises InputError as the loop does.
     """
-    folder, c = workdir / "loras", config.lora
+    folder, c = workdir / LORAS, config.lora
     record = {
         "seed": config.seed,
         "base": base_digest(base_path),
@@ -209,55 +77,20 @@ def collect(
 
     # The base, its LoRA and the tasks.
     check_reading(config, base_path)
-    mesh = make_mesh(config.mesh)
-    module, params = load_base(base_path, mesh)
-    tokenizer = load_tokenizer(base_path)
-    ends = ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
+    tuning = Tuning.of(config, base_path, name)
     # LoRAs half of whose steps an earlier version made may have been taught other tokens.
-    taught, as_before = how_taught(tokenizer)
+    taught, as_before = how_taught(tuning.tokenizer)
     older["answer"] = lambda then: then is None and as_before
-    adapter = adapter_of(base_path, c, name)
-    train, test = (_encoded(tokenizer, suite, split, config, ends) for split in SPLITS)
-    batches = TaskBatches(train, c.batch_size, config.seed, tokenizer.pad_token_id, mesh)
+    trained_on = len(suite.train)
+    tasks = [_task(tuning, dataset, i < trained_on) for i, dataset in enumerate(suite.datasets)]
 
-    # The step.
-    optimizer = lora_optimizer(c)
-
-    def init(key):
-        lora = init_lora(key, module.config.lora_shapes(c.rank, c.targets))
-        state = {"lora": lora, "opt": optimizer.init(lora)}
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(train), *x.shape)), state)
-
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    shapes = jax.eval_shape(init, key)
-    step = jax.jit(
-        make_collect_step(module, optimizer, adapter.scale, batches.over_tasks),
-        out_shardings=(batches.of_state, replicated(mesh)),
-        donate_argnums=1,
-    )
-
-    # Training.
-    training = Training(
-        "collect",
-        workdir / "collect",
-        record | {"answer": taught},
-        shaped(shapes, jax.tree.map(lambda _: batches.of_state, shapes)),
-        init=lambda: jax.jit(init, out_shardings=batches.of_state)(key),
-        step=lambda state, batch: step(params, state, batch),
-        batch_at=batches.at,
-        steps=c.steps,
-        save_every=c.save_every,
-        after_step=lambda done, state: _keep(done, state, c, suite, folder, adapter),
-    )
+    # Training, a group of tasks after the other.
     for dataset in suite.datasets:
         _stale(folder / dataset.name, c)  # now, not after hours of training
     (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
-    state = run_loop(training, Options(allowed=tuple(allowed), older=older))
-
-    # Scores.
-    lora = jax.device_get(state["lora"])
-    scores = score_loras(module, params, lora, adapter.scale, test, c.batch_size)
-    exact = {d.name: round(float(s), 4) for d, s in zip(suite.datasets, scores, strict=True)}
+    options = Options(allowed=tuple(allowed), older=older)
+    how = record | {"answer": taught}, options
+    exact = tuning.train_in_groups("collect", workdir / COLLECT, tasks, folder, *how)
     for dataset in suite.datasets:
         for stale in _stale(folder / dataset.name, c):
             shutil.rmtree(stale)
@@ -265,34 +98,14 @@ def collect(
     return folder
 
 
-def _encoded(tokenizer, suite: Suite, split: str, config: Config, ends) -> list[Sequences]:
-    """One split of every dataset; says how many of its examples are too long for the base."""
-    length, found = config.base.max_length, []
-    for dataset in suite.datasets:
-        examples = getattr(dataset, split)
-        found.append(encode(tokenizer, examples, length, config.lora.too_long, ends))
-        if lost := found[-1].lost(f"{dataset.name}'s {split}", length):
-            print(f"{lost} (config.lora.too_long={config.lora.too_long})", flush=True)
-    return found
-
-
-def _keep(
-    done: int,
-    state: Mapping,
-    c: schema.Lora,
-    suite: Suite,
-    folder: pathlib.Path,
-    adapter: AdapterConfig,
-) -> None:
-    """Writes the checkpoints of the last M steps of training datasets, the very last of unseen
-    ones."""
-    if done <= c.steps - c.checkpoints:
-        return
-    stacked = jax.device_get(state["lora"])
-    for k, dataset in enumerate(suite.datasets):
-        if k < len(suite.train) or done == c.steps:
-            tensors = {name: value[k] for name, value in stacked.items()}
-            save_adapter(folder / dataset.name / f"step_{done:06d}", tensors, adapter)
+def _task(tuning: Tuning, dataset: Dataset, trained_on: bool) -> Task:
+    """What is collected of a dataset: the last M checkpoints, of an unseen one the very last."""
+    c = tuning.config.lora
+    train, test = (
+        tuning.encoded(getattr(dataset, split), f"{dataset.name}'s {split}") for split in SPLITS
+    )
+    kept = range(c.steps - c.checkpoints + 1 if trained_on else c.steps, c.steps + 1)
+    return Task(dataset.name, train, test, kept)
 
 
 def _stale(folder: pathlib.Path, c: schema.Lora) -> list[pathlib.Path]:

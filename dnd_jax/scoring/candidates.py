@@ -22,6 +22,7 @@ from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
 from dnd_jax.generator.nearest import nearest
 from dnd_jax.lora.adapter import as_folder, is_made_from, save_adapter
 from dnd_jax.lora.checkpoints import Checkpoints
+from dnd_jax.lora.controls import find_controls
 from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
@@ -30,8 +31,10 @@ RIDGE_DRAWS = 16
 
 
 def wrong_task(suite: Suite, name: str) -> Dataset:
-    """The unseen dataset whose prompts serve as the wrong ones for `name`: the next of its kind, or
-    else the next of all."""
+    """The dataset whose prompts serve as the wrong ones for `name`: the one that the suite names,
+    or the next unseen one of its kind, or else the next of all."""
+    if name in suite.wrong:
+        return next(d for d in suite.every if d.name == suite.wrong[name])
     same = [d for d in suite.unseen if suite.kinds[d.name] == suite.kinds[name]]
     pool = (
         same
@@ -61,6 +64,8 @@ class Candidates:
     by_dataset: dict[str, dict[str, list[pathlib.Path]]]
     training: dict[str, pathlib.Path]  # the last checkpoint of each training dataset
     nearest: dict[str, str]  # unseen dataset -> training dataset
+    # unseen dataset -> its answered examples, which the base without an adapter gets in its context
+    shots: dict[str, tuple[Example, ...]] = dataclasses.field(default_factory=dict)
 
 
 def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
@@ -82,12 +87,15 @@ def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
     check_same_run(generator.folder, then, now, None)
 
 
-def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Candidates:
+def make_candidates(
+    config: Config, suite: Suite, base_path: str, workdir: pathlib.Path
+) -> Candidates:
     """Generates the adapters of all unseen datasets and builds their competitors, as PEFT folders;
     those that are there and were made from this generator, these prompts and checkpoints are
-    kept."""
+    kept. base_path: of the base that controls were tuned on."""
+    controls = find_controls(config, suite, base_path, workdir)
     maker = _Maker(config, suite.with_training(config.train.datasets, config.seed), workdir)
-    mean = maker.mean()
+    shared = {"mean_adapter": [maker.mean()], **maker.from_no_prompts_of_the_task()}
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         stop.check()
@@ -96,14 +104,16 @@ def make_candidates(config: Config, suite: Suite, workdir: pathlib.Path) -> Cand
         drawn = maker.drawn(prompts)
         closest[name] = nearest(maker.pooled(drawn), maker.training)
         by_dataset[name] = {
-            "mean_adapter": [mean],
+            **shared,
             "generated": maker.generated(name, prompts),
             "wrong_prompts": maker.from_wrong_prompts(name, wrong),
             **maker.predicted(name, drawn),
+            **{method: [of[name]] for method, of in controls.items() if name in of},
             **maker.tuned(name),
         }
     maker.say_what_is_anew()
-    return Candidates(by_dataset, maker.last_of_training(), closest)
+    shots = {d.name: maker.shots(d) for d in suite.unseen if d.labeled}
+    return Candidates(by_dataset, maker.last_of_training(), closest, shots)
 
 
 class _Maker:
@@ -157,6 +167,34 @@ class _Maker:
         """As many from another dataset's prompts, the control."""
         folders = [self._competitors / "wrong_prompts" / name / f"seed_{s}" for s in self._samples]
         return self._of_prompts(name, wrong, folders)
+
+    def from_no_prompts_of_the_task(self) -> dict[str, list[pathlib.Path]]:
+        """Controls that all unseen datasets share: adapters from prompts each of another training
+        dataset, drawn anew for each sample, and one from empty prompts."""
+        generator = self._generator
+        if not self._config.controls.prompts:
+            return {}
+        folder = self._competitors / "random_prompts"
+        folders = [folder / f"seed_{seed}" for seed in self._samples]
+        for seed, path in enumerate(folders):
+            self._of_prompts("the training datasets", self._random(seed), [path])
+        empty = [""] * self._n
+        card, path = generator.card(empty, 0), self._competitors / "empty_prompts"
+        self._saved(path, card, lambda: generator.tensors(empty))
+        return {"random_prompts": folders, "empty_prompts": [path]}
+
+    def _random(self, seed: int) -> list[str]:
+        """N texts, each of another training dataset as far as these go."""
+        rng, pools = np.random.default_rng([seed, self._n]), self._suite.train
+        rounds = -(-self._n // len(pools))
+        order = np.concatenate([rng.permutation(len(pools)) for _ in range(rounds)])[: self._n]
+        return [self._condition(pools[i].train)[rng.integers(len(pools[i].train))] for i in order]
+
+    def shots(self, dataset: Dataset) -> tuple[Example, ...]:
+        """Answered examples of an unseen dataset, drawn by the seed."""
+        count = min(self._config.controls.in_context, len(dataset.pool))
+        rng = np.random.default_rng([self._config.seed, count])
+        return tuple(dataset.pool[i] for i in rng.choice(len(dataset.pool), count, replace=False))
 
     def predicted(self, name: str, drawn: Sequence[str]) -> dict[str, list[pathlib.Path]]:
         """{"ridge": [its adapter]}; nothing where the training datasets are too few for it."""

@@ -28,6 +28,7 @@ from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
+from dnd_jax.core import digests
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_object
@@ -36,6 +37,7 @@ from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
+from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.lora.adapter import fingerprint
 from dnd_jax.scoring.answers import RULE, Scorer
@@ -58,11 +60,14 @@ class Answers(NamedTuple):
     cut: list[float] | None
 
 
-def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, Answers]:
-    """{dataset: the answers} of the adapter in use; how: config.evaluate.answers."""
+def answers_to(
+    base, datasets: Sequence[Dataset], how: str, shots: Sequence[Example] = ()
+) -> dict[str, Answers]:
+    """{dataset: the answers} of the adapter in use; how: config.evaluate.answers. shots: answered
+    examples before every question."""
     if how == "likelihood":
-        return {d.name: Answers(base.choose(d.test, labels_of(d)), None) for d in datasets}
-    ids = base.answer_ids([e for d in datasets for e in d.test])
+        return {d.name: Answers(base.choose(d.test, labels_of(d), shots), None) for d in datasets}
+    ids = base.answer_ids([e for d in datasets for e in d.test], shots=shots)
     texts, cut = base.decode(ids), [float(len(row) >= base.max_new_tokens) for row in ids]
     found, first = {}, 0
     for d in datasets:
@@ -71,10 +76,17 @@ def answers_to(base, datasets: Sequence[Dataset], how: str) -> dict[str, Answers
     return found
 
 
+def in_context(name: str) -> str:
+    """The label of the base with answered examples of a dataset in its context."""
+    return f"in the context of {name}"
+
+
 def scored_on(candidates: Candidates, name: str) -> list[str]:
-    """Labels of what is scored on an unseen dataset: "base", and folders of adapters."""
+    """Labels of what is scored on an unseen dataset: "base", it with answered examples in its
+    context, and folders of adapters."""
     return [
         "base",
+        *[in_context(name)] * bool(candidates.shots.get(name)),
         *map(str, candidates.training.values()),
         *map(str, sum(candidates.by_dataset[name].values(), [])),
     ]
@@ -87,9 +99,15 @@ def score_keys(candidates: Candidates, base_path) -> dict[str, str]:
         label for name in candidates.by_dataset for label in scored_on(candidates, name)
     )
     base = base_digest(base_path)
-    return {
-        label: base if label == "base" else f"{fingerprint(label)} on {base}" for label in labels
-    }
+    shown = {in_context(name): shots for name, shots in candidates.shots.items()}
+
+    def key(label: str) -> str:
+        if label in shown:
+            texts = (text for e in shown[label] for text in (e.prompt, e.response))
+            return f"{digests.of_texts(list(texts))} in the context of {base}"
+        return base if label == "base" else f"{fingerprint(label)} on {base}"
+
+    return {label: key(label) for label in labels}
 
 
 def read_kept(path: pathlib.Path, settings: dict, allowed: Collection[str] = ()) -> dict:
@@ -108,6 +126,23 @@ def read_kept(path: pathlib.Path, settings: dict, allowed: Collection[str] = ())
     why = "of other settings" if by_rule else "by an earlier version's rule for answers"
     print(f"{path}: its scores are {why}, all is scored anew", flush=True)
     return {"scores": {}}
+
+
+def with_room_for_shots(candidates: Candidates, suite: Suite, base) -> Candidates:
+    """Without the answered examples that the base cannot be shown: its template takes no turns
+    before a question, or its positions end first. Says so."""
+    shots = dict(candidates.shots)
+    for dataset in suite.unseen:
+        shown = shots.get(dataset.name)
+        try:
+            longest = max(map(len, base.prompt_ids(dataset.test, shown))) if shown else 0
+            why = "" if longest + base.max_new_tokens <= base.positions else "they are too long"
+        except InputError as error:
+            why = str(error)
+        if why:
+            shots[dataset.name] = ()
+            print(f"{dataset.name}: no {len(shown)} examples in the context ({why})", flush=True)
+    return dataclasses.replace(candidates, shots=shots)
 
 
 def score_all(
@@ -140,9 +175,10 @@ def score_all(
         if not todo:
             continue
         stop.check()
-        base.use(None if label == "base" else label)
-        new = {}
-        for name, answers in answers_to(base, todo, settings["evaluate"]["answers"]).items():
+        shots = next((s for n, s in candidates.shots.items() if in_context(n) == label), ())
+        base.use(None if label == "base" or shots else label)
+        new, how = {}, settings["evaluate"]["answers"]
+        for name, answers in answers_to(base, todo, how, shots).items():
             each = scorers[name].each(answers.texts)
             each |= {CUT: answers.cut} if answers.cut is not None else {}
             new[name] = {measure: pack(values) for measure, values in each.items()}
@@ -164,6 +200,7 @@ def by_method(
     of_training = {n: statistics.fmean(questions(label)) for n, label in training.items()}
     labels = {
         "base": ["base"],
+        **({"in_context": [in_context(name)]} if candidates.shots.get(name) else {}),
         "train_mean": list(training.values()),
         "train_best": [training[max(of_training, key=of_training.get)]],
         "nearest": [training[candidates.nearest[name]]],
@@ -207,7 +244,7 @@ def evaluate(
     adapters. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
     path = workdir / paths.EVALUATION
     settings = evaluation_settings(config, suite.fingerprint)
-    candidates = make_candidates(config, suite, workdir)
+    candidates = make_candidates(config, suite, base_path, workdir)
     keys = score_keys(candidates, base_path)
     adapters = [
         keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
@@ -218,6 +255,7 @@ def evaluate(
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    candidates = with_room_for_shots(candidates, suite, base)
     scores = score_all(suite, candidates, keys, base, path, settings, stored)
     entries = {d.name: _entry(suite, candidates, d.name, scores, keys) for d in suite.unseen}
     result = {

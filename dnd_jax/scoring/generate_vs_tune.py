@@ -25,8 +25,8 @@ from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
-from dnd_jax.lora.collect import init_lora, make_collect_step
 from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.lora.tuning import init_lora, make_collect_step
 
 PAPER = "2,500 to 12,000"  # times less than full-shot tuning, docs/METHOD.md section 8
 REPEATS = 5

@@ -14,6 +14,7 @@ shields the machine from that code.
 Columns, rule and intervals are those of results.json; WORKDIR/lm_eval.json holds them.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -148,7 +149,8 @@ def lm_eval_stage(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     wanted = parse_tasks(tasks, suite)
     loaded = _tasks(wanted, suite, base_path, config, workdir, unsafe_code)
-    candidates = make_candidates(config, suite, workdir)
+    # Examples in the context are the harness's own affair: num_fewshot of a task.
+    candidates = dataclasses.replace(make_candidates(config, suite, base_path, workdir), shots={})
     keys = score_keys(candidates, base_path)
     path = workdir / SCORES.format(f"_{limit}" if limit else "")
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}

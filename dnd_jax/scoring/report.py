@@ -12,7 +12,16 @@ from dnd_jax.core.formats import write_numbered
 from dnd_jax.lora.listing import checkpoint_folders
 from dnd_jax.scoring.intervals import LEVEL
 from dnd_jax.scoring.plots import bars, curves, projection
-from dnd_jax.scoring.results import CUT, MEANING, METHODS, PARTS, RESULTS_FORMAT, TITLES, combine
+from dnd_jax.scoring.results import (
+    CUT,
+    MEANING,
+    METHODS,
+    PARTS,
+    RESULTS_FORMAT,
+    SEES,
+    TITLES,
+    combine,
+)
 
 HEADINGS = {"content": "Right content", "format": "Right format", CUT: "Cut off"}
 SHARES = {
@@ -159,7 +168,7 @@ th:first-child{text-align:left;font-weight:normal}
 tr.mean{background:#f3f3f3;font-weight:600}tr.mean th{font-weight:600}
 td small{display:block;font-size:9px;color:#777}.wide{overflow-x:auto}
 td.generated{background:#fff1e0}img{max-width:100%;margin:.5em 0}
-dt{font-weight:600;float:left;width:9em}dd{margin-left:9.5em}
+.words th,.words td{text-align:left}
 @media(prefers-color-scheme:dark){body{background:#fff}}"""
 
 
@@ -206,7 +215,10 @@ prompts the generator did not see. {html.escape(results["rule"])}</p>"""
 def _scores(results: Mapping) -> str:
     """The tables of every measure, the exact match with its bars and what its methods mean."""
     warned = "".join(f"<p><b>{html.escape(text)}</b></p>" for text in results["warnings"])
-    meaning = "".join(f"<dt>{TITLES[m]}</dt><dd>{html.escape(MEANING[m])}</dd>" for m in METHODS)
+    meaning = "".join(
+        f"<tr><th>{TITLES[m]}</th><td>{html.escape(MEANING[m])}</td><td>{SEES[m]}</td></tr>"
+        for m in _methods(results, "exact")
+    )
     others = "".join(
         f"<h2>{HEADINGS[measure]}</h2><p>{SHARES[measure]}</p>{_html_table(results, measure)}\n"
         for measure in ((*PARTS, CUT) if _has_cut(results) else PARTS)
@@ -214,7 +226,8 @@ def _scores(results: Mapping) -> str:
     return f"""<h2>Exact match</h2>{warned}{_html_table(results, "exact")}{bars(results)}
 {_training_table(results)}
 <p>Small: {html.escape(results["intervals"])}</p>
-<dl>{meaning}</dl>
+<table class="words"><tr><th></th><td>what it is</td><td>what it saw of the task</td></tr>
+{meaning}</table>
 {others}"""
 
 

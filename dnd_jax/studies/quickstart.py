@@ -22,6 +22,7 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
+from dnd_jax.lora.controls import make_controls
 from dnd_jax.scoring.evaluate import REMEASURE, evaluate, run_of
 from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.measured import measure
@@ -53,6 +54,9 @@ def _stages(
         print(
             f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True
         )
+    if config.controls.multi_task or config.controls.few_shot:
+        with timed(workdir, "controls"):
+            make_controls(config, suite, base, workdir, allowed, base_name)
     with timed(workdir, "train"):
         train(config, suite, workdir, allowed, base_name=base_name)
     with timed(workdir, "evaluate"):

@@ -110,6 +110,37 @@ def test_the_base_is_trained_on_its_own_template(tokenizer_of, kind):
         )
 
 
+@pytest.mark.parametrize("system", ["", "Answer by a letter."])
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_turns_before_a_question_are_those_of_transformers(tokenizer_of, kind, system):
+    tokenizer = tokenizer_of(kind)
+    before = [("One?", "[A]"), ("Two?", "[B]")]
+    shown = render(tokenizer, "Three?", system, before)
+    first = f"{system}\n\nOne?" if system and kind == "gemma" else "One?"
+    messages = [{"role": "system", "content": system}] * bool(system and kind != "gemma")
+    for asked, said in ((first, "[A]"), ("Two?", "[B]")):
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    messages.append({"role": "user", "content": "Three?"})
+    assert shown == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+
+
+def test_turns_before_a_question_without_a_template(tokenizer_of):
+    """As the base was taught: prompt, answer, its end."""
+    tokenizer = tokenizer_of(None)
+    shown = render(tokenizer, "Two?", "Help.", [("One?", "[A]")])
+    assert shown == f"Help.\nOne?\n[A]{tokenizer.eos_token}Two?\n"
+
+
+def test_a_template_that_leaves_turns_out_is_refused(tokenizer_of):
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{{ messages[-1].content }}:"
+    assert render(tokenizer, "Two?") == "Two?:"
+    with pytest.raises(InputError, match="the chat template changes the turn before 'One\\?'"):
+        render(tokenizer, "Two?", "", [("One?", "[A]")])
+
+
 def test_a_base_without_a_template(tokenizer_of):
     """Plain lines; the begin token only where the tokenizer itself sets one."""
     tokenizer = tokenizer_of(None)
@@ -233,7 +264,7 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tokenizer_of):
     data = encode(tokenizer, [*EXAMPLES, Example("Why? " * 200, "[B]")], 2000)
     assert data.ids.shape[1] > 256
     short, long = data.batch(np.array([0, 1]), 6), data.batch(np.array([1, 2]), 6)
-    assert short["ids"].shape[1] == 64 and long["ids"].shape[1] == data.ids.shape[1]
+    assert short["ids"].shape[1] <= 64 and long["ids"].shape[1] == data.ids.shape[1]
     module = BaseLM(sizes_to_pretrain(freeze(load_file("tests/tiny.py")).base, len(tokenizer)))
     params = module.init(jax.random.key(0), short["ids"])["params"]
     whole = short | {"ids": data.ids[:2]}

@@ -287,14 +287,19 @@ def test_a_suite_is_checked_once(files, capsys, tmp_path, monkeypatch):
 
 
 def test_fingerprint_stays(tmp_path):
-    """The one that runs of cfc09d1 recorded: sha256 over json.dumps of names and examples."""
+    """The one that runs of cfc09d1 recorded: sha256 over json.dumps of names and examples. Which
+    prompts are wrong counts too, where the suite says it."""
     write_world(tmp_path, seed=3)
+    description = json.loads((tmp_path / "suite.json").read_text())
+    with_wrong = load_suite(tmp_path).fingerprint
+    del description["wrong"]
+    (tmp_path / "suite.json").write_text(json.dumps(description))
     suite = load_suite(tmp_path)
     names = [[d.name for d in its] for its in (suite.train, suite.unseen)]
     digest = hashlib.sha256(json.dumps([*names, suite.kinds]).encode())
     for part in (suite.corpus, *(its for d in suite.every for its in (d.train, d.test))):
         digest.update(json.dumps([(e.prompt, e.response, e.system) for e in part]).encode())
-    assert suite.fingerprint == digest.hexdigest()
+    assert with_wrong != suite.fingerprint == digest.hexdigest()
 
 
 def test_strict_looks_through_the_data_once(files, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 from dnd_jax.data.world import write_world
 
 FOLDERS = {
-    0: "28c1e14fb9122436fa4d7216e9bc1a583ccb181ba9fd19360dfabc1d27b42370",
-    100: "be509e41b5b63765ffed000e953e9976c332dd428aeaa5646393c9186edf68c6",
+    0: "9a09170b2d3f2ca2c843ae515320bffa4b8e23a26a459812ccea786b107040fb",
+    100: "ae9cea14505f95a05db8a4e5a2e570026d8f7fa7b0f116da783427dfcc17cbee",
 }
 
 

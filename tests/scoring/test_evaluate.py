@@ -33,10 +33,12 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.data.suite import load_suite
+from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.generator.train import train
-from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
+from dnd_jax.scoring.answers import Scorer
 from dnd_jax.scoring.candidates import make_candidates
 from dnd_jax.scoring.evaluate import evaluate, evaluation_settings, read_kept
 from dnd_jax.scoring.lm_eval import lm_eval_stage
@@ -189,6 +191,44 @@ def test_a_large_base_is_measured_as_it_is_stored_and_in_parts(
     found = measure(config, suite, str(base), workdir, ("agreement",))["agreement"]
     assert found["dtype"] == "bfloat16" and found["answers"] == 15
     assert 1e-4 < found["largest_logit_difference"] < 1
+
+
+@only("qwen2")
+def test_what_generated_adapters_stand_beside(made, scored, suite, tmp_path, capsys):
+    """Random and empty prompts, answered examples in the context; each against its own making."""
+    config, _, _ = made
+    workdir = shutil.copytree(scored, tmp_path / "w")
+    controls = dataclasses.replace(config.controls, in_context=2, prompts=True)
+    config = dataclasses.replace(config, controls=controls)
+    result = evaluate(config, suite, config.base.path, workdir)
+    found = make_candidates(config, suite, config.base.path, workdir)
+    generator = TrainedGenerator(workdir / "generator", encoder=config.condition.encoder)
+    empty = load_adapter(found.by_dataset[suite.unseen[0].name]["empty_prompts"][0])
+    wanted = generator.tensors([""] * config.condition.num_prompts)
+    for key, value in wanted.items():
+        np.testing.assert_allclose(empty[key], value, atol=1e-6)
+    shared = [of["random_prompts"] for of in found.by_dataset.values()]
+    assert len(shared[0]) == config.evaluate.samples and all(s == shared[0] for s in shared)
+    one, two = (load_adapter(folder) for folder in shared[0])
+    assert any(np.any(one[key] != two[key]) for key in one)
+
+    base = TorchBase(config.base.path, 16, config.evaluate.max_new_tokens)
+    for dataset in suite.unseen:
+        entry, shots = result["unseen"][dataset.name], found.shots[dataset.name]
+        assert {"in_context", "random_prompts", "empty_prompts"} <= set(entry)
+        assert len(shots) == 2 and set(shots) <= set(dataset.pool)
+        answers = base.decode(base.answer_ids(dataset.test, shots=shots))
+        exact = Scorer([e.response for e in dataset.test]).each(answers)["exact"]
+        assert entry["in_context"] == pytest.approx(np.mean(exact))
+        alone, shown = base.prompt_ids(dataset.test[:1]), base.prompt_ids(dataset.test[:1], shots)
+        assert len(shown[0]) > len(alone[0]) and shown[0][-4:] == alone[0][-4:]
+
+    capsys.readouterr()
+    many = dataclasses.replace(config.controls, in_context=12)  # more than 128 positions
+    config = dataclasses.replace(config, controls=many)
+    result = evaluate(config, suite, config.base.path, workdir)
+    assert not any("in_context" in entry for entry in result["unseen"].values())
+    assert "examples in the context (they are too long)" in capsys.readouterr().out
 
 
 @only("qwen2")
@@ -498,7 +538,7 @@ def test_a_generator_is_asked_what_it_was_trained_on(made, suite, tmp_path):
         with pytest.raises(
             InputError, match=f"{workdir}/generator was made with other settings; .*{expected}"
         ):
-            make_candidates(other, suite, workdir)
+            make_candidates(other, suite, "", workdir)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "lm-eval", "quickstart"])

@@ -1,0 +1,108 @@
+"""Attention of the base LM: where tokens stand, and which of them see each other.
+
+Letters: B batch, S sequence, T keys, H heads, K key-value heads, G = H / K, E head width, P tokens
+of a prefix that all rows share.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts; the fields of a config.json's
+    rope_parameters."""
+
+    # "linear": all divided by factor; "llama3": only those of long waves, with a smooth passage
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+def rotary_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Radians a position of each pair of channels of a head, float32 (width / 2,)."""
+    half = width // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequency
+    slow = frequency / scaling.factor
+    if scaling.rope_type == "linear":
+        return slow
+    # Llama 3: how many of a channel's waves fit into the original context decides; between the two
+    # bounds, a linear mix.
+    waves = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
+    keep = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0, 1)
+    return keep * frequency + (1 - keep) * slow
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequency: jax.Array) -> jax.Array:
+    """Rotary position embedding of (..., H, E) at positions (...), halves convention, angles in
+    float32."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_mask(
+    length: int, window: int | None, valid_BxS: jax.Array | None = None, before: int = 0
+) -> jax.Array:
+    """bool (B or 1, S, before + S): whether a query (second axis) sees a key (last axis). It sees
+    real tokens up to its own position, the first of which stand before all queries; with a window,
+    the last `window` of them."""
+    shape = length, before + length
+    mask = jnp.tril(jnp.ones(shape, bool), before)[None]
+    if window is not None and window < before + length:
+        mask = mask & ~jnp.tril(jnp.ones(shape, bool), before - window)[None]
+    return mask if valid_BxS is None else mask & valid_BxS[:, None, :].astype(bool)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q (B, S, K, G, E), k and v (B, T, K, E), mask (B or 1, S, T) -> (B, S, K * G * E); softmax in
+    float32."""
+    scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bkgst,btke->bskge", weights, v).reshape(*q.shape[:2], -1)
+
+
+# (q (..., K, G, E), k (..., K, E), v (..., K, E), window) -> (..., K * G * E)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+
+
+def in_rows(valid_BxS: jax.Array | None = None) -> Attend:
+    """Attention of rows (B, S), each within itself."""
+
+    def attend(q, k, v, window):
+        return attention(q, k, v, causal_mask(q.shape[1], window, valid_BxS))
+
+    return attend
+
+
+def behind_prefix(prefix: int, batch: int) -> Attend:
+    """Attention of packed tokens (P + B * S): a prefix within itself, each row of a batch to
+    it and within itself."""
+
+    def attend(q, k, v, window):
+        def rows(x):  # (P + B * S, ...) -> (B, S, ...)
+            return x[prefix:].reshape(batch, -1, *x.shape[1:])
+
+        def whole(x):  # keys or values -> (B, P + S, ...)
+            shared = jnp.broadcast_to(x[:prefix], (batch, *x[:prefix].shape))
+            return jnp.concatenate([shared, rows(x)], axis=1)
+
+        first = (x[None, :prefix] for x in (q, k, v))
+        first = attention(*first, causal_mask(prefix, window))
+        q = rows(q)
+        mask = causal_mask(q.shape[1], window, before=prefix)
+        others = attention(q, whole(k), whole(v), mask)
+        return jnp.concatenate([first[0], others.reshape(-1, others.shape[-1])])
+
+    return attend

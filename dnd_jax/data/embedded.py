@@ -1,0 +1,37 @@
+"""Stage `suite`: the suites that come with dnd_jax, drawn by a seed.
+
+    dnd suite --out=DIR [--name=world] [--config.seed=0]
+
+world: a little world of facts, for a base that is pretrained on it in minutes. skills: tasks in
+plain English, for a real base.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+from dnd_jax.config.schema import EMBEDDED
+from dnd_jax.core.errors import InputError, nearest
+from dnd_jax.core.files import check_free
+from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.data.skills import write_skills
+from dnd_jax.data.world import write_world
+
+# Name -> what writes it: (folder, seed).
+SUITES: Mapping[str, Callable[[str | os.PathLike, int], None]] = dict(
+    zip(EMBEDDED, (write_world, write_skills), strict=True)
+)
+
+
+def _run(given: Given) -> None:
+    given.need("out")
+    name = given["name"]
+    if name not in SUITES:
+        raise InputError(f"--name={name}: none of {', '.join(SUITES)}{nearest(name, SUITES)}")
+    check_free(given["out"], "out")
+    SUITES[name](given["out"], given.config.seed)
+    print(f"suite: {pathlib.Path(given['out']).absolute()}")
+
+
+NAME = Flag("name", str, EMBEDDED[0], f"which: {', '.join(EMBEDDED)}")
+STAGE = Stage(_run, (OUT, NAME), settings=DEFAULT)

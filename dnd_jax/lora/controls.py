@@ -1,0 +1,195 @@
+"""Stage `controls`: LoRAs that generated adapters have to stand beside, WORKDIR/controls.
+
+    dnd controls --config=configs/mini.py --workdir=runs/mini
+
+multi_task: ONE LoRA for everything, tuned on the rows of all training datasets together, for as
+many steps as the LoRAs of all of them take, and for a tenth of these. Each of
+`controls.learning_rates` is tried, and the one kept whose held-in rows have the lowest loss: rows
+of the training datasets that it is not tuned on, never a test's. few_shot: LoRAs tuned on a few
+labelled examples of each unseen dataset, for as many steps as any LoRA.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from dnd_jax.base.hub import packages_of
+from dnd_jax.base.identity import base_digest
+from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.reading import check_reading
+from dnd_jax.base.sequences import how_taught
+from dnd_jax.config.records import check_same_run
+from dnd_jax.config.schema import Config
+from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
+from dnd_jax.core.workdir import CONTROLS
+from dnd_jax.data.opened import open_suite
+from dnd_jax.data.sources import Example
+from dnd_jax.data.suite import Dataset, Suite
+from dnd_jax.loop.run import Options
+from dnd_jax.lora.tuning import Task, Tuning
+
+DONE = "controls.json"
+FORMAT = 1  # of it
+HELD_IN = 0.05  # share of a training dataset's rows that choose the learning rate
+TENTH = 0.1
+FEW_SHOT = (8, 64)  # labelled examples
+
+
+def make_controls(
+    config: Config,
+    suite: Suite,
+    base_path: str,
+    workdir: pathlib.Path,
+    allowed: Collection[str] = (),
+    name: str = "",
+) -> pathlib.Path:
+    """Tunes the controls that the configuration asks for and returns WORKDIR/controls; what was
+    made with the same settings is kept.
+
+    allowed, name: as of `collect`. Raises InputError as the loop does.
+    """
+    folder, c = workdir / CONTROLS, config.controls
+    suite = suite.with_training(config.train.datasets, config.seed)
+    record = _settings(config, suite, base_path)
+    if (folder / DONE).is_file():
+        then = read_numbered(folder / DONE, FORMAT)["settings"]
+        if check_same_run(folder / DONE, then, record, allowed):
+            return folder
+    check_reading(config, base_path)
+    tuning = Tuning.of(config, base_path, name)
+    found, how = (
+        {},
+        (record | {"answer": how_taught(tuning.tokenizer)[0]}, Options(allowed=tuple(allowed))),
+    )
+    if c.multi_task:
+        found["multi_task"] = _multi_task(tuning, suite, folder, how)
+    if c.few_shot:
+        found["few_shot"] = _few_shot(tuning, suite, folder, how)
+    write_numbered(folder / DONE, FORMAT, {"settings": record, **found})
+    return folder
+
+
+def _settings(config: Config, suite: Suite, base_path: str) -> dict:
+    """What the controls depend on."""
+    return {
+        "seed": config.seed,
+        "base": base_digest(base_path),
+        "lora": dataclasses.asdict(config.lora),
+        "controls": {
+            key: value
+            for key, value in dataclasses.asdict(config.controls).items()
+            if key in ("multi_task", "learning_rates", "few_shot")
+        },
+        "max_length": config.base.max_length,
+        "suite": suite.fingerprint,
+        "train": {"datasets": config.train.datasets},
+    }
+
+
+def find_controls(
+    config: Config, suite: Suite, base_path: str, workdir: pathlib.Path
+) -> dict[str, dict[str, pathlib.Path]]:
+    """{method: {unseen dataset: adapter folder}} of what `make_controls` made; nothing where it was
+    not run. Raises InputError where it was with other settings."""
+    folder = workdir / CONTROLS
+    if not (folder / DONE).is_file():
+        return {}
+    stored = read_numbered(folder / DONE, FORMAT)
+    suite = suite.with_training(config.train.datasets, config.seed)
+    check_same_run(folder / DONE, stored["settings"], _settings(config, suite, base_path), ())
+    found = {}
+    if one := stored.get("multi_task"):
+        for method, steps in zip(("multi_task_tenth", "multi_task"), one["steps"], strict=True):
+            path = folder / one["folder"] / f"step_{steps:06d}"
+            found[method] = {d.name: path for d in suite.unseen}
+    if few := stored.get("few_shot"):
+        for count in few["counts"]:
+            found[f"few_shot_{count}"] = {
+                d.name: folder / f"few_shot_{count}" / d.name / f"step_{few['steps']:06d}"
+                for d in suite.unseen
+                if d.labeled
+            }
+    return found
+
+
+def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) -> dict:
+    """{"learning_rate", "steps", "loss": {learning rate: of the held-in rows}} of ONE LoRA."""
+    config, losses = tuning.config, {}
+    rows, held = _split(suite.train, config.seed)
+    train, held_in = (tuning.encoded(r, "the training datasets") for r in (rows, held))
+    steps = config.lora.steps * len(suite.train)
+    tenth = max(1, round(steps * TENTH))
+    for rate in config.controls.learning_rates or (config.lora.learning_rate,):
+        title = f"multi_task_{rate:g}"
+        c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps, checkpoints=1)
+        task = Task(title, train, held_in, (tenth, steps))
+        lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
+        losses[rate] = _loss(tuning, lora, held_in)
+    best = min(losses, key=losses.get)
+    return {
+        "folder": f"multi_task_{best:g}",
+        "steps": [tenth, steps],
+        "losses": {f"{rate:g}": loss for rate, loss in losses.items()},
+    }
+
+
+def _split(datasets: Sequence[Dataset], seed: int) -> tuple[list[Example], list[Example]]:
+    """The rows of all training datasets: (to tune on, held in)."""
+    rng, rows, held = np.random.default_rng([seed, 3]), [], []
+    for dataset in datasets:
+        order = rng.permutation(len(dataset.train))
+        count = min(max(1, round(HELD_IN * len(order))), len(order) - 1)
+        held += [dataset.train[i] for i in order[:count]]
+        rows += [dataset.train[i] for i in order[count:]]
+    return rows, held
+
+
+def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) -> dict:
+    """{unseen dataset: {number of labelled examples: the step of its LoRA}}, tuned in one loop."""
+    steps, tasks = tuning.config.lora.steps, []
+    for dataset in (d for d in suite.unseen if d.labeled):
+        order = np.random.default_rng([tuning.config.seed, 5]).permutation(len(dataset.pool))
+        for count in FEW_SHOT:
+            rows = [dataset.pool[i] for i in order[:count]]
+            train = tuning.encoded(rows, f"{dataset.name}'s train")
+            tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, train, (steps,)))
+    if tasks:
+        where = folder / "training" / "few_shot"
+        tuning.train_in_groups("few shots", where, tasks, folder, *how)
+    return {"counts": list(FEW_SHOT), "steps": steps}
+
+
+def _loss(tuning: Tuning, lora: Mapping, rows) -> float:
+    """Mean cross-entropy of one LoRA, the only task of (1, ...), on rows."""
+    one, size = {key: value[0] for key, value in lora.items()}, tuning.config.lora.batch_size
+
+    @jax.jit
+    def loss(params, lora, batch):
+        return answer_loss(tuning.module, params, batch, lora, tuning.adapter.scale)[0]
+
+    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // size))
+    losses = [
+        float(loss(tuning.params, one, rows.batch(part, rows.response_width))) * len(part)
+        for part in parts
+    ]
+    return sum(losses) / len(rows)
+
+
+def _run(given: Given) -> None:
+    suite = open_suite(given.config, given.workdir, given["strict"])
+    base = find_base(given.config, given.workdir)
+    more = given["allow"], given["base-name"]
+    print(f"controls: {make_controls(given.config, suite, base, given.workdir, *more)}")
+
+
+STAGE = Stage(
+    _run,
+    (*ON_SUITE, ALLOW, BASE_NAME),
+    lambda given: packages_of(given.config.base.path),
+    writes=True,
+)

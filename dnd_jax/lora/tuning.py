@@ -1,0 +1,326 @@
+"""LoRAs of several tasks, tuned in one step: vmap over the tasks, the base shared."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dnd_jax.base.architecture import BaseLM, LmConfig
+from dnd_jax.base.chat import ends_of
+from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.sequences import Sequences, encode
+from dnd_jax.config import schema
+from dnd_jax.config.schema import Config
+from dnd_jax.core.files import read_object, write_json
+from dnd_jax.data.sources import Example
+from dnd_jax.loop.optimizers import lora_optimizer
+from dnd_jax.loop.prefetch import shuffled_rows
+from dnd_jax.loop.run import Options, Training, run_loop
+from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
+from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.placement import batch_ways
+from dnd_jax.parallel.room import free_bytes
+from dnd_jax.parallel.rules import leading, replicated, shaped
+
+GROUPS = "groups.json"  # in the folder of a training in groups
+ROOM = 0.6  # of the free memory that a step may take
+PREFIX = 8  # tokens that all rows share, from which on they are computed apart
+
+
+def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
+    """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
+    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
+
+    def init(name: str, shape: tuple[int, int]) -> jax.Array:
+        if ".lora_B." in name:
+            return jnp.zeros(shape)
+        return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
+
+    return {name: init(name, shape) for name, shape in shapes.items()}
+
+
+def make_collect_step(
+    module: BaseLM,
+    optimizer: optax.GradientTransformation,
+    lora_scale: float,
+    over_tasks: jax.sharding.NamedSharding | None = None,
+):
+    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) ->
+    (state, metrics).
+
+    over_tasks: where the tasks lie while they are computed. The batch may have more entries than K,
+    copies of the first ones that make them divide; nothing of what is returned depends on them.
+    """
+
+    def one(params, state, batch):
+        def loss_of(lora):
+            return answer_loss(module, params, batch, lora, lora_scale)
+
+        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["lora"])
+        updates, opt = optimizer.update(gradient, state["opt"], state["lora"])
+        return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
+
+    def step(params, state, batch):
+        tasks, entries = (len(jax.tree.leaves(tree)[0]) for tree in (state, batch))
+        if entries > tasks:
+            state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
+            state = jax.lax.with_sharding_constraint(state, over_tasks)
+        found = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
+        return state, {
+            "loss": losses.mean(),
+            "accuracy": accuracies.mean(),
+            "worst_loss": losses.max(),
+        }
+
+    return step
+
+
+def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
+    """About how much a training step holds for one task: its state and gradient, and what the
+    backward pass needs of each token, in float32."""
+    shapes = base.lora_shapes(c.rank, c.targets).values()
+    state = 4 * sum(math.prod(shape) for shape in shapes)
+    length = rows.ids.shape[1]
+    heads, kv_heads, width = base.num_attention_heads, base.num_key_value_heads, base.head_width
+    # Inputs of norms and projections, queries, keys, values, and the feed-forward's inner states.
+    token = 6 * base.hidden_size + 2 * (heads + kv_heads) * width + 4 * base.intermediate_size
+    token += 2 * heads * length  # attention
+    layers = base.num_hidden_layers * length * token
+    logits = 3 * rows.response_width * base.vocab_size
+    return 4 * (state + c.batch_size * (layers + logits))
+
+
+def score_loras(
+    module: BaseLM, params, lora, lora_scale: float, data, batch_size: int
+) -> np.ndarray:
+    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one
+    entry a task. Memory: one batch, less than a training step's."""
+
+    @jax.jit
+    def score(params, lora, batch):
+        return answer_loss(module, params, batch, lora, lora_scale)[1]
+
+    scores = []
+    for k, sequences in enumerate(data):
+        one = {name: value[k] for name, value in lora.items()}
+        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // batch_size))
+        right = [
+            float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part)
+            for part in parts
+        ]
+        scores.append(sum(right) / len(sequences))
+    return np.array(scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskBatches:
+    """The batches of all tasks, one entry a task, on a mesh.
+
+    A number of tasks that the mesh does not divide is filled up with copies inside the step alone.
+    The state, then whole on every device, has none of them: a stopped run goes on with any number
+    of devices.
+    """
+
+    tasks: Sequence[Sequences]
+    batch_size: int
+    seed: int
+    pad: int  # token id
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def _entries(self) -> np.ndarray:
+        """The task of each entry of a batch."""
+        count, ways = len(self.tasks), batch_ways(self.mesh)
+        return np.arange(-(-count // ways) * ways) % count
+
+    @functools.cached_property
+    def _width(self) -> int:
+        """Tokens of the longest response."""
+        return max(task.response_width for task in self.tasks)
+
+    @functools.cached_property
+    def over_tasks(self) -> jax.sharding.NamedSharding:
+        """Where a batch's entries lie."""
+        return leading(self.mesh, len(self._entries), "the number of tasks")
+
+    @property
+    def of_state(self) -> jax.sharding.NamedSharding:
+        """Where the state of the tasks lies between steps."""
+        return self.over_tasks if len(self._entries) == len(self.tasks) else replicated(self.mesh)
+
+    @functools.cached_property
+    def _prefix(self) -> int:
+        """Tokens that the rows of each task share."""
+        shared = min(task.prefix for task in self.tasks)
+        return shared if shared >= PREFIX else 0
+
+    def at(self, i: int) -> dict[str, jax.Array]:
+        """The i-th batch, (entries, batch_size, ...), of a prefix (entries, P): all tasks read
+        their examples in the same order."""
+        rows = [
+            task.batch(
+                shuffled_rows(len(task), self.batch_size, self.seed, i), self._width, self._prefix
+            )
+            for task in self.tasks
+        ]
+        length = max(batch["ids"].shape[1] for batch in rows)
+        for batch in rows:
+            missing = length - batch["ids"].shape[1]
+            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=self.pad)
+        stacked = jax.tree.map(lambda *x: np.stack(x)[self._entries], *rows)
+        return jax.device_put(stacked, self.over_tasks)
+
+
+class Task(NamedTuple):
+    """What a LoRA is tuned on. kept: the steps after which it is written."""
+
+    name: str
+    train: Sequences
+    test: Sequences
+    kept: Collection[int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+    """LoRAs of one base: its parameters on the mesh, and how its questions are asked."""
+
+    config: Config
+    module: BaseLM
+    params: Mapping
+    mesh: jax.sharding.Mesh
+    adapter: AdapterConfig
+    tokenizer: Any
+    ends: Collection[int]  # tokens that end an answer
+    steps: dict = dataclasses.field(default_factory=dict)  # jitted, by how tasks lie
+
+    @classmethod
+    def of(cls, config: Config, base_path: str, name: str = "") -> "Tuning":
+        """Loads the base. name: what the adapters call it; empty: its hub id or absolute path.
+        Raises InputError for a base that cannot be read, or whose answers have no end."""
+        c, mesh = config.lora, make_mesh(config.mesh)
+        module, params = load_base(base_path, mesh, jnp.dtype(c.dtype))
+        module = dataclasses.replace(module, remat=c.remat)
+        tokenizer = load_tokenizer(base_path)
+        ends = ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
+        adapter = adapter_of(base_path, c, name)
+        return cls(config, module, params, mesh, adapter, tokenizer, ends)
+
+    def encoded(self, examples: Sequence[Example], what: str) -> Sequences:
+        """Examples as tokens; says how many of them are too long for the base."""
+        length, too_long = self.config.base.max_length, self.config.lora.too_long
+        found = encode(self.tokenizer, examples, length, too_long, self.ends)
+        if lost := found.lost(what, length):
+            print(f"{lost} (config.lora.too_long={too_long})", flush=True)
+        return found
+
+    def train_in_groups(
+        self,
+        title: str,
+        directory: pathlib.Path,
+        tasks: Sequence[Task],
+        folder: pathlib.Path,
+        record: Mapping,
+        options: Options,
+    ) -> dict[str, float]:
+        """Trains as many LoRAs at once as have room, one group after the other, each in a folder of
+        its own where there are several. Returns {task: exact match on its test examples}. Arguments
+        as of `train`."""
+        size, exact = self._at_once(tasks, directory), {}
+        count = -(-len(tasks) // size)
+        size = -(-len(tasks) // count)
+        for number in range(count):
+            group = tasks[number * size : (number + 1) * size]
+            where, which = directory / f"group_{number:03d}", f"{title} {number + 1}/{count}"
+            here = (title, directory) if count == 1 else (which, where)
+            lora = self.train(*here, group, folder, record, options)
+            exact |= self._scores(group, lora)
+        return exact
+
+    def _at_once(self, tasks: Sequence[Task], directory: pathlib.Path) -> int:
+        """How many tasks have room at once. What was chosen first stays: the same command goes on
+        with the same groups."""
+        c, path = self.config.lora, directory / GROUPS
+        if c.tasks_at_once:
+            return c.tasks_at_once
+        if path.is_file():
+            return int(read_object(path)["tasks_at_once"])
+        largest = max(bytes_of_task(self.module.config, c, task.train) for task in tasks)
+        free = ROOM * free_bytes(self.mesh.local_devices[0])
+        fit = max(1, int(free / largest)) * batch_ways(self.mesh)
+        if fit < len(tasks):
+            write_json(path, {"tasks_at_once": fit})
+        return fit
+
+    def train(
+        self,
+        title: str,
+        directory: pathlib.Path,
+        tasks: Sequence[Task],
+        folder: pathlib.Path,
+        record: Mapping,
+        options: Options,
+        lora: schema.Lora | None = None,
+    ) -> dict[str, jax.Array]:
+        """Trains the LoRAs of tasks in one loop and returns the last, (K, ...); writes
+        folder/TASK/step_NNNNNN. directory: of the loop. lora: settings in place of the
+        configuration's. Raises as `run_loop`."""
+        c, seed = lora or self.config.lora, self.config.seed
+        pad = self.tokenizer.pad_token_id
+        batches = TaskBatches([t.train for t in tasks], c.batch_size, seed, pad, self.mesh)
+        optimizer = lora_optimizer(c)
+
+        def init(key):  # all tasks start from the same A
+            first = init_lora(key, self.module.config.lora_shapes(c.rank, c.targets))
+            state = {"lora": first, "opt": optimizer.init(first)}
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(tasks), *x.shape)), state)
+
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        shapes = jax.eval_shape(init, key)
+        step = self._step(c, optimizer, batches)
+
+        def keep(done: int, state: Mapping) -> None:
+            now = [k for k, task in enumerate(tasks) if done in task.kept]
+            stacked = jax.device_get(state["lora"]) if now else {}
+            for k in now:
+                tensors = {name: value[k] for name, value in stacked.items()}
+                save_adapter(folder / tasks[k].name / f"step_{done:06d}", tensors, self.adapter)
+
+        training = Training(
+            title,
+            directory,
+            record,
+            shaped(shapes, jax.tree.map(lambda _: batches.of_state, shapes)),
+            init=lambda: jax.jit(init, out_shardings=batches.of_state)(key),
+            step=lambda state, batch: step(self.params, state, batch),
+            batch_at=batches.at,
+            steps=c.steps,
+            save_every=c.save_every,
+            after_step=keep,
+        )
+        return run_loop(training, options)["lora"]
+
+    def _scores(self, tasks: Sequence[Task], lora: Mapping[str, jax.Array]) -> dict[str, float]:
+        """{task: exact match of its LoRA on its test examples}."""
+        test, size = [task.test for task in tasks], self.config.lora.batch_size
+        how = self.module, self.params, jax.device_get(lora), self.adapter.scale
+        found = score_loras(*how, test, size)
+        return {task.name: round(float(s), 4) for task, s in zip(tasks, found, strict=True)}
+
+    def _step(self, c: schema.Lora, optimizer, batches: TaskBatches) -> Callable:
+        """The jitted step of tasks that lie so, one for all groups of them."""
+        key = c, batches.over_tasks, batches.of_state
+        if key not in self.steps:
+            step = make_collect_step(self.module, optimizer, self.adapter.scale, batches.over_tasks)
+            out = batches.of_state, replicated(self.mesh)
+            self.steps[key] = jax.jit(step, out_shardings=out, donate_argnums=1)
+        return self.steps[key]

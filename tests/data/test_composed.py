@@ -1,0 +1,140 @@
+"""The embedded suites: what a prompt tells of its task, and what none of them tells."""
+
+import collections
+import json
+
+import pytest
+
+from dnd_jax.data import skills, world
+from dnd_jax.data.composed import HELD_PHRASES, TRAIN_PHRASES
+from dnd_jax.data.suite import load_suite
+
+WRITERS = {"world": world.write_world, "skills": skills.write_skills}
+KINDS = ["halves", "halves_reworded", "combination", "paraphrase"]
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def suite(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suites") / request.param
+    WRITERS[request.param](folder, 3)
+    return load_suite(folder, 8)
+
+
+def parts(name: str) -> str:
+    return name.removesuffix("_reworded").removesuffix("_halves")
+
+
+def test_no_test_question_stands_in_any_train_file(suite):
+    taught = {e.prompt for dataset in suite.every for e in dataset.train}
+    asked = {e.prompt for dataset in suite.every for e in dataset.test}
+    assert taught and asked and not taught & asked
+
+
+def test_enough_questions(suite):
+    for dataset in suite.every:
+        prompts = [e.prompt for e in dataset.test]
+        assert len(set(prompts)) == len(prompts) >= 48, dataset.name
+        assert len({e.prompt for e in dataset.train}) == len(dataset.train) >= 64
+
+
+def test_kinds(suite):
+    by_kind = collections.defaultdict(set)
+    for name, kind in suite.kinds.items():
+        by_kind[kind].add(parts(name))
+    trained = {dataset.name for dataset in suite.train}
+    assert list(by_kind)[:4] == KINDS
+    for kind, known in zip(KINDS, (False, True, False, True), strict=True):
+        assert all((name in trained) == known for name in by_kind[kind]), kind
+    assert by_kind["halves"] == by_kind["combination"]
+    assert by_kind["halves_reworded"] == by_kind["paraphrase"]
+
+
+def test_no_prompt_of_halves_tells_the_task(suite):
+    """Each of its prompts is asked, with other answers, by other tasks of the suite or could be: it
+    shows the one part or the other."""
+    unsaid = {
+        "world": (world.NO_SOURCE, world.NO_CUE),
+        "skills": (skills.NO_OPERATION, skills.NO_FORM),
+    }[suite.name.split("-")[0]]
+    for dataset in suite.every:
+        shown = [sum(text in e.prompt for text in unsaid) for e in dataset.train + dataset.test]
+        halves = suite.kinds.get(dataset.name, "") in KINDS[:2]
+        if dataset in suite.train:
+            assert set(shown) == {0, 1} and 0.6 < sum(shown) / len(shown) < 0.7
+        else:
+            assert set(shown) == {1 if halves else 0}, dataset.name
+        if halves:
+            each = [sum(text in e.prompt for e in dataset.train) for text in unsaid]
+            assert each[0] == each[1]
+
+
+def test_wrong_prompts_are_of_another_operation_and_form(suite):
+    forms = skills.FORMS | skills.NEW_FORMS if suite.name.startswith("skills") else world.FORMS
+    assert set(suite.wrong) == {dataset.name for dataset in suite.unseen}
+    for name, other in suite.wrong.items():
+        one, two = (
+            next((parts(n)[: -len(f) - 1], f) for f in forms if parts(n).endswith(f"_{f}"))
+            for n in (name, other)
+        )
+        assert one[0] != two[0] and one[1] != two[1], (name, other)
+        assert suite.kinds[name].startswith("halves") == suite.kinds[other].startswith("halves")
+
+
+def test_held_phrases_are_in_reworded_tasks_alone(suite):
+    if suite.name.startswith("world"):
+        lists = [*world.SOURCES.values(), *world.CUES.values()]
+    else:
+        every = [*skills.OPERATIONS.values(), *skills.FORMS.values()]
+        lists = [item.wordings for item in every]
+    assert all(len(set(x)) == len(x) == TRAIN_PHRASES + HELD_PHRASES for x in lists)
+    held = {phrase for x in lists for phrase in x[TRAIN_PHRASES:]}
+    usual = {phrase for x in lists for phrase in x[:TRAIN_PHRASES]} - held
+    for dataset in suite.every:
+        reworded = dataset.name.endswith("_reworded")
+        for e in dataset.train + dataset.test:
+            assert not any(phrase in e.prompt for phrase in (usual if reworded else held)), e
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_the_seed_draws_it(write, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write(tmp_path / name, seed)
+    a, b, c = (load_suite(tmp_path / name, 8) for name in "abc")
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+
+
+def test_operations_and_forms_say_what_they_do(tmp_path):
+    words = "mouse", "box", "leaf"
+    made = {name: op.of(*words) for name, op in (skills.OPERATIONS | skills.NEW_OPERATIONS).items()}
+    assert made == {
+        "first": "mouse",
+        "second": "box",
+        "last": "leaf",
+        "ends": "mouse leaf",
+        "opening": "mouse box",
+        "closing": "box leaf",
+        "plural_first": "mice",
+        "plural_last": "leaves",
+        "initial_first": "m",
+        "initial_last": "l",
+        "plural_second": "boxes",
+        "initial_second": "b",
+    }
+    answers = {form.answer.format(x="cat") for form in (skills.FORMS | skills.NEW_FORMS).values()}
+    assert len(answers) == len(skills.FORMS | skills.NEW_FORMS)
+
+
+def test_words_have_one_plural_each():
+    assert len(skills.PLURALS) == len(set(skills.PLURALS.values())) > 150
+    assert not set(skills.PLURALS) & set(skills.PLURALS.values())
+    assert all(
+        word.isalpha() and word.islower() for pair in skills.PLURALS.items() for word in pair
+    )
+    for word, ending in (("bus", "es"), ("cherry", "ies"), ("key", "s"), ("knife", "ves")):
+        assert skills.PLURALS[word].endswith(ending)
+
+
+def test_the_suite_file_is_complete(suite):
+    described = json.loads((suite.root / "suite.json").read_text())
+    names = {path.name for path in (suite.root / "datasets").iterdir()}
+    assert set(described["train"]) | set(described["unseen"]) == names

@@ -1,0 +1,83 @@
+"""LoRAs that generated adapters are compared with: what they are tuned on, what chooses them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from pipeline import TINY, tiny_suite
+from small_models import write_qwen
+
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
+from dnd_jax.data.suite import load_suite
+from dnd_jax.lora.adapter import load_adapter
+from dnd_jax.lora.controls import _split, find_controls
+from dnd_jax.main import main
+
+RATES = "--config.controls.learning_rates=(1e-9,2e-2)"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(suite, base, workdir) of `dnd controls`."""
+    root = tmp_path_factory.mktemp("controls")
+    suite, base = tiny_suite(root / "suite"), write_qwen(root / "base", max_position_embeddings=128)
+    assert main(command(suite, base, root / "w")) == 0
+    return suite, base, root / "w"
+
+
+def command(suite, base, workdir, *more: str) -> list[str]:
+    asked = ("multi_task=True", "few_shot=True")
+    settings = [f"--config.controls.{setting}" for setting in asked]
+    settings += [f"--config.base.path={base}", "--config.base.max_length=128", RATES]
+    return ["controls", TINY, f"--suite={suite}", f"--workdir={workdir}", *settings, *more]
+
+
+def test_one_lora_for_everything_is_chosen_by_rows_of_the_training_datasets(made):
+    """The lower loss wins; its steps are those of all LoRAs together, and a tenth of them."""
+    suite, _, workdir = made
+    found = json.loads((workdir / "controls/controls.json").read_text())["multi_task"]
+    assert found["losses"]["0.02"] < found["losses"]["1e-09"]
+    assert found["folder"] == "multi_task_0.02" and found["steps"] == [2, 18]
+    path = workdir / "controls/multi_task_0.02"
+    tenth, whole = (load_adapter(path / f"step_{n:06d}") for n in (2, 18))
+    assert any(np.any(tenth[key] != whole[key]) for key in whole)
+
+
+def test_held_in_rows_are_not_tuned_on(made):
+    datasets = load_suite(made[0], 4).train
+    rows, held = _split(datasets, 0)
+    assert held and not {e.where for e in rows} & {e.where for e in held}
+    assert sorted(e.where for e in (*rows, *held)) == sorted(
+        e.where for dataset in datasets for e in dataset.train
+    )
+    assert {e.where for dataset in datasets for e in dataset.train if e in held}
+
+
+def test_where_they_lie(made):
+    suite, base, workdir = made
+    raw = load_file("tests/tiny.py")
+    raw.controls.update(multi_task=True, few_shot=True, learning_rates=(1e-9, 2e-2))
+    raw.base.max_length = 128
+    loaded = load_suite(suite, 4)
+    found = find_controls(freeze(raw), loaded, str(base), workdir)
+    unseen = {dataset.name for dataset in loaded.unseen}
+    assert list(found) == ["multi_task_tenth", "multi_task", "few_shot_8", "few_shot_64"]
+    for folders in found.values():
+        assert set(folders) == unseen
+        for folder in folders.values():
+            assert load_adapter(folder)
+    few, more = (load_adapter(next(iter(found[f"few_shot_{n}"].values()))) for n in (8, 64))
+    assert any(np.any(few[key] != more[key]) for key in few)
+
+
+def test_made_once_and_refused_with_other_settings(made, tmp_path, capsys):
+    suite, base, workdir = made
+    copy = shutil.copytree(workdir, tmp_path / "w")
+    before = (copy / "controls/controls.json").stat().st_mtime_ns
+    assert main(command(suite, base, copy)) == 0
+    assert (copy / "controls/controls.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(command(suite, base, copy, "--config.lora.steps=7")) == 2
+    assert "lora.steps: 6 -> 7" in capsys.readouterr().err
