@@ -148,11 +148,11 @@ Say the trailing two words, in order.
 What is the plural of the first word?
 Give the plural of the word that comes first.
 Turn the first word into its plural.
-How is the first item called when there are many of it?
+What is the first item called when there are many of them?
 Name several of what opens the list.
-Write the opening word as if there were two of it.
+Write the opening word as if there were two of them.
 Make the leading word stand for more than one.
-Say the word in front for a whole group.
+Name a whole group of what stands in front.
 """,
     ),
     "plural_last": Operation(
@@ -162,11 +162,11 @@ Say the word in front for a whole group.
 What is the plural of the last word?
 Give the plural of the word that comes last.
 Turn the last word into its plural.
-How is the final item called when there are many of it?
+What is the final item called when there are many of them?
 Name several of what closes the list.
-Write the ending word as if there were two of it.
+Write the ending word as if there were two of them.
 Make the trailing word stand for more than one.
-Say the word behind all others for a whole group.
+Name a whole group of what stands at the end.
 """,
     ),
     "initial_first": Operation(
@@ -207,7 +207,7 @@ NEW_OPERATIONS = {
 What is the plural of the middle word?
 Give the plural of the word that comes second.
 Turn the second word into its plural.
-How is the middle item called when there are many of it?
+What is the middle item called when there are many of them?
 Name several of what stands in the middle.
 """,
     ),
@@ -258,7 +258,7 @@ Shout it.
 End with an exclamation mark.
 Exclaim the answer.
 Write it as an exclamation.
-Say it with excitement at the end.
+Show excitement at the end.
 Make it sound like a cry.
 Finish it as one ends a command.
 """,
@@ -271,7 +271,7 @@ Write a full sentence.
 Reply with a complete sentence.
 Make a sentence of it.
 Say it in a sentence.
-Let the reply have subject and verb.
+Let the reply have a subject and a verb.
 Begin the reply with The answer is.
 Phrase it as a statement.
 """,
@@ -320,10 +320,10 @@ NEW_FORMS = {
     "stars": Form(
         "*{x}*",
         """
-Put a star on both sides.
+Put a star on each side.
 Write the answer between asterisks.
 Use asterisks around it.
-Mark it with stars.
+Mark it with a star before and after.
 Answer between two stars.
 """,
     ),
@@ -331,10 +331,10 @@ Answer between two stars.
         "Answer: {x}",
         """
 Write Answer and a colon before it.
-Label it as the answer.
+Label it as the answer, with a colon.
 Use the label Answer with a colon.
 Begin with Answer and a colon.
-Put the word Answer in front.
+Put the word Answer and a colon in front.
 """,
     ),
 }
