@@ -39,6 +39,11 @@ Amount = Annotated[float, NOT_NEGATIVE]
 Path = Annotated[str, PATH]
 
 
+def wholes(value: Any, *lengths: int) -> bool:
+    """Whether a value is a tuple of so many whole numbers."""
+    return isinstance(value, tuple) and len(value) in lengths and all(type(n) is int for n in value)
+
+
 def one_of(*names: str) -> Must:
     """One of these texts."""
     return Must(lambda value: value in names, f"is none of {names}")

@@ -7,8 +7,9 @@ length, C embedding width, T tokens, M checkpoints a dataset.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
+from dnd_jax.config.choices import AXES, DTYPES, METHODS, REMAT
 from dnd_jax.config.constraints import (
     NOT_NEGATIVE,
     ODD,
@@ -21,14 +22,11 @@ from dnd_jax.config.constraints import (
     Rules,
     one_of,
     some_of,
+    wholes,
 )
+from dnd_jax.config.studies import Ablate, Bench, Sweep
 
 Features = tuple[int, int, int]  # (N, L, C)
-
-
-def _wholes(value: Any, *lengths: int) -> bool:
-    """Whether a value is a tuple of so many whole numbers."""
-    return isinstance(value, tuple) and len(value) in lengths and all(type(n) is int for n in value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,6 @@ class Base:
 
 
 EMBEDDED = ("world", "skills")  # suites: dnd_jax/data/embedded.py
-DTYPES = ("float32", "bfloat16")
 PRETRAIN_LOSSES = ("response", "text")
 
 
@@ -119,11 +116,10 @@ class Condition:
 
 TARGETS = ("chunk", "element")
 LENGTH_PROJECTIONS = ("camera_ready", "first_release")
-METHODS = ("auto", "direct", "dft", "tuned")  # of a convolution: dnd_jax/ops/convolution.py
 
 
 def _stages(features: tuple) -> bool:
-    return len(features) >= 2 and all(_wholes(of, 3) and min(of) >= 0 for of in features)
+    return len(features) >= 2 and all(wholes(of, 3) and min(of) >= 0 for of in features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +141,6 @@ class Generator:
 
 
 PAIRINGS = ("random", "fixed")
-REMAT = ("none", "convolutions", "stages")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -226,43 +221,6 @@ class Evaluate:
     overhead: bool  # and what generating an adapter costs against tuning one
 
 
-WHAT = ("forward", "gradient", "train", "generate")
-TORCH = tuple(
-    f"{how}{dtype}" for dtype in ("", " bf16") for how in ("eager", "channels_last", "compile")
-)
-_CASES = (
-    f"must hold (name, settings, one of {', '.join(WHAT)}, batch, one of {', '.join(DTYPES)}[, "
-    "first stage, last stage]) each"
-)
-
-
-def _cases(cases: tuple) -> bool:
-    return all(
-        isinstance(case, tuple)
-        and len(case) in (5, 7)
-        and all(isinstance(case[i], str) for i in (0, 1))
-        and case[2] in WHAT
-        and _wholes((case[3], *case[5:]), 1, 3)
-        and case[4] in DTYPES
-        for case in cases
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """`dnd bench`. cases: those of dnd_jax/costs/bench/case.py, the stages may be left out; none:
-    this configuration's own forward, train and generate."""
-
-    cases: Annotated[tuple, Must(_cases, _CASES)]
-    methods: Annotated[tuple, some_of(*METHODS)]  # ours, of generator.convolution
-    torch: Annotated[tuple, some_of(*TORCH)]
-    repeats: Positive  # timed runs in one process
-    rounds: Positive  # processes a variant, one variant after the other
-
-
-AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
-
-
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Axis sizes; one of data, fsdp and tensor may be -1. `rules`: as in
@@ -273,45 +231,6 @@ class Mesh:
     fsdp: int
     tensor: int
     rules: Annotated[tuple, Rules(AXES)]
-
-
-STEPS = ("train", "generate")  # what `dnd plan` compiles
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """`dnd plan --sweep`: every combination of these is compiled; an empty list takes the
-    configuration's own value."""
-
-    topologies: tuple[str, ...]  # such as "v5p:2x2x2"; none: this machine's devices
-    meshes: Annotated[
-        tuple,
-        Must(
-            lambda meshes: all(_wholes(mesh, 3, 4) for mesh in meshes),
-            "must hold (data, fsdp, tensor) or (slices, data, fsdp, tensor)",
-        ),
-    ]
-    rules: Annotated[tuple, Rules(AXES, several=True)]
-    remat: Annotated[tuple[str, ...], some_of(*REMAT)]
-    # samples of a step; below 0: of each device
-    batches: Annotated[tuple[int, ...], Must(lambda of: 0 not in of, "must not hold 0")]
-    micro_batches: Annotated[
-        tuple[int, ...], Must(lambda of: all(n >= 1 for n in of), "must be at least 1 each")
-    ]
-    methods: Annotated[tuple[str, ...], some_of(*METHODS)]
-    steps: Annotated[
-        tuple[str, ...],
-        Must(lambda of: bool(of) and set(of) <= set(STEPS), f"must name some of {STEPS}"),
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ablate:
-    """`dnd ablate`: the runs to compare with the configuration's own, in terms of dotted keys such
-    as "train.pairing"."""
-
-    axes: tuple  # (key, (value, ...)) each; every combination of their values is a variant
-    variants: tuple  # (name, {key: value, ...}) each, after those of the axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import jax
 
 from dnd_jax.base.hub import packages_of
-from dnd_jax.config.schema import STEPS
+from dnd_jax.config.studies import STEPS
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
 from dnd_jax.costs import describe, step_cost, sweep

@@ -105,7 +105,7 @@ class HyperConvDecoder(nn.Module):
 
 
 def _stage_class(remat: str) -> type[HyperConvStage]:
-    """The stage as the backward pass shall see it, by config.schema.REMAT."""
+    """The stage as the backward pass shall see it, by config.choices.REMAT."""
     if remat == "none":
         return HyperConvStage
     keep_convolutions = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)

@@ -21,8 +21,8 @@ class DecoderSpec:
     length_projection: str = ""  # of config.schema.LENGTH_PROJECTIONS; "": none
     text_length: int = 0  # L of the condition where a length projection shortens it; 0: features'
     dtype: str = "float32"  # of the computation; parameters are float32
-    convolution: str = "auto"  # of config.schema.METHODS
-    remat: str = "none"  # of config.schema.REMAT: what the backward pass computes again
+    convolution: str = "auto"  # of config.choices.METHODS
+    remat: str = "none"  # of config.choices.REMAT: what the backward pass computes again
 
     @classmethod
     def of(

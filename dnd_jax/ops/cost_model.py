@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from dnd_jax.config.schema import METHODS
+from dnd_jax.config.choices import METHODS
 from dnd_jax.core.files import cache_folder, read_object
 from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic, Axis

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from dnd_jax.config import schema
-from dnd_jax.config.schema import AXES
+from dnd_jax.config.choices import AXES
 from dnd_jax.core.errors import InputError
 
 # Flags by which a user names an axis.

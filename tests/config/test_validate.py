@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from dnd_jax.config.load import load_file
-from dnd_jax.config.schema import TORCH, Condition, Lora
+from dnd_jax.config.schema import Condition, Lora
+from dnd_jax.config.studies import TORCH
 from dnd_jax.config.validate import fields_of, freeze, section
 from dnd_jax.core.errors import InputError
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from dnd_jax.base.hub import packages_of
 from dnd_jax.config.load import load_file
 from dnd_jax.config.remembered import write_settings
-from dnd_jax.config.schema import WHAT, Config
+from dnd_jax.config.schema import Config
+from dnd_jax.config.studies import WHAT
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
