@@ -34,7 +34,7 @@ FEW = 12  # different answers that can be a set of labels
 MAJORITY = 0.9  # share of one answer in a test set that is worth a note
 CHANCE = 10  # fewer answers may be alike by chance
 SHOWN = 3
-CHECKS = 1  # counted up whenever the checks find something else than before
+CHECKS = 2  # counted up whenever the checks find something else than before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +81,20 @@ def _duplicates(dataset: Dataset, files: Files) -> Iterator[Finding]:
             )
 
 
-def _overlaps(dataset: Dataset, trained: Sequence[str], files: Files) -> Iterator[Finding]:
-    """Test questions that occur in the dataset's own train file or in one that is trained on."""
+def _overlaps(dataset: Dataset, every: Sequence[str], files: Files) -> Iterator[Finding]:
+    """Test questions that occur in any train file, whatever is answered there: the dataset's own
+    first, then those of others, together where they have the same of them."""
     tested = files[dataset.name, "test"]
-    for name in dict.fromkeys([dataset.name, *trained]):
+    found: dict[tuple[bool, frozenset, frozenset], list[str]] = {}
+    for name in dict.fromkeys([dataset.name, *every]):
         shared = [a & b for a, b in zip(tested.sets, files[name, "train"].sets, strict=True)]
-        if not any(shared):
-            continue
-        rows = list(zip(dataset.test, tested.prompts, tested.questions, strict=True))
-        same = [e for e, prompt, _ in rows if prompt in shared[0]]
-        alike = [e for e, prompt, asked in rows if asked in shared[1] and prompt not in shared[0]]
+        if any(shared):
+            key = (name == dataset.name, *map(frozenset, shared))
+            found.setdefault(key, []).append(name)
+    rows = list(zip(dataset.test, tested.prompts, tested.questions, strict=True)) if found else []
+    for (_, prompts, questions), names in found.items():
+        same = [e for e, prompt, _ in rows if prompt in prompts]
+        alike = [e for e, prompt, asked in rows if asked in questions and prompt not in prompts]
         how = (
             f", {len(alike)} of them with other choices"
             if alike and choices(alike[0].prompt)
@@ -98,9 +102,15 @@ def _overlaps(dataset: Dataset, trained: Sequence[str], files: Files) -> Iterato
         )
         yield Finding(
             dataset.name,
-            f"{len(same + alike)} of {len(dataset.test)} test questions occur in {name}'s "
-            f"train{how}{_where(same + alike)}",
+            f"{len(same + alike)} of {len(dataset.test)} test questions occur in "
+            f"{_whose(names)} train{how}{_where(same + alike)}",
         )
+
+
+def _whose(names: Sequence[str]) -> str:
+    """ "a's", "a's, b's" and, of many, how many more."""
+    more = f" and {len(names) - SHOWN} more datasets'" if len(names) > SHOWN else ""
+    return ", ".join(f"{name}'s" for name in names[:SHOWN]) + more
 
 
 def _answers(dataset: Dataset) -> Iterator[Finding]:
@@ -219,14 +229,14 @@ def _alike(some: Sequence[Example], others: Sequence[Example]) -> bool:
 def findings(suite: Suite) -> list[Finding]:
     """All that is to be said about a suite, faults first."""
     files = asked_of(suite)
-    trained, learnt = [d.name for d in suite.train], _forms_of(suite.train)
+    names, learnt = [d.name for d in suite.every], _forms_of(suite.train)
     found = list(_same_files(suite, files))
     if len(suite.train) == 1:
         lesson = "the generator cannot learn what prompts mean; wrong prompts will do as well"
-        found.append(Finding(trained[0], f"is the only training dataset: {lesson}"))
+        found.append(Finding(names[0], f"is the only training dataset: {lesson}"))
     for i, dataset in enumerate(suite.every):
         found += _duplicates(dataset, files)
-        found += _overlaps(dataset, trained, files)
+        found += _overlaps(dataset, names, files)
         found += _answers(dataset)
         found += _choices(dataset, files)
         found += _forms(dataset, learnt if i >= len(suite.train) else None)

@@ -13,6 +13,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.data import report as hygiene
 from dnd_jax.data.questions import alike, choices, normal, question, shape
 from dnd_jax.data.report import findings
+from dnd_jax.data.skills import write_skills
 from dnd_jax.data.suite import load_suite
 from dnd_jax.data.world import write_world
 from dnd_jax.main import main
@@ -97,10 +98,37 @@ def test_one_training_dataset_is_warned_of_and_none_refused(files, capsys):
         load_suite(path)
 
 
-def test_nothing_in_clean_suites(files, tmp_path):
+def test_nothing_in_clean_suites(files):
     assert faults(files[1]) == []
-    write_world(tmp_path / "world", seed=3)
-    assert findings(load_suite(tmp_path / "world")) == []
+
+
+@pytest.mark.parametrize("write", [write_world, write_skills])
+def test_no_test_question_of_an_embedded_suite_stands_in_any_train_file(write, tmp_path):
+    """And one that is put into the train file of an unseen task, with another answer, is found,
+    wherever it is asked: a prompt that shows half of its task is a question of several."""
+    write(tmp_path, seed=3)
+    suite = load_suite(tmp_path)
+    assert findings(suite) == []
+    *_, asked, other = (d for d in suite.unseen if suite.kinds[d.name] == "halves")
+    path, row = tmp_path / "datasets" / other.name / "train.jsonl", asked.test[4]
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": row.prompt.lower(), "response": "no"}) + "\n")
+    found = {f.dataset: f.text for f in findings(load_suite(tmp_path)) if f.fault}
+    assert asked.name in found and len(found) > 1
+    for name, text in found.items():
+        [dataset] = (d for d in suite.every if d.name == name)
+        assert f"1 of {len(dataset.test)} test questions occur in {other.name}'s train (" in text
+        assert row.prompt in {e.prompt for e in dataset.test}
+
+
+def test_tasks_that_share_a_question_are_said_together(files):
+    rows, write = files
+    extra = {f"n{i}_train": clean_rows(f"n{i}", 0, 20) for i in range(5)}
+    rows |= extra | {f"n{i}_test": clean_rows(f"n{i}", 20, 20) for i in range(5)}
+    for its in extra.values():
+        its[3]["prompt"] = rows["one_test"][7]["prompt"]
+    [found] = [text for text in faults(write) if text.startswith("one: 1 of")]
+    assert "occur in n0's, n1's, n2's and 2 more datasets' train (" in found
 
 
 def test_one_label(files):
@@ -145,6 +173,9 @@ def test_test_questions_in_train(files):
         "three: 1 of 20 test questions occur in two's train",
     ]
     assert found[2].endswith("three_test.jsonl:5)")
+    rows["two_train"][8]["prompt"] = "something else"
+    rows["three_train"][9]["prompt"] = rows["one_test"][2]["prompt"]  # of a task never trained on
+    assert faults(write)[0].startswith("one: 1 of 20 test questions occur in three's train (")
 
 
 def test_one_dataset_under_two_names(files):
