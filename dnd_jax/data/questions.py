@@ -98,7 +98,7 @@ Files = Mapping[tuple[str, str], Asked]  # of (name of the dataset, "train" or "
 def asked_of(suite: Suite) -> Files:
     """What is compared of the prompts of every file."""
     files = {(d.name, split): getattr(d, split) for d in suite.every for split in SPLITS}
-    prompts = [e.prompt for examples in files.values() for e in examples]
+    prompts = [e.question for examples in files.values() for e in examples]
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # a few lists of labels, not one a prompt
     labels, stems = [], {}  # stems: of the prompts that have choices
     for i, prompt in enumerate(prompts):

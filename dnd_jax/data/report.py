@@ -64,7 +64,9 @@ def _duplicates(dataset: Dataset, files: Files) -> Iterator[Finding]:
         for example, prompt in zip(examples, asked.prompts, strict=True):
             if times.get(prompt, 1) == 1:
                 continue
-            earlier = first.setdefault((example.system, " ".join(example.prompt.split())), example)
+            earlier = first.setdefault(
+                (example.system, " ".join(example.question.split())), example
+            )
             if earlier is not example:
                 same = earlier.response.split() == example.response.split()
                 (again if same else contradicting).append(example)

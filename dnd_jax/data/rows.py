@@ -1,6 +1,6 @@
 """Rows of a file or of a Hugging Face dataset, each with the place that messages name it by.
 
-    .jsonl .ndjson .json        objects, one a line, or one list of them
+    .jsonl .ndjson .json        objects, one a line, or one list of them, also at a key of the file
     .csv .tsv                   a line of names, then cells
     .parquet .arrow .feather    tables
     a folder, a hub id          what `datasets` reads
@@ -31,7 +31,8 @@ datasets = packages.deferred("datasets")
 
 Row = tuple[str, object]  # where it stands ("FILE:LINE"), and its value
 CELLS = {".csv": ",", ".tsv": "\t"}
-TEXTS = (".jsonl", ".ndjson", ".json", *CELLS)
+JSON = (".jsonl", ".ndjson", ".json")
+TEXTS = (*JSON, *CELLS)
 FILES = (*TEXTS, ".parquet", ".arrow", ".feather")
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 GLOBBED = "*?[]{}"  # in the name of a folder, which `datasets` takes for a pattern
@@ -56,8 +57,9 @@ def unknown_kind(path: str | os.PathLike, *also: str) -> InputError:
     )
 
 
-def file_rows(path: str | os.PathLike, faults: list[str]) -> Iterable[Row]:
+def file_rows(path: str | os.PathLike, faults: list[str], field: str = "") -> Iterable[Row]:
     """The rows of a file, read as its name says; lines that are no row are added to `faults`.
+    field: the key of a JSON file's object that holds its rows.
 
     Raises InputError for a file that cannot be read, or of no known kind.
     """
@@ -69,6 +71,8 @@ def file_rows(path: str | os.PathLike, faults: list[str]) -> Iterable[Row]:
     if kind not in TEXTS:
         return table_rows(path, kind)
     text = unpacked(path, packing)
+    if field:
+        return field_rows(path, text, field)
     if kind in CELLS:
         return cell_rows(path, text, CELLS[kind], faults)
     return json_rows(path, text, faults)
@@ -120,6 +124,23 @@ def json_rows(path: str | os.PathLike, text: str, faults: list[str]) -> Iterator
             faults.append(f"{name}:{number}: not JSON ({why_no_json(error)})")
         else:
             yield f"{name}:{number}", row
+
+
+def field_rows(path: str | os.PathLike, text: str, field: str) -> Iterator[Row]:
+    """The rows at a key of a JSON file's object: a list of them, or an object of them whose keys
+    only name them. Raises InputError."""
+    value = json_of(text, path, once=True)
+    if not isinstance(value, dict) or field not in value:
+        there = f"there are {', '.join(value)}" if isinstance(value, dict) else "it is no object"
+        raise InputError(f"{path}: no field {field!r}; {there}")
+    rows = value[field]
+    if isinstance(rows, list):
+        named = ((f"row {i}", row) for i, row in enumerate(rows, start=1))
+    elif isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+        named = ((f"row {key!r}", row) for key, row in rows.items())
+    else:
+        raise InputError(f"{path}: field {field!r} holds neither a list nor an object of rows")
+    yield from ((f"{path}: {field}: {name}", row) for name, row in named)
 
 
 def _is_one(text: str) -> bool:

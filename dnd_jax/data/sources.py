@@ -5,33 +5,53 @@ A row becomes an Example by a column map {"prompt": ..., "response": ..., "syste
 the map is a column name ("question", "answers.text") or a Jinja template over the row
 ("{{question}}\\nA: {{choices.text[0]}}"). Without a map rows have "prompt", "response" and
 optionally "system" (the original's files), or are conversations
-(dnd_jax/data/conversations.py); the first question and its answer are read.
+(dnd_jax/data/conversations.py); the first question and its answer are read. In place of the map's
+"prompt" a source may have several templates, of which each row gets one
+(dnd_jax/data/instructions.py).
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.data.conversations import CONVERSATIONS, first_exchange
-from dnd_jax.data.rows import Row, file_rows, hub_rows, kind_of, lines_of, unknown_kind, unpacked
+from dnd_jax.data.instructions import Instructed, instructed
+from dnd_jax.data.rows import (
+    JSON,
+    Row,
+    file_rows,
+    hub_rows,
+    kind_of,
+    lines_of,
+    unknown_kind,
+    unpacked,
+)
 from dnd_jax.data.templates import column_reader, missing
 
 FIELDS = ("prompt", "response", "system")
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
     """One question; `where` is its file and line, for messages. An unlabeled prompt has an empty
-    response."""
+    response. asked: the prompt that the first of its source's templates gives, if it has any."""
 
     prompt: str
     response: str
     system: str = ""
     where: str = ""
+    asked: str = ""
+
+    @property
+    def question(self) -> str:
+        """By which it is told from others, in whatever words a row is asked."""
+        return self.asked or self.prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +62,9 @@ class Source:
     config: str = ""  # of a hub dataset: "main", "ARC-Easy"
     split: str = ""
     revision: str = ""
+    field: str = ""  # of a JSON file: the key that its rows lie at
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    templates: Sequence[str] = ()  # in place of a column map's prompt: one of them, drawn for a row
     system: str = ""  # for rows that bring none
     limit: int = 0  # that many rows, drawn by a fixed seed in their order; 0: all
 
@@ -64,13 +86,18 @@ def read_source(
     Raises InputError naming file, line and key of the first few faults, or too few examples.
     """
     faults: list[str] = []
-    rows = _drawn(_rows(source, split, faults), source.limit)
-    read = column_reader(source.columns, source.source) if source.columns else None
+    rows = _drawn(enumerate(_rows(source, split, faults)), source.limit)
+    read, ask = _readers(source)
     examples, longer = [], 0
-    for where, row in rows:
+    for place, (where, row) in rows:
         try:
             fields, more = _fields(where, row, read)
-            examples.append(_example(where, fields, source.system, answers))
+            asked = ""
+            if ask:
+                with _hinted(row):
+                    prompt, asked = ask(where, place, row)
+                fields = {**fields, "prompt": prompt}
+            examples.append(_example(where, fields, source.system, answers, asked))
             longer += more > 0
         except InputError as error:
             faults.append(str(error))
@@ -86,6 +113,16 @@ def read_source(
     return Reading(tuple(examples), longer)
 
 
+def _readers(source: Source) -> tuple[Callable | None, Instructed | None]:
+    """(what reads the fields of a row, what makes its prompt), where a source says how."""
+    read = column_reader(source.columns, source.source) if source.columns else None
+    if not source.templates:
+        return read, None
+    drawn_by = pathlib.Path(source.source).name, source.config, source.split, source.field
+    ask = instructed(source.templates, source.source, drawn_by)
+    return read or (lambda where, row: row), ask
+
+
 def _rows(source: Source, split: str, faults: list[str]) -> Iterable[Row]:
     """The rows of a source, whatever kind it is. Raises InputError for a key that says nothing of
     it."""
@@ -93,16 +130,20 @@ def _rows(source: Source, split: str, faults: list[str]) -> Iterable[Row]:
     if not kind_of(path)[0]:
         if path.exists() and not path.is_dir():
             raise unknown_kind(path)
+        if source.field:
+            raise InputError(f"{path}: only a JSON file has a field, here {source.field!r}")
         return hub_rows(source.source, source.config, source.split, source.revision, split)
     if source.config or source.revision or source.split not in ("", "train"):
         raise InputError(
             f"{path}: a file has no config, revision or split; leave them out, or name the file of "
             "the split"
         )
-    return file_rows(path, faults)
+    if source.field and kind_of(path)[0] not in JSON:
+        raise InputError(f"{path}: only a JSON file has a field, here {source.field!r}")
+    return file_rows(path, faults, source.field)
 
 
-def _drawn(rows: Iterable[Row], limit: int) -> Iterable[Row]:
+def _drawn(rows: Iterable[T], limit: int) -> Iterable[T]:
     """`limit` of the rows, drawn by a fixed seed, in their order; 0: all."""
     if not limit:
         return rows
@@ -117,7 +158,8 @@ def _fields(where: str, row: object, read: Callable | None) -> tuple[Mapping, in
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected an object, got {type(row).__name__}")
     if read:
-        return read(where, row), 0
+        with _hinted(row):
+            return read(where, row), 0
     if missing(row.get("prompt")):
         for key in CONVERSATIONS:
             if not missing(turns := row.get(key)):
@@ -125,7 +167,7 @@ def _fields(where: str, row: object, read: Callable | None) -> tuple[Mapping, in
     return row, 0
 
 
-def _example(where: str, row: Mapping, system: str, answers: bool) -> Example:
+def _example(where: str, row: Mapping, system: str, answers: bool, asked: str) -> Example:
     """The example of a row with "prompt", "response", "system". Raises InputError for what is no
     text."""
     prompt, response, own = (row.get(key) for key in FIELDS)
@@ -139,21 +181,51 @@ def _example(where: str, row: Mapping, system: str, answers: bool) -> Example:
         bad.append("system")
     if bad:
         raise InputError(f"{where}: {' and '.join(bad)} must be given as text{_hint(row, bad)}")
-    for text in (prompt, response, system):
+    for text in (prompt, response, system, asked):
         if fault := _text_fault(text):
             raise InputError(f"{where}: {fault}")
-    return Example(prompt, response, system, where)
+    return Example(prompt, response, system, where, asked)
 
 
 def _hint(row: Mapping, bad: Sequence[str], fix: str = "name them in a column map") -> str:
     """What to do about a row whose fields are no texts. fix: of columns with other names."""
-    lists = [key for key, of in row.items() if isinstance(of, list) and of and key not in FIELDS]
-    if rows := [key for key in lists if all(isinstance(each, Mapping) for each in row[key])]:
-        return f" (the rows seem to lie in {rows[0]!r}: save that list alone)"
+    if around := _around(row):
+        return around
     if any(key not in row for key in bad):
         there = ", ".join(key for key in row if key != "system")
         return f" (columns {there}; {fix})"
     return " (there is nothing in it)" if all(missing(row[key]) for key in bad) else ""
+
+
+@contextlib.contextmanager
+def _hinted(row: Mapping) -> Iterator[None]:
+    """Adds to an InputError what `_around` says of the row."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}{_around(row)}") from None
+
+
+def _around(row: Mapping) -> str:
+    """What to do about a row that seems to be an object around the rows; empty for any other."""
+    for key in row:
+        if key not in FIELDS and _are_rows(row[key]):
+            alone = "that list" if isinstance(row[key], list) else "a list of its values"
+            return (
+                f" (the rows seem to lie in {key!r}: save {alone} alone, or, in a suite, give the "
+                f'source "field": "{key}")'
+            )
+    return " (its values seem to be the rows: save a list of them)" if _are_rows(row) else ""
+
+
+def _are_rows(value: object) -> bool:
+    """Whether a value is a list of objects, or an object of nothing but them."""
+    each = value.values() if isinstance(value, Mapping) else value
+    return (
+        isinstance(value, list | Mapping)
+        and bool(value)
+        and all(isinstance(row, Mapping) for row in each)
+    )
 
 
 def _is_text(value: object) -> bool:
@@ -188,9 +260,9 @@ def hold_out(
     """(the others, `count` examples) of a source that has no test of its own, drawn by a fixed
     seed, each in their order.
 
-    Examples with the same prompt stay on one side. Raises InputError when nothing would be left.
+    Examples of the same question stay on one side. Raises InputError when nothing would be left.
     """
-    prompts = list(dict.fromkeys(e.prompt for e in examples))
+    prompts = list(dict.fromkeys(e.question for e in examples))
     if count >= len(prompts):
         raise InputError(
             f"{source}: holdout = {count} of {len(prompts)} different prompts leaves none; hold "
@@ -199,8 +271,8 @@ def hold_out(
     drawn = {
         prompts[i] for i in np.random.default_rng(0).choice(len(prompts), count, replace=False)
     }
-    kept = tuple(e for e in examples if e.prompt not in drawn)
-    first = {e.prompt: e for e in reversed(examples)}
+    kept = tuple(e for e in examples if e.question not in drawn)
+    first = {e.question: e for e in reversed(examples)}
     return kept, tuple(first[prompt] for prompt in prompts if prompt in drawn)
 
 

@@ -23,8 +23,9 @@ Files or Hugging Face datasets from anywhere, listed (any name of the file will 
 Roles: "train" is trained on, "unseen" is the pool of prompts that generation draws from, "test"
 holds the scored questions of the dataset with its name; "holdout" splits them off a source that has
 no test of its own. Paths are relative to the file's folder; the other keys are those of
-dnd_jax.data.sources.Source. `kinds` only groups the unseen tasks in reports; `wrong` says of an
-unseen task which other dataset's prompts are the wrong ones for it (docs/METHOD.md section 7).
+dnd_jax.data.sources.Source ("templates", "field", ...). `kinds` only groups the unseen tasks in
+reports; `wrong` says of an unseen task which other dataset's prompts are the wrong ones for it
+(docs/METHOD.md section 7).
 
 Of an unseen dataset's train file generation sees the prompts alone; where it has no responses there
 is no tuned reference.
@@ -72,10 +73,10 @@ class Dataset:
 
     @property
     def pool(self) -> tuple[Example, ...]:
-        """The train examples whose prompts are no test questions: those that generation may see
+        """The train examples that are no test questions: those that generation may see
         (docs/METHOD.md section 7)."""
-        asked = {e.prompt.strip() for e in self.test}
-        return tuple(e for e in self.train if e.prompt.strip() not in asked)
+        asked = {e.question.strip() for e in self.test}
+        return tuple(e for e in self.train if e.question.strip() not in asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _encoded(examples: Sequence[Example]) -> str:
     and system, which are few in most files, are encoded once each."""
     ends: dict[tuple[str, str], str] = {}
     encoded = []
-    for prompt, response, system, _ in examples:
+    for prompt, response, system, *_ in examples:
         end = ends.get((response, system))
         if end is None:
             end = f"{encode_string(response)}, {encode_string(system)}]"

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dnd_jax.core.errors import InputError, listed, nearest
 from dnd_jax.core.files import json_of, read_text
 from dnd_jax.core.names import name_fault, twin_faults
+from dnd_jax.data.instructions import check_templates
 from dnd_jax.data.rows import kind_of
 from dnd_jax.data.sources import FIELDS, Source
 
 SPLITS = ("train", "test")
 POOLS = ("train", "unseen")
 ROLES = (*POOLS, "test")
+JSON_TYPES = {"columns": dict, "templates": list}  # of a source's keys that are no text or number
 OWN = {"name", "role", "holdout"}  # keys of a listed dataset beside those of its source
 
 
@@ -183,19 +185,26 @@ def read_described(path: pathlib.Path, what: str, raw: object) -> Source:
     for key, value in raw.items():
         if key not in types:
             raise InputError(f"{path}: {what}.{key} is unknown{nearest(key, [*types, *OWN])}")
-        if type(value) is not (types[key] if isinstance(types[key], type) else dict):
+        if type(value) is not JSON_TYPES.get(key, types[key]):
             raise InputError(f"{path}: {what}.{key} = {value!r} is of the wrong type")
     if raw.get("limit", 0) < 0:
         raise InputError(f"{path}: {what}.limit = {raw['limit']} must be 0 (all) or more")
     if "\0" in raw["source"]:
         raise InputError(f"{path}: {what}.source = {raw['source']!r} holds a NUL character")
+    if "templates" in raw:
+        check_templates(raw["templates"], f"{path}: {what}.templates")
     columns = raw.get("columns", {})
     if not all(key in FIELDS and isinstance(value, str) for key, value in columns.items()) or (
-        columns and "prompt" not in columns
+        columns and "prompt" not in columns and "templates" not in raw
     ):
         raise InputError(
             f"{path}: {what}.columns must map prompt, response and system to names of columns or "
             "templates"
+        )
+    if "prompt" in columns and "templates" in raw:
+        raise InputError(
+            f"{path}: {what} has templates and columns.prompt, and both say what a prompt is; "
+            "leave one out"
         )
     source = os.path.expanduser(raw["source"])
     if source.startswith("~"):

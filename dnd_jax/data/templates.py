@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
 from dnd_jax.core.errors import InputError
 
+MOST_NAMED = 20  # columns in a message
 Reader = Callable[[Mapping], object]  # a row -> what a field has of it
 
 
@@ -159,13 +161,33 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _template(environment: jinja2.Environment, expression: str) -> jinja2.Template:
-    """The template of an expression; a ~ b joins texts and numbers only, as {{ a }}{{ b }} does.
-    Raises jinja2.TemplateError for what is no template."""
-    tree = environment.parse(expression)
+_ENVIRONMENT = _environment()
+
+
+def template_reader(template: str) -> Reader:
+    """What fills a template in; a ~ b joins texts and numbers only, as {{ a }}{{ b }} does. Raises
+    jinja2.TemplateError for what is no template."""
+    tree = _ENVIRONMENT.parse(template)
     for joined in tree.find_all(nodes.Concat):
         joined.nodes = [nodes.Filter(of, "said", [], [], None, None) for of in joined.nodes]
-    return environment.from_string(tree)
+    made = _ENVIRONMENT.from_string(tree)
+    return lambda row: made.render(_seen(row))
+
+
+def columns_of(template: str) -> set[str]:
+    """The columns that a template names. Raises jinja2.TemplateError for what is no template."""
+    names = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+    return names - set(_ENVIRONMENT.globals)
+
+
+def unfilled(where: str, what: str, error: Exception, row: Mapping) -> InputError:
+    """Of a template, called `what`, that cannot be filled in with a row."""
+    return InputError(f"{where}: {what} cannot be filled in ({error}); there are {_there(row)}")
+
+
+def _there(row: Mapping) -> str:
+    """The names of a row's columns; of many, the first ones."""
+    return ", ".join([*map(str, row)][:MOST_NAMED]) + ", ..." * (len(row) > MOST_NAMED)
 
 
 def _column(row: Mapping, path: str) -> object:
@@ -209,13 +231,10 @@ def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mappi
                 values[field] = reader(row)
             except KeyError:
                 raise InputError(
-                    f"{where}: no column {columns[field]!r} for {field}; there are {', '.join(row)}"
+                    f"{where}: no column {columns[field]!r} for {field}; there are {_there(row)}"
                 ) from None
             except Exception as error:  # a template can raise whatever Python raises
-                raise InputError(
-                    f"{where}: columns.{field} cannot be filled in ({error}); there are "
-                    f"{', '.join(row)}"
-                ) from None
+                raise unfilled(where, f"columns.{field}", error, row) from None
         return values
 
     return read
@@ -223,17 +242,15 @@ def column_reader(columns: Mapping[str, str], name: str) -> Callable[[str, Mappi
 
 def _readers(columns: Mapping[str, str], name: str) -> dict[str, Reader]:
     """What reads each field of a row. Raises InputError for a template that is none."""
-    environment = _environment()
     readers: dict[str, Reader] = {}
     for field, expression in columns.items():
         if "{{" in expression or "{%" in expression:
             try:
-                template = _template(environment, expression)
+                readers[field] = template_reader(expression)
             except (jinja2.TemplateError, RecursionError) as error:
                 raise InputError(
                     f"{name}: columns.{field} is no Jinja template ({error})"
                 ) from None
-            readers[field] = lambda row, template=template: template.render(_seen(row))
         else:
             readers[field] = lambda row, expression=expression: _plain(row, expression)
     return readers
