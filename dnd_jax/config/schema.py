@@ -45,7 +45,7 @@ class Base:
     tie_word_embeddings: bool
 
 
-EMBEDDED = ("world", "skills")  # suites: dnd_jax/data/embedded.py
+EMBEDDED = ("world", "skills", "skills_large")  # suites: dnd_jax/data/embedded.py
 PRETRAIN_LOSSES = ("response", "text")
 
 

@@ -3,7 +3,7 @@
     dnd suite --out=DIR [--name=world] [--config.seed=0]
 
 world: a little world of facts, for a base that is pretrained on it in minutes. skills: tasks in
-plain English, for a real base.
+plain English, for a real base. skills_large: the same on more kinds of lists, hundreds of tasks.
 """
 
 import os
@@ -15,11 +15,12 @@ from dnd_jax.core.errors import InputError, nearest
 from dnd_jax.core.files import check_free
 from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.data.skills import write_skills
+from dnd_jax.data.skills_large import write_skills_large
 from dnd_jax.data.world import write_world
 
 # Name -> what writes it: (folder, seed).
 SUITES: Mapping[str, Callable[[str | os.PathLike, int], None]] = dict(
-    zip(EMBEDDED, (write_world, write_skills), strict=True)
+    zip(EMBEDDED, (write_world, write_skills, write_skills_large), strict=True)
 )
 
 

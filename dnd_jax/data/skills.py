@@ -12,43 +12,63 @@ Words and wordings: dnd_jax/data/skills_words.py.
 """
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from dnd_jax.data.composed import Task, compose, named, write_suite
-from dnd_jax.data.skills_words import FORMS, NEW_FORMS, NEW_OPERATIONS, OPERATIONS, PLURALS
+from dnd_jax.data.composed import Task, Tasks, compose, named, write_suite
+from dnd_jax.data.skills_words import (
+    FORMS,
+    NEW_FORMS,
+    NEW_OPERATIONS,
+    OPERATIONS,
+    PLURALS,
+    Operation,
+)
 
 ROWS = {"train": 240, "test": 60}  # of a task
 NO_OPERATION, NO_FORM = "Do the usual task.", "Answer as always."
 
 
+Rows = dict[str, list[dict]]  # {split: rows}
+Lists = dict[str, list[tuple[str, ...]]]  # {split: lists of three words}
+
+
+class Drawn(NamedTuple):
+    """What a seed makes of the tables."""
+
+    train: Tasks
+    unseen: dict[str, Tasks]
+    lists: Lists  # the same for every task
+    wordings: dict[str, np.ndarray]  # {split: two numbers in [0, 1) a row, which choose them}
+
+    def rows(self, task: Task) -> Rows:
+        operation = (OPERATIONS | NEW_OPERATIONS)[task.first]
+        return rows_of(task, operation, self.lists, self.wordings)
+
+
 def write_skills(out: str | os.PathLike, seed: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws the unseen combinations, the lists of words and
     the wordings."""
+    drawn = draw(seed)
+    write_suite(out, f"skills-{seed}", drawn.train, drawn.unseen, drawn.rows)
+
+
+def draw(seed: int) -> Drawn:
+    """The suite of a seed."""
     rng = np.random.default_rng([seed, 135])
     operations, forms = list(OPERATIONS), list(FORMS)
     train, unseen = compose(rng, operations, forms)
     unseen["operation"] = named([(new, str(rng.choice(forms))) for new in NEW_OPERATIONS])
     unseen["form"] = named([(str(rng.choice(operations)), new) for new in NEW_FORMS])
-    lists = _draw_lists(rng)
-    phrases = {split: rng.random((count, 2)) for split, count in ROWS.items()}
-
-    def rows_of(task: Task) -> dict[str, list[dict]]:
-        return {
-            split: [
-                _row(task, task.shows[i % len(task.shows)], words, phrases[split][i])
-                for i, words in enumerate(lists[split])
-            ]
-            for split in ROWS
-        }
-
-    write_suite(out, f"skills-{seed}", train, unseen, rows_of)
+    lists = draw_lists(rng, sorted(PLURALS))
+    return Drawn(train, unseen, lists, {s: rng.random((n, 2)) for s, n in ROWS.items()})
 
 
-def _draw_lists(rng: np.random.Generator) -> dict[str, list[tuple[str, ...]]]:
-    """{split: lists of three words}, the same for every task. No list stands in both splits, in
-    whatever order."""
-    words, found = sorted(PLURALS), {}
+def draw_lists(rng: np.random.Generator, words: Sequence[str]) -> Lists:
+    """Lists of three of the words. No list stands in both splits, in whatever order."""
+    found = {}
     while len(found) < sum(ROWS.values()):
         drawn = tuple(str(word) for word in rng.choice(words, 3, replace=False))
         found.setdefault(frozenset(drawn), drawn)
@@ -56,10 +76,24 @@ def _draw_lists(rng: np.random.Generator) -> dict[str, list[tuple[str, ...]]]:
     return {"train": lists[: ROWS["train"]], "test": lists[ROWS["train"] :]}
 
 
-def _row(task: Task, shown: str, words: tuple[str, ...], drawn: np.ndarray) -> dict:
+def rows_of(
+    task: Task, operation: Operation, lists: Lists, wordings: Mapping[str, np.ndarray]
+) -> Rows:
+    """The questions of a task and their answers."""
+    return {
+        split: [
+            _row(task, operation, task.shows[i % len(task.shows)], words, wordings[split][i])
+            for i, words in enumerate(lists[split])
+        ]
+        for split in ROWS
+    }
+
+
+def _row(
+    task: Task, operation: Operation, shown: str, words: tuple[str, ...], drawn: np.ndarray
+) -> dict:
     """A question and its answer. drawn: two numbers in [0, 1) that choose the wordings."""
-    operation, form = (OPERATIONS | NEW_OPERATIONS)[task.first], (FORMS | NEW_FORMS)[task.second]
-    numbers = task.phrases()
+    form, numbers = (FORMS | NEW_FORMS)[task.second], task.phrases()
     first, second = (
         part.wordings[numbers[int(u * len(numbers))]]
         for part, u in zip((operation, form), drawn, strict=True)

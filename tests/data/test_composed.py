@@ -8,6 +8,8 @@ import pytest
 from dnd_jax.data import skills, world
 from dnd_jax.data.composed import HELD_PHRASES, TRAIN_PHRASES
 from dnd_jax.data.questions import normal
+from dnd_jax.data.report import findings
+from dnd_jax.data.skills_large import EVERY, write_skills_large
 from dnd_jax.data.suite import load_suite
 
 WRITERS = {"world": world.write_world, "skills": skills.write_skills}
@@ -148,3 +150,29 @@ def test_the_suite_file_is_complete(suite):
     described = json.loads((suite.root / "suite.json").read_text())
     names = {path.name for path in (suite.root / "datasets").iterdir()}
     assert set(described["train"]) | set(described["unseen"]) == names
+
+
+def test_the_large_form_has_the_same_unseen_tasks(tmp_path, monkeypatch):
+    """And others on a domain of their own; no pair that stays apart in one domain is together in
+    another; nothing is left to one LoRA by a question that stands in a train file."""
+    monkeypatch.setattr(skills, "ROWS", {"train": 36, "test": 12})
+    for name, write in (("small", skills.write_skills), ("large", write_skills_large)):
+        write(tmp_path / name, 0)
+    small, large = (load_suite(tmp_path / name) for name in ("small", "large"))
+    assert len(large.train) > 300 and not [f for f in findings(large) if f.fault]
+    asked_of = {d.name: [e[:3] for e in d.train + d.test] for d in large.every}
+    for dataset in small.every:
+        assert asked_of[dataset.name] == [e[:3] for e in dataset.train + dataset.test]
+    assert {*large.kinds.items()} > {*small.kinds.items()}
+    new = [name for name, kind in large.kinds.items() if kind == "domain"]
+    assert len(new) == 4 and all(name.startswith("countries_") for name in new)
+    apart = {parts(name) for name, kind in small.kinds.items() if kind == "halves"}
+    trained = {d.name for d in large.train}
+    assert not trained & {f"{domain}_{name}" for domain in EVERY for name in apart}
+    asked = [e.prompt for d in large.every if d.name == "cities_ends_twice" for e in d.train]
+    assert any("Take the cities at the start and at the end of the list." in text for text in asked)
+
+
+def test_items_of_a_domain_are_different():
+    for domain in EVERY.values():
+        assert len(set(domain.items)) == len(domain.items) >= 40
