@@ -5,6 +5,7 @@ The draw is a digest of the source's name and the row's place in it: the same pr
 machine, wherever the files lie, and for a row that `limit` keeps.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from jinja2 import TemplateError
@@ -13,7 +14,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.templates import columns_of, template_reader, unfilled
 
-# (where, the row's place, the row) -> its prompt, and the prompt that the first template gives
+# (where, the row's place, the row) -> its prompt, and the one by which it is told from others
 Instructed = Callable[[str, int, Mapping], tuple[str, str]]
 
 
@@ -41,15 +42,19 @@ def check_templates(templates: Sequence[str], what: str) -> None:
             raise InputError(f"{what}[{same}] and [{i}] are the same")
 
 
-def instructed(templates: Sequence[str], name: str, drawn_by: Sequence[str]) -> Instructed:
+def instructed(
+    templates: Sequence[str], name: str, drawn_by: Sequence[str], asked_by: str = ""
+) -> Instructed:
     """What makes the prompts of a source's rows. name: of the source, for messages; drawn_by: what
-    tells it from other sources.
+    tells it from other sources; asked_by: the template that tells rows apart, in place of the first
+    one, where a row fills it in.
 
     Raises InputError: here for a list that `check_templates` refuses, when called for a row that
     its template cannot be filled in with. All are tried on the first row.
     """
     check_templates(templates, f"{name}: templates")
     readers = [template_reader(text) for text in templates]
+    asked = template_reader(asked_by) if asked_by else readers[0]
     untried, seed = set(range(len(readers))), "\0".join(drawn_by)
 
     def read(where: str, place: int, row: Mapping) -> tuple[str, str]:
@@ -60,6 +65,8 @@ def instructed(templates: Sequence[str], name: str, drawn_by: Sequence[str]) -> 
             except Exception as error:  # a template can raise whatever Python raises
                 raise unfilled(where, f"templates[{i}]", error, row) from None
         untried.clear()
+        with contextlib.suppress(Exception):
+            return texts[drawn], str(asked(row))
         return texts[drawn], texts[0]
 
     return read

@@ -129,7 +129,10 @@ def json_rows(path: str | os.PathLike, text: str, faults: list[str]) -> Iterator
 def field_rows(path: str | os.PathLike, text: str, field: str) -> Iterator[Row]:
     """The rows at a key of a JSON file's object: a list of them, or an object of them whose keys
     only name them. Raises InputError."""
-    value = json_of(text, path, once=True)
+    try:
+        value = json_of(text, path, once=True)
+    except InputError as error:
+        raise InputError(f"{error}; a file with a field is one JSON object") from None
     if not isinstance(value, dict) or field not in value:
         there = f"there are {', '.join(value)}" if isinstance(value, dict) else "it is no object"
         raise InputError(f"{path}: no field {field!r}; {there}")

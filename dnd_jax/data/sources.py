@@ -40,7 +40,8 @@ T = TypeVar("T")
 
 class Example(NamedTuple):
     """One question; `where` is its file and line, for messages. An unlabeled prompt has an empty
-    response. asked: the prompt that the first of its source's templates gives, if it has any."""
+    response. asked: where its source has templates, its prompt in one that is the same for the
+    whole dataset."""
 
     prompt: str
     response: str
@@ -78,16 +79,17 @@ class Reading:
 
 
 def read_source(
-    source: Source, least: int = 1, split: str = "train", answers: bool = True
+    source: Source, least: int = 1, split: str = "train", answers: bool = True, asked_by: str = ""
 ) -> Reading:
     """Reads a source. split: the one meant where a hub dataset's is not given; answers=False: rows
-    without a response are fine.
+    without a response are fine; asked_by: the template that tells rows apart where the source has
+    templates, in place of its first.
 
     Raises InputError naming file, line and key of the first few faults, or too few examples.
     """
     faults: list[str] = []
     rows = _drawn(enumerate(_rows(source, split, faults)), source.limit)
-    read, ask = _readers(source)
+    read, ask = _readers(source, asked_by)
     examples, longer = [], 0
     for place, (where, row) in rows:
         try:
@@ -113,13 +115,13 @@ def read_source(
     return Reading(tuple(examples), longer)
 
 
-def _readers(source: Source) -> tuple[Callable | None, Instructed | None]:
+def _readers(source: Source, asked_by: str) -> tuple[Callable | None, Instructed | None]:
     """(what reads the fields of a row, what makes its prompt), where a source says how."""
     read = column_reader(source.columns, source.source) if source.columns else None
     if not source.templates:
         return read, None
     drawn_by = pathlib.Path(source.source).name, source.config, source.split, source.field
-    ask = instructed(source.templates, source.source, drawn_by)
+    ask = instructed(source.templates, source.source, drawn_by, asked_by)
     return read or (lambda where, row: row), ask
 
 
@@ -209,7 +211,7 @@ def _hinted(row: Mapping) -> Iterator[None]:
 def _around(row: Mapping) -> str:
     """What to do about a row that seems to be an object around the rows; empty for any other."""
     for key in row:
-        if key not in FIELDS and _are_rows(row[key]):
+        if key not in (*FIELDS, *CONVERSATIONS) and _are_rows(row[key]):
             alone = "that list" if isinstance(row[key], list) else "a list of its values"
             return (
                 f" (the rows seem to lie in {key!r}: save {alone} alone, or, in a suite, give the "

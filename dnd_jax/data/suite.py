@@ -207,7 +207,7 @@ def _dataset(entry: Entry, least: int) -> Dataset:
             )
         read = {"train": Reading(kept, read["train"].longer_conversations), "test": Reading(held)}
     else:
-        read["test"] = read_source(test, 1, "test")
+        read["test"] = read_source(test, 1, "test", asked_by="".join(pool.templates[:1]))
     notes = [
         f"{r.longer_conversations} of {len(r.examples)} conversations of {split} have more turns; "
         "only the first answer is read"

@@ -94,9 +94,10 @@ def test_a_row_in_two_wordings_is_one_question(tmp_path):
     kept, held = hold_out(examples, 10, "a.json")
     assert len(held) == 10 and not {e.question for e in held} & {e.question for e in kept}
     write(tmp_path / "test.json", PAIRS[:12])
+    others = {"templates": ["Which word is the reverse of {{input}}?", "Not {{input}}, but what?"]}
     entries = [
-        {"name": "a", "role": role, "source": name, **HOW}
-        for role, name in (("unseen", "a.json"), ("test", "test.json"))
+        {"name": "a", "role": role, "source": name, **HOW, **how}
+        for role, name, how in (("unseen", "a.json", {}), ("test", "test.json", others))
     ]
     entries.append({"name": "b", "role": "train", "source": "b.json", "holdout": 5, **HOW})
     write(tmp_path / "b.json", [{"input": f"b{i}", "output": f"c{i}"} for i in range(30)])
@@ -154,6 +155,7 @@ T = "datasets[0] (a).templates"
         ),
         ({"columns": {}}, "a.json: row 1: response must be given as text (columns input, output,"),
         ({"field": "examples"}, "a.json: no field 'examples'; it is no object"),
+        ({"source": "a.jsonl", "field": "x"}, "a.jsonl:2: not JSON (Extra data); a file with a fi"),
         ({"field": 3}, "datasets[0] (a).field = 3 is of the wrong type"),
         ({"source": "ii.json"}, "in 'examples': save a list of its values alone, or, in a suite"),
         ({"source": "ii.json", "columns": {}}, 'give the source "field": "examples")'),
@@ -168,6 +170,7 @@ def test_faults_by_name(change, expected, tmp_path):
     write(tmp_path / "a.json", PAIRS)
     write(tmp_path / "ii.json", induction(PAIRS))
     write(tmp_path / "rows.json", induction(PAIRS)["examples"])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     (tmp_path / "a.csv").write_text("input,output\na,b\n")
     (tmp_path / "folder").mkdir()
     entry = {"name": "a", "role": "train", "source": "a.json", "holdout": 5, **HOW} | change
