@@ -98,14 +98,6 @@ def test_held_phrases_are_in_reworded_tasks_alone(suite):
             assert not any(phrase in e.prompt for phrase in (usual if reworded else held)), e
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_the_seed_draws_it(write, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write(tmp_path / name, seed)
-    a, b, c = (load_suite(tmp_path / name, 8) for name in "abc")
-    assert a.fingerprint == b.fingerprint != c.fingerprint
-
-
 def test_operations_and_forms_say_what_they_do(tmp_path):
     words = "mouse", "box", "leaf"
     made = {name: op.of(*words) for name, op in (skills.OPERATIONS | skills.NEW_OPERATIONS).items()}
