@@ -54,7 +54,7 @@ def instructed(
     """
     check_templates(templates, f"{name}: templates")
     readers = [template_reader(text) for text in templates]
-    asked = template_reader(asked_by) if asked_by else readers[0]
+    asked = template_reader(asked_by) if asked_by not in ("", templates[0]) else None
     untried, seed = set(range(len(readers))), "\0".join(drawn_by)
 
     def read(where: str, place: int, row: Mapping) -> tuple[str, str]:
@@ -65,8 +65,9 @@ def instructed(
             except Exception as error:  # a template can raise whatever Python raises
                 raise unfilled(where, f"templates[{i}]", error, row) from None
         untried.clear()
-        with contextlib.suppress(Exception):
-            return texts[drawn], str(asked(row))
+        if asked:
+            with contextlib.suppress(Exception):
+                return texts[drawn], str(asked(row))
         return texts[drawn], texts[0]
 
     return read
