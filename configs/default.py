@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "suite": "",
             "embedded": "world",
+            "embedded_tasks": 0,
             "base": {
                 "path": "",
                 "max_length": 1024,
@@ -105,6 +106,7 @@ def get_config() -> ConfigDict:
                 "multi_task": True,
                 "learning_rates": (),
                 "few_shot": True,
+                "folder": "",
             },
             "evaluate": {
                 "answers": "greedy",

@@ -200,6 +200,7 @@ class Controls:
     multi_task: bool = True  # ONE LoRA tuned on all training datasets
     learning_rates: tuple[float, ...] = ()  # of which the best is kept; (): lora.learning_rate
     few_shot: bool = True  # LoRAs tuned on a few labelled examples of each unseen dataset
+    folder: Path = ""  # of `dnd controls` with another seed; empty: WORKDIR/controls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,7 @@ class Config:
     seed: Count
     suite: Path  # suite folder or JSON file; empty: an embedded one, written into the workdir
     embedded: Annotated[str, one_of(*EMBEDDED)]  # which
+    embedded_tasks: Count  # unseen tasks of each kind in it; 0: all
     base: Base
     pretrain: Pretrain
     lora: Lora

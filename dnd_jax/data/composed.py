@@ -64,6 +64,11 @@ def compose(
     }
 
 
+def suite_name(embedded: str, seed: int, most: int) -> str:
+    """What an embedded suite is called: by what draws it, and by its tasks a kind."""
+    return f"{embedded}-{seed}" + (f"-{most}" if most else "")
+
+
 def named(pairs: Sequence[tuple[str, str]], end: str = "", **how) -> Tasks:
     """{FIRST_SECOND and the end: Task} of these parts."""
     return {f"{first}_{second}{end}": Task(first, second, **how) for first, second in pairs}
@@ -75,9 +80,12 @@ def write_suite(
     train: Tasks,
     unseen: Mapping[str, Tasks],
     rows_of: Callable[[Task], Mapping[str, Sequence[Mapping]]],
+    most: int = 0,
     corpus: Sequence[Mapping] = (),
 ) -> None:
-    """Writes a suite's folder, whole or not at all. rows_of: {split: rows} of a task."""
+    """Writes a suite's folder, whole or not at all. rows_of: {split: rows} of a task. most: unseen
+    tasks of each kind, the first ones; 0: all."""
+    unseen = {kind: dict(list(tasks.items())[: most or None]) for kind, tasks in unseen.items()}
     kinds = {name: kind for kind, tasks in unseen.items() for name in tasks}
     description = {"name": name, "train": list(train), "unseen": list(kinds), "kinds": kinds}
     description["wrong"] = _wrong(unseen)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dnd_jax.data.composed import Task, Tasks, compose, named, write_suite
+from dnd_jax.data.composed import Task, Tasks, compose, named, suite_name, write_suite
 from dnd_jax.data.skills_words import (
     FORMS,
     NEW_FORMS,
@@ -48,11 +48,11 @@ class Drawn(NamedTuple):
         return rows_of(task, operation, self.lists, self.wordings)
 
 
-def write_skills(out: str | os.PathLike, seed: int = 0) -> None:
+def write_skills(out: str | os.PathLike, seed: int = 0, most: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws the unseen combinations, the lists of words and
-    the wordings."""
-    drawn = draw(seed)
-    write_suite(out, f"skills-{seed}", drawn.train, drawn.unseen, drawn.rows)
+    the wordings. most: unseen tasks of each kind; 0: all."""
+    drawn, name = draw(seed), suite_name("skills", seed, most)
+    write_suite(out, name, drawn.train, drawn.unseen, drawn.rows, most)
 
 
 def draw(seed: int) -> Drawn:

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from dnd_jax.data.composed import MIXED, Task, Tasks, named, write_suite
+from dnd_jax.data.composed import MIXED, Task, Tasks, named, suite_name, write_suite
 from dnd_jax.data.skills import Rows, draw, draw_lists, rows_of
 from dnd_jax.data.skills_words import FORMS, OPERATIONS, Operation
 
@@ -108,9 +108,9 @@ Russia Spain Sweden Switzerland Thailand Turkey Ukraine Vietnam
 EVERY = DOMAINS | {"countries": NEW_DOMAIN}
 
 
-def write_skills_large(out: str | os.PathLike, seed: int = 0) -> None:
+def write_skills_large(out: str | os.PathLike, seed: int = 0, most: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws what it draws of skills, the lists of the other
-    domains and the unseen tasks of the new one."""
+    domains and the unseen tasks of the new one. most: unseen tasks of each kind; 0: all."""
     drawn, rng = draw(seed), np.random.default_rng([seed, 136])
     lists = {name: draw_lists(rng, domain.items) for name, domain in EVERY.items()}
     apart = {(task.first, task.second) for task in drawn.unseen["halves"].values()}
@@ -126,7 +126,7 @@ def write_skills_large(out: str | os.PathLike, seed: int = 0) -> None:
         asked = EVERY[domain].ask(OPERATIONS[operation])
         return rows_of(task, asked, lists[domain], drawn.wordings)
 
-    write_suite(out, f"skills_large-{seed}", train, unseen, rows)
+    write_suite(out, suite_name("skills_large", seed, most), train, unseen, rows, most)
 
 
 def _tasks(domain: str, apart: set[tuple[str, str]]) -> Tasks:

@@ -23,6 +23,7 @@ from dnd_jax.data.composed import (
     Task,
     compose,
     named,
+    suite_name,
     write_suite,
 )
 
@@ -140,9 +141,9 @@ def _response(form: str, relation: str, value: int) -> str:
     return FORMS[form][0].format(value=word, letter="ABCDEFGH"[value], digit=value + 1)
 
 
-def write_world(out: str | os.PathLike, seed: int = 0) -> None:
+def write_world(out: str | os.PathLike, seed: int = 0, most: int = 0) -> None:
     """Writes the suite folder `out`. The seed draws the facts, the unseen combinations, the
-    wordings and the corpus."""
+    wordings and the corpus. most: unseen tasks of each kind; 0: all."""
     rng = np.random.default_rng([seed, 2506])
     facts = {relation: rng.integers(8, size=len(NAMES)) for relation in RELATIONS}
     relations = [r for r in RELATIONS if r != NEW_RELATION]
@@ -159,7 +160,7 @@ def write_world(out: str | os.PathLike, seed: int = 0) -> None:
     def rows_of(task: Task) -> dict[str, list[dict]]:
         return {s: _questions(task, s, order[s], wordings[task.held], facts) for s in order}
 
-    write_suite(out, f"world-{seed}", train, unseen, rows_of, corpus)
+    write_suite(out, suite_name("world", seed, most), train, unseen, rows_of, most, corpus)
 
 
 # {split: {what a question shows: its (source, cue) each time it is asked so}}, of one person.

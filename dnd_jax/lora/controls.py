@@ -22,8 +22,9 @@ from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import how_taught
-from dnd_jax.config.records import check_same_run
+from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.core.workdir import CONTROLS
@@ -62,10 +63,8 @@ def make_controls(
             return folder
     check_reading(config, base_path)
     tuning = Tuning.of(config, base_path, name)
-    found, how = (
-        {},
-        (record | {"answer": how_taught(tuning.tokenizer)[0]}, Options(allowed=tuple(allowed))),
-    )
+    taught = record | {"answer": how_taught(tuning.tokenizer)[0]}
+    found, how = {}, (taught, Options(allowed=tuple(allowed)))
     if c.multi_task:
         found["multi_task"] = _multi_task(tuning, suite, folder, how)
     if c.few_shot:
@@ -94,14 +93,22 @@ def _settings(config: Config, suite: Suite, base_path: str) -> dict:
 def find_controls(
     config: Config, suite: Suite, base_path: str, workdir: pathlib.Path
 ) -> dict[str, dict[str, pathlib.Path]]:
-    """{method: {unseen dataset: adapter folder}} of what `make_controls` made; nothing where it was
-    not run. Raises InputError where it was with other settings."""
-    folder = workdir / CONTROLS
+    """{method: {unseen dataset: adapter folder}} of what `make_controls` made, in WORKDIR or
+    config.controls.folder; nothing where it was not run. Raises InputError where it was with other
+    settings, and for a given folder that holds none."""
+    given = config.controls.folder
+    folder = pathlib.Path(given) if given else workdir / CONTROLS
     if not (folder / DONE).is_file():
+        if given:
+            raise InputError(f"{folder / DONE}: no such file; config.controls.folder holds one")
         return {}
     stored = read_numbered(folder / DONE, FORMAT)
     suite = suite.with_training(config.train.datasets, config.seed)
-    check_same_run(folder / DONE, stored["settings"], _settings(config, suite, base_path), ())
+    # The seed of other LoRAs may be another, that of a draw of training datasets may not.
+    other_seed = bool(given) and not config.train.datasets
+    free = (*SAME_NUMBERS, *["seed"] * other_seed)
+    now = _settings(config, suite, base_path)
+    check_same_run(folder / DONE, stored["settings"], now, (), free=free)
     found = {}
     if one := stored.get("multi_task"):
         for method, steps in zip(("multi_task_tenth", "multi_task"), one["steps"], strict=True):

@@ -4,7 +4,7 @@ PEFT folders."""
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
 
 RIDGE_DRAWS = 16
+DRAWS = 1000  # of prompts that a seed has
 
 
 def wrong_task(suite: Suite, name: str) -> Dataset:
@@ -139,7 +140,8 @@ class _Maker:
 
     def drawn(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of the first generated adapter, (N,)."""
-        return draw_prompts(repeat_few(prompts, self._different, self._n, 0), self._n, 0)
+        seed = self._draws[0]
+        return draw_prompts(repeat_few(prompts, self._different, self._n, seed), self._n, seed)
 
     def pooled(self, prompts: Sequence[str]) -> np.ndarray:
         """Mean-pooled embeddings (n, C)."""
@@ -160,12 +162,13 @@ class _Maker:
             self._workdir / paths.ADAPTERS / name,
             self._competitors / "generated" / name,
         )
-        folders = [others / f"seed_{s}" if s else first for s in self._samples]
+        folders = {s: others / f"seed_{s}" if i else first for i, s in enumerate(self._draws)}
         return self._of_prompts(name, prompts, folders)
 
     def from_wrong_prompts(self, name: str, wrong: Sequence[str]) -> list[pathlib.Path]:
         """As many from another dataset's prompts, the control."""
-        folders = [self._competitors / "wrong_prompts" / name / f"seed_{s}" for s in self._samples]
+        folder = self._competitors / "wrong_prompts" / name
+        folders = {seed: folder / f"seed_{seed}" for seed in self._draws}
         return self._of_prompts(name, wrong, folders)
 
     def from_no_prompts_of_the_task(self) -> dict[str, list[pathlib.Path]]:
@@ -175,13 +178,13 @@ class _Maker:
         if not self._config.controls.prompts:
             return {}
         folder = self._competitors / "random_prompts"
-        folders = [folder / f"seed_{seed}" for seed in self._samples]
-        for seed, path in enumerate(folders):
-            self._of_prompts("the training datasets", self._random(seed), [path])
+        folders = {seed: folder / f"seed_{seed}" for seed in self._draws}
+        for seed, path in folders.items():
+            self._of_prompts("the training datasets", self._random(seed), {seed: path})
         empty = [""] * self._n
         card, path = generator.card(empty, 0), self._competitors / "empty_prompts"
         self._saved(path, card, lambda: generator.tensors(empty))
-        return {"random_prompts": folders, "empty_prompts": [path]}
+        return {"random_prompts": list(folders.values()), "empty_prompts": [path]}
 
     def _random(self, seed: int) -> list[str]:
         """N texts, each of another training dataset as far as these go."""
@@ -233,8 +236,10 @@ class _Maker:
             )
 
     @property
-    def _samples(self) -> range:
-        return range(self._config.evaluate.samples)
+    def _draws(self) -> range:
+        """The seeds of the S draws of prompts; those of runs with other seeds are others."""
+        first = self._config.seed * DRAWS
+        return range(first, first + self._config.evaluate.samples)
 
     def _condition(self, examples: Sequence[Example]) -> list[str]:
         return condition_texts(examples, self._config.condition.form, self._config.seed)
@@ -252,16 +257,16 @@ class _Maker:
         return self._kept(folder, card, lambda: save_adapter(folder, tensors(), adapter, card))
 
     def _of_prompts(
-        self, name: str, pool: Sequence[str], folders: Sequence[pathlib.Path]
+        self, name: str, pool: Sequence[str], folders: Mapping[int, pathlib.Path]
     ) -> list[pathlib.Path]:
         """Generated adapters, one a seed."""
         generator, source = self._generator, f"prompts of {name}"
-        for seed, folder in enumerate(folders):
+        for seed, folder in folders.items():
             prompts = repeat_few(pool, self._different, self._n, seed)
             card = generator.card(generator.draw(prompts, seed, source), seed)
             write = functools.partial(generator.write, prompts, folder, seed, source)
             self._kept(folder, card, write)
-        return list(folders)
+        return list(folders.values())
 
     @functools.cached_property
     def _ridge(self) -> Ridge:

@@ -1,10 +1,11 @@
 """Stage `quickstart`: the whole pipeline on a suite, one folder a seed, a table and a report at the
 end.
 
-    dnd quickstart --workdir=runs/mini [--suite=DIR] [--seeds=0,1,2]
+    dnd quickstart --workdir=runs/mini [--suite=DIR] [--seeds=0,1,2 [--share]]
 
-Every stage keeps what it has finished, so the same command goes on after any interruption and ends
-with the same numbers.
+With --share the seeds after the first draw the generator and its prompts alone, on the suite, base,
+LoRAs and controls of the first. Every stage keeps what it has finished, so the same command goes on
+after any interruption and ends with the same numbers.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ from collections.abc import Callable, Collection, Sequence
 from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
-from dnd_jax.core.workdir import held, timed
+from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, SUITE, held, timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
@@ -54,7 +55,7 @@ def _stages(
         print(
             f"exact match of each LoRA on its own test questions:\n{score_table(loras)}", flush=True
         )
-    if config.controls.multi_task or config.controls.few_shot:
+    if (config.controls.multi_task or config.controls.few_shot) and not config.controls.folder:
         with timed(workdir, "controls"):
             make_controls(config, suite, base, workdir, allowed, base_name)
     with timed(workdir, "train"):
@@ -73,16 +74,20 @@ def quickstart(
     allowed: Collection[str] = (),
     base_name: str = "",
     again: bool = False,
+    share: bool = False,
 ) -> dict:
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
     results.json's content. What is measured beside the scores comes when all are reported: the
-    agreement of every seed, the overhead of the first. again: as of `measure`."""
+    agreement of every seed, the overhead of the first. again: as of `measure`. share: what the
+    first seed made serves the others."""
     runs, measures = {}, {}
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
         own = dataclasses.replace(config, seed=seed)
+        if share and seed != seeds[0]:
+            own = _sharing(own, workdir)
         with held(folder, "quickstart"), remembering(folder, own):
             runs[seed], measures[seed] = run_seed(own, folder, strict, allowed, base_name)
         stop.check()
@@ -93,8 +98,20 @@ def quickstart(
     return publish_measured(runs, config, workdir)
 
 
+def _sharing(config: Config, first: pathlib.Path) -> Config:
+    """The settings with what the run in folder `first` made in place of what a seed makes."""
+    base = dataclasses.replace(config.base, path=config.base.path or str(first / BASE))
+    train = dataclasses.replace(
+        config.train, checkpoints=config.train.checkpoints or str(first / LORAS)
+    )
+    made = first / CONTROLS
+    controls = dataclasses.replace(config.controls, folder=str(made) if made.is_dir() else "")
+    suite = config.suite or str(first / SUITE)
+    return dataclasses.replace(config, suite=suite, base=base, train=train, controls=controls)
+
+
 def _run(given: Given) -> None:
-    how = given["strict"], given["allow"], given["base-name"], given["remeasure"]
+    how = [given[name] for name in ("strict", "allow", "base-name", "remeasure", "share")]
     quickstart(given.config, given.workdir, given.seeds(), *how)
 
 
@@ -103,9 +120,10 @@ def needs(config: Config) -> tuple[str, ...]:
     return (*evaluation_needs(config), *training_needs(config))
 
 
+SHARE = Flag("share", bool, False, "the first seed's suite, base, LoRAs, controls serve all")
 STAGE = Stage(
     _run,
-    (*ON_SUITE, SEEDS, ALLOW, BASE_NAME, REMEASURE),
+    (*ON_SUITE, SEEDS, SHARE, ALLOW, BASE_NAME, REMEASURE),
     lambda given: needs(given.config),
     fallback="mini",
     writes=True,
