@@ -137,12 +137,26 @@ def token_pairs(
     ends: Collection[int] = (),
     shots: Sequence[Example] = (),
 ) -> list[tuple[list[int], list[int]]]:
+    """`plain_pairs`, of answers that can be said. ends: what else ends an answer of the base
+    (`ends_of`). Raises InputError also for a response that has an end inside."""
+    pairs = plain_pairs(tokenizer, examples, shots)
+    for example, (_, ids) in zip(examples, pairs, strict=True):
+        if inside := [token for token in ids[:-1] if token == ids[-1] or token in ends]:
+            raise InputError(
+                f"{example.where}: its response has {tokenizer.decode(inside[:1])!r} in it, which "
+                "ends an answer of this base; remove it"
+            )
+    return pairs
+
+
+def plain_pairs(
+    tokenizer, examples: Sequence[Example], shots: Sequence[Example] = ()
+) -> list[tuple[list[int], list[int]]]:
     """(tokens of the rendered prompt, of the answer up to and with its end token) of every example;
     nothing ends where there is no response.
 
-    An answer's tokens are those that it has behind its prompt. ends: what else ends an answer of
-    the base (`ends_of`). shots: answered examples, as turns before every prompt. Raises
-    InputError as `render` and `answer_text` do, and for a response that has an end inside.
+    An answer's tokens are those that it has behind its prompt. shots: answered examples, as turns
+    before every prompt. Raises InputError as `render` and `answer_text` do.
     """
     # Each prompt and each response once: to choose of labels is to ask every prompt with each.
     keys, responses = [(e.prompt, e.system) for e in examples], [e.response for e in examples]
@@ -155,15 +169,10 @@ def token_pairs(
     prompts = [ids_of[text] for text in asked]
     wholes = _tokens(tokenizer, [p + a for p, a in zip(asked, answered, strict=True)])
     pairs = []
-    for example, prompt, answer, whole in zip(examples, prompts, answered, wholes, strict=True):
+    for prompt, answer, whole in zip(prompts, answered, wholes, strict=True):
         ids = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:  # the two share a token
             ids = _tokens(tokenizer, [answer])[0]
-        if inside := [token for token in ids[:-1] if token == ids[-1] or token in ends]:
-            raise InputError(
-                f"{example.where}: its response has {tokenizer.decode(inside[:1])!r} in it, which "
-                "ends an answer of this base; remove it"
-            )
         pairs.append((prompt, ids))
     return pairs
 

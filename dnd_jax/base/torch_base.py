@@ -11,10 +11,11 @@ import numpy as np
 from safetensors import SafetensorError
 
 from dnd_jax.base.chat import ends_of, render, until_end
+from dnd_jax.base.drafts import Asked, Drafted
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
-from dnd_jax.base.sequences import token_pairs
+from dnd_jax.base.sequences import plain_pairs, token_pairs
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, NoRoom, first_line, is_no_room
 from dnd_jax.data.sources import Example
@@ -88,6 +89,7 @@ class TorchBase:
         self.positions = getattr(text, "max_position_embeddings", None) or math.inf
         self._device, self._batch_size = self.model.device, batch_size
         self._loaded = 0
+        self._tried = 0, False  # tokens of a row, and whether so many are exact from drafts
 
     def use(self, adapter: str | os.PathLike | None) -> None:
         """Loads an adapter folder in place of the present one; None turns adapters off.
@@ -147,19 +149,39 @@ class TorchBase:
         """Greedy answers as token ids, without the end token. at_most: tokens of an answer; 0:
         max_new_tokens. An answer of so many tokens was cut off: it has no end token. shots: as in
         `prompt_ids`."""
-        prompts, answers = self.prompt_ids(examples, shots), []
+        at_most = at_most or self.max_new_tokens
+        asked = [Asked(*pair) for pair in plain_pairs(self.tokenizer, examples, shots)]
+        prompts = [a.prompt for a in asked]
+        if self._takes_drafts(prompts, at_most):
+            found = Drafted(self.model, self.ends).answers(asked, at_most, self._batch_size)
+        else:
+            found = self._generated(prompts, at_most)
+        return [until_end(row, self.ends) for row in found]
+
+    def _takes_drafts(self, prompts: Sequence[list[int]], at_most: int) -> bool:
+        """Whether answers to these prompts are exact from drafts; tried once, on a row as long as
+        the longest."""
+        longest = max(prompts, key=len, default=[])
+        if len(longest) + at_most > self._tried[0]:
+            row = np.resize(longest, len(longest) + at_most).tolist()
+            self._tried = len(row), Drafted(self.model).is_exact(row)
+        return self._tried[1]
+
+    def _generated(self, prompts: Sequence[list[int]], at_most: int) -> list[list[int]]:
+        """transformers' own greedy answers."""
+        answers = []
         for first in range(0, len(prompts), self._batch_size):
             ids, valid = self._padded(prompts[first : first + self._batch_size])
             with torch.inference_mode():
                 out = self.model.generate(
                     input_ids=ids,
                     attention_mask=valid,
-                    max_new_tokens=at_most or self.max_new_tokens,
+                    max_new_tokens=at_most,
                     do_sample=False,
                     eos_token_id=list(self.ends),
                     pad_token_id=self.tokenizer.pad_token_id,
-                )[:, ids.shape[1] :].tolist()
-            answers += [until_end(row, self.ends) for row in out]
+                )
+            answers += out[:, ids.shape[1] :].tolist()
         return answers
 
     def choose(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import random_qwen2
 
-from dnd_jax.base.chat import render
+from dnd_jax.base.chat import render, until_end
 from dnd_jax.base.folder import load_base
 from dnd_jax.base.greedy import make_greedy, pad_left
 from dnd_jax.base.new_tokenizer import build_tokenizer
@@ -168,7 +168,8 @@ def test_generation_settings_of_the_base_do_not_bend_greedy_answers(tmp_path):
         2,
     ]
     plain.model.generation_config.repetition_penalty = 1.5
-    assert plain.answer_ids(examples) != expected  # they would
+    bent = plain._generated(plain.prompt_ids(examples), 8)
+    assert [until_end(row, plain.ends) for row in bent] != expected  # they would
 
 
 def test_greedy_equals_transformers(tmp_path):
