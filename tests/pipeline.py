@@ -38,7 +38,7 @@ def random_loras(
     return root
 
 
-def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
+def start(*arguments: str, devices: int = 1, cwd: pathlib.Path = ROOT) -> subprocess.Popen:
     """`dnd ARGUMENTS` in a process of its own with so many virtual devices, output piped as
     text."""
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -51,7 +51,7 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "dnd_jax", *map(str, arguments)]
     return subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

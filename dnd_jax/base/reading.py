@@ -86,10 +86,12 @@ def comparison(path: str | os.PathLike) -> dict:
 
 
 def check_reading(config: Config, path: str | os.PathLike) -> None:
-    """`check_files` of a base that the settings give, unless they turn it off. One that dnd
-    pretrained itself is its own writing."""
+    """`check_files` by process 0 of a base that the settings give, unless they turn it off; the
+    others wait. One that dnd pretrained itself is its own writing."""
     if config.base.path and config.evaluate.agreement:
-        check_files(path)
+        with hosts.lead_first():
+            if hosts.lead():
+                check_files(path)
 
 
 def check_given(config: Config) -> None:

@@ -9,9 +9,7 @@ beside checkpoints/ for an exact resume.
 """
 
 import collections
-import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -22,12 +20,10 @@ from flax import traverse_util
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
 from dnd_jax.base.reading import check_given
 from dnd_jax.config.records import Older
-from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Flag, Given, Stage
-from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
@@ -44,7 +40,7 @@ from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.checkpoints import Checkpoints, make_target
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
-from dnd_jax.parallel import hosts, rendezvous
+from dnd_jax.parallel import hosts, together
 from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record
 from dnd_jax.parallel.rules import bytes_per_device, shaped
 
@@ -271,53 +267,21 @@ FLAGS = (
         [],
         "trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile",
     ),
-    Flag(
-        "multihost",
-        bool,
-        False,
-        "one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)",
-    ),
-    Flag("coordinator", str, "", "elsewhere, HOST:PORT of process 0"),
-    Flag("processes", int, 1, "with --coordinator, how many processes there are"),
-    Flag("process", int, 0, "with --coordinator, which one this is"),
-    Flag("start-timeout", int, 300, "seconds until all processes must have joined"),
+    *together.FLAGS,
 )
 
 
 def _run(given: Given) -> None:
     config, workdir = given.config, given.workdir
-    address, profile = _address(given), _window(given["profile"])
-    same = [json.dumps(config.to_json(), sort_keys=True), *given["allow"], *given["profile"]]
-    joined = rendezvous.joined(*address, given["multihost"], given["start-timeout"], same)
-    with joined, contextlib.ExitStack() as stack:
-        if hosts.lead():
-            stack.enter_context(held(workdir, "train"))
-            stack.enter_context(remembering(workdir, config))
-        hosts.check_shared(workdir)
-        if config.train.checkpoint_dir and "://" not in config.train.checkpoint_dir:
-            hosts.check_shared(
-                pathlib.Path(config.train.checkpoint_dir), "config.train.checkpoint_dir"
-            )
+    profile, checkpoints = _window(given["profile"]), config.train.checkpoint_dir
+    here = bool(checkpoints) and "://" not in checkpoints
+    folders = [(checkpoints, "config.train.checkpoint_dir")] * here
+    with together.together(given, "train", given["profile"], folders):
         with hosts.lead_first():
             suite = open_suite(config, workdir, given["strict"])
         folder = train(config, suite, workdir, given["allow"], profile, given["base-name"])
         if hosts.lead():
             print(f"generator: {folder}")
-
-
-def _address(given: Given) -> tuple[str, int, int]:
-    """(coordinator, processes, process). Raises InputError for what does not fit together."""
-    flags = ("coordinator", "processes", "process")
-    address = coordinator, processes, process = tuple(given[flag] for flag in flags)
-    if given["multihost"] and address != ("", 1, 0):
-        raise InputError(f"--multihost finds out --{', --'.join(flags)}; leave them out")
-    if not (coordinator or given["multihost"]) and (processes > 1 or process):
-        raise InputError("--processes and --process need --coordinator=HOST:PORT of process 0")
-    if process >= processes and coordinator:
-        raise InputError(
-            f"--process={process} is not one of 0 to {processes - 1} (--processes={processes})"
-        )
-    return address
 
 
 def _window(words: Sequence[str]) -> tuple[int, int] | None:

@@ -35,10 +35,8 @@ from dnd_jax.loop.run import Options
 from dnd_jax.lora.adapter import check_called, is_ours
 from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS
-from dnd_jax.lora.tuning import (
-    Task,
-    Tuning,
-)
+from dnd_jax.lora.tuning import Task, Tuning
+from dnd_jax.parallel import hosts, together
 
 DONE, FORMAT = "collect.json", 1  # what is written last, and the form that it has
 
@@ -56,7 +54,8 @@ def collect(
 
     allowed: names of settings that may differ from those of the run that is resumed. name: what the
     adapters call the base; empty: its hub id or absolute path. Writes loras/collect.json with each
-    task's exact match on its test file. Raises InputError as the loop does.
+    task's exact match on its test file. Several processes share the work; process 0 writes. Raises
+    InputError as the loop does.
     """
     folder, c = workdir / LORAS, config.lora
     record = {
@@ -67,12 +66,9 @@ def collect(
         "suite": suite.fingerprint,
     }
     older = {"base": lambda then: means_base(then, base_path)}
-    if (folder / DONE).is_file():
-        then = read_numbered(folder / DONE, FORMAT)["settings"]
-        if check_same_run(folder / DONE, then, record, allowed, older):
-            for dataset in suite.datasets:
-                check_called(dataset_checkpoints(folder / dataset.name), name)
-            return folder
+    hosts.check_alike({"the suite's files": suite.fingerprint, "the base's files": record["base"]})
+    if hosts.agreed(_is_done(folder, suite, (record, allowed, older), name)):
+        return folder
     _check_own(folder, suite)
 
     # The base, its LoRA and the tasks.
@@ -85,17 +81,33 @@ def collect(
     tasks = [_task(tuning, dataset, i < trained_on) for i, dataset in enumerate(suite.datasets)]
 
     # Training, a group of tasks after the other.
-    for dataset in suite.datasets:
-        _stale(folder / dataset.name, c)  # now, not after hours of training
-    (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
+    with hosts.lead_first():
+        for dataset in suite.datasets if hosts.lead() else ():
+            _stale(folder / dataset.name, c)  # now, not after hours of training
+        (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
     options = Options(allowed=tuple(allowed), older=older)
     how = record | {"answer": taught}, options
     exact = tuning.train_in_groups("collect", workdir / COLLECT, tasks, folder, *how)
-    for dataset in suite.datasets:
-        for stale in _stale(folder / dataset.name, c):
-            shutil.rmtree(stale)
-    write_numbered(folder / DONE, FORMAT, {"settings": record, "exact_match": exact})
+    with hosts.lead_first():
+        for dataset in suite.datasets if hosts.lead() else ():
+            for stale in _stale(folder / dataset.name, c):
+                shutil.rmtree(stale)
+        if hosts.lead():
+            write_numbered(folder / DONE, FORMAT, {"settings": record, "exact_match": exact})
     return folder
+
+
+def _is_done(folder: pathlib.Path, suite: Suite, how: tuple, name: str) -> bool:
+    """Whether the LoRAs are there, made with these settings. how, name: as of `check_same_run` and
+    `check_called`, which raise InputError for others."""
+    if not (folder / DONE).is_file():
+        return False
+    then = read_numbered(folder / DONE, FORMAT)["settings"]
+    if not check_same_run(folder / DONE, then, *how):
+        return False
+    for dataset in suite.datasets:
+        check_called(dataset_checkpoints(folder / dataset.name), name)
+    return True
 
 
 def _task(tuning: Tuning, dataset: Dataset, trained_on: bool) -> Task:
@@ -148,16 +160,18 @@ def score_table(folder: pathlib.Path) -> str:
 
 
 def _run(given: Given) -> None:
-    suite = open_suite(given.config, given.workdir, given["strict"])
-    base = find_base(given.config, given.workdir)
-    more = given["allow"], given["base-name"]
-    folder = collect(given.config, suite, base, given.workdir, *more)
-    print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
+    with together.together(given, "collect"):
+        with hosts.lead_first():
+            suite = open_suite(given.config, given.workdir, given["strict"])
+            base = find_base(given.config, given.workdir)
+        more = given["allow"], given["base-name"]
+        folder = collect(given.config, suite, base, given.workdir, *more)
+        if hosts.lead():
+            print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
 
 
 STAGE = Stage(
     _run,
-    (*ON_SUITE, ALLOW, BASE_NAME),
+    (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS),
     lambda given: packages_of(given.config.base.path),
-    writes=True,
 )

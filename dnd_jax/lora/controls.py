@@ -33,6 +33,7 @@ from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.loop.run import Options
 from dnd_jax.lora.tuning import Task, Tuning
+from dnd_jax.parallel import hosts, together
 
 DONE = "controls.json"
 FORMAT = 1  # of it
@@ -52,15 +53,15 @@ def make_controls(
     """Tunes the controls that the configuration asks for and returns WORKDIR/controls; what was
     made with the same settings is kept.
 
-    allowed, name: as of `collect`. Raises InputError as the loop does.
+    allowed, name: as of `collect`. Several processes share the work; process 0 writes. Raises
+    InputError as the loop does.
     """
     folder, c = workdir / CONTROLS, config.controls
     suite = suite.with_training(config.train.datasets, config.seed)
     record = _settings(config, suite, base_path)
-    if (folder / DONE).is_file():
-        then = read_numbered(folder / DONE, FORMAT)["settings"]
-        if check_same_run(folder / DONE, then, record, allowed):
-            return folder
+    hosts.check_alike({"the suite's files": suite.fingerprint, "the base's files": record["base"]})
+    if hosts.agreed(_is_done(folder, record, allowed)):
+        return folder
     check_reading(config, base_path)
     tuning = Tuning.of(config, base_path, name)
     taught = record | {"answer": how_taught(tuning.tokenizer)[0]}
@@ -69,8 +70,18 @@ def make_controls(
         found["multi_task"] = _multi_task(tuning, suite, folder, how)
     if c.few_shot:
         found["few_shot"] = _few_shot(tuning, suite, folder, how)
-    write_numbered(folder / DONE, FORMAT, {"settings": record, **found})
+    with hosts.lead_first():
+        if hosts.lead():
+            write_numbered(folder / DONE, FORMAT, {"settings": record, **found})
     return folder
+
+
+def _is_done(folder: pathlib.Path, record: Mapping, allowed: Collection[str]) -> bool:
+    """Whether the controls are there, made with these settings. Raises InputError for others."""
+    if not (folder / DONE).is_file():
+        return False
+    then = read_numbered(folder / DONE, FORMAT)["settings"]
+    return check_same_run(folder / DONE, then, record, allowed)
 
 
 def _settings(config: Config, suite: Suite, base_path: str) -> dict:
@@ -173,7 +184,8 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
 
 def _loss(tuning: Tuning, lora: Mapping, rows) -> float:
     """Mean cross-entropy of one LoRA, the only task of (1, ...), on rows."""
-    one, size = {key: value[0] for key, value in lora.items()}, tuning.config.lora.batch_size
+    size = tuning.config.lora.batch_size
+    one = {key: value[0] for key, value in hosts.to_all_hosts(lora).items()}
 
     @jax.jit
     def loss(params, lora, batch):
@@ -188,15 +200,18 @@ def _loss(tuning: Tuning, lora: Mapping, rows) -> float:
 
 
 def _run(given: Given) -> None:
-    suite = open_suite(given.config, given.workdir, given["strict"])
-    base = find_base(given.config, given.workdir)
-    more = given["allow"], given["base-name"]
-    print(f"controls: {make_controls(given.config, suite, base, given.workdir, *more)}")
+    with together.together(given, "controls"):
+        with hosts.lead_first():
+            suite = open_suite(given.config, given.workdir, given["strict"])
+            base = find_base(given.config, given.workdir)
+        more = given["allow"], given["base-name"]
+        folder = make_controls(given.config, suite, base, given.workdir, *more)
+        if hosts.lead():
+            print(f"controls: {folder}")
 
 
 STAGE = Stage(
     _run,
-    (*ON_SUITE, ALLOW, BASE_NAME),
+    (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS),
     lambda given: packages_of(given.config.base.path),
-    writes=True,
 )

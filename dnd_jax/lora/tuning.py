@@ -26,6 +26,7 @@ from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
+from dnd_jax.parallel import hosts
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.room import free_bytes
@@ -177,8 +178,12 @@ class TaskBatches:
         for batch in rows:
             missing = length - batch["ids"].shape[1]
             batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=self.pad)
-        stacked = jax.tree.map(lambda *x: np.stack(x)[self._entries], *rows)
-        return jax.device_put(stacked, self.over_tasks)
+
+        def placed(*of_tasks: np.ndarray) -> jax.Array:
+            whole = np.stack(of_tasks)[self._entries]
+            return jax.make_array_from_callback(whole.shape, self.over_tasks, whole.__getitem__)
+
+        return jax.tree.map(placed, *rows)
 
 
 class Task(NamedTuple):
@@ -219,7 +224,7 @@ class Tuning:
         """Examples as tokens; says how many of them are too long for the base."""
         length, too_long = self.config.base.max_length, self.config.lora.too_long
         found = encode(self.tokenizer, examples, length, too_long, self.ends)
-        if lost := found.lost(what, length):
+        if (lost := found.lost(what, length)) and hosts.lead():
             print(f"{lost} (config.lora.too_long={too_long})", flush=True)
         return found
 
@@ -235,7 +240,8 @@ class Tuning:
         """Trains as many LoRAs at once as have room, one group after the other, each in a folder of
         its own where there are several. Returns {task: exact match on its test examples}. Arguments
         as of `train`."""
-        size, exact = self._at_once(tasks, directory), {}
+        at_once = self._at_once(tasks, directory) if hosts.lead() else 0
+        size, exact = hosts.of_lead(at_once), {}
         count = -(-len(tasks) // size)
         size = -(-len(tasks) // count)
         for number in range(count):
@@ -271,7 +277,7 @@ class Tuning:
         options: Options,
         lora: schema.Lora | None = None,
     ) -> dict[str, jax.Array]:
-        """Trains the LoRAs of tasks in one loop and returns the last, (K, ...); writes
+        """Trains the LoRAs of tasks in one loop and returns the last, (K, ...); process 0 writes
         folder/TASK/step_NNNNNN. directory: of the loop. lora: settings in place of the
         configuration's. Raises as `run_loop`."""
         c, seed = lora or self.config.lora, self.config.seed
@@ -290,8 +296,8 @@ class Tuning:
 
         def keep(done: int, state: Mapping) -> None:
             now = [k for k, task in enumerate(tasks) if done in task.kept]
-            stacked = jax.device_get(state["lora"]) if now else {}
-            for k in now:
+            stacked = hosts.to_all_hosts(state["lora"]) if now else {}
+            for k in now if hosts.lead() else ():
                 tensors = {name: value[k] for name, value in stacked.items()}
                 save_adapter(folder / tasks[k].name / f"step_{done:06d}", tensors, self.adapter)
 
@@ -312,7 +318,7 @@ class Tuning:
     def _scores(self, tasks: Sequence[Task], lora: Mapping[str, jax.Array]) -> dict[str, float]:
         """{task: exact match of its LoRA on its test examples}."""
         test, size = [task.test for task in tasks], self.config.lora.batch_size
-        how = self.module, self.params, jax.device_get(lora), self.adapter.scale
+        how = self.module, self.params, hosts.to_all_hosts(lora), self.adapter.scale
         found = score_loras(*how, test, size)
         return {task.name: round(float(s), 4) for task, s in zip(tasks, found, strict=True)}
 

@@ -2,9 +2,11 @@
 the same files."""
 
 import contextlib
+import functools
 import pathlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,16 +97,38 @@ def all_of(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag)))) if several() else flag
 
 
+def of_lead(value: int) -> int:
+    """The number of process 0, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value))) if several() else value
+
+
 def agreed(flag: bool) -> bool:
     """The flag of process 0, in every process."""
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if several() else flag
+    return bool(of_lead(flag))
 
 
 def to_host(x: jax.Array) -> np.ndarray | None:
     """A sharded array as NumPy in process 0, None in all others. Every process must call it: the
     devices exchange their parts, one array at a time."""
-    if several() and not x.is_fully_replicated:
-        mesh = x.sharding.mesh
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    x = _whole(x)
     return np.asarray(x) if lead() else None
+
+
+def to_all_hosts(tree: Any) -> Any:
+    """A tree of sharded arrays as NumPy, in every process; every process must call it."""
+    if not several():
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(_whole(x)), tree)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The whole array on every device, where it is not wholly within this process."""
+    if not several() or x.is_fully_replicated:
+        return x
+    return _copied_to(jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec()))(x)
+
+
+@functools.cache
+def _copied_to(where: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """The program that copies an array to a sharding, one for all arrays of a shape."""
+    return jax.jit(lambda x: x, out_shardings=where)

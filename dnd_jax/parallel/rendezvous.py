@@ -262,11 +262,9 @@ def joined(
         yield
     except (InputError, CheckFailed, Lost, OSError) as error:
         tell(error)
-        failed = isinstance(error, CheckFailed)
-        peers.present.leave(str(error), 1 if failed else LOST)
-        os._exit(
-            1 if failed else 2
-        )  # JAX's own shutdown waits for the others, who wait for this one
+        status = 1 if isinstance(error, CheckFailed) else 2  # of all: no start anew mends it
+        peers.present.leave(str(error), status)
+        os._exit(status)  # JAX's own shutdown waits for the others, who wait for this one
     except (Stopped, KeyboardInterrupt) as error:
         if isinstance(error, Stopped) and error.agreed:
             peers.present.leave()
