@@ -12,7 +12,7 @@ prefix that all rows share.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from dnd_jax.base.attention import (
     rotary_frequencies,
     rotate,
 )
+from dnd_jax.base.gathering import gathered_dot, whole
 from dnd_jax.config import schema
 from dnd_jax.core.errors import InputError
 
@@ -152,12 +153,12 @@ class Projection(nn.Module):
     features: int
     use_bias: bool
     dtype: jnp.dtype
+    dot: Callable | None = None  # of nn.Dense
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
-        y = nn.Dense(
-            self.features, self.use_bias, dtype=self.dtype, kernel_init=FAN_IN, name="dense"
-        )(x)
+        how = {"dtype": self.dtype, "kernel_init": FAN_IN, "dot_general": self.dot}
+        y = nn.Dense(self.features, self.use_bias, **how, name="dense")(x)
         a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
         if a is None:
             return y
@@ -184,6 +185,7 @@ class Layer(nn.Module):
     config: LmConfig
     index: int
     dtype: jnp.dtype
+    mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -199,7 +201,9 @@ class Layer(nn.Module):
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_width
 
         def project(x, name, features, use_bias=False):
-            module = Projection(features, use_bias, self.dtype, name=name)
+            split = ("tensor", None) if name in ("o_proj", "down_proj") else (None, "tensor")
+            dot = gathered_dot(self.mesh, *split)
+            module = Projection(features, use_bias, self.dtype, dot, name=name)
             block = "self_attn" if name[0] in "qkvo" else "mlp"
             return module(x, lora, lora_scale, f"model.layers.{self.index}.{block}.{name}")
 
@@ -234,6 +238,7 @@ class BaseLM(nn.Module):
     config: LmConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False  # the backward pass computes each layer anew from its input
+    mesh: jax.sharding.Mesh | None = None  # where the parameters lie in parts: base/gathering.py
 
     def setup(self):
         c = self.config
@@ -243,11 +248,15 @@ class BaseLM(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=embedding_init, dtype=self.dtype
         )
-        self.layers = [layer(c, i, self.dtype) for i in range(c.num_hidden_layers)]
+        self.layers = [layer(c, i, self.dtype, self.mesh) for i in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=FAN_IN
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=FAN_IN,
+                dot_general=gathered_dot(self.mesh, None, None),
             )
 
     def hidden(
@@ -276,7 +285,7 @@ class BaseLM(nn.Module):
         return self.norm(self._layers(tokens_BxS, in_rows(valid_BxS), positions, lora, lora_scale))
 
     def _layers(self, tokens, attend, positions, lora, lora_scale) -> jax.Array:
-        x = self.embed_tokens(tokens)
+        x = whole(self.mesh, self.embed_tokens(tokens))
         for layer in self.layers:
             x = layer(x, attend, positions, lora, lora_scale)
         return x
@@ -284,7 +293,14 @@ class BaseLM(nn.Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) -> logits (..., V), float32."""
         c = self.config
-        logits = self.embed_tokens.attend(hidden) if c.tie_word_embeddings else self.lm_head(hidden)
+        if not c.tie_word_embeddings:
+            logits = self.lm_head(hidden)
+        elif dot := gathered_dot(self.mesh, None, None):
+            table = self.embed_tokens.embedding.astype(self.dtype)
+            last = (((hidden.ndim - 1,), (1,)), ((), ()))
+            logits = dot(hidden.astype(self.dtype), table, last)
+        else:
+            logits = self.embed_tokens.attend(hidden)
         return logits.astype(jnp.float32)
 
     def __call__(

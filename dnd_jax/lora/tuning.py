@@ -75,7 +75,8 @@ def make_collect_step(
         if entries > tasks:
             state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
             state = jax.lax.with_sharding_constraint(state, over_tasks)
-        found = jax.vmap(one, in_axes=(None, 0, 0))(params, state, batch)
+        split = None if over_tasks is None else over_tasks.spec[0]
+        found = jax.vmap(one, in_axes=(None, 0, 0), spmd_axis_name=split)(params, state, batch)
         state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
         return state, {
             "loss": losses.mean(),
@@ -214,7 +215,7 @@ class Tuning:
         Raises InputError for a base that cannot be read, or whose answers have no end."""
         c, mesh = config.lora, make_mesh(config.mesh)
         module, params = load_base(base_path, mesh, jnp.dtype(c.dtype))
-        module = dataclasses.replace(module, remat=c.remat)
+        module = dataclasses.replace(module, remat=c.remat, mesh=mesh)
         tokenizer = load_tokenizer(base_path)
         ends = ends_of(base_path, tokenizer)  # refused now, not when the LoRAs are scored
         adapter = adapter_of(base_path, c, name)
