@@ -112,6 +112,7 @@ def get_config() -> ConfigDict:
                 "answers": "greedy",
                 "samples": 5,
                 "num_prompts": 0,
+                "train_adapters": 0,
                 "batch_size": 128,
                 "max_new_tokens": 32,
                 "free_form": False,

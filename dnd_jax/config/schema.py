@@ -211,6 +211,8 @@ class Evaluate:
     answers: Annotated[str, Must(lambda a: a in ANSWERS, "is neither greedy nor likelihood")]
     samples: Positive  # S adapters a task, each from its own batch of N prompts
     num_prompts: int  # different ones among these N, each repeated to fill them; 0: all N
+    # training adapters, drawn by the seed, for train mean and train best; 0: all, -1: none
+    train_adapters: Annotated[int, Must(lambda n: n >= -1, "must be -1 (none), 0 (all) or more")]
     batch_size: Positive
     max_new_tokens: Positive
     # answers are free text, such as chains of thought or programs: the tables say that exact match

@@ -48,6 +48,15 @@ def wrong_task(suite: Suite, name: str) -> Dataset:
     return pool[(at + 1) % len(pool)]
 
 
+def draw_training(names: Sequence[str], count: int, seed: int) -> tuple[str, ...] | None:
+    """`count` of the names, drawn by the seed, in their order; none of them for -1. None: all."""
+    if count == 0 or count >= len(names):
+        return None
+    rng = np.random.default_rng([seed, len(names)])
+    chosen = set(rng.permutation(len(names))[: max(count, 0)].tolist())
+    return tuple(name for i, name in enumerate(names) if i in chosen)
+
+
 def repeat_few(prompts: Sequence[str], different: int, count: int, seed: int) -> Sequence[str]:
     """`different` of the prompts, drawn by the seed and repeated side by side to `count`; all
     prompts as they are for 0."""
@@ -67,6 +76,14 @@ class Candidates:
     nearest: dict[str, str]  # unseen dataset -> training dataset
     # unseen dataset -> its answered examples, which the base without an adapter gets in its context
     shots: dict[str, tuple[Example, ...]] = dataclasses.field(default_factory=dict)
+    # training datasets whose adapters are scored on every unseen one; None: all
+    drawn: tuple[str, ...] | None = None
+
+    @property
+    def everywhere(self) -> dict[str, pathlib.Path]:
+        """Of `training`, the adapters that are scored on every unseen dataset."""
+        names = self.training if self.drawn is None else self.drawn
+        return {name: self.training[name] for name in names}
 
 
 def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
@@ -114,7 +131,9 @@ def make_candidates(
         }
     maker.say_what_is_anew()
     shots = {d.name: maker.shots(d) for d in suite.unseen if d.labeled}
-    return Candidates(by_dataset, maker.last_of_training(), closest, shots)
+    training = maker.last_of_training()
+    drawn = draw_training(list(training), config.evaluate.train_adapters, config.seed)
+    return Candidates(by_dataset, training, closest, shots, drawn)
 
 
 class _Maker:

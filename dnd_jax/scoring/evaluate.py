@@ -47,9 +47,12 @@ from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.scoring.results import CUT, METHODS, PARTS, pack, unpack
 
 FORMAT = 1  # of evaluation.json
-# Settings that no score depends on: the last two choose the adapters, whose scores are kept by
+# Settings that no score depends on: the last three choose the adapters, whose scores are kept by
 # their contents.
-NOT_OF_A_SCORE = (*SAME_NUMBERS, "evaluate.samples", "evaluate.num_prompts")
+NOT_OF_A_SCORE = (
+    *SAME_NUMBERS,
+    *(f"evaluate.{key}" for key in ("samples", "num_prompts", "train_adapters")),
+)
 
 
 class Answers(NamedTuple):
@@ -84,10 +87,11 @@ def in_context(name: str) -> str:
 def scored_on(candidates: Candidates, name: str) -> list[str]:
     """Labels of what is scored on an unseen dataset: "base", it with answered examples in its
     context, and folders of adapters."""
+    nearest = candidates.training[candidates.nearest[name]]
     return [
         "base",
         *[in_context(name)] * bool(candidates.shots.get(name)),
-        *map(str, candidates.training.values()),
+        *dict.fromkeys(map(str, (*candidates.everywhere.values(), nearest))),
         *map(str, sum(candidates.by_dataset[name].values(), [])),
     ]
 
@@ -194,21 +198,22 @@ def by_method(
     by question.
 
     Returns ({method: score}, "generated" with its spread; {method: its score question by question,
-    packed}; {training dataset: score of its adapter}).
+    packed}; {training dataset: score of its adapter, of those scored on every unseen dataset}).
     """
-    training = {n: str(folder) for n, folder in candidates.training.items()}
+    training = {n: str(folder) for n, folder in candidates.everywhere.items()}
     of_training = {n: statistics.fmean(questions(label)) for n, label in training.items()}
     labels = {
         "base": ["base"],
         **({"in_context": [in_context(name)]} if candidates.shots.get(name) else {}),
-        "train_mean": list(training.values()),
-        "train_best": [training[max(of_training, key=of_training.get)]],
-        "nearest": [training[candidates.nearest[name]]],
+        "nearest": [str(candidates.training[candidates.nearest[name]])],
         **{
             method: list(map(str, folders))
             for method, folders in candidates.by_dataset[name].items()
         },
     }
+    if training:
+        labels["train_mean"] = list(training.values())
+        labels["train_best"] = [training[max(of_training, key=of_training.get)]]
     scores, each_question = {}, {}
     for method in METHODS:
         if method in labels:

@@ -251,7 +251,7 @@ def finish(
     results = {
         "suite": suite.name,
         "seed": config.seed,
-        "rule": rule(config),
+        "rule": rule(config, len(candidates.training)),
         "intervals": intervals.NOTE,
     }
     results |= {"unseen": entries, "mean": mean}

@@ -125,7 +125,7 @@ def _training_table(results: Mapping) -> str:
     rows = {
         name: scores["training"]
         for name, scores in results["unseen"].items()
-        if "training" in scores
+        if scores.get("training")
     }
     if not rows:
         return ""
@@ -133,7 +133,7 @@ def _training_table(results: Mapping) -> str:
     cells = {name: "".join(f"<td>{v:.2f}</td>" for v in of.values()) for name, of in rows.items()}
     body = "".join(f"<tr><th>{html.escape(name)}</th>{row}</tr>" for name, row in cells.items())
     table = f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
-    title = "Every training adapter on every unseen dataset"
+    title = "Training adapters on every unseen dataset"
     return f"<details><summary>{title}</summary>{table}</details>"
 
 

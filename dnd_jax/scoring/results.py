@@ -96,6 +96,13 @@ RULE = (
 )
 FEW_RULE = " They are repeated until the generator has its {n}."
 FORM_RULE = " The condition is of the form {form!r}: it reads the answers of the unseen pools too."
+DRAWN_RULE = (
+    " Train mean and train best are of {scored} of the {all} training adapters, drawn by the seed."
+)
+NO_TRAINING_RULE = (
+    " Train mean and train best are left out; evaluate.train_adapters=0 scores every training "
+    "adapter."
+)
 NOT_YET = {"note": "Not measured yet."}
 FREE_FORM = (
     "These answers are free text (a chain of thought, a program), of which exact match means "
@@ -110,8 +117,9 @@ CUT_SHARE = 0.01  # of a method's answers to a dataset, from which on it is warn
 LIKELIHOOD_RULE = " An answer is the most likely one of a dataset's labels."
 
 
-def rule(config: Config) -> str:
-    """How the reported adapters were chosen and asked, in words; fixed before any test."""
+def rule(config: Config, training: int = 0) -> str:
+    """How the reported adapters were chosen and asked, in words; fixed before any test. training:
+    how many training adapters there are."""
     n, different = config.condition.num_prompts, config.evaluate.num_prompts
     drawn = "1 prompt" if (different or n) == 1 else f"{different or n} prompts"
     text = RULE.format(samples=config.evaluate.samples, prompts=drawn)
@@ -119,6 +127,9 @@ def rule(config: Config) -> str:
     text += (
         FORM_RULE.format(form=config.condition.form) if config.condition.form != "prompt" else ""
     )
+    scored = config.evaluate.train_adapters
+    text += DRAWN_RULE.format(scored=scored, all=training) if 0 < scored < training else ""
+    text += NO_TRAINING_RULE if scored < 0 else ""
     return text + (LIKELIHOOD_RULE if config.evaluate.answers == "likelihood" else "")
 
 
@@ -228,7 +239,7 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
         "suite": first["suite"],
         "seeds": list(runs),
         "answers": config.evaluate.answers,
-        "rule": rule(config),
+        "rule": rule(config, len(first.get("train", ()))),
         "intervals": intervals.NOTE,
         "warnings": warnings(unseen, config),
         "unseen": unseen,

@@ -11,7 +11,8 @@ from scored_runs import NAMES, candidates, runs_of
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.scoring import intervals
-from dnd_jax.scoring.evaluate import by_method
+from dnd_jax.scoring.candidates import draw_training
+from dnd_jax.scoring.evaluate import by_method, scored_on
 from dnd_jax.scoring.report import table
 from dnd_jax.scoring.results import METHODS, combine, pack, rule, unpack
 
@@ -139,6 +140,42 @@ def test_table_with_a_method_that_some_datasets_lack(config):
     low, high = results["mean"]["interval"]["base"]
     assert table(results).splitlines()[-1].split()[2] == f"{low:.2f}-{high:.2f}"
     assert "tuned" not in results["mean"]
+
+
+@pytest.mark.parametrize("drawn", [None, ("t0", "t2"), ()])
+def test_train_mean_and_best_are_of_the_drawn_adapters(drawn):
+    """Nearest is the adapter of t1, whether that is drawn or not."""
+    found, scores = candidates(np.random.default_rng(3), ["x"])
+    found = dataclasses.replace(found, drawn=drawn)
+    names = ("t0", "t1", "t2") if drawn is None else drawn
+    labels = scored_on(found, "x")
+    assert sorted(set(labels) & {f"loras/t{i}" for i in range(3)}) == sorted(
+        {"loras/t1", *(f"loras/{name}" for name in names)}
+    )
+    assert len(set(labels)) == len(labels)
+    values, each, training = by_method(found, "x", lambda label: scores[label]["x"])
+    mean = {f"t{i}": np.mean(scores[f"loras/t{i}"]["x"]) for i in range(3)}
+    assert values["nearest"] == pytest.approx(mean["t1"]) and list(training) == list(names)
+    if not names:
+        assert not {"train_mean", "train_best"} & (values.keys() | each.keys())
+        return
+    assert values["train_mean"] == pytest.approx(np.mean([mean[name] for name in names]))
+    assert values["train_best"] == pytest.approx(max(mean[name] for name in names))
+
+
+def test_the_drawn_adapters_are_fixed_by_the_seed_and_said(config):
+    names = [f"t{i}" for i in range(20)]
+    assert draw_training(names, 0, 0) is draw_training(names, 20, 0) is None
+    assert draw_training(names, -1, 0) == ()
+    twelve = draw_training(names, 12, 0)
+    assert len(twelve) == 12 and list(twelve) == sorted(twelve, key=names.index)
+    assert twelve == draw_training(names, 12, 0) != draw_training(names, 12, 1)
+    asked = lambda n: dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, train_adapters=n)
+    )
+    said = "Train mean and train best are of 12 of the 20 training adapters, drawn by the seed."
+    assert said in rule(asked(12), 20) and "Train mean" not in rule(asked(12), 12)
+    assert "Train mean" not in rule(asked(0), 20) and "are left out" in rule(asked(-1), 20)
 
 
 def test_rule_says_what_was_read(config):
