@@ -40,7 +40,7 @@ class Bench:
     rounds: Positive  # processes a variant, one variant after the other
 
 
-STEPS = ("train", "generate")  # what `dnd plan` compiles
+STEPS = ("train", "generate", "collect")  # what `dnd plan` compiles
 
 
 @dataclasses.dataclass(frozen=True)

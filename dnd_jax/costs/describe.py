@@ -2,12 +2,14 @@
 
 import math
 
-from dnd_jax.costs.step_cost import StepCost
+from dnd_jax.costs.compiled import StepCost
 
 
 def what_would_help(plan: StepCost) -> str:
     """For a plan that does not fit: what its memory goes to, and the settings that take less."""
     limit, peak = plan.limit_bytes or 0, plan.peak_bytes or 0
+    if plan.step == "collect":
+        return _what_would_help_collect(plan)
     if plan.state_bytes > 0.5 * limit:
         ways = math.prod(plan.mesh.values())
         fsdp = plan.mesh["fsdp"] * 2
@@ -33,8 +35,22 @@ def what_would_help(plan: StepCost) -> str:
     return f"activations take most of it: {' or '.join(tips)}"
 
 
+def _what_would_help_collect(plan: StepCost) -> str:
+    """The settings of `lora` and `base` that take less, and meshes that split more."""
+    tips = ["--config.lora.remat=True"] * (plan.remat == "none")
+    tips += ["--config.lora.dtype=bfloat16"] * (plan.method == "float32")
+    tips += ["a smaller --config.lora.batch_size or --config.base.max_length"]
+    return f"{' or '.join(tips)} or a larger mesh.fsdp or mesh.tensor"
+
+
 def _gib(value: float | None) -> str:
     return "-" if value is None else f"{value / 2**30:.4g}"
+
+
+def _rows(plan: StepCost) -> str:
+    """Of a "collect" step: the rows, and what was compiled of the base."""
+    some = f"; compiled with {plan.layers} layers, the rest counted as more" if plan.layers else ""
+    return f"base in {plan.method}; rows of {plan.length} tokens, all of them learned{some}"
 
 
 def describe_plan(plan: StepCost) -> str:
@@ -42,15 +58,19 @@ def describe_plan(plan: StepCost) -> str:
     mesh = " x ".join(
         f"{axis} {size}" for axis, size in plan.mesh.items() if axis != "slice" or size > 1
     )
-    whose = "batch" if plan.step == "train" else "adapters at once"
+    collects = plan.step == "collect"
+    whose = {"train": "batch", "generate": "adapters at once", "collect": "tasks at once"}[
+        plan.step
+    ]
+    held = "base, LoRAs, optimiser" if collects else "state (parameters, optimiser)"
     lines = [
         f"{plan.step} step on {plan.devices}: mesh {mesh}; {whose} {plan.batch}"
         + (f" in {plan.micro_batches} parts" if plan.micro_batches > 1 else "")
-        + (f", remat {plan.remat}" if plan.step == "train" else ""),
-        f"convolutions (output / gradients): {plan.convolutions}",
+        + (f", remat {plan.remat}" if plan.step != "generate" else ""),
+        _rows(plan) if collects else f"convolutions (output / gradients): {plan.convolutions}",
         "",
         "one device:",
-        f"  state (parameters, optimiser)   {_gib(plan.state_bytes):>10} GiB",
+        f"  {held:<31} {_gib(plan.state_bytes):>10} GiB",
     ]
     if plan.error:
         wanted = f"{_gib(plan.peak_bytes)} of " if plan.peak_bytes else "more than "
@@ -66,8 +86,8 @@ def describe_plan(plan: StepCost) -> str:
         f"  output beyond the arguments     {_gib(plan.output_bytes):>10} GiB",
         f"  batches that wait               {_gib(plan.ahead_bytes):>10} GiB",
         f"  peak                            {_gib(plan.peak_bytes):>10} GiB{limit}{verdict}",
-        f"  operations                      {plan.flops / 1e12:>10.4g} TFLOP "
-        f"({plan.direct_flops / 1e12:.4g} by the direct method)",
+        f"  operations                      {plan.flops / 1e12:>10.4g} TFLOP"
+        + (f" ({plan.direct_flops / 1e12:.4g} by the direct method)" if plan.direct_flops else ""),
         f"  bytes moved                     {plan.bytes / 1e9:>10.4g} GB",
     ]
     if plan.looped:
@@ -90,8 +110,10 @@ def describe_plan(plan: StepCost) -> str:
     if plan.measured_seconds is not None:
         lines.append(f"  time, measured here             {plan.measured_seconds * 1e3:>10.4g} ms")
     if plan.samples_per_second:
-        what = "samples" if plan.step == "train" else "adapters"
-        lines.append(f"all devices: {plan.samples_per_second:.4g} {what} a second")
+        what = {"train": "samples", "generate": "adapters", "collect": "LoRAs a step further"}
+        lines.append(f"all devices: {plan.samples_per_second:.4g} {what[plan.step]} a second")
+    if plan.tasks:
+        lines.append(f"room for {plan.tasks} tasks at once, by what one of them takes")
     least = " with the compiler's least effort" if "TPU" in plan.devices else ""
     lines.append(f"compiled in {plan.compile_seconds:.0f} s{least}, program {plan.hash}")
     if not plan.fits:

@@ -1,7 +1,8 @@
-"""Stage `plan`: the real train and generation steps compiled for devices that need not be there;
+"""Stage `plan`: the real steps compiled for devices that need not be there;
 one plan, or a sweep of them.
 
 dnd plan --config=qwen2_5_0_5b_commonsense --topology=v5p:2x2x4
+dnd plan --config=qwen2_5_7b_math --step=collect --topology=v5p:2x2x2
 dnd plan --sweep --config=ablate_sharding --workdir=runs/sharding
 """
 
@@ -14,7 +15,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.config.studies import STEPS
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
-from dnd_jax.costs import describe, step_cost, sweep
+from dnd_jax.costs import compiled, describe, step_cost, sweep
 
 FLAGS = (
     WORKDIR,
@@ -31,6 +32,7 @@ FLAGS = (
         False,
         "every combination of config.sweep in one table and plot (configs/ablate_sharding.py)",
     ),
+    Flag("step", str, "", f"one of {', '.join(STEPS)} (default: the first two)"),
     Flag("measure", bool, False, "run the steps on this machine's devices as well"),
 )
 
@@ -38,6 +40,10 @@ FLAGS = (
 def _run(given: Given) -> None:
     config, topology, swept = given.config, given["topology"], given["sweep"]
     away = bool(topology or (swept and config.sweep.topologies and not given["devices"]))
+    steps = (given["step"],) if given["step"] else STEPS[:2]
+    if steps[0] not in STEPS or (given["step"] and swept):
+        mend = "config.sweep.steps says it of a sweep" if swept else f"one of {', '.join(STEPS)}"
+        raise InputError(f"--step={given['step']}: {mend}")
     if given["devices"] and topology:
         raise InputError(
             "--devices (virtual CPU devices) and --topology (TPU chips) exclude each other"
@@ -67,8 +73,8 @@ def _run(given: Given) -> None:
             flush=True,
         )
     else:
-        devices = step_cost.devices_of(topology, config.mesh.slices)
-        plans = [step_cost.make_plan(config, devices, step, given["measure"]) for step in STEPS]
+        devices = compiled.devices_of(topology, config.mesh.slices)
+        plans = [step_cost.make_plan(config, devices, step, given["measure"]) for step in steps]
         print("\n\n".join(map(describe.describe_plan, plans)), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))

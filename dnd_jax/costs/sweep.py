@@ -23,8 +23,9 @@ from dnd_jax.core import digests, figures, packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_json, replacing, write_json
 from dnd_jax.core.stopping import stop
+from dnd_jax.costs.compiled import StepCost, devices_of
 from dnd_jax.costs.describe import what_would_help
-from dnd_jax.costs.step_cost import StepCost, devices_of, make_plan
+from dnd_jax.costs.step_cost import make_plan
 
 
 def variants(config: Config) -> Iterator[tuple[str, str, Config]]:

@@ -89,17 +89,19 @@ def make_collect_step(
 
 def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
     """About how much a training step holds for one task: its state and gradient, and what the
-    backward pass needs of each token, in float32."""
+    backward pass needs of each token. It keeps all layers, or with lora.remat their inputs and one
+    layer at a time."""
     shapes = base.lora_shapes(c.rank, c.targets).values()
-    state = 4 * sum(math.prod(shape) for shape in shapes)
-    length = rows.ids.shape[1]
+    state = 4 * 4 * sum(math.prod(shape) for shape in shapes)
+    length, item = rows.ids.shape[1], jnp.dtype(c.dtype).itemsize
     heads, kv_heads, width = base.num_attention_heads, base.num_key_value_heads, base.head_width
     # Inputs of norms and projections, queries, keys, values, and the feed-forward's inner states.
-    token = 6 * base.hidden_size + 2 * (heads + kv_heads) * width + 4 * base.intermediate_size
-    token += 2 * heads * length  # attention
-    layers = base.num_hidden_layers * length * token
-    logits = 3 * rows.response_width * base.vocab_size
-    return 4 * (state + c.batch_size * (layers + logits))
+    layer = 6 * base.hidden_size + 2 * (heads + kv_heads) * width + 4 * base.intermediate_size
+    layer = item * layer + 4 * 2 * heads * length  # attention is in float32
+    count, inputs = base.num_hidden_layers, item * base.hidden_size
+    layers = layer + count * inputs if c.remat else count * layer
+    logits = 4 * 3 * rows.response_width * base.vocab_size
+    return state + c.batch_size * (length * layers + logits)
 
 
 def score_loras(

@@ -18,8 +18,9 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
+from dnd_jax.costs.compiled import StepCost
 from dnd_jax.costs.describe import describe_plan, what_would_help
-from dnd_jax.costs.step_cost import StepCost, make_plan, train_arguments
+from dnd_jax.costs.step_cost import make_plan, train_arguments
 from dnd_jax.generator.sizes import features_of
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading
@@ -78,7 +79,7 @@ def test_collectives_are_counted_with_their_bytes_and_through_loops():
 def test_what_a_tpu_compiler_makes_of_collectives():
     """Two slices: it gathers kernels inside a slice, reduces and scatters gradients there, and
     sends shares between slices."""
-    from dnd_jax.costs.step_cost import topology_devices
+    from dnd_jax.costs.compiled import topology_devices
 
     places = jax.sharding.Mesh(
         np.array(topology_devices("v5e:2x2", 2)).reshape(2, 4), ("slice", "fsdp")
@@ -128,7 +129,7 @@ def test_rematerialisation_saves_memory_and_costs_operations():
 
 def topology_of_one() -> list:
     """One TPU chip, whose compiler keeps what it is told to keep."""
-    from dnd_jax.costs.step_cost import topology_devices
+    from dnd_jax.costs.compiled import topology_devices
 
     return topology_devices("v5e:2x2")[:1]
 
@@ -421,7 +422,7 @@ SETTINGS = pathlib.Path("configs")
 )
 def test_the_papers_settings_fit(name, topology, mesh_sizes, changes, peak, limit):
     """The GiB of docs/SCALING.md."""
-    from dnd_jax.costs.step_cost import topology_devices
+    from dnd_jax.costs.compiled import topology_devices
 
     raw = load_file(str(SETTINGS / f"{name}.py"))
     raw.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True)))

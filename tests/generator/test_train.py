@@ -13,7 +13,7 @@ from pipeline import random_loras, tiny_suite
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
-from dnd_jax.costs.step_cost import topology_devices
+from dnd_jax.costs.compiled import topology_devices
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import read_description

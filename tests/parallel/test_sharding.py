@@ -14,7 +14,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
-from dnd_jax.costs.step_cost import topology_devices
+from dnd_jax.costs.compiled import topology_devices
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.step import shard_generation, shard_train_step

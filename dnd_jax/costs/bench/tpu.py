@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import write_json
-from dnd_jax.costs.step_cost import StepCost, make_plan, topology_devices
+from dnd_jax.costs.compiled import StepCost, topology_devices
+from dnd_jax.costs.step_cost import make_plan
 
 RESULTS = "bench_tpu.json"
 

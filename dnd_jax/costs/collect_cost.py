@@ -1,0 +1,156 @@
+"""What a step of `dnd collect` costs, one task a device, for devices that need not be there.
+
+Rows have base.max_length tokens, and all but the first are an answer: the most that rows can take.
+A base of many layers is compiled with a few of them, and the rest counted as more of the same.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dnd_jax.base.architecture import RULES, BaseLM, LmConfig, sizes_to_pretrain
+from dnd_jax.base.known import base_sizes
+from dnd_jax.config.schema import Config
+from dnd_jax.core import digests
+from dnd_jax.core.chips import chip_of
+from dnd_jax.costs.compiled import StepCost, compiled_cost
+from dnd_jax.loop.optimizers import lora_optimizer
+from dnd_jax.lora.tuning import init_lora, make_collect_step
+from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.placement import batch_ways
+from dnd_jax.parallel.rules import bytes_per_device, leading, replicated, shaped, shard_by_rules
+
+FEW = (2, 3)  # layers that a base of more is compiled with
+GROWS = (  # figures of a plan that grow by the same amount with each layer
+    "state_bytes",
+    "argument_bytes",
+    "temporary_bytes",
+    "output_bytes",
+    "peak_bytes",
+    "flops",
+    "bytes",
+    "estimate_seconds",
+    "link_seconds",
+)
+
+
+def sizes_of(config: Config) -> LmConfig:
+    """The sizes of the configured base. Raises InputError when a given one's cannot be had."""
+    base = config.base
+    if base.path:
+        return base_sizes(base.path, text_part=True)
+    return sizes_to_pretrain(base, base.vocab_size)
+
+
+def collect_arguments(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, tasks: int
+) -> tuple[Any, tuple]:
+    """(the jitted step, the shapes of its arguments: the base, the tasks' state, their batch)."""
+    c, length = config.lora, config.base.max_length
+    module = BaseLM(sizes, jnp.dtype(c.dtype), c.remat, mesh)
+    optimizer, over_tasks = lora_optimizer(c), leading(mesh, tasks, "the number of tasks")
+
+    def base(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return jax.tree.map(lambda x: x.astype(c.dtype), params)
+
+    def state(key):
+        lora = init_lora(key, sizes.lora_shapes(c.rank, c.targets))
+        one = {"lora": lora, "opt": optimizer.init(lora)}
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), one)
+
+    params, states = (jax.eval_shape(made, jax.random.key(0)) for made in (base, state))
+    widths = {"ids": length, "at": max(1, length - 1), "labels": max(1, length - 1)}
+    batch = {
+        key: jax.ShapeDtypeStruct((tasks, c.batch_size, width), jnp.int32, sharding=over_tasks)
+        for key, width in widths.items()
+    }
+    step = jax.jit(
+        make_collect_step(module, optimizer, c.alpha / c.rank, over_tasks),
+        out_shardings=(over_tasks, replicated(mesh)),
+        donate_argnums=1,
+    )
+    where = jax.tree.map(lambda _: over_tasks, states)
+    params = shaped(params, shard_by_rules(mesh, RULES, params))
+    return step, (params, shaped(states, where), batch)
+
+
+def make_plan(config: Config, devices: list, measure: bool = False) -> StepCost:
+    """As step_cost.make_plan; `tasks` of what fits says how many would have room at once."""
+    mesh, sizes = make_mesh(config.mesh, devices), sizes_of(config)
+    layers = sizes.num_hidden_layers
+    few = FEW if layers > FEW[-1] and not measure else (layers,)
+    plans = [
+        _of_layers(config, mesh, dataclasses.replace(sizes, num_hidden_layers=n), measure)
+        for n in few
+    ]
+    plan = plans[0] if len(few) == 1 else _grown(*plans, layers)
+    return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes))
+
+
+def _of_layers(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, measure: bool) -> StepCost:
+    """The plan of a base of these sizes."""
+    tasks, device = batch_ways(mesh), mesh.devices.flat[0]
+    step, arguments = collect_arguments(config, mesh, sizes, tasks)
+    chip = chip_of(device.device_kind)
+    held = sum(_held(tree) for tree in arguments[:2])
+    plan = StepCost(
+        step="collect",
+        devices=f"{mesh.size} {chip.name if chip else device.device_kind}",
+        mesh=dict(mesh.shape),
+        batch=tasks,
+        micro_batches=1,
+        remat="layers" if config.lora.remat else "none",
+        method=config.lora.dtype,
+        rules=digests.of_text(repr(RULES))[:6],
+        convolutions="",
+        state_bytes=held,
+        length=config.base.max_length,
+        limit_bytes=int(chip.memory) if chip else None,
+    )
+    return compiled_cost(plan, step, arguments, mesh, measure=measure)
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a tree of shapes that one device holds."""
+    return bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))[1]
+
+
+def _grown(few: StepCost, more: StepCost, layers: int) -> StepCost:
+    """The plan of a base of so many layers from those of FEW."""
+    times = (layers - FEW[0]) / (FEW[1] - FEW[0])
+
+    def grown(one: Any, other: Any) -> Any:
+        if one is None or other is None:
+            return None
+        if isinstance(one, Mapping):
+            return {key: grown(one[key], other.get(key, one[key])) for key in one}
+        return type(one)(max(one, one + times * (other - one)))
+
+    found = {name: grown(getattr(few, name), getattr(more, name)) for name in GROWS}
+    return dataclasses.replace(
+        more,
+        **found,
+        collectives={
+            kind: grown(few.collectives.get(kind, traffic), traffic)
+            for kind, traffic in more.collectives.items()
+        },
+        layers=f"{FEW[0]} and {FEW[1]} of {layers}",
+        compile_seconds=(few.compile_seconds or 0) + (more.compile_seconds or 0),
+        error=few.error or more.error,
+    )
+
+
+def _tasks(plan: StepCost, config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> int | None:
+    """How many tasks have room at once: all that a device holds beside its part of the base counts
+    as one task's, though gathered weights are there once."""
+    if not plan.fits or not plan.limit_bytes or not plan.peak_bytes:
+        return None
+    _, arguments = collect_arguments(config, mesh, sizes, batch_ways(mesh))
+    base = _held(arguments[0])
+    each = max(1, plan.peak_bytes - base)
+    return math.floor((plan.limit_bytes - base) / each) * batch_ways(mesh)
