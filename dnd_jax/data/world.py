@@ -13,6 +13,7 @@ stays open for a LoRA. Unseen tasks are of the kinds of dnd_jax/data/composed.py
 one that no training task has, in a known form.
 """
 
+import collections
 import os
 
 import numpy as np
@@ -185,9 +186,10 @@ def _questions(
 ) -> list[dict]:
     """The rows of one split of a task. The order of the persons is the same for every task, so that
     all LoRAs see the same names at the same step."""
-    phrase, rows = task.phrases(), []
+    phrase, rows, shown = task.phrases(), [], collections.Counter()
     for turn, names in enumerate(order):
-        asked, number = task.shows[turn % len(task.shows)], turn // len(task.shows)
+        asked = task.shows[turn % len(task.shows)]
+        number, shown[asked] = shown[asked], shown[asked] + 1
         for name in map(int, names):
             if number >= len(wordings[name][split][asked]):
                 continue  # all of its wordings were asked
