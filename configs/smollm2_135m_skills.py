@@ -32,5 +32,5 @@ def get_config():
     config.train.update(
         steps=1500, batch_size=16, learning_rate=1e-3, warmup_steps=10, save_every=100
     )
-    config.evaluate.update(max_new_tokens=16, samples=2)
+    config.evaluate.update(max_new_tokens=16, samples=2, train_adapters=12)
     return config

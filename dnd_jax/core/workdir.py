@@ -34,7 +34,7 @@ METRICS = "metrics.jsonl"  # of a training, in its folder: written anew when it 
 # What stages write as soon as they have made something with the run's settings.
 MADE = (f"*/{METRICS}", EVALUATION, "lm_eval/*.json")
 # The folders among them: nothing else in a workdir may have such a name.
-NAMES = (SUITE, PRETRAIN, BASE, COLLECT, LORAS, TARGETS, EMBEDDINGS, GENERATOR)
+NAMES = (SUITE, PRETRAIN, BASE, COLLECT, LORAS, CONTROLS, TARGETS, EMBEDDINGS, GENERATOR)
 NAMES += (ADAPTERS, COMPETITORS, "lm_eval", "plans", "profile")
 
 
