@@ -13,12 +13,10 @@ import dataclasses
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import how_taught
@@ -147,7 +145,8 @@ def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) 
         c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps, checkpoints=1)
         task = Task(title, train, held_in, (tenth, steps))
         lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
-        losses[rate] = _loss(tuning, lora, held_in)
+        [score] = tuning.scores(lora, [held_in])
+        losses[rate] = score.loss
     best = min(losses, key=losses.get)
     return {
         "folder": f"multi_task_{best:g}",
@@ -180,23 +179,6 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
         where = folder / "training" / "few_shot"
         tuning.train_in_groups("few shots", where, tasks, folder, *how)
     return {"counts": list(FEW_SHOT), "steps": steps}
-
-
-def _loss(tuning: Tuning, lora: Mapping, rows) -> float:
-    """Mean cross-entropy of one LoRA, the only task of (1, ...), on rows."""
-    size = tuning.config.lora.batch_size
-    one = {key: value[0] for key, value in hosts.to_all_hosts(lora).items()}
-
-    @jax.jit
-    def loss(params, lora, batch):
-        return answer_loss(tuning.module, params, batch, lora, tuning.adapter.scale)[0]
-
-    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // size))
-    losses = [
-        float(loss(tuning.params, one, rows.batch(part, rows.response_width))) * len(part)
-        for part in parts
-    ]
-    return sum(losses) / len(rows)
 
 
 def _run(given: Given) -> None:

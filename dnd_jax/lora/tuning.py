@@ -26,6 +26,7 @@ from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
+from dnd_jax.lora.scores import Score, score_loras
 from dnd_jax.parallel import hosts
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
@@ -34,6 +35,7 @@ from dnd_jax.parallel.rules import leading, replicated, shaped
 
 GROUPS = "groups.json"  # in the folder of a training in groups
 ROOM = 0.6  # of the free memory that a step may take
+SCORED = 2  # times as many rows at once as a step has: no gradient needs what lies between
 PREFIX = 8  # tokens that all rows share, from which on they are computed apart
 
 
@@ -102,28 +104,6 @@ def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
     layers = layer + count * inputs if c.remat else count * layer
     logits = 4 * 3 * rows.response_width * base.vocab_size
     return state + c.batch_size * (length * layers + logits)
-
-
-def score_loras(
-    module: BaseLM, params, lora, lora_scale: float, data, batch_size: int
-) -> np.ndarray:
-    """Exact match (greedy) of each task's LoRA on its own examples, (K,): lora and data have one
-    entry a task. Memory: one batch, less than a training step's."""
-
-    @jax.jit
-    def score(params, lora, batch):
-        return answer_loss(module, params, batch, lora, lora_scale)[1]
-
-    scores = []
-    for k, sequences in enumerate(data):
-        one = {name: value[k] for name, value in lora.items()}
-        parts = np.array_split(np.arange(len(sequences)), -(-len(sequences) // batch_size))
-        right = [
-            float(score(params, one, sequences.batch(part, sequences.response_width))) * len(part)
-            for part in parts
-        ]
-        scores.append(sum(right) / len(sequences))
-    return np.array(scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +232,8 @@ class Tuning:
             where, which = directory / f"group_{number:03d}", f"{title} {number + 1}/{count}"
             here = (title, directory) if count == 1 else (which, where)
             lora = self.train(*here, group, folder, record, options)
-            exact |= self._scores(group, lora)
+            scores = self.scores(lora, [task.test for task in group])
+            exact |= {t.name: round(s.exact, 4) for t, s in zip(group, scores, strict=True)}
         return exact
 
     def _at_once(self, tasks: Sequence[Task], directory: pathlib.Path) -> int:
@@ -318,12 +299,10 @@ class Tuning:
         )
         return run_loop(training, options)["lora"]
 
-    def _scores(self, tasks: Sequence[Task], lora: Mapping[str, jax.Array]) -> dict[str, float]:
-        """{task: exact match of its LoRA on its test examples}."""
-        test, size = [task.test for task in tasks], self.config.lora.batch_size
+    def scores(self, lora: Mapping[str, jax.Array], rows: Sequence[Sequences]) -> list[Score]:
+        """Those of LoRAs (K, ...), each on rows of its own."""
         how = self.module, self.params, hosts.to_all_hosts(lora), self.adapter.scale
-        found = score_loras(*how, test, size)
-        return {task.name: round(float(s), 4) for task, s in zip(tasks, found, strict=True)}
+        return score_loras(*how, rows, SCORED * self.config.lora.batch_size)
 
     def _step(self, c: schema.Lora, optimizer, batches: TaskBatches) -> Callable:
         """The jitted step of tasks that lie so, one for all groups of them."""
