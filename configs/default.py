@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
                 "init_from": "",
                 "datasets": 0,
                 "pairing": "random",
+                "few_prompts": 0.0,
                 "steps": 4000,
                 "batch_size": 64,
                 "micro_batches": 1,

@@ -157,6 +157,9 @@ class Train:
     datasets: Annotated[int, Must(lambda n: n >= 2 or n == 0, "must be at least 2, or 0 for all")]
     # "random": a checkpoint meets N new prompts each time; "fixed": always the same N
     pairing: Annotated[str, one_of(*PAIRINGS)]
+    # share of the pairs whose N prompts are of fewer different ones, 2 to N - 1, so that a draw
+    # in which few prompts tell a part of the task is no surprise; 0: the paper
+    few_prompts: Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie in 0 to 1")]
     steps: Positive
     batch_size: Positive
     # parts of a batch computed one after the other; their gradients are added up

@@ -43,8 +43,8 @@ class PairedDataset:
 
 
 class Pairs:
-    """Batches of B pairs with N prompts each. Raises InputError naming every dataset with fewer
-    than N prompts."""
+    """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
+    fewer different ones. Raises InputError naming every dataset with fewer than N prompts."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Pairs:
         num_prompts: int,
         seed: int,
         pairing: str = "random",
+        few_prompts: float = 0.0,
     ):
         self.datasets, self.batch_size, self.num_prompts, self.seed = (
             tuple(datasets),
@@ -60,7 +61,7 @@ class Pairs:
             num_prompts,
             seed,
         )
-        self.pairing = pairing
+        self.pairing, self.few_prompts = pairing, few_prompts
         few = [
             f"{d.name} has {d.num_prompts} prompts"
             for d in self.datasets
@@ -89,14 +90,16 @@ class Pairs:
                 if self.pairing == "random"
                 else np.random.default_rng([self.seed, d, checkpoint, 1])
             )
-            drawn.append(
-                (
-                    d,
-                    checkpoint,
-                    of_prompts.choice(dataset.num_prompts, self.num_prompts, replace=False),
-                )
-            )
+            drawn.append((d, checkpoint, self._prompts(of_prompts, dataset.num_prompts)))
         return drawn
+
+    def _prompts(self, rng: np.random.Generator, pool: int) -> np.ndarray:
+        """N prompts of a dataset that has `pool`; of a share of the pairs 2 to N - 1 different
+        ones, each as often as it comes."""
+        if self.few_prompts and rng.random() < self.few_prompts and self.num_prompts > 2:
+            different = rng.choice(pool, int(rng.integers(2, self.num_prompts)), replace=False)
+            return rng.choice(different, self.num_prompts)
+        return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
         """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w)}, or its

@@ -117,7 +117,8 @@ def train(
         "encoder_fingerprint": encoder.fingerprint,
         "encoder_revision": encoder.revision,
     }
-    pairs = Pairs(datasets, c.batch_size, config.condition.num_prompts, config.seed, c.pairing)
+    drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts
+    pairs = Pairs(datasets, c.batch_size, *drawn)
 
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length

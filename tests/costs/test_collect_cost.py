@@ -24,7 +24,10 @@ def settings(lora=(), base=(), mesh=()):
     return freeze(raw)
 
 
-@pytest.mark.parametrize("dtype, remat", [("float32", False), ("float32", True)])
+@pytest.mark.parametrize(
+    "dtype, remat",
+    [("float32", False), pytest.param("float32", True, marks=pytest.mark.slow)],
+)
 def test_what_a_task_is_taken_to_hold_is_what_the_compiler_gives_it(dtype, remat):
     """Within a factor of two."""
     base = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -66,7 +69,7 @@ def test_an_unknown_step_is_refused(capsys):
 
 @pytest.mark.slow
 def test_layers_that_were_not_compiled_are_counted_as_more_of_the_same():
-    """A base of 6 layers from 2 and 3 of them, beside what the TPU's compiler says of all six."""
+    """A base of 6 layers from 2 and 3 of them, beside one of 3 that is compiled whole."""
     base = {"hidden_size": 512, "intermediate_size": 1024, "max_length": 256}
     chips = topology_devices("v5e:2x2")
     of = [settings({"batch_size": 8}, base | {"num_hidden_layers": n}) for n in (2, 3, 6)]

@@ -82,7 +82,7 @@ def on_data(inputs, tmp_path_factory):
     return tuned(inputs, tmp_path_factory.mktemp("on_data"), (8, 1, 1))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
 def test_a_mesh_that_splits_the_base_makes_the_same_loras(inputs, on_data, tmp_path, sizes):
     found = tuned(inputs, tmp_path, sizes)
     assert found.keys() == on_data.keys()
