@@ -317,6 +317,28 @@ def test_several_seeds(suite, tmp_path):
 
 
 @pytest.mark.slow
+def test_seeds_may_share_the_loras_of_the_first(suite, finished, tmp_path):
+    """Then a seed is another generator and other draws of prompts, asked the same questions."""
+    workdir = shutil.copytree(finished[0], tmp_path / "w")
+    more = f"--workdir={workdir}", "--seeds=0,1", "--share"
+    done = dnd("quickstart", TINY, f"--suite={suite}", *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    other = workdir / "seed_1"
+    made = {path.name for path in other.iterdir() if path.is_dir()}
+    assert not made & {"suite", "pretrain", "base", "collect", "loras", "controls"}
+    results = json.loads((workdir / "results.json").read_text())
+    first, second = results["runs"].values()
+    for name, entry in first["unseen"].items():
+        for method in ("base", "tuned", "mean_adapter"):
+            assert entry[method] == second["unseen"][name][method], (name, method)
+    name = next(iter(first["unseen"]))
+    ours, theirs = (load_adapter(folder / "adapters" / name) for folder in (workdir, other))
+    assert any((ours[key] != theirs[key]).any() for key in ours)
+    again = dnd("evaluate", f"--workdir={other}")  # by what the seed remembers
+    assert again.returncode == 0, again.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_stage_by_stage_equals_quickstart(suite, finished, tmp_path):
     for stage in ("pretrain", "collect", "train", "evaluate"):
         done = dnd(stage, TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}")
