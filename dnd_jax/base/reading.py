@@ -86,12 +86,11 @@ def comparison(path: str | os.PathLike) -> dict:
 
 
 def check_reading(config: Config, path: str | os.PathLike) -> None:
-    """`check_files` by process 0 of a base that the settings give, unless they turn it off; the
-    others wait. One that dnd pretrained itself is its own writing."""
-    if config.base.path and config.evaluate.agreement:
-        with hosts.lead_first():
-            if hosts.lead():
-                check_files(path)
+    """`check_files` by process 0 of a base that the settings give, unless they turn it off: within
+    `hosts.lead_first`, so that the others wait. One that dnd pretrained itself is its own
+    writing."""
+    if config.base.path and config.evaluate.agreement and hosts.lead():
+        check_files(path)
 
 
 def check_given(config: Config) -> None:

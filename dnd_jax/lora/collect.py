@@ -72,7 +72,8 @@ def collect(
     _check_own(folder, suite)
 
     # The base, its LoRA and the tasks.
-    check_reading(config, base_path)
+    with hosts.lead_first():
+        check_reading(config, base_path)
     tuning = Tuning.of(config, base_path, name)
     # LoRAs half of whose steps an earlier version made may have been taught other tokens.
     taught, as_before = how_taught(tuning.tokenizer)

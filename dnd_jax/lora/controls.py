@@ -60,7 +60,8 @@ def make_controls(
     hosts.check_alike({"the suite's files": suite.fingerprint, "the base's files": record["base"]})
     if hosts.agreed(_is_done(folder, record, allowed)):
         return folder
-    check_reading(config, base_path)
+    with hosts.lead_first():
+        check_reading(config, base_path)
     tuning = Tuning.of(config, base_path, name)
     taught = record | {"answer": how_taught(tuning.tokenizer)[0]}
     found, how = {}, (taught, Options(allowed=tuple(allowed)))

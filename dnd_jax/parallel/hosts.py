@@ -16,6 +16,8 @@ from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.parallel import peers
 
+_in_turn = False  # whether this process is within `lead_first`
+
 
 def lead() -> bool:
     """Whether this is process 0, which alone writes the files of a run. Asked of a process by
@@ -31,13 +33,20 @@ def several() -> bool:
 @contextlib.contextmanager
 def lead_first() -> Iterator[None]:
     """Process 0 runs the block first; all others run it when process 0 is through. While they wait,
-    no collective is open that could time out."""
+    no collective is open that could time out. Not within such a block: the others would be let
+    through too early, and ever after."""
+    global _in_turn
     mine = peers.present
-    if mine is not None and mine.process:
-        mine.wait_turn()
-    yield
-    if mine is not None and not mine.process:
-        mine.pass_turn()
+    assert not _in_turn, "a turn within a turn"
+    _in_turn = True
+    try:
+        if mine is not None and mine.process:
+            mine.wait_turn()
+        yield
+        if mine is not None and not mine.process:
+            mine.pass_turn()
+    finally:
+        _in_turn = False
 
 
 def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:

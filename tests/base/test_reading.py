@@ -26,6 +26,7 @@ from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.processes import finished, of_module
 from dnd_jax.data.sources import Example
 from dnd_jax.main import main
+from dnd_jax.parallel import hosts
 from dnd_jax.scoring.report import publish_measured
 
 
@@ -210,8 +211,10 @@ def test_collect_and_train_stop_before_anything_is_computed(tmp_path, monkeypatc
 
     config = freeze(load_config("tests/tiny.py"))
     there = dataclasses.replace(config.base, path=str(base))
-    with pytest.raises(CheckFailed):
+    with hosts.lead_first(), pytest.raises(CheckFailed):  # as `train` does
         reading.check_given(dataclasses.replace(config, base=there))
+    with pytest.raises(AssertionError, match="turn"), hosts.lead_first(), hosts.lead_first():
+        pass
     reading.check_given(config)  # one that dnd pretrains itself
     off = dataclasses.replace(config.evaluate, agreement=False)
     reading.check_given(dataclasses.replace(config, base=there, evaluate=off))
