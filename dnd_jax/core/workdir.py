@@ -31,8 +31,11 @@ REPORT = "report.html"
 SECONDS = "seconds.json"  # of each stage
 HARNESS = "lm_eval.json"  # what `dnd lm-eval` found
 METRICS = "metrics.jsonl"  # of a training, in its folder: written anew when it begins
+# The folders of trainings, groups of LoRAs and controls among them.
+TRAININGS = (PRETRAIN, COLLECT, f"{COLLECT}/group_*", GENERATOR)
+TRAININGS += (f"{CONTROLS}/training/*", f"{CONTROLS}/training/*/group_*")
 # What stages write as soon as they have made something with the run's settings.
-MADE = (f"*/{METRICS}", EVALUATION, "lm_eval/*.json")
+MADE = (*[f"{folder}/{METRICS}" for folder in TRAININGS], EVALUATION, "lm_eval/*.json")
 # The folders among them: nothing else in a workdir may have such a name.
 NAMES = (SUITE, PRETRAIN, BASE, COLLECT, LORAS, CONTROLS, TARGETS, EMBEDDINGS, GENERATOR)
 NAMES += (ADAPTERS, COMPETITORS, "lm_eval", "plans", "profile")

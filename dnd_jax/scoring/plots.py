@@ -13,6 +13,7 @@ from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.scoring.results import METHODS, TITLES
 
 WIDTH, HEIGHT = 4.6, 3.2  # of a panel, inches
+PANELS = 4  # side by side
 
 
 def bars(results: Mapping) -> str:
@@ -31,18 +32,28 @@ def bars(results: Mapping) -> str:
 
 
 def curves(workdir: pathlib.Path) -> str:
-    """Loss and accuracy of every training stage that was run here."""
-    stages = [
-        (name, rows)
-        for name in (paths.PRETRAIN, paths.COLLECT, paths.GENERATOR)
-        if (rows := read_metrics(workdir / name))
+    """Loss and accuracy of every training that was run here, PANELS a row of pictures."""
+    trainings = [
+        (_title(folder.relative_to(workdir)), rows)
+        for name in paths.TRAININGS
+        for folder in sorted(workdir.glob(name))
+        if (rows := read_metrics(folder))
     ]
-    if not stages:
-        return ""
-    figure, axes = figures.panels(len(stages), WIDTH * len(stages), HEIGHT)
-    for axis, (name, rows) in zip(axes, stages, strict=True):
-        title = {paths.PRETRAIN: "base", paths.COLLECT: "LoRAs (mean)"}.get(name, name)
-        axis.set(title=title, xlabel="step", yscale="log")
+    starts = range(0, len(trainings), PANELS)
+    return "".join(_row_of_curves(trainings[start : start + PANELS]) for start in starts)
+
+
+def _title(folder: pathlib.PurePath) -> str:
+    """What a training in this folder of a run makes, and which group of it."""
+    stage, *rest = folder.parts
+    name = {paths.PRETRAIN: "base", paths.COLLECT: "LoRAs (mean)"}.get(stage, stage)
+    return ", ".join([name, *(part.replace("_", " ") for part in rest if part != "training")])
+
+
+def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
+    figure, axes = figures.panels(len(trainings), WIDTH * len(trainings), HEIGHT)
+    for axis, (name, rows) in zip(axes, trainings, strict=True):
+        axis.set(title=name, xlabel="step", yscale="log")
         _curve(axis, rows, "loss", "tab:blue")
         axis.set_ylabel("loss", color="tab:blue")
         twin, label = axis.twinx(), "training batch exact match"

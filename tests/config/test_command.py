@@ -191,7 +191,17 @@ def test_a_stage_goes_on_with_what_its_run_remembers(outside, capsys):
 
 
 @pytest.mark.parametrize("remembers", [False, True])
-@pytest.mark.parametrize("made", [None, "generator/metrics.jsonl", "evaluation.json"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        None,
+        "generator/metrics.jsonl",
+        "collect/group_001/metrics.jsonl",
+        "controls/training/multi_task_0.001/metrics.jsonl",
+        "controls/training/few_shot/group_000/metrics.jsonl",
+        "evaluation.json",
+    ],
+)
 def test_what_fails_is_remembered_only_if_something_was_made(outside, remembers, made):
     first, now = (parsed("--config=mini", f"--config.seed={i}", "--workdir=w") for i in (0, 1))
     (outside / "w/generator").mkdir(parents=True)
