@@ -30,19 +30,22 @@ from dnd_jax.costs.step_cost import make_plan
 
 def variants(config: Config) -> Iterator[tuple[str, str, Config]]:
     """(topology, step, configuration) of each combination of config.sweep; an empty list takes the
-    configuration's own value."""
+    configuration's own value. The program that collects LoRAs depends on the first two lists
+    alone."""
     s, m, t = config.sweep, config.mesh, config.train
-    own_mesh = (m.slices, m.data, m.fsdp, m.tensor)
-    for topology, mesh, rules, remat, batch, parts, method, step in itertools.product(
-        s.topologies or ("",),
-        s.meshes or (own_mesh,),
+    places = s.topologies or ("",), s.meshes or ((m.slices, m.data, m.fsdp, m.tensor),)
+    of_generator = (
         s.rules or (m.rules,),
         s.remat or (t.remat,),
         s.batches or (t.batch_size,),
         s.micro_batches or (t.micro_batches,),
         s.methods or (config.generator.convolution,),
-        s.steps,
-    ):
+    )
+    first = [values[0] for values in of_generator]
+    for topology, mesh, *others, step in itertools.product(*places, *of_generator, s.steps):
+        if step == "collect" and others != first:
+            continue
+        rules, remat, batch, parts, method = others
         slices, data, fsdp, tensor = mesh if len(mesh) == 4 else (m.slices, *mesh)
         yield (
             topology,
@@ -93,7 +96,7 @@ def sweep(config: Config, workdir: pathlib.Path, measure: bool = False) -> list[
             variant = dataclasses.replace(
                 variant, train=dataclasses.replace(variant.train, batch_size=batch)
             )
-        if batch % parts:
+        if step != "collect" and batch % parts:
             bar.write(f"left out: micro_batches = {parts} does not divide batch_size = {batch}")
             continue
         path = workdir / "plans" / f"{_key(topology, step, variant, measure)}.json"

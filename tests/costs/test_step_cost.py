@@ -225,6 +225,16 @@ def test_more_chips_hold_less_each():
     assert held == sorted(held, reverse=True) and held[3] < held[0] / 7.5
 
 
+def test_a_sweep_of_collecting_has_one_program_a_mesh():
+    lists = {"meshes": ((8, 1, 1), (2, 2, 2)), "remat": ("none", "stages"), "batches": (8, 16)}
+    lists |= {"methods": ("dft", "direct"), "steps": ("collect", "train")}
+    config = settings(**{f"sweep__{key}": value for key, value in lists.items()})
+    found = [(step, variant) for _, step, variant in sweep.variants(config)]
+    collecting = [variant for step, variant in found if step == "collect"]
+    assert [variant.mesh.data for variant in collecting] == [8, 2]
+    assert len(found) - len(collecting) == 16 and found[0][0] == "collect"
+
+
 @pytest.mark.slow
 def test_a_sweep_writes_its_tables_and_goes_on_where_it_was(tmp_path):
     config = settings(
