@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import io
 import itertools
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -150,10 +151,7 @@ def nearest_miss(plans: Sequence[StepCost]) -> str:
 
 
 def _size(plan: StepCost) -> int:
-    size = 1
-    for ways in plan.mesh.values():
-        size *= ways
-    return size
+    return math.prod(plan.mesh.values())
 
 
 def mesh_name(plan: StepCost) -> str:
