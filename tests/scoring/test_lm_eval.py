@@ -225,7 +225,8 @@ def test_scores_on_data_that_was_replaced_are_made_anew(tmp_path):
     suite = Suite("s", tmp_path, (), (), (Dataset("one", (), ()),), {"one": "unseen"}, "")
     wanted = parse_tasks(["one", f"one:arc_easy@{data}"], suite)
     titles, asked, scores = [w.title for w in wanted], [], {}
-    candidates = Candidates({"one": {}}, {}, {})
+    candidates = Candidates({"one": {}}, {"t": "lora"}, {"one": "t"})
+    keys = {"base": "b", "lora": "b"}
 
     def scored(tasks) -> dict:
         asked.append(list(tasks))
@@ -235,7 +236,7 @@ def test_scores_on_data_that_was_replaced_are_made_anew(tmp_path):
         asked.clear()
         base, path = types.SimpleNamespace(use=lambda folder: None), tmp_path / "scores.json"
         loaded = dict.fromkeys(titles)
-        score_all(wanted, loaded, candidates, {"base": "b"}, base, scored, path, {}, scores)
+        score_all(wanted, loaded, candidates, keys, base, scored, path, {}, scores)
         return sum(asked, [])
 
     for text, expected in (("1", titles), ("1", []), ("2", titles[1:]), ("2", [])):
