@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dnd_jax.core import packages
-from dnd_jax.core.errors import is_no_room
 
 torch, transformers = packages.deferred("torch"), packages.deferred("transformers")
 DRAFT = 32  # tokens of an expected answer that are tried
 # Tokens of a tree in one pass, each of which is compared with all: a CPU is busy with few.
 TREE = {"cpu": 512, "cuda": 2048}
 ROUNDING = 1e-3  # how far logits may be apart, as a share of the largest
+COMPARED = 16  # tokens on either side of where two rows part, and of their ends
 
 
 class Asked(NamedTuple):
@@ -108,26 +108,31 @@ class Drafted:
     def is_exact(self, prompt: Sequence[int]) -> bool:
         """Whether the model computes the rows of a tree, and what follows them, as it computes each
         row by itself. Not every model does: one may keep a state, see only some tokens before, or
-        not be told where tokens stand."""
+        not be told where tokens stand. Where there is no room to find out, the answer is no.
+
+        Compared are logits around the place where two rows part and at their ends: those of all
+        tokens may need more memory than generation."""
         half = len(prompt) // 2
         rows = sorted([list(prompt), [*prompt[:half], *prompt[:half][::-1]]])
         try:
             with torch.inference_mode():
-                tree = tree_of(rows)
-                cache, logits = self._pass(tree, np.arange(len(tree.ids)))
-                last = logits[[way[-1] for way in tree.ways]].argmax(dim=-1)
+                tree, places = tree_of(rows), [_compared(half, len(row)) for row in rows]
+                asks = [way[at] for way, at in zip(tree.ways, places, strict=True)]
+                cache, logits, where = self._pass(tree, asks)
+                last = logits[[of_row[-1] for of_row in where]].argmax(dim=-1)
                 begun = self._begun([0, 1], tree.ways, cache, last)
                 after = self._step(last, begun.seen, _cache(begun.layers))
                 pairs = []
                 for k, row in enumerate(rows):
-                    alone = self._model(input_ids=self._tensor([[*row, int(last[k])]])).logits[0]
-                    pairs.append((torch.cat([logits[tree.ways[k]], after[k : k + 1]]), alone))
-        except Exception as error:  # models are code of others
-            if is_no_room(error):
-                raise
+                    alone = self._model(
+                        input_ids=self._tensor([[*row, int(last[k])]]),
+                        logits_to_keep=self._tensor([*places[k], len(row)]),
+                    ).logits[0]
+                    pairs.append((torch.cat([logits[where[k]], after[k : k + 1]]), alone))
+            largest = max(float(alone.abs().max()) for _, alone in pairs)
+            apart = max(float((ours - alone).abs().max()) for ours, alone in pairs)
+        except Exception:  # models are code of others
             return False
-        largest = max(float(alone.abs().max()) for _, alone in pairs)
-        apart = max(float((ours - alone).abs().max()) for ours, alone in pairs)
         return apart <= ROUNDING * max(1.0, largest)
 
     def _tried(
@@ -137,12 +142,11 @@ class Drafted:
         one token on. Returns the rows whose answers do not end there."""
         tree = tree_of([asked[i].fed for i in rows])
         asks = [way[len(asked[i].prompt) - 1 :] for i, way in zip(rows, tree.ways, strict=True)]
-        kept, places = np.unique(np.concatenate(asks), return_inverse=True)
-        cache, logits = self._pass(tree, kept)
-        likeliest = logits.argmax(dim=-1).cpu().numpy()[places]
+        cache, logits, where = self._pass(tree, asks)
+        likeliest = logits.argmax(dim=-1).cpu().numpy()
         ways, left = [], []
-        said = np.split(likeliest, np.cumsum([len(a) for a in asks])[:-1])
-        for i, way, tokens in zip(rows, tree.ways, said, strict=True):
+        for i, way, at in zip(rows, tree.ways, where, strict=True):
+            tokens = likeliest[at]
             draft = asked[i].draft[: len(tokens) - 1]
             right = int(np.cumprod(tokens[: len(draft)] == draft).sum())
             found[i] = self._with_end(tokens[: right + 1].tolist())
@@ -152,9 +156,11 @@ class Drafted:
         return self._begun(left, ways, cache, self._tensor([found[i][-1] for i in left]))
 
     def _pass(
-        self, tree: Tree, kept: np.ndarray
-    ) -> tuple["transformers.DynamicCache", "torch.Tensor"]:
-        """(the keys and values of a tree, its logits at the places kept)."""
+        self, tree: Tree, asks: Sequence[np.ndarray]
+    ) -> tuple["transformers.DynamicCache", "torch.Tensor", list[np.ndarray]]:
+        """(the keys and values of a tree, its logits at all places asked for, which of them are at
+        the places of each row). asks: the places of each row."""
+        kept, where = np.unique(np.concatenate(asks), return_inverse=True)
         dtype, cache = self._model.dtype, transformers.DynamicCache()
         sees = torch.as_tensor(tree.sees, device=self._model.device)
         mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
@@ -167,7 +173,7 @@ class Drafted:
             use_cache=True,
             logits_to_keep=self._tensor(kept),
         ).logits[0]
-        return cache, logits
+        return cache, logits, np.split(where, np.cumsum([len(a) for a in asks])[:-1])
 
     def _begun(self, rows: list[int], ways: Sequence[np.ndarray], cache, last) -> Begun:
         """Rows with the keys and values on their ways through a tree."""
@@ -222,6 +228,12 @@ class Drafted:
     def _tensor(self, values) -> "torch.Tensor":
         """int64, where the model is."""
         return torch.as_tensor(values, dtype=torch.int64, device=self._model.device)
+
+
+def _compared(parting: int, length: int) -> np.ndarray:
+    """The tokens of a row that are compared."""
+    parts, end = range(parting - COMPARED, parting + COMPARED), range(length - COMPARED, length)
+    return np.array(sorted({at for at in (*parts, *end) if 0 <= at < length}))
 
 
 def _cache(layers: Sequence[tuple["torch.Tensor", "torch.Tensor"]]) -> "transformers.DynamicCache":

@@ -113,6 +113,27 @@ def test_a_model_that_computes_them_otherwise_is_noticed(family, prompts):
     assert not Drafted(model_of(family, **OTHERS[family])).is_exact((prompts[1] * 4)[:40])
 
 
+def test_few_logits_are_computed_to_try_a_model(prompts, monkeypatch):
+    """Those of all tokens of a long prompt need gigabytes. Without room even for them it generates
+    as it did."""
+    model, sizes = model_of("Llama"), []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        sizes.append(out.logits.shape[1])
+        return out
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model, "forward", counted)
+    assert Drafted(model).is_exact((prompts[1] * 9)[:120])
+    assert len(sizes) == 4 and max(sizes) < 90, sizes
+    monkeypatch.setattr(model, "forward", full)
+    assert not Drafted(model).is_exact(prompts[1])
+
+
 def test_a_tree_has_every_token_once():
     rows = [[1, 2], [1, 2, 3], [1, 2, 3], [1, 5], [7]]
     tree = tree_of(rows)
