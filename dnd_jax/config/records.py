@@ -78,11 +78,11 @@ def check_same_run(
     changed = {
         key: line
         for key, line in differences(_with_defaults(then, now), now).items()
-        if not _named(key, free)
+        if not is_named(key, free)
         and not (key in GONE and _at(then, key) == GONE[key])
         and not (key in (older or {}) and older[key](_at(then, key)))
     }
-    refused = [key for key in changed if not _named(key, allowed or ())]
+    refused = [key for key in changed if not is_named(key, allowed or ())]
     if refused:
         ways = (
             "or use another --workdir"
@@ -96,7 +96,7 @@ def check_same_run(
     return not changed
 
 
-def _named(key: str, names: Collection[str]) -> bool:
+def is_named(key: str, names: Collection[str]) -> bool:
     """Whether a key is one of these, or in a section that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 

@@ -5,8 +5,9 @@ plot.
 
 WORKDIR/default/seed_N is the run of the configuration itself, WORKDIR/VARIANT/seed_N that of a
 variant: folders as those of `dnd quickstart`. What a variant's keys leave as it is (suite, base,
-LoRA checkpoints with their scores, cached embeddings and tokens and, where only evaluation differs,
-the generator) is not made again: links lead to the default's. A finished run is kept.
+LoRA checkpoints with their scores, controls, cached embeddings and tokens and, where only
+evaluation differs, the generator) is not made again: links lead to the default's. A finished run is
+kept.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import Any
 
 from dnd_jax.base.hub import keep_revision, kept_revision, pinned
 from dnd_jax.base.identity import base_digest
-from dnd_jax.config.records import SAME_NUMBERS, check_same_run
+from dnd_jax.config.records import SAME_NUMBERS, check_same_run, is_named
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
@@ -35,6 +36,7 @@ from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
 from dnd_jax.encoders.cache import identify
 from dnd_jax.generator.folder import MODEL, find_generator
+from dnd_jax.lora.controls import DONE as CONTROLS_DONE
 from dnd_jax.scoring.evaluate import FORMAT as EVALUATION_FORMAT
 from dnd_jax.scoring.evaluate import NOT_OF_A_SCORE, evaluation_settings
 from dnd_jax.studies import ablate_report
@@ -44,17 +46,25 @@ DEFAULT = "default"
 FORMAT = 1  # of run.json and ablation.json
 DONE = "run.json"  # of a finished run: its settings and what came out
 BASE = "{base}"  # in a text value: the folder of the run's base
-# What is in a run's folder, and the sections of the configuration that it depends on.
+# What is in a run's folder, and the sections and keys of the configuration that it depends on.
+SUITE_BY = {"suite", "embedded", "embedded_tasks"}
+LORAS_BY = SUITE_BY | {"base", "pretrain", "lora"}
 MADE_BY = {
-    "suite": {"suite"},
-    "base": {"suite", "base", "pretrain"},
-    "loras": {"suite", "base", "pretrain", "lora"},
+    "suite": SUITE_BY,
+    "base": SUITE_BY | {"base", "pretrain"},
+    "loras": LORAS_BY,
+    "controls": LORAS_BY
+    | {"train.datasets", "controls.multi_task", "controls.learning_rates", "controls.few_shot"},
     # Targets and embeddings are caches, whose names say what they depend on.
-    "targets": {"suite", "base", "pretrain", "lora"},
+    "targets": LORAS_BY,
     "embeddings": set(),
-    "generator": {"suite", "base", "pretrain", "lora", "condition", "generator", "train"},
+    "generator": LORAS_BY | {"condition", "generator", "train"},
 }
-SECTIONS = MADE_BY["generator"] | {"evaluate"}
+SECTIONS = MADE_BY["generator"] | {"controls", "evaluate"}
+# Of a run's record; earlier versions had none of these.
+OLDER = dict.fromkeys(
+    ("contents", "contents.controls", "embedded", "embedded_tasks"), lambda then: then is None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +79,9 @@ class Variant:
     def folder(self) -> str:
         return self.name if self.changes else DEFAULT
 
-    @property
-    def sections(self) -> set[str]:
-        """Those of the configuration that it changes."""
-        return {key.split(".")[0] for key in self.changes}
+    def touches(self, made_by: Collection[str]) -> bool:
+        """Whether it changes one of these sections or keys."""
+        return any(is_named(key, made_by) for key in self.changes)
 
 
 def variants(config: Config) -> list[Variant]:
@@ -148,7 +157,9 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
         *sections, last = str(key).split(".")
         if key == "seed":
             raise InputError("seed is no ablation; give --seeds=0,1,2")
-        if key != "suite" and (not sections or sections[0] in raw.keys() - SECTIONS):
+        if key in SUITE_BY - {"suite"} and (config.suite or "suite" in changes):
+            raise InputError(f"{key} chooses among embedded suites, and suite gives another")
+        if key not in SUITE_BY and (not sections or sections[0] in raw.keys() - SECTIONS):
             raise InputError(
                 f"{key} changes no score; sharding layouts are compared by dnd plan --sweep"
             )
@@ -186,8 +197,7 @@ def run(
     try:
         if (folder / DONE).is_file():
             stored = read_numbered(folder / DONE, FORMAT)
-            older = {"contents": lambda then: then is None}
-            how = allowed, older, (*SAME_NUMBERS, "suite", "train.init_from")
+            how = allowed, OLDER, (*SAME_NUMBERS, "suite", "train.init_from", "controls.folder")
             if check_same_run(folder / DONE, stored["settings"], settings, *how):
                 return stored["run"]
         if variant.changes:
@@ -200,7 +210,7 @@ def run(
             # The adapters name the base by its path, so that must be the one they were made with.
             changes |= {"base.path": base} if "base" in shared else {}
             own = with_changes(dataclasses.replace(config, seed=seed), changes)
-            if not MADE_BY["loras"] & variant.sections:
+            if not variant.touches(LORAS_BY):
                 share_scores(own, folder, default, suite)
         with remembering(folder, own):
             # what else could be measured is the same
@@ -215,7 +225,7 @@ def contents(config: Config, folder: pathlib.Path) -> dict:
     """Digests of what the settings lead to by paths, of those that are given; a hub id means the
     commit that the run of this folder took."""
     base, start, loras = config.base.path, config.train.init_from, config.train.checkpoints
-    encoder = config.condition.encoder
+    encoder, controls = config.condition.encoder, config.controls.folder
     return {
         "base": base_digest(pinned(base, folder)) if base and BASE not in base else "",
         "encoder": ""
@@ -223,6 +233,7 @@ def contents(config: Config, folder: pathlib.Path) -> dict:
         else identify(dataclasses.replace(config.condition, encoder=pinned(encoder, folder))),
         "init_from": digests.of_file(find_generator(start) / MODEL) if start else "",
         "checkpoints": os.path.realpath(loras) if loras else "",
+        "controls": digests.of_file(pathlib.Path(controls) / CONTROLS_DONE) if controls else "",
     }
 
 
@@ -232,11 +243,11 @@ def link(folder: pathlib.Path, default: pathlib.Path, variant: Variant) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     shared = [
         name
-        for name, sections in MADE_BY.items()
-        if not sections & variant.sections and (default / name).is_dir()
+        for name, made_by in MADE_BY.items()
+        if not variant.touches(made_by) and (default / name).is_dir()
     ]
     for name in shared:
-        if not (folder / name).is_symlink():
+        if not os.path.lexists(folder / name):
             (folder / name).symlink_to(
                 os.path.relpath(default / name, folder), target_is_directory=True
             )

@@ -97,8 +97,9 @@ def _differs(entry: Mapping) -> str:
 
 
 def _kinds(report: Mapping) -> list[str]:
-    """Those of the unseen datasets, if there are several."""
-    kinds = list(report["variants"][0]["by_kind"])
+    """Those of the unseen datasets of every variant's suite, if there are several."""
+    of_each = [entry["by_kind"] for entry in report["variants"]]
+    kinds = [kind for kind in of_each[0] if all(kind in by_kind for by_kind in of_each)]
     return kinds if len(kinds) > 1 else []
 
 

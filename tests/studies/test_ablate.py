@@ -50,7 +50,8 @@ def test_variants_are_every_combination_and_those_with_names():
         "pairing=fixed,num_prompts=4": {"train.pairing": "fixed"},
         "both": dict(named[0][1]),
     }
-    assert [v.folder for v in found][1] == ablate.DEFAULT and found[-1].sections == {"generator"}
+    assert [v.folder for v in found][1] == ablate.DEFAULT and found[-1].touches({"generator"})
+    assert not found[-1].touches({"generator.importance_", "gen", "train"})
     changed = ablate.with_changes(settings(), found[-1].changes)
     assert changed.generator.target == "chunk" and changed.train == settings().train
 
@@ -237,10 +238,14 @@ def test_few_prompts_fill_the_generators_input(different, seed):
 @pytest.mark.parametrize(
     "keys, shared",
     [
-        ("evaluate.num_prompts", "suite base loras targets embeddings generator"),
-        ("train.pairing", "suite base loras targets embeddings"),
-        ("generator.chunk_width", "suite base loras targets embeddings"),
+        ("evaluate.num_prompts", "suite base loras targets embeddings generator controls"),
+        ("controls.in_context", "suite base loras targets embeddings generator controls"),
+        ("controls.learning_rates", "suite base loras targets embeddings generator"),
+        ("train.pairing", "suite base loras targets embeddings controls"),
+        ("train.datasets", "suite base loras targets embeddings"),
+        ("generator.chunk_width", "suite base loras targets embeddings controls"),
         ("lora.rank", "suite base embeddings"),
+        ("embedded", "embeddings"),
         ("pretrain.steps", "suite embeddings"),
         ("base.hidden_size evaluate.samples", "suite embeddings"),
         ("suite", "embeddings"),
@@ -255,6 +260,7 @@ def test_a_variant_links_what_its_keys_leave_as_it_is(tmp_path, keys, shared):
         "targets",
         "embeddings",
         "generator",
+        "controls",
         "adapters",
         "competitors",
         "collect",
@@ -391,6 +397,48 @@ def test_a_hub_id_is_the_commit_that_the_default_took(tmp_path, monkeypatch):
     for name in ("default", "v"):
         pinned = read_json(workdir / name / "seed_0" / paths.REVISIONS)
         assert pinned == {"a/b": "1" * 40, "c/d": "1" * 40}, name
+
+
+def test_other_controls_are_no_finished_run(tmp_path, monkeypatch):
+    """Of another setting, of another folder's content, or of a version that did not record them."""
+    runs = []
+    monkeypatch.setattr(ablate, "run_seed", lambda *_: (runs.append(1) or {"made": len(runs)}, 0))
+    default, where = ablate.Variant("default", {}), tmp_path / "default" / "seed_0"
+    given = tmp_path / "given" / "controls.json"
+    write_json(given, {})
+    config = settings(condition__encoder="{base}", controls__folder=str(given.parent))
+    for _ in range(2):
+        assert ablate.run(config, default, tmp_path, 0, "print") == {"made": 1}
+    moved = given.parent.rename(tmp_path / "moved")
+    config = settings(condition__encoder="{base}", controls__folder=str(moved))
+    assert ablate.run(config, default, tmp_path, 0, "print") == {"made": 1}
+    other = settings(
+        condition__encoder="{base}", controls__folder=str(moved), controls__in_context=2
+    )
+    with pytest.raises(InputError, match=r"controls\.in_context: 0 -> 2"):
+        ablate.run(other, default, tmp_path, 0, "print")
+    write_json(moved / "controls.json", {"other": 1})
+    with pytest.raises(InputError, match=r"contents\.controls: "):
+        ablate.run(config, default, tmp_path, 0, "print")
+    stored = read_json(where / ablate.DONE)
+    for key in ("controls", "embedded", "embedded_tasks"):
+        del stored["settings"][key]
+    del stored["settings"]["contents"]["controls"]
+    write_json(where / ablate.DONE, stored)
+    with pytest.raises(InputError, match="--allow=controls "):
+        ablate.run(config, default, tmp_path, 0, "print")
+    again = ablate.run(config, default, tmp_path, 0, "print", allowed=("controls",))
+    assert again == {"made": 2}
+
+
+def test_another_embedded_suite_is_a_variant():
+    named = (("skills", {"embedded": "skills", "controls.in_context": 1}),)
+    [_, variant] = ablate.variants(settings((), named))
+    assert variant.touches({"suite", "embedded"})
+    raw = load_file("tests/tiny.py")
+    raw.ablate.variants, raw.suite = named, "tests"
+    with pytest.raises(InputError, match="embedded chooses among embedded suites, and suite gives"):
+        ablate.variants(freeze(raw))
 
 
 def scores_of(run: dict) -> dict:
