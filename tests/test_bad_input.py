@@ -252,7 +252,7 @@ def test_documented_commands_use_what_their_stage_reads():
         ("sweep.methods=('foo',)", "config.sweep.methods = ('foo',) has more than"),
         (
             "sweep.steps=('foo',)",
-            "config.sweep.steps = ('foo',) must name some of ('train', 'generate')",
+            "config.sweep.steps = ('foo',) must name some of ('train', 'generate', 'collect')",
         ),
         ("sweep.batches=(0,)", "config.sweep.batches = (0,) must not hold 0"),
         ("sweep.micro_batches=(0,)", "config.sweep.micro_batches = (0,) must be at least 1 each"),

@@ -53,7 +53,7 @@ class Sequences:
         padding to compute.
         """
         end = self.end[index] - prefix
-        ids = self.ids[index][..., prefix : prefix + _length(int(end.max()))]
+        ids = self.ids[index][..., prefix : prefix + padded_length(int(end.max()))]
         at = (self.start[index] - prefix)[..., None] + np.arange(width)
         inside = at < end[..., None]
         at = np.minimum(at, ids.shape[-1] - 1)
@@ -67,8 +67,9 @@ class Sequences:
         return int((self.end - self.start).max())
 
 
-def _length(tokens: int) -> int:
-    """The next multiple of 8; beyond 64, the next of eight steps an octave."""
+def padded_length(tokens: int) -> int:
+    """How long rows are made that have so many tokens: the next multiple of 8; beyond 64, the next
+    of eight steps an octave."""
     step = max(8, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // step) * step
 

@@ -262,13 +262,18 @@ class Config:
 
     def faults(self) -> list[str]:
         """What its sections contradict each other in."""
-        asked, most = self.evaluate.num_prompts, self.condition.num_prompts
-        if 0 <= asked <= most:
-            return []
-        return [
-            f"evaluate.num_prompts = {asked} must be 1 to condition.num_prompts = {most}, or 0 for "
-            "all of them"
-        ]
+        asked, most, found = self.evaluate.num_prompts, self.condition.num_prompts, []
+        if not 0 <= asked <= most:
+            found.append(
+                f"evaluate.num_prompts = {asked} must be 1 to condition.num_prompts = {most}, or 0 "
+                "for all of them"
+            )
+        if self.train.few_prompts and most < 3:
+            found.append(
+                f"train.few_prompts = {self.train.few_prompts} must be 0 with "
+                f"condition.num_prompts = {most}, which has no fewer different ones than 2"
+            )
+        return found
 
     def to_json(self) -> dict:
         """A JSON-like copy, for records and comparisons."""

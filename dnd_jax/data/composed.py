@@ -88,7 +88,7 @@ def write_suite(
     unseen = {kind: dict(list(tasks.items())[: most or None]) for kind, tasks in unseen.items()}
     kinds = {name: kind for kind, tasks in unseen.items() for name in tasks}
     description = {"name": name, "train": list(train), "unseen": list(kinds), "kinds": kinds}
-    description["wrong"] = _wrong(unseen)
+    description["wrong"] = _wrong(train, unseen)
     with replacing(out, directory=True) as temporary:
         if corpus:
             description["corpus"] = "corpus.jsonl"
@@ -101,20 +101,20 @@ def write_suite(
         (temporary / "suite.json").write_text(text, encoding="utf-8")
 
 
-def _wrong(unseen: Mapping[str, Tasks]) -> dict[str, str]:
+def _wrong(train: Tasks, unseen: Mapping[str, Tasks]) -> dict[str, str]:
     """{unseen task: one that differs from it in both parts}: the next of its kind, or else of those
-    whose prompts show as much."""
-    every = {name: task for tasks in unseen.values() for name, task in tasks.items()}
-    found = {}
+    whose prompts show as much, or else a training task."""
+    others = {name: task for tasks in unseen.values() for name, task in tasks.items()}
+    every, found = train | others, {}
     for tasks in unseen.values():
         names = list(tasks)
         for i, name in enumerate(names):
             task = tasks[name]
             near = [*names[i + 1 :], *names[:i]]
-            alike = [other for other, of in every.items() if of.shows == task.shows]
+            alike = [other for other, of in others.items() if of.shows == task.shows]
             found[name] = next(
                 other
-                for other in (*near, *alike)
+                for other in (*near, *alike, *train)
                 if every[other].first != task.first and every[other].second != task.second
             )
     return found

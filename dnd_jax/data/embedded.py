@@ -26,7 +26,7 @@ SUITES: Mapping[str, Callable[[str | os.PathLike, int, int], None]] = dict(
 
 def _run(given: Given) -> None:
     given.need("out")
-    name = given["name"]
+    name = given["name"] or given.config.embedded
     if name not in SUITES:
         raise InputError(f"--name={name}: none of {', '.join(SUITES)}{nearest(name, SUITES)}")
     check_free(given["out"], "out")
@@ -34,5 +34,5 @@ def _run(given: Given) -> None:
     print(f"suite: {pathlib.Path(given['out']).absolute()}")
 
 
-NAME = Flag("name", str, EMBEDDED[0], f"which: {', '.join(EMBEDDED)}")
+NAME = Flag("name", str, "", f"{', '.join(EMBEDDED)} (default: config.embedded)")
 STAGE = Stage(_run, (OUT, NAME), settings=DEFAULT)

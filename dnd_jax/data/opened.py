@@ -2,6 +2,7 @@
 hours are spent on it."""
 
 import pathlib
+import re
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
@@ -12,6 +13,8 @@ from dnd_jax.data.composed import suite_name
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.embedded import SUITES
 from dnd_jax.data.suite import Suite, labels_of, load_suite
+
+_EMBEDDED = re.compile(rf"({'|'.join(SUITES)})-\d+(-\d+)?")  # names that `suite_name` gives
 
 
 def open_suite(
@@ -31,7 +34,7 @@ def open_suite(
         SUITES[config.embedded](own, config.seed, config.embedded_tasks)
     suite = load_suite(config.suite or own, config.condition.num_prompts)
     wanted = suite_name(config.embedded, config.seed, config.embedded_tasks)
-    if not config.suite and suite.name != wanted and suite.name.split("-")[0] in SUITES:
+    if not config.suite and suite.name != wanted and _EMBEDDED.fullmatch(suite.name):
         raise InputError(
             f"{own / 'suite.json'}: is {suite.name}, and these settings (embedded, seed, "
             f"embedded_tasks) ask for {wanted}; restore them or use another --workdir"

@@ -95,10 +95,11 @@ class Pairs:
 
     def _prompts(self, rng: np.random.Generator, pool: int) -> np.ndarray:
         """N prompts of a dataset that has `pool`; of a share of the pairs 2 to N - 1 different
-        ones, each as often as it comes."""
-        if self.few_prompts and rng.random() < self.few_prompts and self.num_prompts > 2:
+        ones, each at least once."""
+        if self.few_prompts and rng.random() < self.few_prompts:
             different = rng.choice(pool, int(rng.integers(2, self.num_prompts)), replace=False)
-            return rng.choice(different, self.num_prompts)
+            again = rng.choice(different, self.num_prompts - len(different))
+            return np.concatenate([different, again])
         return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:

@@ -36,6 +36,10 @@ from dnd_jax.parallel import hosts
 SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
 
 
+class Diverged(InputError):
+    """A loss or gradient that is no number any more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What is trained, on which data, for how long.
@@ -229,7 +233,7 @@ class _Reports:
     def _check(self, done: int, row: Mapping, last_saved: str) -> None:
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(row.get(name, 0)):
-                raise InputError(
+                raise Diverged(
                     f"{self._training.title}: the {name.replace('_', ' ')} is {row[name]} at step "
                     f"{done}{self._training.blame(done - 1)}; last good checkpoint: {last_saved}; "
                     "lower the learning rate or mend the data"

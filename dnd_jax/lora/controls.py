@@ -29,7 +29,9 @@ from dnd_jax.core.workdir import CONTROLS
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
-from dnd_jax.loop.run import Options
+from dnd_jax.loop.run import Diverged, Options
+from dnd_jax.lora.adapter import check_called
+from dnd_jax.lora.found import CONFIG as ADAPTER
 from dnd_jax.lora.tuning import Task, Tuning
 from dnd_jax.parallel import hosts, together
 
@@ -38,6 +40,7 @@ FORMAT = 1  # of it
 HELD_IN = 0.05  # share of a training dataset's rows that choose the learning rate
 TENTH = 0.1
 FEW_SHOT = (8, 64)  # labelled examples
+PARTS = ("multi_task", "few_shot")  # of its description
 
 
 def make_controls(
@@ -58,29 +61,33 @@ def make_controls(
     suite = suite.with_training(config.train.datasets, config.seed)
     record = _settings(config, suite, base_path)
     hosts.check_alike({"the suite's files": suite.fingerprint, "the base's files": record["base"]})
-    if hosts.agreed(_is_done(folder, record, allowed)):
+    made = _made(folder, record, allowed)
+    wanted = {"multi_task": _multi_task} if c.multi_task else {}
+    wanted |= {"few_shot": _few_shot} if c.few_shot else {}
+    if hosts.agreed(wanted.keys() <= made.keys()):
+        check_called((path.parent for path in folder.rglob(ADAPTER)), name)
         return folder
     with hosts.lead_first():
         check_reading(config, base_path)
     tuning = Tuning.of(config, base_path, name)
     taught = record | {"answer": how_taught(tuning.tokenizer)[0]}
-    found, how = {}, (taught, Options(allowed=tuple(allowed)))
-    if c.multi_task:
-        found["multi_task"] = _multi_task(tuning, suite, folder, how)
-    if c.few_shot:
-        found["few_shot"] = _few_shot(tuning, suite, folder, how)
+    how = taught, Options(allowed=tuple(allowed))
+    for part in (part for part in wanted if part not in made):
+        made[part] = wanted[part](tuning, suite, folder, how)
     with hosts.lead_first():
         if hosts.lead():
-            write_numbered(folder / DONE, FORMAT, {"settings": record, **found})
+            write_numbered(folder / DONE, FORMAT, {"settings": record, **made})
     return folder
 
 
-def _is_done(folder: pathlib.Path, record: Mapping, allowed: Collection[str]) -> bool:
-    """Whether the controls are there, made with these settings. Raises InputError for others."""
+def _made(folder: pathlib.Path, record: Mapping, allowed: Collection[str]) -> dict:
+    """What of the controls is there, made with these settings; nothing where what differs is
+    allowed to. Raises InputError for other settings."""
     if not (folder / DONE).is_file():
-        return False
-    then = read_numbered(folder / DONE, FORMAT)["settings"]
-    return check_same_run(folder / DONE, then, record, allowed)
+        return {}
+    stored = read_numbered(folder / DONE, FORMAT)
+    same = check_same_run(folder / DONE, stored["settings"], record, allowed)
+    return {part: stored[part] for part in PARTS if part in stored} if same else {}
 
 
 def _settings(config: Config, suite: Suite, base_path: str) -> dict:
@@ -88,12 +95,9 @@ def _settings(config: Config, suite: Suite, base_path: str) -> dict:
     return {
         "seed": config.seed,
         "base": base_digest(base_path),
-        "lora": dataclasses.asdict(config.lora),
-        "controls": {
-            key: value
-            for key, value in dataclasses.asdict(config.controls).items()
-            if key in ("multi_task", "learning_rates", "few_shot")
-        },
+        # How many of the last steps are kept of a training task's LoRA is nothing to these.
+        "lora": dataclasses.asdict(dataclasses.replace(config.lora, checkpoints=1)),
+        "controls": {"learning_rates": config.controls.learning_rates},
         "max_length": config.base.max_length,
         "suite": suite.fingerprint,
         "train": {"datasets": config.train.datasets},
@@ -104,9 +108,11 @@ def find_controls(
     config: Config, suite: Suite, base_path: str, workdir: pathlib.Path
 ) -> dict[str, dict[str, pathlib.Path]]:
     """{method: {unseen dataset: adapter folder}} of what `make_controls` made, in WORKDIR or
-    config.controls.folder; nothing where it was not run. Raises InputError where it was with other
-    settings, and for a given folder that holds none."""
-    given = config.controls.folder
+    config.controls.folder, as far as the configuration asks for it. Raises InputError where it was
+    made with other settings, and for a given folder that holds none."""
+    given, c = config.controls.folder, config.controls
+    if not c.multi_task and not c.few_shot:
+        return {}
     folder = pathlib.Path(given) if given else workdir / CONTROLS
     if not (folder / DONE).is_file():
         if given:
@@ -118,24 +124,26 @@ def find_controls(
     other_seed = bool(given) and not config.train.datasets
     free = (*SAME_NUMBERS, *["seed"] * other_seed)
     now = _settings(config, suite, base_path)
-    check_same_run(folder / DONE, stored["settings"], now, (), free=free)
+    check_same_run(folder / DONE, stored["settings"], now, None, free=free)
     found = {}
-    if one := stored.get("multi_task"):
+    if c.multi_task and (one := stored.get("multi_task")):
         for method, steps in zip(("multi_task_tenth", "multi_task"), one["steps"], strict=True):
             path = folder / one["folder"] / f"step_{steps:06d}"
             found[method] = {d.name: path for d in suite.unseen}
-    if few := stored.get("few_shot"):
+    if c.few_shot and (few := stored.get("few_shot")):
         for count in few["counts"]:
             found[f"few_shot_{count}"] = {
                 d.name: folder / f"few_shot_{count}" / d.name / f"step_{few['steps']:06d}"
                 for d in suite.unseen
-                if d.labeled
+                if d.labeled and len(d.pool) >= count
             }
     return found
 
 
 def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) -> dict:
-    """{"learning_rate", "steps", "loss": {learning rate: of the held-in rows}} of ONE LoRA."""
+    """{"folder", "steps": (a tenth, all), "losses": {learning rate: of the held-in rows}} of ONE
+    LoRA. A rate at which its loss is no number any more is none of them. Raises Diverged where all
+    are so."""
     config, losses = tuning.config, {}
     rows, held = _split(suite.train, config.seed)
     train, held_in = (tuning.encoded(r, "the training datasets") for r in (rows, held))
@@ -145,9 +153,15 @@ def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) 
         title = f"multi_task_{rate:g}"
         c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps, checkpoints=1)
         task = Task(title, train, held_in, (tenth, steps))
-        lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
+        try:
+            lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
+        except Diverged as error:
+            failed = error
+            continue
         [score] = tuning.scores(lora, [held_in])
         losses[rate] = score.loss
+    if not losses:
+        raise failed
     best = min(losses, key=losses.get)
     return {
         "folder": f"multi_task_{best:g}",
@@ -168,11 +182,12 @@ def _split(datasets: Sequence[Dataset], seed: int) -> tuple[list[Example], list[
 
 
 def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) -> dict:
-    """{unseen dataset: {number of labelled examples: the step of its LoRA}}, tuned in one loop."""
+    """{"counts", "steps"} of the LoRAs FOLDER/few_shot_COUNT/DATASET, one for each count of
+    labelled examples that an unseen dataset has."""
     steps, tasks = tuning.config.lora.steps, []
     for dataset in (d for d in suite.unseen if d.labeled):
         order = np.random.default_rng([tuning.config.seed, 5]).permutation(len(dataset.pool))
-        for count in FEW_SHOT:
+        for count in (n for n in FEW_SHOT if n <= len(order)):
             rows = [dataset.pool[i] for i in order[:count]]
             train = tuning.encoded(rows, f"{dataset.name}'s train")
             tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, train, (steps,)))

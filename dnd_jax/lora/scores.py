@@ -9,7 +9,7 @@ import numpy as np
 
 from dnd_jax.base.architecture import BaseLM
 from dnd_jax.base.loss import answer_loss
-from dnd_jax.base.sequences import Sequences
+from dnd_jax.base.sequences import Sequences, padded_length
 
 
 class Score(NamedTuple):
@@ -32,15 +32,13 @@ def score_loras(
     rows: Sequence[Sequences],
     batch_size: int,
 ) -> list[Score]:
-    """Scores each task's LoRA on the task's rows; lora (K, ...) and rows have one entry a task. All
-    batches have one shape: there is one program to compile, however many tasks there are."""
-    width = max(of_task.response_width for of_task in rows)
-    length = max(of_task.ids.shape[1] for of_task in rows)
+    """Scores each task's LoRA on the task's rows; lora (K, ...) and rows have one entry a task.
+    Batches have one of a few shapes: there are few programs to compile, however many tasks."""
     scores = []
     for k, of_task in enumerate(rows):
         one = {name: value[k] for name, value in lora.items()}
         loss = exact = 0.0
-        for batch, real in _batches(of_task, batch_size, width, length):
+        for batch, real in _batches(of_task, batch_size):
             mean, share = _batch_score(module, params, one, batch, lora_scale)
             loss += float(mean) * real
             exact += float(share) * batch_size - (batch_size - real)  # what fills up is right
@@ -48,11 +46,10 @@ def score_loras(
     return scores
 
 
-def _batches(
-    rows: Sequences, size: int, width: int, length: int
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def _batches(rows: Sequences, size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """All rows in batches of one shape, each with the number of its real rows; those that fill up
     the last one have no labels."""
+    width, length = (padded_length(n) for n in (rows.response_width, rows.ids.shape[1]))
     for first in range(0, len(rows), size):
         real = min(size, len(rows) - first)
         batch = rows.batch(np.minimum(first + np.arange(size), len(rows) - 1), width)

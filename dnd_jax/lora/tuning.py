@@ -20,6 +20,7 @@ from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object, write_json
+from dnd_jax.core.workdir import METRICS
 from dnd_jax.data.sources import Example
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
@@ -230,25 +231,30 @@ class Tuning:
         for number in range(count):
             group = tasks[number * size : (number + 1) * size]
             where, which = directory / f"group_{number:03d}", f"{title} {number + 1}/{count}"
-            here = (title, directory) if count == 1 else (which, where)
-            lora = self.train(*here, group, folder, record, options)
+            here, named = (title, directory), record
+            if count > 1:
+                here, named = (which, where), {**record, "tasks": [task.name for task in group]}
+            lora = self.train(*here, group, folder, named, options)
             scores = self.scores(lora, [task.test for task in group])
             exact |= {t.name: round(s.exact, 4) for t, s in zip(group, scores, strict=True)}
         return exact
 
     def _at_once(self, tasks: Sequence[Task], directory: pathlib.Path) -> int:
-        """How many tasks have room at once. What was chosen first stays: the same command goes on
-        with the same groups."""
+        """How many tasks have room at once. What was chosen first stays, so that a stopped run goes
+        on with the same groups."""
         c, path = self.config.lora, directory / GROUPS
-        if c.tasks_at_once:
-            return c.tasks_at_once
         if path.is_file():
-            return int(read_object(path)["tasks_at_once"])
-        largest = max(bytes_of_task(self.module.config, c, task.train) for task in tasks)
+            size = int(read_object(path)["tasks_at_once"])
+            if c.tasks_at_once not in (0, size):
+                print(f"{path}: {size} tasks at once, as this run began", flush=True)
+            return size
+        if (directory / METRICS).is_file():  # begun by a version that knew no groups
+            return len(tasks)
+        rows = [of for task in tasks for of in (task.train, task.test)]
+        largest = max(bytes_of_task(self.module.config, c, of) for of in rows)
         free = ROOM * free_bytes(self.mesh.local_devices[0])
-        fit = max(1, int(free / largest)) * batch_ways(self.mesh)
-        if fit < len(tasks):
-            write_json(path, {"tasks_at_once": fit})
+        fit = c.tasks_at_once or max(1, int(free / largest)) * batch_ways(self.mesh)
+        write_json(path, {"tasks_at_once": fit})
         return fit
 
     def train(

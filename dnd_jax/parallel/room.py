@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much of it is free."""
+"""How much memory a device has free."""
 
 import os
 
@@ -15,11 +15,6 @@ def free_bytes(device: jax.Device) -> int:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     here = sum(d.process_index == device.process_index for d in jax.devices())
     return (free_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // here
-
-
-def whole_bytes(device: jax.Device) -> int:
-    """What a device has for a process; on CPUs as `free_bytes`."""
-    return _stats(device).get("bytes_limit") or free_bytes(device)
 
 
 def _stats(device: jax.Device) -> dict:

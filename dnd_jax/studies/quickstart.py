@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, SUITE, held, timed
@@ -79,8 +80,13 @@ def quickstart(
     """Runs every seed, the first in WORKDIR itself and the others in WORKDIR/seed_N, and returns
     results.json's content. What is measured beside the scores comes when all are reported: the
     agreement of every seed, the overhead of the first. again: as of `measure`. share: what the
-    first seed made serves the others."""
+    first seed made serves the others. Raises InputError for share with a draw of datasets."""
     runs, measures = {}, {}
+    if share and config.train.datasets:
+        raise InputError(
+            f"--share: with config.train.datasets = {config.train.datasets} each seed draws other "
+            "training datasets, of which it needs the controls; leave one of the two out"
+        )
     for seed in seeds:
         folder = workdir if seed == seeds[0] else workdir / f"seed_{seed}"
         if len(seeds) > 1:
@@ -104,8 +110,8 @@ def _sharing(config: Config, first: pathlib.Path) -> Config:
     train = dataclasses.replace(
         config.train, checkpoints=config.train.checkpoints or str(first / LORAS)
     )
-    made = first / CONTROLS
-    controls = dataclasses.replace(config.controls, folder=str(made) if made.is_dir() else "")
+    made = str(first / CONTROLS) if (first / CONTROLS).is_dir() else ""
+    controls = dataclasses.replace(config.controls, folder=config.controls.folder or made)
     suite = config.suite or str(first / SUITE)
     return dataclasses.replace(config, suite=suite, base=base, train=train, controls=controls)
 

@@ -168,3 +168,17 @@ def test_the_large_form_has_the_same_unseen_tasks(tmp_path, monkeypatch):
 def test_items_of_a_domain_are_different():
     for domain in EVERY.values():
         assert len(set(domain.items)) == len(domain.items) >= 40
+
+
+@pytest.mark.parametrize("most", [1, 2, 0])
+def test_tasks_of_each_kind(tmp_path, most):
+    """As many as were asked for; a wrong one differs in both parts, from training if need be."""
+    for name, write in WRITERS.items():
+        write(tmp_path / name, 0, most)
+        description = json.loads((tmp_path / name / "suite.json").read_text())
+        count = collections.Counter(description["kinds"].values())
+        assert all(n == most for n in count.values()) if most else min(count.values()) >= 2
+        assert set(description["wrong"]) == set(description["unseen"])
+        for task, wrong in description["wrong"].items():
+            ours, theirs = (parts(n).rpartition("_")[::2] for n in (task, wrong))
+            assert ours[0] != theirs[0] and ours[1] != theirs[1], (task, wrong)

@@ -11,6 +11,8 @@ from dnd_jax.lora import tuning
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.main import main
 
+pytestmark = pytest.mark.xdist_group("tuning")  # one process builds what they share
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
@@ -35,7 +37,7 @@ def at_once(inputs, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_groups_make_the_same_loras(inputs, at_once, tmp_path, size):
     """Also where the last group is smaller."""
     assert collect(inputs, tmp_path / "w", f"--config.lora.tasks_at_once={size}") == 0
@@ -51,6 +53,7 @@ def test_groups_make_the_same_loras(inputs, at_once, tmp_path, size):
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_as_many_as_have_room_and_the_same_when_it_goes_on(inputs, tmp_path, monkeypatch):
     asked, one = [], "--config.mesh.tensor=8"
     monkeypatch.setattr(tuning, "bytes_of_task", lambda *_: 100)
