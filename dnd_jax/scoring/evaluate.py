@@ -6,7 +6,7 @@ them in PyTorch.
 The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train
 file (no response is read); mean and spread over the S are reported, nothing is selected.
 WORKDIR/adapters/NAME is the first of them. The wrong-prompts control does the same with another
-unseen dataset's prompts. Every score is kept question by question, for the intervals of the report.
+dataset's prompts. Every score is kept question by question, for the intervals of the report.
 
 Adapters are kept while their cards name this generator, these prompts and checkpoints by their
 hashes, and scores by a hash of the adapter's files: another generator in the same workdir gets its
@@ -251,12 +251,14 @@ def evaluate(
     settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, base_path, workdir)
     keys = score_keys(candidates, base_path)
-    adapters = [
-        keys[label] for dataset in suite.unseen for label in scored_on(candidates, dataset.name)
-    ]
+    made_of = {
+        "adapters": [keys[label] for d in suite.unseen for label in scored_on(candidates, d.name)],
+        "everywhere": list(candidates.everywhere),
+    }
     firsts = [keys[str(of["generated"][0])] for of in candidates.by_dataset.values()]
-    stored = read_kept(path, settings, allowed)
-    if stored.get("adapters") == adapters:
+    # Earlier versions did not say which, and scored every training adapter.
+    stored = {"everywhere": list(candidates.training)} | read_kept(path, settings, allowed)
+    if made_of.items() <= stored.items():
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
     base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
@@ -269,8 +271,8 @@ def evaluate(
         "questions": {name: questions for name, (_, questions) in entries.items()},
         **{name: same[name] for name in MEASURES if name in same},
     }
-    kept = {"settings": settings, "scores": scores, "adapters": adapters, "measured_of": firsts}
-    write_numbered(path, FORMAT, kept | {"result": result})
+    kept = {"settings": settings, "scores": scores, "measured_of": firsts, "result": result}
+    write_numbered(path, FORMAT, kept | made_of)
     return result
 
 
@@ -303,12 +305,11 @@ def _entry(
 
 def run_of(suite: Suite, evaluation: Mapping, workdir: pathlib.Path) -> dict:
     """What a report says of one seed."""
-    seconds = read_object(workdir / paths.SECONDS)
     return {
         "suite": suite.name,
         "fingerprint": suite.fingerprint,
         **evaluation,
-        "seconds": seconds,
+        "seconds": read_object(workdir / paths.SECONDS),
     }
 
 

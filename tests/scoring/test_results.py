@@ -1,6 +1,7 @@
 """From scores question by question to results.json, its intervals and its table."""
 
 import dataclasses
+import json
 import statistics
 
 import numpy as np
@@ -10,6 +11,8 @@ from scored_runs import NAMES, candidates, runs_of
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.data.suite import Dataset, Suite
+from dnd_jax.scoring import evaluate as evaluation
 from dnd_jax.scoring import intervals
 from dnd_jax.scoring.candidates import draw_training
 from dnd_jax.scoring.evaluate import by_method, scored_on
@@ -161,6 +164,40 @@ def test_train_mean_and_best_are_of_the_drawn_adapters(drawn):
         return
     assert values["train_mean"] == pytest.approx(np.mean([mean[name] for name in names]))
     assert values["train_best"] == pytest.approx(max(mean[name] for name in names))
+
+
+def test_a_result_is_of_the_training_adapters_that_are_scored(config, tmp_path, monkeypatch):
+    """Also where the only one that is drawn is the nearest, whose scores are there either way."""
+    found, scores = candidates(np.random.default_rng(0), ["x", "y"])
+    suite = Suite("s", tmp_path, (), (), tuple(Dataset(n, (), ()) for n in "xy"), NAMES, "print")
+    packed = {
+        label: {
+            name: {measure: pack(values) for measure in ("exact", "content", "format")}
+            for name, values in of.items()
+        }
+        for label, of in scores.items()
+    }
+    made = []
+    monkeypatch.setattr(evaluation, "score_keys", lambda *_: {label: label for label in scores})
+    monkeypatch.setattr(evaluation, "TorchBase", lambda *_: made.append(1))
+    monkeypatch.setattr(evaluation, "with_room_for_shots", lambda candidates, *_: candidates)
+    monkeypatch.setattr(evaluation, "score_all", lambda *_: packed)
+
+    def training(drawn) -> list[str]:
+        now = dataclasses.replace(found, drawn=drawn)
+        monkeypatch.setattr(evaluation, "make_candidates", lambda *_: now)
+        entry = evaluation.evaluate(config, suite, "base", tmp_path)["unseen"]["x"]
+        assert ("train_mean" in entry) == bool(entry["training"])
+        return list(entry["training"])
+
+    for drawn in (("t1",), (), ("t1",), None, None, ("t0", "t1", "t2")):
+        assert training(drawn) == list(found.training if drawn is None else drawn)
+    assert len(made) == 4
+    path = tmp_path / "evaluation.json"  # of an earlier version, which scored all
+    kept = json.loads(path.read_text())
+    del kept["everywhere"]
+    path.write_text(json.dumps(kept))
+    assert training(None) == ["t0", "t1", "t2"] and len(made) == 4
 
 
 def test_the_drawn_adapters_are_fixed_by_the_seed_and_said(config):
