@@ -5,8 +5,8 @@ The draw is a digest of the source's name and the row's place in it: the same pr
 machine, wherever the files lie, and for a row that `limit` keeps.
 """
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from jinja2 import TemplateError
 
@@ -43,18 +43,23 @@ def check_templates(templates: Sequence[str], what: str) -> None:
 
 
 def instructed(
-    templates: Sequence[str], name: str, drawn_by: Sequence[str], asked_by: str = ""
+    templates: Sequence[str],
+    name: str,
+    drawn_by: Sequence[str],
+    asked_by: str = "",
+    known: Mapping[str, str] | None = None,
 ) -> Instructed:
     """What makes the prompts of a source's rows. name: of the source, for messages; drawn_by: what
     tells it from other sources; asked_by: the template that tells rows apart, in place of the first
-    one, where a row fills it in.
+    one, where a row fills it in; known: {a prompt of another source: what tells it from others},
+    which tells a row that has this prompt in any of the templates.
 
     Raises InputError: here for a list that `check_templates` refuses, when called for a row that
     its template cannot be filled in with. All are tried on the first row.
     """
     check_templates(templates, f"{name}: templates")
     readers = [template_reader(text) for text in templates]
-    asked = template_reader(asked_by) if asked_by not in ("", templates[0]) else None
+    asked = [template_reader(asked_by)] if asked_by not in ("", templates[0]) else []
     untried, seed = set(range(len(readers))), "\0".join(drawn_by)
 
     def read(where: str, place: int, row: Mapping) -> tuple[str, str]:
@@ -65,9 +70,18 @@ def instructed(
             except Exception as error:  # a template can raise whatever Python raises
                 raise unfilled(where, f"templates[{i}]", error, row) from None
         untried.clear()
-        if asked:
-            with contextlib.suppress(Exception):
-                return texts[drawn], str(asked(row))
-        return texts[drawn], texts[0]
+        others = (reader for i, reader in enumerate(readers) if i not in texts)
+        wordings = itertools.chain(texts.values(), _filled(others, row)) if known else ()
+        told = (known[text.strip()] for text in wordings if text.strip() in known)
+        return texts[drawn], next(told, None) or next(_filled(asked, row), texts[0])
 
     return read
+
+
+def _filled(readers: Iterable[Callable], row: Mapping) -> Iterator[str]:
+    """The texts of those templates that a row fills in."""
+    for reader in readers:
+        try:
+            yield str(reader(row))
+        except Exception:  # a template can raise whatever Python raises
+            continue

@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 class Example(NamedTuple):
     """One question; `where` is its file and line, for messages. An unlabeled prompt has an empty
-    response. asked: where its source has templates, its prompt in one that is the same for the
-    whole dataset."""
+    response. asked: where its source has templates, its prompt in the words by which the dataset
+    tells it from others."""
 
     prompt: str
     response: str
@@ -79,17 +79,22 @@ class Reading:
 
 
 def read_source(
-    source: Source, least: int = 1, split: str = "train", answers: bool = True, asked_by: str = ""
+    source: Source,
+    least: int = 1,
+    split: str = "train",
+    answers: bool = True,
+    asked_by: str = "",
+    known: Mapping[str, str] | None = None,
 ) -> Reading:
     """Reads a source. split: the one meant where a hub dataset's is not given; answers=False: rows
-    without a response are fine; asked_by: the template that tells rows apart where the source has
-    templates, in place of its first.
+    without a response are fine; asked_by, known: what tells rows apart where the source has
+    templates (`instructed`).
 
     Raises InputError naming file, line and key of the first few faults, or too few examples.
     """
     faults: list[str] = []
     rows = _drawn(enumerate(_rows(source, split, faults)), source.limit)
-    read, ask = _readers(source, asked_by)
+    read, ask = _readers(source, asked_by, known)
     examples, longer = [], 0
     for place, (where, row) in rows:
         try:
@@ -115,13 +120,15 @@ def read_source(
     return Reading(tuple(examples), longer)
 
 
-def _readers(source: Source, asked_by: str) -> tuple[Callable | None, Instructed | None]:
+def _readers(
+    source: Source, asked_by: str, known: Mapping[str, str] | None
+) -> tuple[Callable | None, Instructed | None]:
     """(what reads the fields of a row, what makes its prompt), where a source says how."""
     read = column_reader(source.columns, source.source) if source.columns else None
     if not source.templates:
         return read, None
     drawn_by = pathlib.Path(source.source).name, source.config, source.split, source.field
-    ask = instructed(source.templates, source.source, drawn_by, asked_by)
+    ask = instructed(source.templates, source.source, drawn_by, asked_by, known)
     return read or (lambda where, row: row), ask
 
 

@@ -43,7 +43,7 @@ import numpy as np
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_whole
-from dnd_jax.data.sources import Example, Reading, hold_out, read_source
+from dnd_jax.data.sources import Example, Reading, Source, hold_out, read_source
 from dnd_jax.data.suite_file import (
     POOLS,
     Entry,
@@ -192,8 +192,8 @@ def _encoded(examples: Sequence[Example]) -> str:
 def _dataset(entry: Entry, least: int) -> Dataset:
     """Reads a dataset; its pool has at least `least` examples after what is held out."""
     name, role, pool, test, holdout = (getattr(entry, f.name) for f in dataclasses.fields(entry))
-    read = {"train": read_source(pool, 1 if holdout else least, "train", role == "train")}
     if test is None:
+        read = {"train": read_source(pool, 1 if holdout else least, "train", role == "train")}
         kept, held = hold_out(read["train"].examples, holdout, pool.source)
         without = [e.where for e in held if not e.response]
         if without:
@@ -207,7 +207,7 @@ def _dataset(entry: Entry, least: int) -> Dataset:
             )
         read = {"train": Reading(kept, read["train"].longer_conversations), "test": Reading(held)}
     else:
-        read["test"] = read_source(test, 1, "test", asked_by="".join(pool.templates[:1]))
+        read = _read_apart(pool, test, least, role == "train")
     notes = [
         f"{r.longer_conversations} of {len(r.examples)} conversations of {split} have more turns; "
         "only the first answer is read"
@@ -221,6 +221,24 @@ def _dataset(entry: Entry, least: int) -> Dataset:
             f"least {least} needed"
         )
     return dataset
+
+
+def _read_apart(pool: Source, test: Source, least: int, answers: bool) -> dict[str, Reading]:
+    """{"train": the pool, "test": the test} of a dataset, where the same row in other words is the
+    same question: the source with templates, the pool if both have some, is read last, and each of
+    its rows is tried in all of them. answers: whether rows of the pool must have a response."""
+
+    def known(reading: Reading) -> dict[str, str]:
+        return {e.prompt.strip(): e.question for e in reading.examples}
+
+    if not pool.templates:
+        train = read_source(pool, least, "train", answers)
+        return {"train": train, "test": read_source(test, 1, "test", known=known(train))}
+    tested = read_source(test, 1, "test", asked_by=pool.templates[0])
+    return {
+        "train": read_source(pool, least, "train", answers, known=known(tested)),
+        "test": tested,
+    }
 
 
 def labels_of(dataset: Dataset) -> list[str]:

@@ -110,6 +110,37 @@ def test_a_row_in_two_wordings_is_one_question(tmp_path):
     assert len(found) == 2
 
 
+def test_a_prompt_in_any_wording_is_the_same_question(tmp_path):
+    """Also where only one of the two files has templates, or the other calls its columns
+    otherwise."""
+    asked = [TEMPLATES[i % 3].replace("{{input}}", row["input"]) for i, row in enumerate(PAIRS)]
+    pairs = zip(asked, PAIRS, strict=True)
+    ready = [{"prompt": f"{prompt} ", "response": row["output"]} for prompt, row in pairs]
+    renamed = [{"word": row["input"], "output": row["output"]} for row in PAIRS]
+    word = {**HOW, "templates": [text.replace("input", "word") for text in TEMPLATES[1:]]}
+    for train, test, how_train, how_test in (
+        (PAIRS, ready[:12], HOW, {}),
+        (ready, PAIRS[:12], {}, HOW),
+        (PAIRS, renamed[:12], HOW, word),
+    ):
+        write(tmp_path / "a.json", train)
+        write(tmp_path / "test.json", test)
+        entries = [
+            {"name": "a", "role": role, "source": name, **how}
+            for role, name, how in (
+                ("unseen", "a.json", how_train),
+                ("test", "test.json", how_test),
+            )
+        ]
+        entries.append({"name": "b", "role": "train", "source": "b.json", "holdout": 5, **HOW})
+        write(tmp_path / "b.json", [{"input": f"b{i}", "output": f"c{i}"} for i in range(30)])
+        suite = load_suite(write(tmp_path / "s.json", {"datasets": entries}))
+        [a] = suite.unseen
+        assert len(a.train) == 40 and len(a.pool) == 28, (how_train, how_test)
+        [found] = faults(suite)
+        assert found.startswith("a: 12 of 12 test questions occur in a's train (")
+
+
 def test_the_suite_of_the_documentation(tmp_path):
     """docs/TRAIN.md's: two files of instruction induction a task, and one of function vectors."""
     blocks = pathlib.Path("docs/TRAIN.md").read_text().split("```json\n")[1:]
