@@ -5,10 +5,17 @@ one for a check that fails.
 """
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable
 
 LONGEST = 3000  # characters of a message
+PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "EAGAIN", "EBUSY", "EINTR", "ENETDOWN", "ENETUNREACH")
+    + ("EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO")
+    if hasattr(errno, name)  # some systems lack some
+}
 
 
 class InputError(ValueError):
@@ -59,6 +66,13 @@ def is_no_room(error: BaseException) -> bool:
         or "RESOURCE_EXHAUSTED" in str(error)
         or "can't allocate memory" in str(error)
         or type(error).__name__ == "OutOfMemoryError"
+    )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a disk or a network failed, which may soon be well again."""
+    return isinstance(error, OSError) and (
+        isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING
     )
 
 

@@ -14,6 +14,8 @@ from dnd_jax.core.stopping import stop
 BEAT, SILENCE = 5.0, 40.0
 LOST = 3  # exit status
 RESUME = "start every process again with the same command to resume"
+# Exit statuses after which the same command would end alike: a check failed, bad input.
+FINAL = (1, 2)
 
 
 class Line:
@@ -112,10 +114,9 @@ class Peers:
         self._over.set()
         self._tell(peer=peer, why=why, status=status)
         name = self._names.get(peer, f"process {peer}")
+        mend = "" if status in FINAL else f"; {RESUME}"
         print(
-            f"\ndnd: {name} {why}; process {self.process} stops; {RESUME}",
-            file=sys.stderr,
-            flush=True,
+            f"\ndnd: {name} {why}; process {self.process} stops{mend}", file=sys.stderr, flush=True
         )
         os._exit(status)
 

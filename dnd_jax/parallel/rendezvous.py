@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dnd_jax.core import digests
-from dnd_jax.core.errors import CheckFailed, InputError, Lost, Missing, first_line, tell
+from dnd_jax.core.errors import CheckFailed, InputError, Lost, Missing, first_line, is_passing, tell
 from dnd_jax.core.stopping import Stopped, exit_status, stop
 from dnd_jax.parallel import address, peers
 from dnd_jax.parallel.address import GIVE, Meeting
@@ -261,6 +261,8 @@ def joined(
     try:
         yield
     except (InputError, CheckFailed, Lost, OSError) as error:
+        if is_passing(error):
+            _end(process, str(error))
         tell(error)
         status = 1 if isinstance(error, CheckFailed) else 2  # of all: no start anew mends it
         peers.present.leave(str(error), status)
