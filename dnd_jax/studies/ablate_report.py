@@ -20,7 +20,7 @@ MEASURES = {"exact": "exact match", "content": "right content", "format": "right
 OURS = ("generated", "wrong_prompts")
 SHOWN = {m: TITLES[m] for m in ("train_mean", "train_best", "nearest", "tuned")}
 CONTROL = (
-    "Wrong: the same generator on another unseen task's prompts, the control. Train mean, train "
+    "Wrong: the same generator on another task's prompts, the control. Train mean, train "
     "best (chosen with hindsight), "
     "nearest: adapters of the training datasets. Tuned: on the task's own answers."
 )

@@ -362,7 +362,7 @@ def test_report_of_several_seeds_and_of_one(tmp_path):
     assert (
         "(the default)" in text
         and "over the seeds 0, 1" in text
-        and "another unseen task's prompts, the control" in text
+        and "another task's prompts, the control" in text
     )
     assert "pairing=random, pairing=fixed: No selection" in text and "few: No selection" in text
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
