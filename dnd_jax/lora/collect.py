@@ -15,9 +15,7 @@ import re
 import shutil
 from collections.abc import Collection
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest, means_base
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import how_taught
 from dnd_jax.config import schema
@@ -26,17 +24,15 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import holds_only, read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.core.workdir import COLLECT, LORAS
-from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.data.suite_file import SPLITS
 from dnd_jax.loop.run import Options
 from dnd_jax.lora.adapter import check_called, is_ours
 from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS
-from dnd_jax.lora.tuning import Task, Tuning
-from dnd_jax.parallel import hosts, together
+from dnd_jax.lora.tuning import Task, Tuning, stage_of
+from dnd_jax.parallel import hosts
 
 DONE, FORMAT = "collect.json", 1  # what is written last, and the form that it has
 
@@ -160,19 +156,6 @@ def score_table(folder: pathlib.Path) -> str:
     return "\n".join(f"  {name:<{width}}  {score:.3f}" for name, score in exact.items())
 
 
-def _run(given: Given) -> None:
-    with together.together(given, "collect"):
-        with hosts.lead_first():
-            suite = open_suite(given.config, given.workdir, given["strict"])
-            base = find_base(given.config, given.workdir)
-        more = given["allow"], given["base-name"]
-        folder = collect(given.config, suite, base, given.workdir, *more)
-        if hosts.lead():
-            print(f"{score_table(folder)}\nLoRA checkpoints: {folder}")
-
-
-STAGE = Stage(
-    _run,
-    (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS),
-    lambda given: packages_of(given.config.base.path),
+STAGE = stage_of(
+    "collect", collect, lambda folder: f"{score_table(folder)}\nLoRA checkpoints: {folder}"
 )

@@ -15,25 +15,21 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import how_taught
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.formats import read_numbered, write_numbered
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.core.workdir import CONTROLS
-from dnd_jax.data.opened import open_suite
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.loop.run import Diverged, Options
 from dnd_jax.lora.adapter import check_called
 from dnd_jax.lora.found import CONFIG as ADAPTER
-from dnd_jax.lora.tuning import Task, Tuning
-from dnd_jax.parallel import hosts, together
+from dnd_jax.lora.tuning import Task, Tuning, stage_of
+from dnd_jax.parallel import hosts
 
 DONE = "controls.json"
 FORMAT = 1  # of it
@@ -197,19 +193,4 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
     return {"counts": list(FEW_SHOT), "steps": steps}
 
 
-def _run(given: Given) -> None:
-    with together.together(given, "controls"):
-        with hosts.lead_first():
-            suite = open_suite(given.config, given.workdir, given["strict"])
-            base = find_base(given.config, given.workdir)
-        more = given["allow"], given["base-name"]
-        folder = make_controls(given.config, suite, base, given.workdir, *more)
-        if hosts.lead():
-            print(f"controls: {folder}")
-
-
-STAGE = Stage(
-    _run,
-    (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS),
-    lambda given: packages_of(given.config.base.path),
-)
+STAGE = stage_of("controls", make_controls, "controls: {}".format)

@@ -15,12 +15,16 @@ import optax
 from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.hub import packages_of
 from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object, write_json
+from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
 from dnd_jax.core.workdir import METRICS
+from dnd_jax.data.opened import open_suite
 from dnd_jax.data.sources import Example
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
@@ -28,7 +32,7 @@ from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
 from dnd_jax.lora.scores import Score, score_loras
-from dnd_jax.parallel import hosts
+from dnd_jax.parallel import hosts, together
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.room import free_bytes
@@ -177,6 +181,26 @@ class Task(NamedTuple):
     train: Sequences
     test: Sequences
     kept: Collection[int]
+
+
+def stage_of(
+    name: str, make: Callable[..., pathlib.Path], said: Callable[[pathlib.Path], str]
+) -> Stage:
+    """The stage, of one process or several, that makes LoRAs of a run's base: make(config, suite,
+    base, workdir, allowed, base name) -> their folder, of which `said` is printed."""
+
+    def run(given: Given) -> None:
+        with together.together(given, name):
+            with hosts.lead_first():
+                suite = open_suite(given.config, given.workdir, given["strict"])
+                base = find_base(given.config, given.workdir)
+            more = given["allow"], given["base-name"]
+            folder = make(given.config, suite, base, given.workdir, *more)
+            if hosts.lead():
+                print(said(folder))
+
+    flags = (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS)
+    return Stage(run, flags, lambda given: packages_of(given.config.base.path))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
