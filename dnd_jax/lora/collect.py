@@ -114,7 +114,7 @@ def _task(tuning: Tuning, dataset: Dataset, trained_on: bool) -> Task:
         tuning.encoded(getattr(dataset, split), f"{dataset.name}'s {split}") for split in SPLITS
     )
     kept = range(c.steps - c.checkpoints + 1 if trained_on else c.steps, c.steps + 1)
-    return Task(dataset.name, train, test, kept)
+    return Task(dataset.name, train, kept, test)
 
 
 def _stale(folder: pathlib.Path, c: schema.Lora) -> list[pathlib.Path]:

@@ -148,7 +148,7 @@ def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) 
     for rate in config.controls.learning_rates or (config.lora.learning_rate,):
         title = f"multi_task_{rate:g}"
         c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps, checkpoints=1)
-        task = Task(title, train, held_in, (tenth, steps))
+        task = Task(title, train, (tenth, steps))
         try:
             lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
         except Diverged as error:
@@ -186,7 +186,7 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
         for count in (n for n in FEW_SHOT if n <= len(order)):
             rows = [dataset.pool[i] for i in order[:count]]
             train = tuning.encoded(rows, f"{dataset.name}'s train")
-            tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, train, (steps,)))
+            tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, (steps,)))
     if tasks:
         where = folder / "training" / "few_shot"
         tuning.train_in_groups("few shots", where, tasks, folder, *how)

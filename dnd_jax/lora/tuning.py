@@ -175,12 +175,13 @@ class TaskBatches:
 
 
 class Task(NamedTuple):
-    """What a LoRA is tuned on. kept: the steps after which it is written."""
+    """What a LoRA is tuned on. kept: the steps after which it is written. test: what
+    `train_in_groups` scores it on, if anything."""
 
     name: str
     train: Sequences
-    test: Sequences
     kept: Collection[int]
+    test: Sequences | None = None
 
 
 def stage_of(
@@ -246,8 +247,8 @@ class Tuning:
         options: Options,
     ) -> dict[str, float]:
         """Trains as many LoRAs at once as have room, one group after the other, each in a folder of
-        its own where there are several. Returns {task: exact match on its test examples}. Arguments
-        as of `train`."""
+        its own where there are several. Returns {task: exact match on its test examples} of those
+        that have any. Arguments as of `train`."""
         at_once = self._at_once(tasks, directory) if hosts.lead() else 0
         size, exact = hosts.of_lead(at_once), {}
         count = -(-len(tasks) // size)
@@ -259,8 +260,9 @@ class Tuning:
             if count > 1:
                 here, named = (which, where), {**record, "tasks": [task.name for task in group]}
             lora = self.train(*here, group, folder, named, options)
-            scores = self.scores(lora, [task.test for task in group])
-            exact |= {t.name: round(s.exact, 4) for t, s in zip(group, scores, strict=True)}
+            if any(task.test for task in group):
+                scores = self.scores(lora, [task.test for task in group])
+                exact |= {t.name: round(s.exact, 4) for t, s in zip(group, scores, strict=True)}
         return exact
 
     def _at_once(self, tasks: Sequence[Task], directory: pathlib.Path) -> int:
@@ -274,7 +276,7 @@ class Tuning:
             return size
         if (directory / METRICS).is_file():  # begun by a version that knew no groups
             return len(tasks)
-        rows = [of for task in tasks for of in (task.train, task.test)]
+        rows = [of for task in tasks for of in (task.train, task.test) if of]
         largest = max(bytes_of_task(self.module.config, c, of) for of in rows)
         free = ROOM * free_bytes(self.mesh.local_devices[0])
         fit = c.tasks_at_once or max(1, int(free / largest)) * batch_ways(self.mesh)
