@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
                 "tasks_at_once": 0,
                 "dtype": "float32",
                 "remat": False,
+                "flat_window": 0,
             },
             "condition": {
                 "encoder": "sentence-transformers/all-MiniLM-L12-v2",

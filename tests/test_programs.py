@@ -7,11 +7,11 @@ One that is meant to change a program writes the file anew and says so:
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +21,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import generate_arguments, train_arguments
 from dnd_jax.loop.optimizers import lora_optimizer
-from dnd_jax.lora.tuning import make_collect_step
+from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading, replicated, sharding_table
 
@@ -50,13 +50,11 @@ def collect_text(config: Config, sizes: LmConfig) -> str:
     params = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     optimizer = lora_optimizer(lora)
     shapes = sizes.lora_shapes(lora.rank, lora.targets)
-    tasks = {
-        key: jax.ShapeDtypeStruct((TASKS, *shape), jnp.float32) for key, shape in shapes.items()
-    }
-    state = {"lora": tasks, "opt": jax.eval_shape(jax.vmap(optimizer.init), tasks)}
+    made = functools.partial(first_state, shapes=shapes, optimizer=optimizer, tasks=TASKS)
+    state = jax.eval_shape(made, jax.random.key(0))
     lengths = {"ids": LENGTH, "at": ANSWER, "labels": ANSWER}
     batch = {
-        key: jax.ShapeDtypeStruct((TASKS, lora.batch_size, length), jnp.int32)
+        key: jax.ShapeDtypeStruct((TASKS, lora.batch_size, length), np.int32)
         for key, length in lengths.items()
     }
     over_tasks = leading(mesh, TASKS, "tasks")

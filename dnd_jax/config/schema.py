@@ -84,6 +84,9 @@ class Lora:
     tasks_at_once: Count = 0  # tasks in one step, group after group; 0: as many as have room
     dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of the base; LoRAs are float32
     remat: bool = False  # the backward pass computes each layer anew: less memory, more time
+    # a task ends `checkpoints` steps after the mean loss of so many steps has not fallen by 2% from
+    # that of as many before; 0: after `steps`
+    flat_window: Count = 0
 
     def faults(self) -> list[str]:
         """What its fields contradict each other in."""

@@ -19,7 +19,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs.compiled import StepCost, compiled_cost
 from dnd_jax.loop.optimizers import lora_optimizer
-from dnd_jax.lora.tuning import init_lora, make_collect_step
+from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import bytes_per_device, leading, replicated, shaped, shard_by_rules
@@ -59,9 +59,7 @@ def collect_arguments(
         return jax.tree.map(lambda x: x.astype(c.dtype), params)
 
     def state(key):
-        lora = init_lora(key, sizes.lora_shapes(c.rank, c.targets))
-        one = {"lora": lora, "opt": optimizer.init(lora)}
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (tasks, *x.shape)), one)
+        return first_state(key, sizes.lora_shapes(c.rank, c.targets), optimizer, tasks)
 
     params, states = (jax.eval_shape(made, jax.random.key(0)) for made in (base, state))
     widths = {"ids": length, "at": max(1, length - 1), "labels": max(1, length - 1)}

@@ -58,6 +58,8 @@ class Training:
     batch_at: Callable[[int], Any]  # i from 0 -> the batch of that step; a thread calls it
     steps: int
     save_every: int
+    # (steps done, state) -> whether nothing is left to train; asked where a state is saved
+    ended: Callable[[int, Any], bool] | None = None
     # (steps done, state), after each of them
     after_step: Callable[[int, Any], None] = lambda done, state: None
     # i -> the data of that step, for the message when its loss is not finite
@@ -97,11 +99,13 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
     training.directory.mkdir(parents=True, exist_ok=True)
     saves = _Saves(training, options)
     first, state = saves.resume()
+    nothing_left = training.ended or (lambda done, state: False)
+    last = first if nothing_left(first, state) else training.steps
     reports = _Reports(training, options, first)
     profiler = Profiler(training.directory, options.profile)
     try:
         profiler.at(first, state)
-        for i, batch, waited in ahead(training.batch_at, first, training.steps):
+        for i, batch, waited in ahead(training.batch_at, first, last):
             state, values = training.step(state, batch)  # dispatched, not waited for
             reports.read(saves.last)  # of the step before
             reports.pending = i + 1, values, waited
@@ -112,6 +116,8 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             if stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps:
                 reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
                 saves.save(i + 1, state)
+                if nothing_left(i + 1, state):
+                    break
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
         reports.read(saves.last)

@@ -79,18 +79,21 @@ def collect(
 
     # Training, a group of tasks after the other.
     with hosts.lead_first():
+        ours = _kept(c, 0 if c.flat_window else c.steps)  # where a task flattens is not known yet
         for dataset in suite.datasets if hosts.lead() else ():
-            _stale(folder / dataset.name, c)  # now, not after hours of training
+            _stale(folder / dataset.name, ours)  # now, not after hours of training
         (folder / DONE).unlink(missing_ok=True)  # while LoRAs are replaced, the folder is not whole
     options = Options(allowed=tuple(allowed), older=older)
     how = record | {"answer": taught}, options
-    exact = tuning.train_in_groups("collect", workdir / COLLECT, tasks, folder, *how)
+    tuned = tuning.train_in_groups("collect", workdir / COLLECT, tasks, folder, *how)
     with hosts.lead_first():
-        for dataset in suite.datasets if hosts.lead() else ():
-            for stale in _stale(folder / dataset.name, c):
+        for task, (end, _) in tuned.items() if hosts.lead() else ():
+            for stale in _stale(folder / task, _kept(c, end)):
                 shutil.rmtree(stale)
         if hosts.lead():
-            write_numbered(folder / DONE, FORMAT, {"settings": record, "exact_match": exact})
+            done = {"exact_match": {task: exact for task, (_, exact) in tuned.items()}}
+            done |= {"steps": {task: end for task, (end, _) in tuned.items()}}
+            write_numbered(folder / DONE, FORMAT, {"settings": record, **done})
     return folder
 
 
@@ -113,17 +116,21 @@ def _task(tuning: Tuning, dataset: Dataset, trained_on: bool) -> Task:
     train, test = (
         tuning.encoded(getattr(dataset, split), f"{dataset.name}'s {split}") for split in SPLITS
     )
-    kept = range(c.steps - c.checkpoints + 1 if trained_on else c.steps, c.steps + 1)
-    return Task(dataset.name, train, kept, test)
+    return Task(dataset.name, train, c.checkpoints if trained_on else 1, test)
 
 
-def _stale(folder: pathlib.Path, c: schema.Lora) -> list[pathlib.Path]:
+def _kept(c: schema.Lora, end: int) -> range:
+    """The steps whose LoRAs may lie in the folder of a dataset that ended with this one."""
+    return range(end - c.checkpoints + 1, end + 1)
+
+
+def _stale(folder: pathlib.Path, kept: range) -> list[pathlib.Path]:
     """The checkpoints of a dataset that an interrupted run of other `steps` left. Raises InputError
     for one that holds more than `save_adapter` writes, so may not be removed."""
     found = []
     for path in folder.glob("step_*"):
         step = re.fullmatch(r"step_(\d{6})", path.name)
-        if step and not c.steps - c.checkpoints < int(step[1]) <= c.steps:
+        if step and int(step[1]) not in kept:
             if not holds_only(path, (WEIGHTS, CONFIG, CARD)):
                 raise InputError(
                     f"{path}: would count as a LoRA of this run, of other lora.steps, and holds "
@@ -150,10 +157,14 @@ def _check_own(folder: pathlib.Path, suite: Suite) -> None:
 
 
 def score_table(folder: pathlib.Path) -> str:
-    """Each task's exact match on its test file, as text."""
-    exact = read_json(folder / DONE)["exact_match"]
+    """Each task's exact match on its test file, as text, with its steps where they differ."""
+    done = read_json(folder / DONE)
+    exact, steps = done["exact_match"], done.get("steps", {})
     width = max(map(len, exact))
-    return "\n".join(f"  {name:<{width}}  {score:.3f}" for name, score in exact.items())
+    said = {name: f"  {steps[name]} steps" for name in steps if len(set(steps.values())) > 1}
+    return "\n".join(
+        f"  {name:<{width}}  {score:.3f}{said.get(name, '')}" for name, score in exact.items()
+    )
 
 
 STAGE = stage_of(

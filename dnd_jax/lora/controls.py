@@ -18,6 +18,7 @@ import numpy as np
 from dnd_jax.base.identity import base_digest
 from dnd_jax.base.reading import check_reading
 from dnd_jax.base.sequences import how_taught
+from dnd_jax.config import schema
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
@@ -65,7 +66,8 @@ def make_controls(
         return folder
     with hosts.lead_first():
         check_reading(config, base_path)
-    tuning = Tuning.of(config, base_path, name)
+    all_steps = dataclasses.replace(config, lora=_to_the_end(config.lora))
+    tuning = Tuning.of(all_steps, base_path, name)
     taught = record | {"answer": how_taught(tuning.tokenizer)[0]}
     how = taught, Options(allowed=tuple(allowed))
     for part in (part for part in wanted if part not in made):
@@ -91,13 +93,17 @@ def _settings(config: Config, suite: Suite, base_path: str) -> dict:
     return {
         "seed": config.seed,
         "base": base_digest(base_path),
-        # How many of the last steps are kept of a training task's LoRA is nothing to these.
-        "lora": dataclasses.asdict(dataclasses.replace(config.lora, checkpoints=1)),
+        "lora": dataclasses.asdict(_to_the_end(config.lora)),
         "controls": {"learning_rates": config.controls.learning_rates},
         "max_length": config.base.max_length,
         "suite": suite.fingerprint,
         "train": {"datasets": config.train.datasets},
     }
+
+
+def _to_the_end(c: schema.Lora) -> schema.Lora:
+    """How controls are tuned: they take all steps, and keep the last."""
+    return dataclasses.replace(c, checkpoints=1, flat_window=0)
 
 
 def find_controls(
@@ -147,10 +153,10 @@ def _multi_task(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) 
     tenth = max(1, round(steps * TENTH))
     for rate in config.controls.learning_rates or (config.lora.learning_rate,):
         title = f"multi_task_{rate:g}"
-        c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps, checkpoints=1)
-        task = Task(title, train, (tenth, steps))
+        c = dataclasses.replace(config.lora, learning_rate=rate, steps=steps)
+        task = Task(title, train, 1, also=(tenth,))
         try:
-            lora = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
+            lora, _ = tuning.train(title, folder / "training" / title, [task], folder, *how, lora=c)
         except Diverged as error:
             failed = error
             continue
@@ -186,7 +192,7 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
         for count in (n for n in FEW_SHOT if n <= len(order)):
             rows = [dataset.pool[i] for i in order[:count]]
             train = tuning.encoded(rows, f"{dataset.name}'s train")
-            tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, (steps,)))
+            tasks.append(Task(f"few_shot_{count}/{dataset.name}", train, 1))
     if tasks:
         where = folder / "training" / "few_shot"
         tuning.train_in_groups("few shots", where, tasks, folder, *how)

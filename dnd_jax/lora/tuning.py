@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
-from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode
 from dnd_jax.config import schema
@@ -32,6 +30,7 @@ from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
 from dnd_jax.lora.scores import Score, score_loras
+from dnd_jax.lora.task_step import Flattening, first_state, make_collect_step
 from dnd_jax.parallel import hosts, together
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
@@ -42,56 +41,6 @@ GROUPS = "groups.json"  # in the folder of a training in groups
 ROOM = 0.6  # of the free memory that a step may take
 SCORED = 2  # times as many rows at once as a step has: no gradient needs what lies between
 PREFIX = 8  # tokens that all rows share, from which on they are computed apart
-
-
-def init_lora(key: jax.Array, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
-    """PEFT's default: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0."""
-    keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes)), strict=True))
-
-    def init(name: str, shape: tuple[int, int]) -> jax.Array:
-        if ".lora_B." in name:
-            return jnp.zeros(shape)
-        return jax.random.uniform(keys[name], shape, minval=-1, maxval=1) * shape[1] ** -0.5
-
-    return {name: init(name, shape) for name, shape in shapes.items()}
-
-
-def make_collect_step(
-    module: BaseLM,
-    optimizer: optax.GradientTransformation,
-    lora_scale: float,
-    over_tasks: jax.sharding.NamedSharding | None = None,
-):
-    """step(base params, state {"lora", "opt"} with a leading task axis K, batch (K, ...)) ->
-    (state, metrics).
-
-    over_tasks: where the tasks lie while they are computed. The batch may have more entries than K,
-    copies of the first ones that make them divide; nothing of what is returned depends on them.
-    """
-
-    def one(params, state, batch):
-        def loss_of(lora):
-            return answer_loss(module, params, batch, lora, lora_scale)
-
-        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["lora"])
-        updates, opt = optimizer.update(gradient, state["opt"], state["lora"])
-        return {"lora": optax.apply_updates(state["lora"], updates), "opt": opt}, loss, accuracy
-
-    def step(params, state, batch):
-        tasks, entries = (len(jax.tree.leaves(tree)[0]) for tree in (state, batch))
-        if entries > tasks:
-            state = jax.tree.map(lambda x: x[np.arange(entries) % tasks], state)
-            state = jax.lax.with_sharding_constraint(state, over_tasks)
-        split = None if over_tasks is None else over_tasks.spec[0]
-        found = jax.vmap(one, in_axes=(None, 0, 0), spmd_axis_name=split)(params, state, batch)
-        state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
-        return state, {
-            "loss": losses.mean(),
-            "accuracy": accuracies.mean(),
-            "worst_loss": losses.max(),
-        }
-
-    return step
 
 
 def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
@@ -175,13 +124,21 @@ class TaskBatches:
 
 
 class Task(NamedTuple):
-    """What a LoRA is tuned on. kept: the steps after which it is written. test: what
-    `train_in_groups` scores it on, if anything."""
+    """What a LoRA is tuned on. It is written after each of its last `kept` steps, and after those
+    of `also`. test: what `train_in_groups` scores it on, if anything."""
 
     name: str
     train: Sequences
-    kept: Collection[int]
+    kept: int
     test: Sequences | None = None
+    also: Collection[int] = ()
+
+
+class Tuned(NamedTuple):
+    """How a task ended."""
+
+    steps: int  # that its LoRA has taken
+    exact: float | None  # match on its test examples
 
 
 def stage_of(
@@ -245,12 +202,12 @@ class Tuning:
         folder: pathlib.Path,
         record: Mapping,
         options: Options,
-    ) -> dict[str, float]:
+    ) -> dict[str, Tuned]:
         """Trains as many LoRAs at once as have room, one group after the other, each in a folder of
         its own where there are several. Returns {task: exact match on its test examples} of those
         that have any. Arguments as of `train`."""
         at_once = self._at_once(tasks, directory) if hosts.lead() else 0
-        size, exact = hosts.of_lead(at_once), {}
+        size, tuned = hosts.of_lead(at_once), {}
         count = -(-len(tasks) // size)
         size = -(-len(tasks) // count)
         for number in range(count):
@@ -259,11 +216,14 @@ class Tuning:
             here, named = (title, directory), record
             if count > 1:
                 here, named = (which, where), {**record, "tasks": [task.name for task in group]}
-            lora = self.train(*here, group, folder, named, options)
+            lora, ends = self.train(*here, group, folder, named, options)
+            exact = [None] * len(group)
             if any(task.test for task in group):
                 scores = self.scores(lora, [task.test for task in group])
-                exact |= {t.name: round(s.exact, 4) for t, s in zip(group, scores, strict=True)}
-        return exact
+                exact = [round(score.exact, 4) for score in scores]
+            for task, end, score in zip(group, ends, exact, strict=True):
+                tuned[task.name] = Tuned(end, score)
+        return tuned
 
     def _at_once(self, tasks: Sequence[Task], directory: pathlib.Path) -> int:
         """How many tasks have room at once. What was chosen first stays, so that a stopped run goes
@@ -292,26 +252,35 @@ class Tuning:
         record: Mapping,
         options: Options,
         lora: schema.Lora | None = None,
-    ) -> dict[str, jax.Array]:
-        """Trains the LoRAs of tasks in one loop and returns the last, (K, ...); process 0 writes
-        folder/TASK/step_NNNNNN. directory: of the loop. lora: settings in place of the
-        configuration's. Raises as `run_loop`."""
+    ) -> tuple[dict[str, jax.Array], list[int]]:
+        """Trains the LoRAs of tasks in one loop and returns (the last of each, (K, ...); the steps
+        of each); process 0 writes folder/TASK/step_NNNNNN. directory: of the loop. lora: settings
+        in place of the configuration's. Raises as `run_loop`."""
         c, seed = lora or self.config.lora, self.config.seed
         pad = self.tokenizer.pad_token_id
         batches = TaskBatches([t.train for t in tasks], c.batch_size, seed, pad, self.mesh)
-        optimizer = lora_optimizer(c)
+        optimizer, flattening = lora_optimizer(c), Flattening.of(c)
 
-        def init(key):  # all tasks start from the same A
-            first = init_lora(key, self.module.config.lora_shapes(c.rank, c.targets))
-            state = {"lora": first, "opt": optimizer.init(first)}
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(tasks), *x.shape)), state)
+        def init(key):
+            matrices = self.module.config.lora_shapes(c.rank, c.targets)
+            return first_state(key, matrices, optimizer, len(tasks), flattening)
 
         key = jax.random.fold_in(jax.random.key(seed), 1)
         shapes = jax.eval_shape(init, key)
         step = self._step(c, optimizer, batches)
 
+        def ends(state: Mapping) -> list[int]:
+            """The last step of each task, as far as it is known now."""
+            if not flattening:
+                return [c.steps] * len(tasks)
+            return np.asarray(hosts.to_all_hosts(state["flat"]["end"])).tolist()
+
         def keep(done: int, state: Mapping) -> None:
-            now = [k for k, task in enumerate(tasks) if done in task.kept]
+            now = [
+                k
+                for k, (task, end) in enumerate(zip(tasks, ends(state), strict=True))
+                if end - task.kept < done <= end or done in task.also
+            ]
             stacked = hosts.to_all_hosts(state["lora"]) if now else {}
             for k in now if hosts.lead() else ():
                 tensors = {name: value[k] for name, value in stacked.items()}
@@ -328,8 +297,10 @@ class Tuning:
             steps=c.steps,
             save_every=c.save_every,
             after_step=keep,
+            ended=(lambda done, state: done >= max(ends(state))) if flattening else None,
         )
-        return run_loop(training, options)["lora"]
+        state = run_loop(training, options)
+        return state["lora"], ends(state)
 
     def scores(self, lora: Mapping[str, jax.Array], rows: Sequence[Sequences]) -> list[Score]:
         """Those of LoRAs (K, ...), each on rows of its own."""
@@ -340,7 +311,8 @@ class Tuning:
         """The jitted step of tasks that lie so, one for all groups of them."""
         key = c, batches.over_tasks, batches.of_state
         if key not in self.steps:
-            step = make_collect_step(self.module, optimizer, self.adapter.scale, batches.over_tasks)
+            how = self.adapter.scale, batches.over_tasks, Flattening.of(c)
+            step = make_collect_step(self.module, optimizer, *how)
             out = batches.of_state, replicated(self.mesh)
             self.steps[key] = jax.jit(step, out_shardings=out, donate_argnums=1)
         return self.steps[key]

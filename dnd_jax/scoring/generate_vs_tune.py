@@ -26,7 +26,7 @@ from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
-from dnd_jax.lora.tuning import init_lora, make_collect_step
+from dnd_jax.lora.task_step import first_state, make_collect_step
 
 PAPER = "2,500 to 12,000"  # times less than full-shot tuning, docs/METHOD.md section 8
 REPEATS = 5
@@ -121,10 +121,7 @@ def measure_tuning(
     module, params = load_base(base, mesh, dtype)
     optimizer = lora_optimizer(lora)
     step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
-    tensors = init_lora(jax.random.key(seed), shapes)
-    state = jax.tree.map(
-        lambda x: jnp.asarray(x)[None], {"lora": tensors, "opt": optimizer.init(tensors)}
-    )
+    state = first_state(jax.random.key(seed), shapes, optimizer)
     timed = min(limit or lora.steps, lora.steps)
     batches = _batches(base, examples, max_length, lora.batch_size, seed, timed)
     shapes_of_batches = {batch["ids"].shape: batch for batch in batches}

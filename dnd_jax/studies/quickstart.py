@@ -21,6 +21,7 @@ from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Flag, Given, S
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, SUITE, held, timed
 from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Suite
 from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
@@ -29,6 +30,7 @@ from dnd_jax.scoring.evaluate import REMEASURE, evaluate, run_of
 from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.measured import measure
 from dnd_jax.scoring.report import publish, publish_measured
+from dnd_jax.studies.outlook import outlook
 
 
 def run_seed(
@@ -37,17 +39,25 @@ def run_seed(
     strict: bool = False,
     allowed: Collection[str] = (),
     base_name: str = "",
+    begin: Callable[[Config, Suite], None] = lambda config, suite: None,
 ) -> tuple[dict, Callable[..., dict]]:
-    """All stages of one seed: (what a report says of it, `measure` of it)."""
+    """All stages of one seed: (what a report says of it, `measure` of it). begin: is called before
+    any that takes long."""
     with held(workdir, "quickstart"):
-        return _stages(config, workdir, strict, allowed, base_name)
+        return _stages(config, workdir, strict, allowed, base_name, begin)
 
 
 def _stages(
-    config: Config, workdir: pathlib.Path, strict: bool, allowed: Collection[str], base_name: str
+    config: Config,
+    workdir: pathlib.Path,
+    strict: bool,
+    allowed: Collection[str],
+    base_name: str,
+    begin: Callable[[Config, Suite], None],
 ) -> tuple[dict, Callable[..., dict]]:
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
+    begin(config, suite)
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir, allowed)
     if not config.train.checkpoints:
@@ -82,6 +92,11 @@ def quickstart(
     agreement of every seed, the overhead of the first. again: as of `measure`. share: what the
     first seed made serves the others. Raises InputError for share with a draw of datasets."""
     runs, measures = {}, {}
+
+    def begin(config: Config, suite: Suite) -> None:
+        if config.seed == seeds[0] and not config.train.checkpoints:
+            print(outlook(config, suite, len(seeds), share), flush=True)
+
     if share and config.train.datasets:
         raise InputError(
             f"--share: with config.train.datasets = {config.train.datasets} each seed draws other "
@@ -95,7 +110,7 @@ def quickstart(
         if share and seed != seeds[0]:
             own = _sharing(own, workdir)
         with held(folder, "quickstart"), remembering(folder, own):
-            runs[seed], measures[seed] = run_seed(own, folder, strict, allowed, base_name)
+            runs[seed], measures[seed] = run_seed(own, folder, strict, allowed, base_name, begin)
         stop.check()
     publish(runs, config, workdir)
     for seed in seeds:

@@ -13,7 +13,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.lora.adapter import save_adapter
-from dnd_jax.lora.collect import _stale
+from dnd_jax.lora.collect import _kept, _stale
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 
@@ -29,15 +29,19 @@ def test_only_what_is_ours_counts_as_stale(tmp_path):
         config = AdapterConfig("base", 2, 4.0, ("q_proj",))
         save_adapter(tmp_path / f"step_{step:06d}", tensors, config)
     (tmp_path / "step_4_of_mine").mkdir()
-    assert sorted(path.name[-1] for path in _stale(tmp_path, settings)) == ["3", "4", "8"]
+    assert sorted(path.name[-1] for path in _stale(tmp_path, _kept(settings, settings.steps))) == [
+        "3",
+        "4",
+        "8",
+    ]
     (tmp_path / "step_000004" / "notes.txt").touch()
     with pytest.raises(InputError, match="step_000004: .* holds files that are not ours; move it"):
-        _stale(tmp_path, settings)
+        _stale(tmp_path, _kept(settings, settings.steps))
     (tmp_path / "step_000004" / "notes.txt").unlink()
     (tmp_path / "step_000004").rename(tmp_path / "elsewhere")
     (tmp_path / "step_000004").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="step_000004: "):
-        _stale(tmp_path, settings)
+        _stale(tmp_path, _kept(settings, settings.steps))
 
 
 def test_a_response_with_an_end_that_only_the_settings_name(tmp_path, capsys):

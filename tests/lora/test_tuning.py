@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from pipeline import TINY, tiny_suite
+from pipeline import TINY, start, tiny_suite, when
 from small_models import write_qwen
 
 from dnd_jax.lora import tuning
@@ -64,6 +64,65 @@ def test_as_many_as_have_room_and_the_same_when_it_goes_on(inputs, tmp_path, mon
     (tmp_path / "w/loras/collect.json").unlink()
     assert collect(inputs, tmp_path / "w", one) == 0  # by what was chosen first
     assert asked == [1]
+
+
+@pytest.fixture(scope="module")
+def flattened(inputs, tmp_path_factory):
+    """Of at most 60 steps."""
+    workdir = tmp_path_factory.mktemp("flattened")
+    assert collect(inputs, workdir, *FLAT) == 0
+    return workdir
+
+
+LONG = "--config.lora.steps=60", "--config.lora.learning_rate=0.02"
+FLAT = *LONG, "--config.lora.flat_window=3"
+
+
+def test_tasks_end_when_their_loss_has_flattened(inputs, flattened, tmp_path):
+    """With the LoRAs that they had at that step of a run of as many; and the loop ends with the
+    last of them."""
+    steps = json.loads((flattened / "loras/collect.json").read_text())["steps"]
+    assert len(set(steps.values())) > 1 and max(steps.values()) < 60
+    metrics = (flattened / "collect/metrics.jsonl").read_text().splitlines()
+    assert len(metrics) < 60
+    assert collect(inputs, tmp_path / "w", *LONG, "--config.lora.checkpoints=60") == 0
+    expected, found = loras(tmp_path / "w"), loras(flattened)
+    for task, end in steps.items():
+        here = sorted(path.name for path in (flattened / "loras" / task).iterdir())
+        kept = 4 if len(here) > 1 else 1  # an unseen task's last alone
+        assert here == [f"step_{step:06d}" for step in range(end - kept + 1, end + 1)]
+    trained = {
+        path: x
+        for path, x in found.items()
+        if tmp_path / "w" / path.relative_to(flattened) in expected
+    }
+    assert len(trained) == 3 * 4
+    for path, tensors in trained.items():
+        for key, value in tensors.items():
+            same = expected[tmp_path / "w" / path.relative_to(flattened)]
+            np.testing.assert_array_equal(value, same[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seen", ["group_000/checkpoints/28", "group_001", "group_001/checkpoints/26"]
+)
+def test_killed_within_a_group_or_between_two(inputs, flattened, tmp_path, seen):
+    """It goes on from what was saved, tasks that have ended too, to the same LoRAs."""
+    suite, base = inputs
+    settings = f"--config.base.path={base}", "--config.base.max_length=128", *FLAT
+    words = "collect", TINY, f"--suite={suite}", f"--workdir={tmp_path / 'w'}", *settings
+    process = start(*words, "--config.lora.tasks_at_once=3")
+    assert when(process, (tmp_path / "w/collect" / seen).exists), process.communicate()
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "w/loras/collect.json").exists()
+    assert collect(inputs, tmp_path / "w", *FLAT, "--config.lora.tasks_at_once=3") == 0
+    ours, expected = loras(tmp_path / "w"), loras(flattened)
+    assert len(ours) == len(expected)
+    for (path, found), wanted in zip(ours.items(), expected.values(), strict=True):
+        for key, value in wanted.items():
+            np.testing.assert_allclose(found[key], value, atol=1e-5, err_msg=f"{path} {key}")
 
 
 def test_a_task_of_more_rows_and_layers_takes_more_room(inputs):
