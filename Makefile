@@ -1,12 +1,16 @@
-# make demo: the whole pipeline on the embedded suite, in minutes. make test: the tests, whose programs run once and are compiled with
-# fewer optimisations; the slow ones have all of them. Each sets up .venv first.
+# make demo: the whole pipeline on the little world, in minutes; make demo-llm: on a real LLM, in hours
+# that may be interrupted. make test: the tests, whose programs run once and are compiled with fewer
+# optimisations; the slow ones have all of them. Each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-long lint install clean
+.PHONY: demo demo-llm test test-slow test-long lint install clean
 
 demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
+
+demo-llm: install
+	$(BIN)/dnd quickstart --config=configs/smollm2_135m_skills.py --workdir=runs/skills
 
 test: install
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist=loadgroup
