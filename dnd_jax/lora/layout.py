@@ -15,6 +15,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,15 @@ class Matrix:
     @property
     def is_b(self) -> bool:
         return self.key.endswith(".lora_B.weight")
+
+
+class Stack(NamedTuple):
+    """K matrices of one side and shape, of modules of one name, as one array (K, *shape)."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, int]
+    is_b: bool
+    tokens: np.ndarray  # (K, n) of each matrix, in order
 
 
 def _module_sort_key(module: str) -> tuple:
@@ -159,6 +169,22 @@ class LoraLayout:
             return None
         return (np.arange(self.chunk_width) < lengths[:, None])[:, None, :]
 
+    @functools.cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All matrices, those alike together: few arrays, however many layers there are."""
+        alike: dict[tuple, list[Matrix]] = {}
+        for m in self.matrices:
+            alike.setdefault((*m.key.rsplit(".", 3)[-3:], m.shape), []).append(m)
+        return tuple(
+            Stack(
+                tuple(m.key for m in found),
+                found[0].shape,
+                found[0].is_b,
+                np.stack([m.first_token + np.arange(m.num_tokens) for m in found]),
+            )
+            for found in alike.values()
+        )
+
     def _chunk_lengths(self, matrix: Matrix) -> np.ndarray:
         long_axis = matrix.shape[0 if matrix.is_b else 1]
         return np.minimum(
@@ -211,15 +237,20 @@ class LoraLayout:
                 f"chunks have shape {chunks.shape}, this layout has {(self.num_tokens, r, w)}"
             )
         tensors = {}
-        for m in self.matrices:
-            rows = (
-                chunks[m.first_token : m.first_token + m.num_tokens]
-                .transpose(1, 0, 2)
-                .reshape(r, -1)
-            )
-            matrix = rows[:, : m.shape[0] if m.is_b else m.shape[1]]
-            tensors[m.key] = np.array(matrix.T if m.is_b else matrix, np.float32, order="C")
-        return tensors
+        for stack, values in zip(self.stacks, self.stacked(chunks), strict=True):
+            for key, value in zip(stack.keys, values, strict=True):
+                tensors[key] = np.array(value, np.float32, order="C")
+        return {m.key: tensors[m.key] for m in self.matrices}
+
+    def stacked(self, chunks) -> list:
+        """Chunks [T, r, w] -> the matrices of each of `stacks`, (K, *shape). Differentiable where
+        the chunks are JAX's."""
+        found = []
+        for stack in self.stacks:
+            rows = chunks[stack.tokens].swapaxes(1, 2)  # (K, r, n, w)
+            rows = rows.reshape(*rows.shape[:2], -1)[:, :, : stack.shape[0 if stack.is_b else 1]]
+            found.append(rows.swapaxes(1, 2) if stack.is_b else rows)
+        return found
 
     def tokenize(
         self, tensors: Mapping[str, np.ndarray], bfloat16: bool = False, source: str = "adapter"
@@ -249,16 +280,20 @@ class LoraLayout:
         return tokens
 
     def detokenize(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Tokens [T, r+2, w+2] -> LoRA tensors, float32. The arithmetic is float32 and a predicted
-        std below 0 counts as 0 (a std of 0.01 is s1 = -0.62 and one of 0 is -0.70, so a small error
-        can cross it). Raises InputError on another shape."""
+        """Tokens [T, r+2, w+2] -> LoRA tensors, float32. Raises InputError on another shape."""
         tokens = np.asarray(tokens, np.float32)
         if tokens.shape != (self.num_tokens, *self.token_shape):
             raise InputError(
                 f"tokens have shape {tokens.shape}, this layout has "
                 f"{(self.num_tokens, *self.token_shape)}"
             )
-        r, w = self.chunk_shape
+        return self.join(self.chunks(tokens))
+
+    def chunks(self, tokens):
+        """Tokens [T, r+2, w+2] of NumPy or JAX -> chunks [T, r, w], float32. A predicted std below
+        0 counts as 0 (a std of 0.01 is s1 = -0.62 and one of 0 is -0.70, so a small error can cross
+        it)."""
+        xp, (r, w) = tokens.__array_namespace__(), self.chunk_shape
         pair = tokens[:, :, w:].mean(axis=1)
         # The rows repeat the pair s0 s1 s0 s1 ... as far as whole pairs reach; an odd width breaks
         # the pattern at the corner.
@@ -266,8 +301,8 @@ class LoraLayout:
         if whole:
             pair = (pair + tokens[:, r:, :whole].reshape(len(tokens), -1, 2).mean(axis=1)) / 2
         mean = pair[:, 0] / 8
-        std = np.maximum((np.exp(pair[:, 1] - 1.6) - 0.1) / 0.9, 0)
-        return self.join(tokens[:, :r, :w] * std[:, None, None] + mean[:, None, None])
+        std = xp.maximum((xp.exp(pair[:, 1] - 1.6) - 0.1) / 0.9, 0)
+        return tokens[:, :r, :w] * std[:, None, None] + mean[:, None, None]
 
     def _moments(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and sample standard deviation (ddof 1; undefined -> 1) of each chunk's own cells,

@@ -42,6 +42,10 @@ class ChunkTarget:
         """The inverse of `encode`."""
         return self.layout.detokenize(tokens)
 
+    def chunks(self, tokens):
+        """Tokens (T, h, w) of NumPy or JAX -> weights in chunks [T, r, w]."""
+        return self.layout.chunks(tokens)
+
     def statistics(self) -> dict[str, np.ndarray]:
         return {}
 
@@ -75,9 +79,11 @@ class ElementTarget:
 
     def decode(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """The inverse of `encode`."""
-        return self.layout.join(
-            np.asarray(tokens, np.float32) * self.scale[:, None, None] + self.mean
-        )
+        return self.layout.join(self.chunks(np.asarray(tokens, np.float32)))
+
+    def chunks(self, tokens):
+        """Tokens (T, r, w) of NumPy or JAX -> weights in chunks [T, r, w]."""
+        return tokens * self.scale[:, None, None] + self.mean
 
     def statistics(self) -> dict[str, np.ndarray]:
         return {"mean": self.mean, "scale": self.scale}

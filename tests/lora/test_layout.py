@@ -365,3 +365,53 @@ def test_targets_encode_and_decode(lora, checkpoints, moving):
     spread = np.nanmean(encoded.astype(np.float64) ** 2, axis=(0, 2, 3))
     if moving and checkpoints > 1:
         np.testing.assert_allclose(spread, 1, rtol=1e-2)
+
+
+@given(loras(), st.sampled_from(["element", "chunk"]), st.integers(0, 2**32 - 1))
+def test_weights_in_jax_are_those_that_are_exported(lora, kind, seed):
+    tensors, width = lora
+    layout = LoraLayout.from_tensors(tensors, width)
+    sets = [("a", tensors), ("b", {key: 2 * value for key, value in tensors.items()})]
+    target = ElementTarget.fit(layout, lambda: sets) if kind == "element" else ChunkTarget(layout)
+    tokens = np.random.default_rng(seed).normal(size=target.shape).astype(np.float32)
+    exported = target.decode(tokens)
+    stacked = layout.stacked(target.chunks(jax.numpy.asarray(np.nan_to_num(tokens))))
+    seen = set()
+    for stack, values in zip(layout.stacks, stacked, strict=True):
+        for key, value in zip(stack.keys, values, strict=True):
+            # Exactly those; an exponential is rounded otherwise.
+            close = {"rtol": 0, "atol": 0} if kind == "element" else {"rtol": 1e-5, "atol": 1e-6}
+            np.testing.assert_allclose(value, exported[key], err_msg=key, **close)
+            seen.add(key)
+    assert seen == exported.keys()
+
+
+@given(loras(), st.integers(0, 2**32 - 1))
+def test_gradient_of_a_matrix_goes_to_its_own_cells(lora, seed):
+    """The transpose of `join` is `cut`, and cells beyond a matrix's end get nothing."""
+    tensors, width = lora
+    layout, rng = LoraLayout.from_tensors(tensors, width), np.random.default_rng(seed)
+    towards = {key: rng.normal(size=v.shape).astype(np.float32) for key, v in tensors.items()}
+
+    def product(chunks):
+        pairs = zip(layout.stacks, layout.stacked(chunks), strict=True)
+        return sum(
+            (values[i] * towards[k]).sum() for s, values in pairs for i, k in enumerate(s.keys)
+        )
+
+    gradient = jax.grad(product)(jax.numpy.zeros((layout.num_tokens, *layout.chunk_shape)))
+    np.testing.assert_array_equal(gradient, np.nan_to_num(layout.cut(towards)))
+
+
+@pytest.mark.parametrize("kind", ["element", "chunk"])
+def test_7b_weights_in_jax_are_a_small_program(kind):
+    """A gather for each kind of matrix, not for each of 392 matrices."""
+    layout = LoraLayout.from_shapes(qwen_shapes(3584, 512, 18944, 28, 16))
+    zeros = {"mean": np.zeros((layout.num_tokens, *layout.chunk_shape), np.float32)}
+    target = from_statistics(kind, layout, {**zeros, "scale": np.ones(layout.num_tokens)})
+    tokens = jax.ShapeDtypeStruct(target.shape, np.float32)
+    made = jax.make_jaxpr(lambda x: layout.stacked(target.chunks(x)))(tokens)
+    assert len(layout.matrices) == 392 and len(layout.stacks) == 14
+    assert str(made).count(" gather[") == 14 and len(made.eqns) < 250
+    shapes = {tuple(value.shape) for value in made.out_avals}
+    assert (28, 16, 3584) in shapes and (28, 18944, 16) in shapes
