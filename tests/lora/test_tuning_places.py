@@ -71,8 +71,8 @@ def tuned(inputs, workdir, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]
         )
         for _ in range(6)
     ]
-    tasks = [Task(f"task_{i}", some, (), some) for i, some in enumerate(rows)]
-    lora = tuning.train("tune", workdir / "tune", tasks, workdir / "loras", {}, Options())
+    tasks = [Task(f"task_{i}", some, 0, some) for i, some in enumerate(rows)]
+    lora, _ = tuning.train("tune", workdir / "tune", tasks, workdir / "loras", {}, Options())
     return jax.device_get(lora)
 
 
