@@ -89,8 +89,8 @@ class Options:
 
 
 def run_loop(training: Training, options: Options = Options()) -> Any:
-    """Trains from the newest checkpoint, or from the first state, to `training.steps` and returns
-    the state.
+    """Trains from the newest checkpoint, or from the first state, to `training.steps` or until it
+    has ended, and returns the state.
 
     With several processes, all run this; process 0 writes and shows. Raises Stopped after saving
     when a stop was asked for, Lost without where another run has the folder, InputError when
@@ -116,10 +116,10 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             if stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps:
                 reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
                 saves.save(i + 1, state)
-                if nothing_left(i + 1, state):
-                    break
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
+            if saves.saved == i + 1 and nothing_left(i + 1, state):
+                break
         reports.read(saves.last)
     except (OSError, ValueError) as error:
         raise _disk_error(error, training.directory, saves.directory) from error
@@ -149,12 +149,12 @@ class _Saves:
             options.keep_last,
             options.keep_every,
         )
-        self._saved = 0
+        self.saved = 0
 
     @property
     def last(self) -> str:
         """Where the newest one lies."""
-        return f"{self._manager.directory}/{self._saved}" if self._saved else "none"
+        return f"{self._manager.directory}/{self.saved}" if self.saved else "none"
 
     def resume(self) -> tuple[int, Any]:
         """(steps done, state): of the newest checkpoint, or a first state."""
@@ -166,12 +166,12 @@ class _Saves:
                 f"{t.title}: {self._manager.directory} holds {done} steps, {t.steps} are asked "
                 f"for; ask for {done} or more, or train fewer in another --workdir"
             )
-        self._saved = done
+        self.saved = done
         return (done, state) if done else (0, t.init())
 
     def save(self, done: int, state: Any) -> None:
         """Begins to write the state after so many steps, unless it is there already."""
-        if done == self._saved:
+        if done == self.saved:
             return
         record = {"format": FORMAT, "settings": self._record, "step": done, "data_position": done}
         record |= {"sums": sums(state), **self._options.notes}
@@ -179,7 +179,7 @@ class _Saves:
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
         self._manager.save(done, args=args)
-        self._saved = done
+        self.saved = done
 
     @property
     def directory(self) -> os.PathLike:

@@ -2,11 +2,11 @@
 
     dnd controls --config=configs/mini.py --workdir=runs/mini
 
-multi_task: ONE LoRA for everything, tuned on the rows of all training datasets together, for as
-many steps as the LoRAs of all of them take, and for a tenth of these. Each of
+multi_task: ONE LoRA for everything, tuned on the rows of all training datasets together, for
+lora.steps times their number, and for a tenth of that. Each of
 `controls.learning_rates` is tried, and the one kept whose held-in rows have the lowest loss: rows
 of the training datasets that it is not tuned on, never a test's. few_shot: LoRAs tuned on a few
-labelled examples of each unseen dataset, for as many steps as any LoRA.
+labelled examples of each unseen dataset, for lora.steps. Neither ends early by lora.flat_window.
 """
 
 import dataclasses

@@ -92,7 +92,8 @@ def make_collect_step(
 
     over_tasks: where the tasks lie while they are computed. The batch may have more entries than K,
     copies of the first ones that make them divide; nothing of what is returned depends on them. A
-    task that has stopped stays as it is, whatever its batch.
+    task that has stopped stays as it is, whatever its batch. With `flattening` the metrics have
+    "end" (K,), the last step of each task as far as it is known.
     """
 
     def one(params, state, batch):
@@ -117,10 +118,11 @@ def make_collect_step(
         split = None if over_tasks is None else over_tasks.spec[0]
         found = jax.vmap(one, in_axes=(None, 0, 0), spmd_axis_name=split)(params, state, batch)
         state, losses, accuracies = jax.tree.map(lambda x: x[:tasks], found)
-        return state, {
+        metrics = {
             "loss": losses.mean(),
             "accuracy": accuracies.mean(),
             "worst_loss": losses.max(),
         }
+        return state, metrics | ({"end": state["flat"]["end"]} if flattening else {})
 
     return step

@@ -1,5 +1,6 @@
 """LoRAs of several tasks, tuned in one step: vmap over the tasks, the base shared."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -204,8 +205,7 @@ class Tuning:
         options: Options,
     ) -> dict[str, Tuned]:
         """Trains as many LoRAs at once as have room, one group after the other, each in a folder of
-        its own where there are several. Returns {task: exact match on its test examples} of those
-        that have any. Arguments as of `train`."""
+        its own where there are several. Returns how each task ended. Arguments as of `train`."""
         at_once = self._at_once(tasks, directory) if hosts.lead() else 0
         size, tuned = hosts.of_lead(at_once), {}
         count = -(-len(tasks) // size)
@@ -269,16 +269,28 @@ class Tuning:
         shapes = jax.eval_shape(init, key)
         step = self._step(c, optimizer, batches)
 
+        # The last step of each task, known M steps ahead: that of the step before will do, which is
+        # there while this one is computed.
+        known = collections.deque([[c.steps] * len(tasks)], maxlen=2)
+
         def ends(state: Mapping) -> list[int]:
-            """The last step of each task, as far as it is known now."""
             if not flattening:
-                return [c.steps] * len(tasks)
+                return known[0]
             return np.asarray(hosts.to_all_hosts(state["flat"]["end"])).tolist()
 
+        def take(state: Mapping, batch: Mapping) -> tuple[Mapping, Mapping]:
+            if flattening and len(known) < 2:
+                known.append(ends(state))
+            state, values = step(self.params, state, batch)
+            if flattening:
+                known.append(values.pop("end"))
+            return state, values
+
         def keep(done: int, state: Mapping) -> None:
+            before = np.asarray(known[0]).tolist()
             now = [
                 k
-                for k, (task, end) in enumerate(zip(tasks, ends(state), strict=True))
+                for k, (task, end) in enumerate(zip(tasks, before, strict=True))
                 if end - task.kept < done <= end or done in task.also
             ]
             stacked = hosts.to_all_hosts(state["lora"]) if now else {}
@@ -292,7 +304,7 @@ class Tuning:
             record,
             shaped(shapes, jax.tree.map(lambda _: batches.of_state, shapes)),
             init=lambda: jax.jit(init, out_shardings=batches.of_state)(key),
-            step=lambda state, batch: step(self.params, state, batch),
+            step=take,
             batch_at=batches.at,
             steps=c.steps,
             save_every=c.save_every,

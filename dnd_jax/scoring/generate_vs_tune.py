@@ -1,6 +1,7 @@
 """What generating an adapter costs against tuning one, on the same task and device, in seconds and
 operations."""
 
+import dataclasses
 import os
 import pathlib
 import statistics
@@ -17,6 +18,8 @@ from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.sequences import encode
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
+from dnd_jax.core.files import read_object
+from dnd_jax.core.workdir import LORAS
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Suite
@@ -25,6 +28,7 @@ from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
+from dnd_jax.lora.collect import DONE
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.task_step import first_state, make_collect_step
 
@@ -226,7 +230,7 @@ def measure_overhead(
         dataset.train,
         shapes,
         adapter.scale,
-        config.lora,
+        _as_it_ended(config.lora, workdir, dataset.name),
         config.base.max_length,
         config.seed,
         limit,
@@ -234,3 +238,11 @@ def measure_overhead(
         dtype,
     )
     return compare(generation, tuning)
+
+
+def _as_it_ended(c: schema.Lora, workdir: pathlib.Path, dataset: str) -> schema.Lora:
+    """The settings of a LoRA with the steps that it took, where a task's loss may end it."""
+    if not c.flat_window or not (workdir / LORAS / DONE).is_file():
+        return c
+    steps = read_object(workdir / LORAS / DONE).get("steps", {})
+    return dataclasses.replace(c, steps=steps.get(dataset, c.steps))

@@ -17,6 +17,7 @@ from dnd_jax.costs.collect_cost import sizes_of
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Suite
 from dnd_jax.generator.sizes import spec_of
+from dnd_jax.lora.controls import FEW_SHOT
 
 SIZE = 1024  # of the matrices that are multiplied
 SHARES = {"pretrain": 0.4, "collect": 0.4, "controls": 0.4, "train": 0.4, "evaluate": 0.4}
@@ -45,7 +46,7 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
     # Of one example: forward, and the gradient of what lies between, not of the base's weights.
     step = 2 * lora.batch_size * _forward(base, [x for d in suite.datasets for x in d.train])
     found = {}
-    if not config.base.path:
+    if not config.base.path and suite.corpus:
         c = config.pretrain
         count = 3 * c.steps * c.batch_size * _forward(base, suite.corpus)
         found["pretrain"] = count, f"a base, {c.steps} steps of {c.batch_size} texts"
@@ -58,7 +59,7 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
         steps += rates * lora.steps * len(suite.train)
         what += [f"ONE LoRA for all tasks, {steps} steps"]
     if controls.few_shot and not controls.folder:
-        few = 2 * sum(d.labeled for d in unseen)
+        few = sum(n <= len(d.pool) for d in unseen if d.labeled for n in FEW_SHOT)
         steps += few * lora.steps
         what += [f"{few} LoRAs on a few labels"]
     if steps:
@@ -94,7 +95,7 @@ def outlook(config: Config, suite: Suite, seeds: int = 1, share: bool = False) -
     device = jax.devices()[0].device_kind
     return "\n".join(
         [
-            f"about {_clock(total)} (hours:minutes) on this machine ({device}, "
+            f"about {_clock(total)} (hours:minutes) from its beginning on this machine ({device}, "
             f"{rate / 1e9:.0f} GFLOP/s); it may be stopped at any time, the same command goes on",
             *lines,
         ]

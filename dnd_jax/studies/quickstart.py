@@ -19,7 +19,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
-from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, SUITE, held, timed
+from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, RESULTS, SUITE, held, timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.generator.train import needs as training_needs
@@ -94,7 +94,8 @@ def quickstart(
     runs, measures = {}, {}
 
     def begin(config: Config, suite: Suite) -> None:
-        if config.seed == seeds[0] and not config.train.checkpoints:
+        whole = config.seed == seeds[0] and not config.train.checkpoints
+        if whole and not (workdir / RESULTS).is_file():
             print(outlook(config, suite, len(seeds), share), flush=True)
 
     if share and config.train.datasets:

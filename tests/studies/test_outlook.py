@@ -31,9 +31,11 @@ def test_operations_follow_the_settings(config, suite):
     now = outlook.operations(config, suite)
     assert list(now) == ["pretrain", "collect", "controls", "train", "evaluate"]
     assert now["collect"][1] == "6 LoRAs, 6 steps of 4 rows each"
-    assert now["controls"][1] == "ONE LoRA for all tasks, 18 steps; 6 LoRAs on a few labels"
-    # 3 x 6 steps of one LoRA and 6 x 6 of the few-shot ones, beside 6 x 6 of collecting.
-    assert now["controls"][0] == pytest.approx(now["collect"][0] * 54 / 36)
+    assert (
+        now["controls"][1] == "ONE LoRA for all tasks, 18 steps; 3 LoRAs on a few labels"
+    )  # of 12 rows
+    # 3 x 6 steps of one LoRA and 3 x 6 of those on 8 rows, beside 6 x 6 of collecting.
+    assert now["controls"][0] == pytest.approx(now["collect"][0])
     longer = outlook.operations(changed(config, "lora", steps=12), suite)
     assert longer["collect"][0] == pytest.approx(2 * now["collect"][0])
     assert longer["train"] == now["train"]
@@ -46,6 +48,10 @@ def test_what_is_given_is_not_counted(config, suite, monkeypatch):
     given = changed(changed(config, "base", path="x"), "controls", multi_task=True, folder="y")
     given = changed(given, "train", checkpoints="z")
     assert list(outlook.operations(given, suite)) == ["train", "evaluate"]
+
+
+def test_a_suite_without_a_corpus_is_refused_by_who_needs_it(config, suite):
+    assert "pretrain" not in outlook.operations(config, dataclasses.replace(suite, corpus=()))
 
 
 def test_the_lines_add_up(config, suite, monkeypatch):
