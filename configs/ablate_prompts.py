@@ -13,8 +13,10 @@ from dnd_jax.configs import mini
 def get_config():
     """mini.py (N = 8) with other N, and with 1, 2 and 4 different prompts at generation."""
     config = mini.get_config()
-    config.ablate.axes = (("condition.num_prompts", (2, 4, 8, 16, 32)),)
-    config.ablate.variants = tuple(
-        (f"generation={k}", {"evaluate.num_prompts": k}) for k in (1, 2, 4)
+    config.ablate.axes = (("condition.num_prompts", (4, 8, 16, 32)),)
+    config.ablate.variants = (
+        # Of two prompts there are no fewer different ones.
+        ("num_prompts=2", {"condition.num_prompts": 2, "train.few_prompts": 0.0}),
+        *((f"generation={k}", {"evaluate.num_prompts": k}) for k in (1, 2, 4)),
     )
     return config

@@ -10,7 +10,7 @@ def get_config():
     config.lora.update(rank=2, alpha=4.0, steps=6, batch_size=4, checkpoints=4, save_every=2)
     config.condition.update(num_prompts=4, max_text_length=16)
     config.generator.features = ((0, 0, 0), (8, 6, 20), (0, 0, 0))
-    config.train.update(steps=8, batch_size=4, save_every=3)
+    config.train.update(steps=8, batch_size=4, few_prompts=0.0, save_every=3)
     config.evaluate.update(samples=2, max_new_tokens=4)
     config.controls.update(in_context=0, prompts=False, multi_task=False, few_shot=False)
     return config

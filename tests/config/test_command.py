@@ -172,13 +172,13 @@ def test_a_stage_goes_on_with_what_its_run_remembers(outside, capsys):
     # Differences are listed, whichever way they are given.
     for words, line in (
         (["--config.train.steps=9"], "  train.steps: 7 -> 9"),
-        (["--config=mini", "--suite=s"], "  train.steps: 9 -> 600"),
+        (["--config=mini", "--suite=s"], "  train.steps: 9 -> 800"),
     ):
         with remembering(first.workdir, parsed("--workdir=w", *words).config):
             title, found = capsys.readouterr().out.splitlines()
             assert title.startswith("settings that w/config.json remembers otherwise")
             assert found == line
-    assert parsed("--workdir=w").config.train.steps == 600
+    assert parsed("--workdir=w").config.train.steps == 800
 
     # What is refused is not remembered.
     with (
