@@ -95,11 +95,11 @@ class Pairs:
 
     def _prompts(self, rng: np.random.Generator, pool: int) -> np.ndarray:
         """N prompts of a dataset that has `pool`; of a share of the pairs 2 to N - 1 different
-        ones, each at least once: how often, every division of N among them is as likely."""
+        ones, each at least once."""
         if self.few_prompts and rng.random() < self.few_prompts:
             different = rng.choice(pool, int(rng.integers(2, self.num_prompts)), replace=False)
-            cuts = rng.choice(np.arange(1, self.num_prompts), len(different) - 1, replace=False)
-            return np.repeat(different, np.diff([0, *np.sort(cuts), self.num_prompts]))
+            again = rng.choice(different, self.num_prompts - len(different))
+            return np.concatenate([different, again])
         return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:

@@ -30,16 +30,6 @@ def test_a_share_of_the_pairs_has_fewer(share):
     assert set(counts) == set(range(2, N if share == 1 else N + 1))
 
 
-def test_every_division_among_two_prompts_is_as_likely():
-    """One prompt of eight may be the only one of its kind: such draws are to be met in training."""
-    pairs = Pairs([DATASET], 16, N, 0, few_prompts=1.0)
-    drawn = [prompts for step in range(200) for *_, prompts in pairs.draw(step)]
-    of_two = [np.unique(p, return_counts=True)[1] for p in drawn if len(set(p)) == 2]
-    shares = np.bincount([counts[0] for counts in of_two], minlength=N) / len(of_two)
-    assert len(of_two) > 400 and shares[0] == 0
-    np.testing.assert_allclose(shares[1:], 1 / (N - 1), atol=0.05)
-
-
 def test_the_paper_s_draws_do_not_depend_on_it():
     with_it, without = (Pairs([DATASET], 16, N, 0, few_prompts=share) for share in (0.5, 0.0))
     again = Pairs([DATASET], 16, N, 0)
