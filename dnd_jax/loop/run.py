@@ -59,7 +59,7 @@ class Training:
     steps: int
     save_every: int
     # (steps done, state) -> whether nothing is left to train; asked where a state is saved
-    ended: Callable[[int, Any], bool] | None = None
+    ended: Callable[[int, Any], bool] = lambda done, state: False
     # (steps done, state), after each of them
     after_step: Callable[[int, Any], None] = lambda done, state: None
     # i -> the data of that step, for the message when its loss is not finite
@@ -99,8 +99,7 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
     training.directory.mkdir(parents=True, exist_ok=True)
     saves = _Saves(training, options)
     first, state = saves.resume()
-    nothing_left = training.ended or (lambda done, state: False)
-    last = first if nothing_left(first, state) else training.steps
+    last = first if training.ended(first, state) else training.steps
     reports = _Reports(training, options, first)
     profiler = Profiler(training.directory, options.profile)
     try:
@@ -113,12 +112,13 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             stop.check_lost()
             training.after_step(i + 1, state)
             stopping = _stopping(i + 1)
-            if stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps:
+            saving = stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps
+            if saving:
                 reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
                 saves.save(i + 1, state)
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
-            if saves.saved == i + 1 and nothing_left(i + 1, state):
+            if saving and training.ended(i + 1, state):
                 break
         reports.read(saves.last)
     except (OSError, ValueError) as error:
@@ -149,12 +149,12 @@ class _Saves:
             options.keep_last,
             options.keep_every,
         )
-        self.saved = 0
+        self._saved = 0
 
     @property
     def last(self) -> str:
         """Where the newest one lies."""
-        return f"{self._manager.directory}/{self.saved}" if self.saved else "none"
+        return f"{self._manager.directory}/{self._saved}" if self._saved else "none"
 
     def resume(self) -> tuple[int, Any]:
         """(steps done, state): of the newest checkpoint, or a first state."""
@@ -166,12 +166,12 @@ class _Saves:
                 f"{t.title}: {self._manager.directory} holds {done} steps, {t.steps} are asked "
                 f"for; ask for {done} or more, or train fewer in another --workdir"
             )
-        self.saved = done
+        self._saved = done
         return (done, state) if done else (0, t.init())
 
     def save(self, done: int, state: Any) -> None:
         """Begins to write the state after so many steps, unless it is there already."""
-        if done == self.saved:
+        if done == self._saved:
             return
         record = {"format": FORMAT, "settings": self._record, "step": done, "data_position": done}
         record |= {"sums": sums(state), **self._options.notes}
@@ -179,7 +179,7 @@ class _Saves:
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
         self._manager.save(done, args=args)
-        self.saved = done
+        self._saved = done
 
     @property
     def directory(self) -> os.PathLike:

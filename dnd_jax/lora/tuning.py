@@ -309,7 +309,7 @@ class Tuning:
             steps=c.steps,
             save_every=c.save_every,
             after_step=keep,
-            ended=(lambda done, state: done >= max(ends(state))) if flattening else None,
+            ended=lambda done, state: done >= max(ends(state)),
         )
         state = run_loop(training, options)
         return state["lora"], ends(state)

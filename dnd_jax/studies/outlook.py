@@ -1,8 +1,8 @@
 """What `dnd quickstart` has to do and about how long it takes here, said before hours are spent.
 
 The operations of every stage are counted from the settings and the suite, and divided by what one
-device does on a matrix product, measured on the spot, times the share of that which the stage's
-programs reach on a CPU (docs/PERFORMANCE.md). A GPU or TPU reaches smaller shares of a higher rate.
+device does on a matrix product, measured on the spot, times about the share of that which the
+programs reach on a CPU. A GPU or TPU reaches smaller shares of a higher rate.
 """
 
 import time
@@ -20,7 +20,8 @@ from dnd_jax.generator.sizes import spec_of
 from dnd_jax.lora.controls import FEW_SHOT
 
 SIZE = 1024  # of the matrices that are multiplied
-SHARES = {"pretrain": 0.4, "collect": 0.4, "controls": 0.4, "train": 0.4, "evaluate": 0.4}
+SHARE = 0.4  # of that product's rate
+OF_EACH_SEED = ("train", "evaluate")  # with --share
 # Tokens of a word, and of a chat template, without what all questions begin with: computed once.
 WORD, TEMPLATE = 1.4, 8
 
@@ -87,8 +88,8 @@ def outlook(config: Config, suite: Suite, seeds: int = 1, share: bool = False) -
     """The lines that a run begins with. share: as of `quickstart`."""
     rate, lines, total = product_rate(), [], 0.0
     for stage, (count, what) in operations(config, suite).items():
-        times = 1 if share and stage in ("collect", "controls") else seeds
-        seconds = times * count / (SHARES[stage] * rate)
+        times = 1 if share and stage not in OF_EACH_SEED else seeds
+        seconds = times * count / (SHARE * rate)
         total += seconds
         each = f" for each of {times} seeds" if times > 1 else ""
         lines.append(f"  {stage:<9} {_clock(seconds):>6}  {what}{each}")

@@ -31,9 +31,8 @@ def test_operations_follow_the_settings(config, suite):
     now = outlook.operations(config, suite)
     assert list(now) == ["pretrain", "collect", "controls", "train", "evaluate"]
     assert now["collect"][1] == "6 LoRAs, 6 steps of 4 rows each"
-    assert (
-        now["controls"][1] == "ONE LoRA for all tasks, 18 steps; 3 LoRAs on a few labels"
-    )  # of 12 rows
+    # Of 12 rows 8 are few labels, 64 are not there.
+    assert now["controls"][1] == "ONE LoRA for all tasks, 18 steps; 3 LoRAs on a few labels"
     # 3 x 6 steps of one LoRA and 3 x 6 of those on 8 rows, beside 6 x 6 of collecting.
     assert now["controls"][0] == pytest.approx(now["collect"][0])
     longer = outlook.operations(changed(config, "lora", steps=12), suite)
@@ -57,14 +56,15 @@ def test_a_suite_without_a_corpus_is_refused_by_who_needs_it(config, suite):
 def test_the_lines_add_up(config, suite, monkeypatch):
     """On a machine of one operation an hour."""
     monkeypatch.setattr(outlook, "product_rate", lambda: 1 / 3600)
-    monkeypatch.setattr(outlook, "SHARES", dict.fromkeys(outlook.SHARES, 1.0))
-    counts = {"collect": (10.0, "LoRAs"), "train": (2.5, "a generator")}
+    monkeypatch.setattr(outlook, "SHARE", 1.0)
+    counts = {"pretrain": (1.0, "a base"), "collect": (9.0, "LoRAs"), "train": (2.5, "a generator")}
     monkeypatch.setattr(outlook, "operations", lambda *_: counts)
     assert outlook.outlook(config, suite).splitlines()[0].startswith("about 12:30 ")
     shared = outlook.outlook(config, suite, 3, share=True).splitlines()
     assert shared[0].startswith("about 17:30 ")
     assert shared[1:] == [
-        "  collect    10:00  LoRAs",
+        "  pretrain    1:00  a base",
+        "  collect     9:00  LoRAs",
         "  train       7:30  a generator for each of 3 seeds",
     ]
     own = outlook.outlook(config, suite, 3).splitlines()
