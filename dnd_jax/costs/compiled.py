@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from dnd_jax.core.chips import Chip, chip_of
 from dnd_jax.core.errors import InputError, first_line
@@ -61,6 +62,29 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's persistent cache, which takes programs for devices that are not there but
+    cannot read them back."""
+    used = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # else JAX keeps to the one that it has opened
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
+        compilation_cache.reset_cache()
+
+
+def compile_for(platform: str, function: Any, *arguments: Any) -> jax.stages.Compiled:
+    """A jitted function's program for a platform: a TPU's with the compiler's least effort, whether
+    or not one is there."""
+    absent = platform not in {device.platform for device in jax.devices()}
+    effort = {"exec_time_optimization_effort": FAST} if platform == "tpu" else None
+    with _uncached() if absent else contextlib.nullcontext():
+        return function.lower(*arguments).compile(compiler_options=effort)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,21 +166,21 @@ def compiled_cost(
     function: Any,
     arguments: tuple,
     mesh: jax.sharding.Mesh,
-    once: Callable[[Mapping | None], Mapping] = lambda effort: {},
+    once: Callable[[str], Mapping] = lambda platform: {},
     measure: bool = False,
 ) -> StepCost:
     """A plan with what the compiler says of its program. arguments: state, batch, others; of
     a "collect" step the base first.
 
-    once: compiler's options -> its cost of what stands outside the loop over micro-batches, whose
+    once: platform -> the compiler's cost of what stands outside the loop over micro-batches, whose
     body the compiler counts once.
     """
     devices = list(mesh.devices.flat)
     chip, parts = chip_of(devices[0].device_kind), plan.micro_batches
     started = time.perf_counter()
-    effort = {"exec_time_optimization_effort": FAST} if Placement(mesh).platform == "tpu" else None
+    platform = Placement(mesh).platform
     try:
-        compiled = function.lower(*arguments).compile(compiler_options=effort)
+        compiled = compile_for(platform, function, *arguments)
     except jax.errors.JaxRuntimeError as error:
         wanted = _too_much(error, plan.state_bytes)
         if wanted is None:
@@ -176,7 +200,7 @@ def compiled_cost(
         batch = arguments[2 if plan.step == "collect" else 1]
         held = bytes_per_device(batch, jax.tree.map(lambda x: x.sharding, batch))[1]
         ahead = (AHEAD + 1) * held
-    outside = once(effort) if parts > 1 else {}
+    outside = once(platform) if parts > 1 else {}
 
     def whole(name: str) -> float:
         return parts * cost.get(name, 0.0) - (parts - 1) * outside.get(name, 0.0)

@@ -8,7 +8,6 @@ collectives, and the compiler's time.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
-from dnd_jax.costs.compiled import StepCost, compiled_cost
+from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
 from dnd_jax.generator.sizes import encoder_module, spec_of
 from dnd_jax.generator.step import device_problems, shard_generation, shard_train_step
 from dnd_jax.loop.optimizers import train_optimizer
@@ -105,7 +104,7 @@ def make_plan(
     return compiled_cost(plan, function, arguments, mesh, once, measure)
 
 
-def _update_cost(config: Config, state: Any, effort: Mapping | None) -> dict:
+def _update_cost(config: Config, state: Any, platform: str) -> dict:
     """The compiler's cost of the optimiser alone."""
     optimizer = train_optimizer(config.train)
 
@@ -113,9 +112,4 @@ def _update_cost(config: Config, state: Any, effort: Mapping | None) -> dict:
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
         return optax.apply_updates(state["params"], updates), opt
 
-    return (
-        jax.jit(update)
-        .lower(state, state["params"])
-        .compile(compiler_options=effort)
-        .cost_analysis()
-    )
+    return compile_for(platform, jax.jit(update), state, state["params"]).cost_analysis()

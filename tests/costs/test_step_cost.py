@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from pipeline import dnd
 from small_models import write_qwen
@@ -18,7 +19,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
-from dnd_jax.costs.compiled import StepCost
+from dnd_jax.costs.compiled import StepCost, compile_for, topology_devices
 from dnd_jax.costs.describe import describe_plan, what_would_help
 from dnd_jax.costs.step_cost import make_plan, train_arguments
 from dnd_jax.generator.sizes import features_of
@@ -79,8 +80,6 @@ def test_collectives_are_counted_with_their_bytes_and_through_loops():
 def test_what_a_tpu_compiler_makes_of_collectives():
     """Two slices: it gathers kernels inside a slice, reduces and scatters gradients there, and
     sends shares between slices."""
-    from dnd_jax.costs.compiled import topology_devices
-
     places = jax.sharding.Mesh(
         np.array(topology_devices("v5e:2x2", 2)).reshape(2, 4), ("slice", "fsdp")
     )
@@ -94,13 +93,7 @@ def test_what_a_tpu_compiler_makes_of_collectives():
 
     w = jax.ShapeDtypeStruct((2048, 2048), jnp.float32, sharding=at("fsdp"))
     x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=at(("slice", "fsdp")))
-    options = {"exec_time_optimization_effort": -1.0}
-    text = (
-        jax.jit(step, out_shardings=at("fsdp"))
-        .lower(w, x)
-        .compile(compiler_options=options)
-        .as_text()
-    )
+    text = compile_for("tpu", jax.jit(step, out_shardings=at("fsdp")), w, x).as_text()
     found, size = hlo.collectives(text, 8, slices=2), 4 * 2048 * 2048
     assert found["reduce-scatter"].link_bytes == pytest.approx(size * 3 / 4, rel=0.02)
     assert (
@@ -129,9 +122,26 @@ def test_rematerialisation_saves_memory_and_costs_operations():
 
 def topology_of_one() -> list:
     """One TPU chip, whose compiler keeps what it is told to keep."""
-    from dnd_jax.costs.compiled import topology_devices
-
     return topology_devices("v5e:2x2")[:1]
+
+
+def test_a_tpu_program_is_kept_out_of_the_cache_that_could_not_read_it(tmp_path, recwarn):
+    """JAX would write it there, and warn of it when another process (here another function)
+    compiles it again."""
+    mesh = jax.sharding.Mesh(np.array(topology_of_one()), ("data",))
+    x = jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            compile_for("tpu", jax.jit(lambda x: 2 * x), x)
+        assert not recwarn.list and not list(tmp_path.iterdir())
+        jax.jit(lambda x: 3 * x)(np.ones(4))
+        assert list(tmp_path.iterdir()), "programs of this machine are kept as before"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(
@@ -432,8 +442,6 @@ SETTINGS = pathlib.Path("configs")
 )
 def test_the_papers_settings_fit(name, topology, mesh_sizes, changes, peak, limit):
     """The GiB of docs/SCALING.md."""
-    from dnd_jax.costs.compiled import topology_devices
-
     raw = load_file(str(SETTINGS / f"{name}.py"))
     raw.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_sizes, strict=True)))
     raw.train.update(changes)
