@@ -1,0 +1,50 @@
+"""The loss of generated LoRAs on the answers of their tasks: weight tokens -> LoRA matrices -> the
+frozen base -> cross-entropy (docs/METHOD.md section 8)."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from dnd_jax.base.architecture import BaseLM
+from dnd_jax.base.loss import answer_loss
+from dnd_jax.lora.targets import Target
+
+
+def loras_of(target: Target, tokens_KxTxHxW: jax.Array) -> dict[str, jax.Array]:
+    """Weight tokens of K tasks -> their LoRA matrices {key: (K, rows, columns)}, the numbers that
+    an exported adapter has. Differentiable; a gather for each kind of matrix."""
+    stacked = jax.vmap(lambda tokens: target.layout.stacked(target.chunks(tokens)))(tokens_KxTxHxW)
+    return {
+        key: values[:, i]
+        for stack, values in zip(target.layout.stacks, stacked, strict=True)
+        for i, key in enumerate(stack.keys)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """The frozen base that generated LoRAs are asked through. lora_scale: alpha / rank, or what the
+    adapters' settings make of it. over_tasks: where tasks lie while they are computed, if on a
+    mesh."""
+
+    module: BaseLM
+    target: Target
+    lora_scale: float
+    over_tasks: jax.sharding.NamedSharding | None = None
+
+    def losses(
+        self, params: Mapping, tokens_KxTxHxW: jax.Array, rows: Mapping
+    ) -> tuple[jax.Array, jax.Array]:
+        """(mean cross-entropy over the answers' tokens, share of answers whose every token is the
+        most likely one), (K,) each, float32.
+
+        params: of the base. rows: {"ids" (K, n, S), "at", "labels" (K, n, R)} and perhaps "prefix"
+        (K, P), as of `Sequences.batch`: n questions and answers of each task.
+        """
+
+        def one(lora, rows):
+            return answer_loss(self.module, params, rows, lora, self.lora_scale)
+
+        split = None if self.over_tasks is None else self.over_tasks.spec[0]
+        return jax.vmap(one, spmd_axis_name=split)(loras_of(self.target, tokens_KxTxHxW), rows)
