@@ -3,7 +3,7 @@ ahead of time."""
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Sequences:
     end: np.ndarray  # int32 (n,)
     skipped: int = 0  # examples that were too long and are not here
     cut: int = 0  # and those that are here with the beginning of their prompt cut
+    of: np.ndarray | None = None  # int (n,), the examples' numbers; None: all, in their order
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +68,28 @@ class Sequences:
         return int((self.end - self.start).max())
 
 
+LEAST_PREFIX = 8  # tokens that all rows share, from which on they are computed apart
+
+
+def shared_prefix(tasks: Iterable[Sequences]) -> int:
+    """Tokens that the rows of each task begin with alike: 0 where they are too few to gain by."""
+    shared = min(task.prefix for task in tasks)
+    return shared if shared >= LEAST_PREFIX else 0
+
+
+def stacked_rows(
+    tasks: Sequence[Sequences], index: Sequence[np.ndarray], width: int, prefix: int, pad: int
+) -> dict[str, np.ndarray]:
+    """`Sequences.batch` of rows index[k] of each of K tasks as one, (K, ...), all padded to the
+    longest. pad: token id."""
+    rows = [task.batch(at, width, prefix) for task, at in zip(tasks, index, strict=True)]
+    length = max(batch["ids"].shape[1] for batch in rows)
+    for batch in rows:
+        missing = length - batch["ids"].shape[1]
+        batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=pad)
+    return {key: np.stack([batch[key] for batch in rows]) for key in rows[0]}
+
+
 def padded_length(tokens: int) -> int:
     """How long rows are made that have so many tokens: the next multiple of 8; beyond 64, the next
     of eight steps an octave."""
@@ -99,16 +122,16 @@ def encode(
     cut = dict.fromkeys(long)  # None: skipped
     if too_long == "cut":
         cut = {i: _cut(tokenizer, examples[i], max_length - len(pairs[i][1])) for i in long}
-    kept = [
-        (cut.get(i, p), r) for i, (p, r) in enumerate(pairs) if i not in cut or cut[i] is not None
-    ]
+    of = [i for i in range(len(pairs)) if cut.get(i, ()) is not None]
+    kept = [(cut.get(i, pairs[i][0]), pairs[i][1]) for i in of]
     if not kept:
         raise InputError(
             f"{examples[0].where}: all {len(examples)} examples have more than "
             f"base.max_length={max_length} tokens; raise the setting"
         )
     skipped = len(pairs) - len(kept)
-    return _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
+    found = _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
+    return dataclasses.replace(found, of=np.array(of)) if skipped else found
 
 
 def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequences:

@@ -144,6 +144,7 @@ class Generator:
 
 
 PAIRINGS = ("random", "fixed")
+OBJECTIVES = ("weights", "answers", "weights+answers")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -163,6 +164,11 @@ class Train:
     # share of the pairs whose N prompts are of fewer different ones, 2 to N - 1, so that a draw
     # in which few prompts tell a part of the task is no surprise; 0: the paper
     few_prompts: Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie in 0 to 1")]
+    # what the loss is of: "weights" of LoRA checkpoints (the paper), "answers" through the frozen
+    # base with the generated LoRA, or their sum
+    objective: Annotated[str, one_of(*OBJECTIVES)]
+    weights_share: Amount  # factor of the loss on weights in a sum
+    answer_rows: Positive  # questions of its task that each generated LoRA is asked in a step
     steps: Positive
     batch_size: Positive
     # parts of a batch computed one after the other; their gradients are added up

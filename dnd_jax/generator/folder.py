@@ -32,6 +32,7 @@ from dnd_jax.core.tensors import (
     write_tensors,
 )
 from dnd_jax.generator.spec import DecoderSpec
+from dnd_jax.lora import targets
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.targets import token_grid
@@ -78,11 +79,12 @@ class Description:
 
 def read_record(folder: pathlib.Path) -> dict:
     """The recorded settings of a generator folder, of any version; as "encoder" the encoder's
-    fingerprint, and as "checkpoints" the digest of its LoRAs where there is one. Raises InputError
-    when its description has none."""
+    fingerprint, and as "checkpoints" and "base" the digests of its LoRAs and of the base that it
+    was trained through, where there are any. Raises InputError when its description has none."""
     file = folder / DESCRIPTION
     raw = _sections(file, read_numbered(file, FORMAT), "settings")
-    digests = {"encoder": raw.get("encoder_fingerprint"), "checkpoints": raw.get("checkpoints")}
+    digests = {"encoder": raw.get("encoder_fingerprint")}
+    digests |= {key: raw.get(key) for key in ("checkpoints", "base")}
     return raw["settings"] | {key: value for key, value in digests.items() if value is not None}
 
 
@@ -275,3 +277,13 @@ def read_statistics(folder: pathlib.Path, description: Description) -> dict[str,
     if wrong:
         raise listed(f"{path}: not of this generator; copy the folder again", wrong)
     return found
+
+
+def target_of(run_dir: str | os.PathLike) -> targets.Target:
+    """What the tokens of a generator's folder mean. Raises InputError as `read_description` and
+    `read_statistics`."""
+    folder = find_generator(run_dir)
+    with steady(folder):
+        description = read_description(folder)
+        statistics = read_statistics(folder, description)
+    return targets.from_statistics(description.generator.target, description.layout, statistics)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
@@ -23,7 +24,7 @@ from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders import cut
 from dnd_jax.encoders.cache import PromptEncoder
-from dnd_jax.lora.checkpoints import Checkpoints, token_array
+from dnd_jax.generator.objective import Objective
 from dnd_jax.lora.targets import Target
 from dnd_jax.parallel import hosts
 
@@ -31,11 +32,13 @@ from dnd_jax.parallel import hosts
 @dataclasses.dataclass(frozen=True)
 class PairedDataset:
     """prompts: one entry a prompt along axis 0 of every array, either {"condition": (n, L, C)} or
-    {"ids", "valid": (n, L)}; targets: (M, T, h, w), one a checkpoint."""
+    {"ids", "valid": (n, L)}; targets: (M, T, h, w), one a checkpoint; questions: the prompts with
+    their answers as the base is asked. Either of the two may be missing."""
 
     name: str
     prompts: Mapping[str, np.ndarray]
-    targets: np.ndarray
+    targets: np.ndarray | None = None
+    questions: Sequences | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -44,7 +47,9 @@ class PairedDataset:
 
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
-    fewer different ones. Raises InputError naming every dataset with fewer than N prompts."""
+    fewer different ones; rows: questions of each pair's dataset, other ones than its prompts where
+    there are enough. pad: token id. Raises InputError naming every dataset with fewer than N
+    prompts."""
 
     def __init__(
         self,
@@ -54,6 +59,8 @@ class Pairs:
         seed: int,
         pairing: str = "random",
         few_prompts: float = 0.0,
+        rows: int = 0,
+        pad: int = 0,
     ):
         self.datasets, self.batch_size, self.num_prompts, self.seed = (
             tuple(datasets),
@@ -62,6 +69,7 @@ class Pairs:
             seed,
         )
         self.pairing, self.few_prompts = pairing, few_prompts
+        self.rows, self.pad = rows, pad
         few = [
             f"{d.name} has {d.num_prompts} prompts"
             for d in self.datasets
@@ -83,7 +91,7 @@ class Pairs:
         for _ in range(self.batch_size):
             d = int(rng.integers(len(self.datasets)))
             dataset = self.datasets[d]
-            checkpoint = int(rng.integers(len(dataset.targets)))
+            checkpoint = 0 if dataset.targets is None else int(rng.integers(len(dataset.targets)))
             # A seed's trailing zeros do not count, hence the 1: no step has this one.
             of_prompts = (
                 rng
@@ -113,30 +121,59 @@ class Pairs:
             )
             for key in keys
         }
-        batch["target"] = np.stack(
-            [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
-        )
+        if self.datasets[0].targets is not None:
+            batch["target"] = np.stack(
+                [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
+            )
         return batch
 
+    def rows_at(self, step: int) -> dict[str, np.ndarray]:
+        """The questions and answers of the step's pairs, (B, rows, ...) as of `stacked_rows`: none
+        of a pair's own prompts, unless its dataset has too few others."""
+        index = []
+        for i, (d, _, prompts) in enumerate(self.draw(step)):
+            questions = self.datasets[d].questions
+            of = np.arange(len(questions)) if questions.of is None else questions.of
+            others = np.flatnonzero(~np.isin(of, prompts))
+            others = others if len(others) else np.arange(len(questions))
+            # Another stream than that of the pairs, which so stay as they are.
+            rng = np.random.default_rng([self.seed, step, i, 3])
+            index.append(rng.choice(others, self.rows, replace=len(others) < self.rows))
+        asked = [self.datasets[d].questions for d, _, _ in self.draw(step)]
+        return stacked_rows(asked, index, *self._shape_of_rows, self.pad)
+
+    @functools.cached_property
+    def _shape_of_rows(self) -> tuple[int, int]:
+        """(tokens of the longest answer, tokens that all rows begin with alike)."""
+        asked = [dataset.questions for dataset in self.datasets]
+        return max(one.response_width for one in asked), shared_prefix(asked)
+
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-        """`batch_at` as global arrays on a mesh; of the samples only those are read that this
-        process' devices hold."""
+        """`batch_at`, and `rows_at` as "rows", as global arrays on a mesh; of the samples only
+        those are read that this process' devices hold."""
         # Replicas share their samples.
         part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
         one = self.datasets[0]
         shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
-        shapes["target"] = one.targets.shape[1:]
+        if one.targets is not None:
+            shapes["target"] = one.targets.shape[1:]
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(self.batch_size)
             return part(first, last)[key]
 
-        return {
+        batch = {
             key: jax.make_array_from_callback(
                 (self.batch_size, *shape), over_batch, functools.partial(samples, key)
             )
             for key, shape in shapes.items()
         }
+        if self.rows:
+            batch["rows"] = {
+                key: jax.make_array_from_callback(value.shape, over_batch, value.__getitem__)
+                for key, value in self.rows_at(step).items()
+            }
+        return batch
 
     def names(self, step: int) -> list[str]:
         """The dataset of each of a step's pairs."""
@@ -147,13 +184,13 @@ def paired_datasets(
     config: Config,
     suite: Suite,
     workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    target: Target,
     encoder: PromptEncoder,
+    objective: Objective,
+    target: Target,
 ) -> tuple[list[PairedDataset], np.ndarray]:
-    """(every training dataset with its encoded prompts and tokens, importance weights (T,)); what
-    was encoded before is read. Raises InputError where the encoder cuts too much of a task's
-    prompts, of an unseen one's too."""
+    """(every training dataset with its encoded prompts and what they are paired with, the
+    importance weights of the tokens (T,)); what was encoded before is read. Raises InputError where
+    the encoder cuts too much of a task's prompts, of an unseen one's too."""
     kept = workdir / paths.PROMPTS_CUT
     lost = cut.of_suite(suite, encoder.tokens, config, kept, encoder.fingerprint)
     say = functools.partial(print, flush=True) if hosts.lead() else lambda line: None
@@ -168,11 +205,10 @@ def paired_datasets(
             inputs = {"ids": ids, "valid": valid}
         else:
             inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
-        tokens = token_array(
-            checkpoints, dataset.name, target, workdir / "targets", config.generator.importance
-        )
-        datasets.append(PairedDataset(dataset.name, inputs, tokens.targets))
-        weights.append(tokens.importance)
-    if not config.generator.importance:
-        return datasets, np.ones(checkpoints.layout.num_tokens, np.float32)
+        questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
+        targets = tokens and tokens.targets
+        datasets.append(PairedDataset(dataset.name, inputs, targets, questions))
+        weights += [tokens.importance] if tokens and config.generator.importance else []
+    if not weights:
+        return datasets, np.ones(target.shape[0], np.float32)
     return datasets, np.mean(weights, axis=0).astype(np.float32)

@@ -18,6 +18,7 @@ from dnd_jax.generator.folder import (
     read_description,
     read_record,
 )
+from dnd_jax.generator.objective import Source, digests_of, source_of
 from dnd_jax.lora.checkpoints import Checkpoints
 
 
@@ -33,10 +34,11 @@ def settings_of(config: Config, suite: Suite) -> dict:
     return sections | {"train": training, "suite": suite.fingerprint}
 
 
-def older_values(config: Config, checkpoints: Checkpoints) -> Older:
+def older_values(config: Config, source: Source) -> Older:
     """What records without a format number say instead of the present digests."""
+    known = isinstance(source, Checkpoints)
     return {
-        "checkpoints": lambda then: then == checkpoints.digest_of_format_0(),
+        "checkpoints": lambda then: known and then == source.digest_of_format_0(),
         "encoder": lambda then: then == fingerprint_of_format_0(config.condition),
         "train.init_from": lambda then: then == config.train.init_from,
     }
@@ -57,11 +59,11 @@ def is_finished(
     if not (folder / DESCRIPTION).is_file():
         return False
     then, now = read_record(folder), settings_of(config, suite)
-    checkpoints = Checkpoints(config, suite, workdir)
+    source = source_of(config, suite, workdir)
     if "checkpoints" in then:  # the first versions do not say
-        now["checkpoints"] = checkpoints.digest()
+        now |= digests_of(config, source, workdir)
     now["encoder"] = _encoder(then, config.condition)
-    older = older_values(config, checkpoints)
+    older = older_values(config, source)
     same = check_same_run(folder / DESCRIPTION, then, now, allowed, older)
     called = read_description(folder).adapter.base if same and base_name else base_name
     if called != base_name:

@@ -12,9 +12,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from dnd_jax.base.architecture import RULES as BASE_RULES
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.encoders.load import encode_windows
+from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.spec import DecoderSpec
@@ -83,56 +85,85 @@ def make_train_step(
     seed: int,
     encoder: nn.Module | None = None,
     shardings=None,
+    answering: Answering | None = None,
 ):
-    """step(state {"params", "opt", "step"}, batch of `Pairs`, encoder_params=None) -> (state,
-    metrics).
+    """step(state {"params", "opt", "step"}, batch of `Pairs`, encoder_params, base_params) ->
+    (state, metrics).
 
-    Noise is drawn from (seed, step). The batch is computed in config.micro_batches parts whose
-    gradients are added up, which gives the whole batch's. encoder: the text encoder that turns
-    "ids" and "valid" into the condition here. shardings: of the parameters, and so of their
-    gradients. metrics: scalars, and "sample_loss" (B,).
+    The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
+    answers, of which the generated LoRAs are asked through the base of `answering`; or the sum of
+    both by config.weights_share. Noise is drawn from (seed, step). The batch is computed in
+    config.micro_batches parts whose gradients are added up, which gives the whole batch's. encoder:
+    the text encoder that turns "ids" and "valid" into the condition here. shardings: of the
+    parameters, and so of their gradients. metrics: scalars, and "sample_loss" (B,).
     """
     place = module.placement
 
-    def loss_of(params, condition, target, cells):
-        """A part's share of the batch's loss; its samples' losses and mean squares (b,)."""
-        output = module.apply({"params": place.gather_small(params)}, place.activation(condition))
+    def of_weights(output, target, cells):
+        """A part's share of the batch's loss on weights; (b,) of its samples' losses."""
         errors_b, cells_b = weighted_errors(output, target, importance)
         inside = ~jnp.isnan(target)
         squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
-        return jnp.sum(errors_b) / cells, (errors_b / cells_b, squares_b)
+        return jnp.sum(errors_b) / cells, {"loss": errors_b / cells_b, "square": squares_b}
 
-    def gradient_of(params, condition, target, cells):
-        """((loss, gradient), (sample losses, mean squares)) of a part."""
-        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            params, condition, target, cells
-        )
+    def of_answers(output, rows, base_params, tasks):
+        """The same of its loss on answers."""
+        losses_b, exact_b = answering.losses(base_params, output.astype(jnp.float32), rows)
+        squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
+        found = {"answers": losses_b, "exact": exact_b, "square": squares_b}
+        return jnp.sum(losses_b) / tasks, found
+
+    def gradient_of(params, part, base_params, cells, tasks):
+        """((loss, gradient), numbers of each sample (b,)) of a part of a batch."""
+
+        def loss_of(params):
+            condition = place.activation(part["condition"])
+            output = module.apply({"params": place.gather_small(params)}, condition)
+            loss, found = 0.0, {}
+            if "target" in part:
+                loss, found = of_weights(output, part["target"], cells)
+            if "rows" in part:
+                share = config.weights_share if "target" in part else 0.0
+                asked, more = of_answers(output, part["rows"], base_params, tasks)
+                loss, found = share * loss + asked, {**more, **found}
+            return loss, found
+
+        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings)
         return (loss, gradient), aux
 
-    def step(state, batch, encoder_params=None):
+    def step(state, batch, encoder_params=None, base_params=None):
         # Inputs.
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
-        condition, target = _condition(batch, encoder, encoder_params, place), batch["target"]
-        condition = _noisy(condition, config.condition_noise, on_condition)
-        target = _noisy(target, config.target_noise, on_target)
-        cells = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
+        condition = _condition(batch, encoder, encoder_params, place)
+        parts = {"condition": _noisy(condition, config.condition_noise, on_condition)}
+        sizes = {"cells": None, "tasks": len(condition)}
+        if "target" in batch:
+            target = _noisy(batch["target"], config.target_noise, on_target)
+            parts["target"] = target
+            sizes["cells"] = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
+        if "rows" in batch:
+            parts["rows"] = batch["rows"]
 
         # Gradient and update.
-        part_of = functools.partial(gradient_of, state["params"], cells=cells)
-        (loss, gradient), (sample_loss, squares) = _in_parts(
-            part_of, condition, target, config.micro_batches, state["params"]
+        part_of = functools.partial(gradient_of, state["params"], base_params=base_params, **sizes)
+        (loss, gradient), of_samples = _in_parts(
+            part_of, parts, config.micro_batches, state["params"]
         )
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),
-            "output_mean_square": jnp.mean(squares),
-            "target_mean_square": jnp.nanmean(target**2),
-            "sample_loss": sample_loss,
+            "output_mean_square": jnp.mean(of_samples["square"]),
         }
+        if "target" in batch:
+            metrics["target_mean_square"] = jnp.nanmean(target**2)
+        if "rows" in batch:
+            metrics["answers_loss"] = jnp.mean(of_samples["answers"])
+            metrics["exact"] = jnp.mean(of_samples["exact"])
+        metrics["sample_loss"] = of_samples["loss" if "target" in batch else "answers"]
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
@@ -155,26 +186,24 @@ def _noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:
     return x + deviation * jax.random.normal(key, x.shape, x.dtype)
 
 
-def _in_parts(gradient_of: Callable, condition: jax.Array, target: jax.Array, k: int, params: Any):
-    """gradient_of(condition, target) -> ((loss, gradient), per sample (b,)) of a batch, computed in
-    k parts: losses and gradients are added up, what is per sample is put back in the batch's order.
+def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any):
+    """gradient_of(batch) -> ((loss, gradient), per sample {NAME: (b,)}) of a batch, computed in k
+    parts: losses and gradients are added up, what is per sample is put back in the batch's order.
 
     Every k-th sample belongs to a part, so that each device finds its share among the samples it
     has.
     """
     if k == 1:
-        return gradient_of(condition, target)
-    parts = jax.tree.map(
-        lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1), (condition, target)
-    )
+        return gradient_of(batch)
+    parts = jax.tree.map(lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
-        found, per_sample = gradient_of(*part)
+        found, per_sample = gradient_of(part)
         return jax.tree.map(jnp.add, total, found), per_sample
 
     nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     total, per_sample = jax.lax.scan(add, nothing, parts)
-    return total, tuple(x.swapaxes(0, 1).reshape(-1) for x in per_sample)
+    return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), per_sample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +216,8 @@ class ShardedStep:
     over_batch: jax.sharding.NamedSharding
     encoder: Any  # shardings of the text encoder's parameters, None without one
     init: Callable  # key -> state, jitted
-    # (state, batch, encoder parameters or None) -> (state, metrics), jitted, the state donated
+    # (state, batch, encoder parameters or None, base parameters or None) -> (state, metrics),
+    # jitted, the state donated
     step: Callable
 
 
@@ -197,12 +227,14 @@ def shard_train_step(
     mesh: jax.sharding.Mesh,
     importance: np.ndarray,
     encoder: tuple[nn.Module, Any] | None = None,
+    answering: tuple[Answering, Any] | None = None,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests.
 
     encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
-    step. Raises InputError for a parameter without a rule and for sizes that the mesh does not
-    divide.
+    step. answering: through which base LoRAs are asked, and its parameters (or their shapes), where
+    the objective asks for it. Raises InputError for a parameter without a rule and for sizes that
+    the mesh does not divide.
     """
     c, place = config.train, Placement(mesh)
     module = Generator(spec, place)
@@ -219,11 +251,12 @@ def shard_train_step(
     encoder_shardings = (
         encoder and shard_by_rules(mesh, config.mesh.rules, {"encoder": encoder_shapes})["encoder"]
     )
+    asked, base_shapes = answering or (None, None)
+    base_shardings = answering and shard_by_rules(mesh, BASE_RULES, base_shapes)
+    how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
-        make_train_step(
-            module, optimizer, c, importance, config.seed, encoder_module, shardings["params"]
-        ),
-        in_shardings=(shardings, over_batch, encoder_shardings),
+        make_train_step(module, *how),
+        in_shardings=(shardings, over_batch, encoder_shardings, base_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(place.platform),

@@ -28,6 +28,7 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import initial_params, write_generator
+from dnd_jax.generator.objective import Objective, digests_of, source_of
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.sizes import resolve_features
@@ -37,7 +38,6 @@ from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.run import Options, Training, run_loop
-from dnd_jax.lora.checkpoints import Checkpoints, make_target
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, together
@@ -97,20 +97,21 @@ def train(
             "config.generator.convolution = 'tuned' measures in one process; with several use "
             "auto, dft or direct"
         )
-    checkpoints = Checkpoints(config, suite, workdir, base_name)
-    older = older_values(config, checkpoints)
-    record = {**settings_of(config, suite), "checkpoints": checkpoints.digest()}
+    source = source_of(config, suite, workdir, base_name)
+    older = older_values(config, source)
+    record = {**settings_of(config, suite), **digests_of(config, source, workdir)}
     hosts.check_alike(
         {"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]}
     )
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 
-    # Pairs of prompts and tokens.
+    # Pairs of prompts with tokens, or with questions for the base.
+    objective = Objective(config, source, workdir, base_name)
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
         check_given(config)
         encoder = _open_encoder(config, workdir, mesh)
-        target = make_target(config, checkpoints, workdir / "targets")
-        datasets, importance = paired_datasets(config, suite, workdir, checkpoints, target, encoder)
+        target = objective.target()
+        datasets, importance = paired_datasets(config, suite, workdir, encoder, objective, target)
     hosts.check_alike({"the text encoder's files": encoder.fingerprint})
     record["encoder"] = encoder.fingerprint
     of_encoder = {
@@ -118,7 +119,7 @@ def train(
         "encoder_revision": encoder.revision,
     }
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts
-    pairs = Pairs(datasets, c.batch_size, *drawn)
+    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked)
 
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length
@@ -127,20 +128,23 @@ def train(
     if tuned:
         tune(device_problems(spec, mesh, c.batch_size, c.micro_batches).values())
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
-    sharded = shard_train_step(config, spec, mesh, importance, in_graph)
+    answering = objective.answering(target, check_batch(config, mesh))
+    sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering)
     encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
     del encoder, in_graph  # its parameters need not stay on the first device
 
     # Training.
     print(_announcement(config, mesh, spec, sharded, datasets), flush=True)
-    flop = 6 * spec.forward_macs * c.batch_size  # of a step: twice as many backward as forward
+    # Of a step of the decoder alone: twice as many backward as forward.
+    flop = 0 if answering else 6 * spec.forward_macs * c.batch_size
+    base_params = answering and answering[1]
     training = Training(
         "train",
         folder,
         record,
         shaped(sharded.shapes, sharded.shardings),
         init=lambda: first_state(config, sharded),
-        step=lambda state, batch: sharded.step(state, batch, encoder_params),
+        step=lambda state, batch: sharded.step(state, batch, encoder_params, base_params),
         batch_at=lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
@@ -154,10 +158,10 @@ def train(
     # The folder that generation reads.
     description = {
         "settings": settings_of(config, suite),
-        "checkpoints": record["checkpoints"],
+        **{key: record[key] for key in ("checkpoints", "base") if key in record},
         "features": features,
-        "layout": checkpoints.layout.to_json(),
-        "adapter": checkpoints.adapter.to_json(),
+        "layout": source.layout.to_json(),
+        "adapter": source.adapter.to_json(),
         **of_encoder,
     }
     statistics = {"importance": importance, **target.statistics()}
@@ -190,10 +194,12 @@ def _announcement(
     count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
     total, held = bytes_per_device(sharded.shapes, sharded.shardings)
     problems = device_problems(spec, mesh, config.train.batch_size, config.train.micro_batches)
+    targets, asked = datasets[0].targets, datasets[0].questions
+    of_each = "" if targets is None else f" x {len(targets)} checkpoints"
+    of_each += "" if asked is None else f", {config.train.answer_rows} questions of each asked"
     return (
         f"generator: {count / 1e6:.1f}M parameters, {2 * spec.forward_macs / 1e9:.2f} GFLOP a "
-        f"sample forward, {spec.token_grid} tokens, {len(datasets)} datasets x "
-        f"{len(datasets[0].targets)} checkpoints\n"
+        f"sample forward, {spec.token_grid} tokens, {len(datasets)} datasets{of_each}\n"
         f"mesh: {describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a device\n"
         "convolutions (output / gradients): "
         f"{describe(problems.values(), config.generator.convolution)}"
@@ -242,16 +248,18 @@ def _row(
     """The numbers of a step that are written: the metrics, the loss of each dataset, and speed.
 
     flop: operations of the step by the direct method, so that methods compare; a faster one may
-    exceed the peak.
+    exceed the peak; 0 where they are not counted.
     """
     row = {key: value for key, value in values.items() if key != "sample_loss"}
     by_name: dict[str, list[float]] = {}
     for name, loss in zip(names, values["sample_loss"], strict=True):
         by_name.setdefault(name, []).append(loss)
     row |= {f"loss/{name}": float(np.mean(losses)) for name, losses in sorted(by_name.items())}
-    row |= {"samples_per_second": len(names) / seconds, "tflop_per_second": flop / seconds / 1e12}
+    row["samples_per_second"] = len(names) / seconds
+    if flop:
+        row["tflop_per_second"] = flop / seconds / 1e12
     chip = chip_of(mesh.devices.flat[0].device_kind)
-    if chip is not None:
+    if flop and chip is not None:
         row["share_of_peak"] = flop / seconds / (chip.peak * mesh.size)
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:

@@ -17,7 +17,7 @@ from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.pretrain import find_base
-from dnd_jax.base.sequences import Sequences, encode
+from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object, write_json
@@ -41,7 +41,6 @@ from dnd_jax.parallel.rules import leading, replicated, shaped
 GROUPS = "groups.json"  # in the folder of a training in groups
 ROOM = 0.6  # of the free memory that a step may take
 SCORED = 2  # times as many rows at once as a step has: no gradient needs what lies between
-PREFIX = 8  # tokens that all rows share, from which on they are computed apart
 
 
 def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
@@ -99,29 +98,19 @@ class TaskBatches:
 
     @functools.cached_property
     def _prefix(self) -> int:
-        """Tokens that the rows of each task share."""
-        shared = min(task.prefix for task in self.tasks)
-        return shared if shared >= PREFIX else 0
+        return shared_prefix(self.tasks)
 
     def at(self, i: int) -> dict[str, jax.Array]:
         """The i-th batch, (entries, batch_size, ...), of a prefix (entries, P): all tasks read
         their examples in the same order."""
-        rows = [
-            task.batch(
-                shuffled_rows(len(task), self.batch_size, self.seed, i), self._width, self._prefix
-            )
-            for task in self.tasks
-        ]
-        length = max(batch["ids"].shape[1] for batch in rows)
-        for batch in rows:
-            missing = length - batch["ids"].shape[1]
-            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=self.pad)
+        index = [shuffled_rows(len(t), self.batch_size, self.seed, i) for t in self.tasks]
+        rows = stacked_rows(self.tasks, index, self._width, self._prefix, self.pad)
 
-        def placed(*of_tasks: np.ndarray) -> jax.Array:
-            whole = np.stack(of_tasks)[self._entries]
+        def placed(of_tasks: np.ndarray) -> jax.Array:
+            whole = of_tasks[self._entries]
             return jax.make_array_from_callback(whole.shape, self.over_tasks, whole.__getitem__)
 
-        return jax.tree.map(placed, *rows)
+        return jax.tree.map(placed, rows)
 
 
 class Task(NamedTuple):

@@ -1,0 +1,83 @@
+"""What a generator is taught by config.train.objective: the weights of LoRA checkpoints, answers
+through the frozen base, or both."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from dnd_jax.base.identity import base_digest
+from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.sequences import Sequences
+from dnd_jax.config.schema import Config
+from dnd_jax.core.workdir import TARGETS
+from dnd_jax.data.suite import Dataset, Suite
+from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.folder import target_of
+from dnd_jax.lora.checkpoints import Checkpoints, TokenArray, make_target, token_array
+from dnd_jax.lora.initial import Initial
+from dnd_jax.lora.targets import Target
+from dnd_jax.lora.tuning import Tuning
+
+Source = Checkpoints | Initial
+
+
+def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = "") -> Source:
+    """Where the layout and settings of generated LoRAs come from: the checkpoints that the
+    objective is of, or else what LoRAs of the base start from. Raises InputError as these do."""
+    if "weights" in config.train.objective:
+        return Checkpoints(config, suite, workdir, base_name)
+    return Initial(config, find_base(config, workdir), base_name)
+
+
+def digests_of(config: Config, source: Source, workdir: pathlib.Path) -> dict[str, str]:
+    """The digests of what a generator is taught from, besides the suite."""
+    found = {"checkpoints": source.digest()}
+    if "answers" in config.train.objective:
+        found["base"] = base_digest(find_base(config, workdir))
+    return found
+
+
+class Objective:
+    """What each training dataset teaches, and through which base."""
+
+    def __init__(self, config: Config, source: Source, workdir: pathlib.Path, base_name: str = ""):
+        """Loads the base where it is asked. base_name: what adapters call it."""
+        self._config, self._source, self._cache = config, source, workdir / TARGETS
+        self._tuning = None
+        if "answers" in config.train.objective:
+            self._tuning = Tuning.of(config, find_base(config, workdir), base_name)
+
+    def target(self) -> Target:
+        """What the decoder learns to output. Where no checkpoints say it and training goes on from
+        a generator, what that one does."""
+        if isinstance(self._source, Checkpoints):
+            return make_target(self._config, self._source, self._cache)
+        start = self._config.train.init_from
+        return target_of(start) if start else self._source.target()
+
+    def tokens(self, name: str, target: Target) -> TokenArray | None:
+        """The tokens of a dataset's checkpoints, if these are taught."""
+        if isinstance(self._source, Initial):
+            return None
+        weighted = self._config.generator.importance
+        return token_array(self._source, name, target, self._cache, weighted)
+
+    def questions(self, dataset: Dataset) -> Sequences | None:
+        """A dataset's examples as the base is asked, if it is."""
+        return self._tuning and self._tuning.encoded(dataset.train, f"{dataset.name}'s train")
+
+    @property
+    def asked(self) -> tuple[int, int]:
+        """(questions of a generated LoRA in a step, the token that fills rows up); no question
+        without a base."""
+        if self._tuning is None:
+            return 0, 0
+        return self._config.train.answer_rows, self._tuning.tokenizer.pad_token_id
+
+    def answering(
+        self, target: Target, over_tasks: jax.sharding.NamedSharding
+    ) -> tuple[Answering, Any] | None:
+        """(the base that is asked, its parameters), if any is."""
+        t = self._tuning
+        return t and (Answering(t.module, target, self._source.adapter.scale, over_tasks), t.params)
