@@ -30,7 +30,7 @@ from dnd_jax.parallel.rules import bytes_per_device, shaped
 
 
 def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """(the jitted train step, the shapes of its arguments: state, batch, text encoder)."""
+    """(the jitted train step, the shapes of its arguments: state, batch, what is frozen)."""
     spec, encoder = spec_of(config), None
     if config.condition.in_graph:
         module = encoder_module(config)
@@ -49,8 +49,8 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
         key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch)
         for key, (shape, kind) in inputs.items()
     }
-    encoder_params = encoder and shaped(encoder[1], sharded.encoder)
-    return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, encoder_params)
+    frozen = encoder and shaped({"encoder": encoder[1]}, sharded.frozen)
+    return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
 
 
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:

@@ -87,8 +87,8 @@ def make_train_step(
     shardings=None,
     answering: Answering | None = None,
 ):
-    """step(state {"params", "opt", "step"}, batch of `Pairs`, encoder_params, base_params) ->
-    (state, metrics).
+    """step(state {"params", "opt", "step"}, batch of `Pairs`, frozen) -> (state, metrics); frozen:
+    {"encoder", "base"}, the parameters of those that there are, or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`; or the sum of
@@ -133,11 +133,12 @@ def make_train_step(
             gradient = jax.lax.with_sharding_constraint(gradient, shardings)
         return (loss, gradient), aux
 
-    def step(state, batch, encoder_params=None, base_params=None):
+    def step(state, batch, frozen=None):
+        frozen = frozen or {}
         # Inputs.
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
-        condition = _condition(batch, encoder, encoder_params, place)
+        condition = _condition(batch, encoder, frozen.get("encoder"), place)
         parts = {"condition": _noisy(condition, config.condition_noise, on_condition)}
         sizes = {"cells": None, "tasks": len(condition)}
         if "target" in batch:
@@ -148,7 +149,9 @@ def make_train_step(
             parts["rows"] = batch["rows"]
 
         # Gradient and update.
-        part_of = functools.partial(gradient_of, state["params"], base_params=base_params, **sizes)
+        part_of = functools.partial(
+            gradient_of, state["params"], base_params=frozen.get("base"), **sizes
+        )
         (loss, gradient), of_samples = _in_parts(
             part_of, parts, config.micro_batches, state["params"]
         )
@@ -214,10 +217,10 @@ class ShardedStep:
     shapes: dict  # of the state
     shardings: dict  # of the state
     over_batch: jax.sharding.NamedSharding
-    encoder: Any  # shardings of the text encoder's parameters, None without one
+    # {"encoder", "base"}: shardings of the parameters of those that the step takes; None of none
+    frozen: dict | None
     init: Callable  # key -> state, jitted
-    # (state, batch, encoder parameters or None, base parameters or None) -> (state, metrics),
-    # jitted, the state donated
+    # (state, batch, parameters as `frozen`) -> (state, metrics), jitted, the state donated
     step: Callable
 
 
@@ -247,16 +250,20 @@ def shard_train_step(
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = shard_by_rules(mesh, config.mesh.rules, shapes)
     over_batch = check_batch(config, mesh)
-    encoder_module, encoder_shapes = encoder or (None, None)
-    encoder_shardings = (
-        encoder and shard_by_rules(mesh, config.mesh.rules, {"encoder": encoder_shapes})["encoder"]
+    (encoder_module, of_encoder), (asked, of_base) = (
+        encoder or (None,) * 2,
+        answering or (None,) * 2,
     )
-    asked, base_shapes = answering or (None, None)
-    base_shardings = answering and shard_by_rules(mesh, BASE_RULES, base_shapes)
+    frozen = {}
+    if encoder:
+        rules = shard_by_rules(mesh, config.mesh.rules, {"encoder": of_encoder})
+        frozen["encoder"] = rules["encoder"]
+    if answering:
+        frozen["base"] = shard_by_rules(mesh, BASE_RULES, of_base)
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
         make_train_step(module, *how),
-        in_shardings=(shardings, over_batch, encoder_shardings, base_shardings),
+        in_shardings=(shardings, over_batch, frozen or None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(place.platform),
@@ -265,7 +272,7 @@ def shard_train_step(
         shapes,
         shardings,
         over_batch,
-        encoder_shardings,
+        frozen or None,
         jax.jit(init, out_shardings=shardings),
         step,
     )

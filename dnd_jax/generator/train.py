@@ -130,21 +130,22 @@ def train(
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     answering = objective.answering(target, check_batch(config, mesh))
     sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering)
-    encoder_params = in_graph and jax.device_put(encoder.params, sharded.encoder)
+    frozen = {"base": answering[1]} if answering else {}
+    if in_graph:
+        frozen["encoder"] = jax.device_put(encoder.params, sharded.frozen["encoder"])
     del encoder, in_graph  # its parameters need not stay on the first device
 
     # Training.
     print(_announcement(config, mesh, spec, sharded, datasets), flush=True)
     # Of a step of the decoder alone: twice as many backward as forward.
     flop = 0 if answering else 6 * spec.forward_macs * c.batch_size
-    base_params = answering and answering[1]
     training = Training(
         "train",
         folder,
         record,
         shaped(sharded.shapes, sharded.shardings),
         init=lambda: first_state(config, sharded),
-        step=lambda state, batch: sharded.step(state, batch, encoder_params, base_params),
+        step=lambda state, batch: sharded.step(state, batch, frozen or None),
         batch_at=lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,

@@ -597,7 +597,7 @@ def test_train_step_with_the_encoder_inside_equals_ahead_of_time(kind, tmp_path)
     def metrics(inputs, encoder_module=None, encoder_params=None) -> list[float]:
         step = make_train_step(module, optimizer, train, np.ones(4, np.float32), 0, encoder_module)
         state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-        found = jax.jit(step)(state, {**inputs, "target": target}, encoder_params)[1]
+        found = jax.jit(step)(state, {**inputs, "target": target}, {"encoder": encoder_params})[1]
         return [float(x) for leaf in jax.tree.leaves(found) for x in np.ravel(leaf)]
 
     ahead = metrics({"condition": condition})
