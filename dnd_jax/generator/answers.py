@@ -1,5 +1,5 @@
 """The loss of generated LoRAs on the answers of their tasks: weight tokens -> LoRA matrices -> the
-frozen base -> cross-entropy (docs/METHOD.md section 8)."""
+frozen base -> cross-entropy (docs/METHOD.md section 9)."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -72,12 +72,16 @@ class Candidates:
     dataset shares."""
 
     by_dataset: dict[str, dict[str, list[pathlib.Path]]]
-    training: dict[str, pathlib.Path]  # the last checkpoint of each training dataset
+    training: dict[str, pathlib.Path]  # the last checkpoint of each training dataset; {}: none
     nearest: dict[str, str]  # unseen dataset -> training dataset
     # unseen dataset -> its answered examples, which the base without an adapter gets in its context
     shots: dict[str, tuple[Example, ...]] = dataclasses.field(default_factory=dict)
     # training datasets whose adapters are scored on every unseen one; None: all
     drawn: tuple[str, ...] | None = None
+
+    def of_nearest(self, name: str) -> list[pathlib.Path]:
+        """[the adapter of the training dataset nearest to an unseen one]; [] where none has any."""
+        return [self.training[self.nearest[name]]] if self.training else []
 
     @property
     def everywhere(self) -> dict[str, pathlib.Path]:
@@ -113,7 +117,7 @@ def make_candidates(
     kept. base_path: of the base that controls were tuned on."""
     controls = find_controls(config, suite, base_path, workdir)
     maker = _Maker(config, suite.with_training(config.train.datasets, config.seed), workdir)
-    shared = {"mean_adapter": [maker.mean()], **maker.from_no_prompts_of_the_task()}
+    shared = {**maker.mean(), **maker.from_no_prompts_of_the_task()}
     by_dataset, closest = {}, {}
     for dataset in tqdm(suite.unseen, desc="generate", unit="dataset", dynamic_ncols=True):
         stop.check()
@@ -136,6 +140,11 @@ def make_candidates(
     return Candidates(by_dataset, training, closest, shots, drawn)
 
 
+def has_checkpoints(root: pathlib.Path, suite: Suite) -> bool:
+    """Whether any training dataset has a LoRA checkpoint under ROOT/DATASET."""
+    return any(dataset_checkpoints(root / dataset.name) for dataset in suite.train)
+
+
 class _Maker:
     """What a run's adapters are made of, and how each kind is made."""
 
@@ -145,8 +154,11 @@ class _Maker:
             workdir / paths.GENERATOR, encoder=config.condition.encoder
         )
         check_asked_alike(config, self._generator)
-        self._checkpoints = Checkpoints(config, suite, workdir)
-        self._loras = self._checkpoints.digest()
+        self._root = pathlib.Path(config.train.checkpoints or workdir / paths.LORAS)
+        self._checkpoints, self._loras = None, ""  # of the training datasets, if there are any
+        if "weights" in config.train.objective or has_checkpoints(self._root, suite):
+            self._checkpoints = Checkpoints(config, suite, workdir)
+            self._loras = self._checkpoints.digest()
         self._competitors = workdir / paths.COMPETITORS
         self._anew: list[pathlib.Path] = []
         self._n, self._different = config.condition.num_prompts, config.evaluate.num_prompts
@@ -166,14 +178,17 @@ class _Maker:
         """Mean-pooled embeddings (n, C)."""
         return self._generator.encoder.cached_means(prompts, self._workdir / paths.EMBEDDINGS)
 
-    def mean(self) -> pathlib.Path:
-        """The mean adapter, one for all unseen datasets."""
+    def mean(self) -> dict[str, list[pathlib.Path]]:
+        """{"mean_adapter": [it]}, one for all unseen datasets; nothing without LoRAs."""
+        if self._checkpoints is None:
+            return {}
         card = f"The mean of the training LoRA checkpoints (sha256 {self._loras}).\n"
-        return self._saved(
+        folder = self._saved(
             self._competitors / "mean_adapter",
             card,
             lambda: mean_weights(tensors for _, tensors in self._checkpoints.tensors()),
         )
+        return {"mean_adapter": [folder]}
 
     def generated(self, name: str, prompts: Sequence[str]) -> list[pathlib.Path]:
         """S adapters from a dataset's own prompts; the first is the run's result."""
@@ -219,8 +234,9 @@ class _Maker:
         return tuple(dataset.pool[i] for i in rng.choice(len(dataset.pool), count, replace=False))
 
     def predicted(self, name: str, drawn: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-        """{"ridge": [its adapter]}; nothing where the training datasets are too few for it."""
-        if len(self._suite.train) <= 2:
+        """{"ridge": [its adapter]}; nothing where the training datasets are too few for it, or have
+        no LoRAs."""
+        if len(self._suite.train) <= 2 or self._checkpoints is None:
             return {}
         card = (
             f"Ridge regression from prompts (sha256 {digests.of_texts(drawn)}), fitted to the "
@@ -234,14 +250,15 @@ class _Maker:
 
     def tuned(self, name: str) -> dict[str, list[pathlib.Path]]:
         """{"tuned": [the dataset's own last LoRA checkpoint]}, where it has any."""
-        own = dataset_checkpoints(self._checkpoints.root / name)
+        own = dataset_checkpoints(self._root / name)
         return {"tuned": [as_folder(own[-1], self._competitors / "tuned" / name)]} if own else {}
 
     def last_of_training(self) -> dict[str, pathlib.Path]:
-        """{training dataset: its last LoRA checkpoint}."""
+        """{training dataset: its last LoRA checkpoint}; nothing where there are none."""
+        folders = self._checkpoints.folders if self._checkpoints else {}
         return {
             name: as_folder(checkpoints[-1], self._competitors / "training" / name)
-            for name, checkpoints in self._checkpoints.folders.items()
+            for name, checkpoints in folders.items()
         }
 
     def say_what_is_anew(self) -> None:

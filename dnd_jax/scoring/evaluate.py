@@ -87,11 +87,11 @@ def in_context(name: str) -> str:
 def scored_on(candidates: Candidates, name: str) -> list[str]:
     """Labels of what is scored on an unseen dataset: "base", it with answered examples in its
     context, and folders of adapters."""
-    nearest = candidates.training[candidates.nearest[name]]
+    folders = *candidates.everywhere.values(), *candidates.of_nearest(name)
     return [
         "base",
         *[in_context(name)] * bool(candidates.shots.get(name)),
-        *dict.fromkeys(map(str, (*candidates.everywhere.values(), nearest))),
+        *dict.fromkeys(map(str, folders)),
         *map(str, sum(candidates.by_dataset[name].values(), [])),
     ]
 
@@ -205,7 +205,7 @@ def by_method(
     labels = {
         "base": ["base"],
         **({"in_context": [in_context(name)]} if candidates.shots.get(name) else {}),
-        "nearest": [str(candidates.training[candidates.nearest[name]])],
+        "nearest": list(map(str, candidates.of_nearest(name))),
         **{
             method: list(map(str, folders))
             for method, folders in candidates.by_dataset[name].items()
@@ -216,7 +216,7 @@ def by_method(
         labels["train_best"] = [training[max(of_training, key=of_training.get)]]
     scores, each_question = {}, {}
     for method in METHODS:
-        if method in labels:
+        if labels.get(method):
             of_each = [statistics.fmean(questions(label)) for label in labels[method]]
             scores[method] = statistics.fmean(of_each)
             if method == "generated":

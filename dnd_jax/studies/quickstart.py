@@ -32,6 +32,12 @@ from dnd_jax.scoring.measured import measure
 from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.studies.outlook import outlook
 
+NO_LORAS = (
+    "train.objective is of answers alone: no LoRA is collected, and the table lacks the columns "
+    "made of them (nearest, ridge, mean adapter, train mean and best, tuned); `dnd collect` with "
+    "the same settings and --workdir, before, gives it these"
+)
+
 
 def run_seed(
     config: Config,
@@ -60,7 +66,9 @@ def _stages(
     begin(config, suite)
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir, allowed)
-    if not config.train.checkpoints:
+    if "weights" not in config.train.objective:
+        print(NO_LORAS, flush=True)
+    elif not config.train.checkpoints:
         with timed(workdir, "collect"):
             loras = collect(config, suite, base, workdir, allowed, base_name)
         print(
