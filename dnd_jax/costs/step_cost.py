@@ -18,6 +18,7 @@ import optax
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
+from dnd_jax.core.errors import InputError
 from dnd_jax.costs import collect_cost
 from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
 from dnd_jax.generator.sizes import encoder_module, spec_of
@@ -31,6 +32,11 @@ from dnd_jax.parallel.rules import bytes_per_device, shaped
 
 def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, what is frozen)."""
+    if config.train.objective != "weights":
+        raise InputError(
+            f'config.train.objective = {config.train.objective}: only the step of "weights" is '
+            "planned; --config.train.objective=weights shows that part"
+        )
     spec, encoder = spec_of(config), None
     if config.condition.in_graph:
         module = encoder_module(config)

@@ -1,9 +1,10 @@
 """A generator's folder: written by training and by the import of released weights, read by
 generation and further training.
 
-generator.json            settings, checkpoints (digest of the LoRAs it was trained on), features,
-                          layout, adapter, encoder_fingerprint; removed first and written last: a
-                          folder with it is whole
+generator.json            settings, what it was taught by (the digest of LoRA checkpoints; of the
+                          base that was asked, and how), features, layout, adapter,
+                          encoder_fingerprint; removed first and written last: a folder with it is
+                          whole
 model.safetensors         parameters by path, "decoder/stage_0/conv1w", ...
 statistics.safetensors    importance weights (T,) and the statistics of the target
 """
@@ -39,6 +40,8 @@ from dnd_jax.lora.targets import token_grid
 
 FORMAT = 1  # of generator.json
 LARGEST = 1 << 20  # N, L or C of a stage
+# Keys of generator.json beside its settings: generator/objective.py.
+TAUGHT_BY = ("checkpoints", "base", "answer", "max_length", "lora", "spread")
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 
 
@@ -79,12 +82,12 @@ class Description:
 
 def read_record(folder: pathlib.Path) -> dict:
     """The recorded settings of a generator folder, of any version; as "encoder" the encoder's
-    fingerprint, and as "checkpoints" and "base" the digests of its LoRAs and of the base that it
-    was trained through, where there are any. Raises InputError when its description has none."""
+    fingerprint, and what it was taught by (`TAUGHT_BY`), as far as it says. Raises InputError when
+    its description has none."""
     file = folder / DESCRIPTION
     raw = _sections(file, read_numbered(file, FORMAT), "settings")
     digests = {"encoder": raw.get("encoder_fingerprint")}
-    digests |= {key: raw.get(key) for key in ("checkpoints", "base")}
+    digests |= {key: raw.get(key) for key in TAUGHT_BY}
     return raw["settings"] | {key: value for key, value in digests.items() if value is not None}
 
 
@@ -279,11 +282,12 @@ def read_statistics(folder: pathlib.Path, description: Description) -> dict[str,
     return found
 
 
-def target_of(run_dir: str | os.PathLike) -> targets.Target:
-    """What the tokens of a generator's folder mean. Raises InputError as `read_description` and
-    `read_statistics`."""
+def read_target(run_dir: str | os.PathLike) -> tuple[targets.Target, AdapterConfig]:
+    """(what the tokens of a generator mean, the settings of its adapters). Raises InputError as
+    `read_description` and `read_statistics`."""
     folder = find_generator(run_dir)
     with steady(folder):
         description = read_description(folder)
         statistics = read_statistics(folder, description)
-    return targets.from_statistics(description.generator.target, description.layout, statistics)
+    kind, layout = description.generator.target, description.layout
+    return targets.from_statistics(kind, layout, statistics), description.adapter

@@ -1,21 +1,25 @@
 """What a generator is taught by config.train.objective: the weights of LoRA checkpoints, answers
 through the frozen base, or both."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import jax
 
+from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
-from dnd_jax.base.sequences import Sequences
+from dnd_jax.base.sequences import Sequences, how_taught
 from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.workdir import TARGETS
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.generator.answers import Answering
-from dnd_jax.generator.folder import target_of
+from dnd_jax.generator.folder import read_target
 from dnd_jax.lora.checkpoints import Checkpoints, TokenArray, make_target, token_array
-from dnd_jax.lora.initial import Initial
+from dnd_jax.lora.initial import SPREAD, Initial
+from dnd_jax.lora.layout import MODULE_ORDER
 from dnd_jax.lora.targets import Target
 from dnd_jax.lora.tuning import Tuning
 
@@ -30,12 +34,19 @@ def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: st
     return Initial(config, find_base(config, workdir), base_name)
 
 
-def digests_of(config: Config, source: Source, workdir: pathlib.Path) -> dict[str, str]:
-    """The digests of what a generator is taught from, besides the suite."""
-    found = {"checkpoints": source.digest()}
+def taught_by(config: Config, source: Source, workdir: pathlib.Path) -> dict:
+    """What a generator is taught from, besides the suite: digests and the settings that decide."""
+    found = {"checkpoints": source.digest()} if isinstance(source, Checkpoints) else {}
     if "answers" in config.train.objective:
-        found["base"] = base_digest(find_base(config, workdir))
-    return found
+        base, lora = find_base(config, workdir), dataclasses.asdict(config.lora)
+        asked = ("rank", "alpha", "targets", "dtype", "too_long")
+        found |= {
+            "base": base_digest(base),
+            "answer": how_taught(load_tokenizer(base))[0],
+            "max_length": config.base.max_length,
+            "lora": {key: lora[key] for key in asked},
+        }
+    return found | ({"spread": SPREAD} if isinstance(source, Initial) else {})
 
 
 class Objective:
@@ -50,11 +61,19 @@ class Objective:
 
     def target(self) -> Target:
         """What the decoder learns to output. Where no checkpoints say it and training goes on from
-        a generator, what that one does."""
+        a generator, what that one does. Raises InputError for one of other LoRAs."""
         if isinstance(self._source, Checkpoints):
             return make_target(self._config, self._source, self._cache)
         start = self._config.train.init_from
-        return target_of(start) if start else self._source.target()
+        if not start:
+            return self._source.target()
+        target, adapter = read_target(start)
+        if (target.layout, adapter.scale) != (self._source.layout, self._source.adapter.scale):
+            raise InputError(
+                f"config.train.init_from = {start}: its LoRAs have other modules, shapes or scale; "
+                "give its config.lora (rank, alpha, targets), base and generator.chunk_width"
+            )
+        return target
 
     def tokens(self, name: str, target: Target) -> TokenArray | None:
         """The tokens of a dataset's checkpoints, if these are taught."""
@@ -78,6 +97,15 @@ class Objective:
     def answering(
         self, target: Target, over_tasks: jax.sharding.NamedSharding
     ) -> tuple[Answering, Any] | None:
-        """(the base that is asked, its parameters), if any is."""
-        t = self._tuning
-        return t and (Answering(t.module, target, self._source.adapter.scale, over_tasks), t.params)
+        """(the base that is asked, its parameters), if any is. Raises InputError for LoRAs on more
+        than the projections that our base applies."""
+        t, layout = self._tuning, target.layout
+        if t is None:
+            return None
+        applied = t.module.config.lora_shapes(layout.rank, MODULE_ORDER)
+        others = [m.key for m in layout.matrices if applied.get(m.key) != m.shape]
+        if others:
+            raise listed(
+                "train.objective: the base is not asked through these LoRA matrices", others
+            )
+        return (Answering(t.module, target, self._source.adapter.scale, over_tasks), t.params)

@@ -1,5 +1,5 @@
 """Training pairs: N random prompts of a dataset with one of that dataset's LoRA checkpoints
-(docs/METHOD.md section 1).
+(docs/METHOD.md section 1), with other questions and answers of it (section 9), or with both.
 
 A pair is drawn from (seed, step) alone and knows its dataset by name. With pairing "fixed", the
 paper's ablation, a checkpoint always comes with the same N prompts, which (seed, dataset,
@@ -47,9 +47,8 @@ class PairedDataset:
 
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
-    fewer different ones; rows: questions of each pair's dataset, other ones than its prompts where
-    there are enough. pad: token id. Raises InputError naming every dataset with fewer than N
-    prompts."""
+    fewer different ones; rows: questions of each pair's dataset, as `rows_at`. pad: token id.
+    Raises InputError naming every dataset with fewer than N prompts."""
 
     def __init__(
         self,
@@ -111,8 +110,8 @@ class Pairs:
         return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
-        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w)}, or its
-        samples first..last - 1."""
+        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if weights
+        are taught}, or its samples first..last - 1."""
         drawn = self.draw(step)[first:last]
         keys = self.datasets[0].prompts
         batch = {
@@ -129,7 +128,7 @@ class Pairs:
 
     def rows_at(self, step: int) -> dict[str, np.ndarray]:
         """The questions and answers of the step's pairs, (B, rows, ...) as of `stacked_rows`: none
-        of a pair's own prompts, unless its dataset has too few others."""
+        of a pair's own prompts, unless its dataset has no others; some twice where it has few."""
         index = []
         for i, (d, _, prompts) in enumerate(self.draw(step)):
             questions = self.datasets[d].questions

@@ -18,7 +18,7 @@ from dnd_jax.generator.folder import (
     read_description,
     read_record,
 )
-from dnd_jax.generator.objective import Source, digests_of, source_of
+from dnd_jax.generator.objective import Source, source_of, taught_by
 from dnd_jax.lora.checkpoints import Checkpoints
 
 
@@ -60,8 +60,10 @@ def is_finished(
         return False
     then, now = read_record(folder), settings_of(config, suite)
     source = source_of(config, suite, workdir)
-    if "checkpoints" in then:  # the first versions do not say
-        now |= digests_of(config, source, workdir)
+    taught = taught_by(config, source, workdir)
+    if "checkpoints" not in then and "base" not in then:  # the first versions do not say
+        taught.pop("checkpoints", None)
+    now |= taught
     now["encoder"] = _encoder(then, config.condition)
     older = older_values(config, source)
     same = check_same_run(folder / DESCRIPTION, then, now, allowed, older)

@@ -123,9 +123,8 @@ def make_train_step(
             if "target" in part:
                 loss, found = of_weights(output, part["target"], cells)
             if "rows" in part:
-                share = config.weights_share if "target" in part else 0.0
                 asked, more = of_answers(output, part["rows"], base_params, tasks)
-                loss, found = share * loss + asked, {**more, **found}
+                loss, found = config.weights_share * loss + asked, {**more, **found}
             return loss, found
 
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -141,6 +140,7 @@ def make_train_step(
         condition = _condition(batch, encoder, frozen.get("encoder"), place)
         parts = {"condition": _noisy(condition, config.condition_noise, on_condition)}
         sizes = {"cells": None, "tasks": len(condition)}
+        weights_share = config.weights_share if "rows" in batch else 1.0
         if "target" in batch:
             target = _noisy(batch["target"], config.target_noise, on_target)
             parts["target"] = target
@@ -166,7 +166,11 @@ def make_train_step(
         if "rows" in batch:
             metrics["answers_loss"] = jnp.mean(of_samples["answers"])
             metrics["exact"] = jnp.mean(of_samples["exact"])
-        metrics["sample_loss"] = of_samples["loss" if "target" in batch else "answers"]
+        metrics["sample_loss"] = sum(
+            share * of_samples[part]
+            for part, share in (("loss", weights_share), ("answers", 1.0))
+            if part in of_samples
+        )
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 

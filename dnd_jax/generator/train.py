@@ -1,5 +1,5 @@
-"""Stage `train`: the generator, from pairs of prompts and LoRA checkpoints (docs/METHOD.md sections
-1, 4 and 6).
+"""Stage `train`: the generator, from prompts and LoRA checkpoints (docs/METHOD.md sections 1, 4 and
+6), or from prompts and answers through the base (section 9).
 
     dnd train --config=configs/mini.py --workdir=runs/mini
 
@@ -18,7 +18,8 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
-from dnd_jax.base.reading import check_given
+from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.reading import check_given, check_reading
 from dnd_jax.config.records import Older
 from dnd_jax.config.schema import Config
 from dnd_jax.core.chips import chip_of
@@ -28,7 +29,7 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import initial_params, write_generator
-from dnd_jax.generator.objective import Objective, digests_of, source_of
+from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.sizes import resolve_features
@@ -80,8 +81,8 @@ def train(
 
     allowed: names of settings that may differ from those of the run that is resumed, None where the
     user cannot give any. profile: steps between which to trace. base_name: what generated adapters
-    call their base; empty: as the checkpoints' settings. Several processes share the work; process
-    0 writes. Raises InputError for checkpoints that do not fit, few prompts, or other settings.
+    call their base; empty: as the checkpoints' settings, or the base's hub id or path. Several
+    processes share the work; process 0 writes. Raises InputError for checkpoints that do not fit, few prompts, or other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)
@@ -99,13 +100,17 @@ def train(
         )
     source = source_of(config, suite, workdir, base_name)
     older = older_values(config, source)
-    record = {**settings_of(config, suite), **digests_of(config, source, workdir)}
-    hosts.check_alike(
-        {"the suite's files": suite.fingerprint, "the LoRA checkpoints": record["checkpoints"]}
-    )
+    taught = taught_by(config, source, workdir)
+    record = {**settings_of(config, suite), **taught}
+    files = {"the LoRA checkpoints": "checkpoints", "the base's files": "base"}
+    of_files = {what: taught[key] for what, key in files.items() if key in taught}
+    hosts.check_alike({"the suite's files": suite.fingerprint, **of_files})
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 
     # Pairs of prompts with tokens, or with questions for the base.
+    if "answers" in c.objective:
+        with hosts.lead_first():
+            check_reading(config, find_base(config, workdir))
     objective = Objective(config, source, workdir, base_name)
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
         check_given(config)
@@ -159,7 +164,7 @@ def train(
     # The folder that generation reads.
     description = {
         "settings": settings_of(config, suite),
-        **{key: record[key] for key in ("checkpoints", "base") if key in record},
+        **taught,
         "features": features,
         "layout": source.layout.to_json(),
         "adapter": source.adapter.to_json(),
@@ -289,6 +294,8 @@ def _run(given: Given) -> None:
     with together.together(given, "train", given["profile"], folders):
         with hosts.lead_first():
             suite = open_suite(config, workdir, given["strict"])
+            if "answers" in config.train.objective:  # of a hub id one process takes the commit
+                find_base(config, workdir)
         folder = train(config, suite, workdir, given["allow"], profile, given["base-name"])
         if hosts.lead():
             print(f"generator: {folder}")
@@ -308,10 +315,11 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
 def needs(config: Config) -> tuple[str, ...]:
     """The modules beyond a plain install that training needs: of trackers, of the encoder, of a
     bucket."""
+    asked = "answers" in config.train.objective
     bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
     return (
         *tracker_packages(config.train.trackers),
-        *packages_of(config.condition.encoder),
+        *packages_of(config.base.path if asked else "", config.condition.encoder),
         *bucket,
     )
 

@@ -1,15 +1,11 @@
 """What LoRAs of a base start from, in place of LoRA checkpoints where none are collected."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
 from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import resolve
-from dnd_jax.base.identity import base_digest
 from dnd_jax.config.schema import Config
-from dnd_jax.core import digests
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.peft_settings import adapter_of
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget, Target
@@ -25,16 +21,10 @@ class Initial:
         """base_name: what the generated adapters call their base. Raises InputError for a base that
         cannot be read or lacks one of config.lora.targets."""
         c = config.lora
-        self._config, self._base = config, base_path
+        self._config = config
         self._shapes = load_base_config(resolve(base_path)).lora_shapes(c.rank, c.targets)
         self.layout = LoraLayout.from_shapes(self._shapes, config.generator.chunk_width or None)
         self.adapter = adapter_of(base_path, c, base_name)
-
-    def digest(self) -> str:
-        """Of what a generator depends on: the base and the settings of its LoRAs."""
-        c = dataclasses.asdict(self._config.lora)
-        of = {key: c[key] for key in ("rank", "alpha", "targets")}
-        return digests.of_json(["initial", base_digest(self._base), of, self._config.seed])
 
     def target(self) -> Target:
         """The tokens that a decoder learns: an "element" target's are the weights' distances from

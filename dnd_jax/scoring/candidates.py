@@ -22,8 +22,10 @@ from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
 from dnd_jax.generator.nearest import nearest
 from dnd_jax.lora.adapter import as_folder, is_made_from, save_adapter
 from dnd_jax.lora.checkpoints import Checkpoints
+from dnd_jax.lora.collect import DONE as COLLECTED
 from dnd_jax.lora.controls import find_controls
 from dnd_jax.lora.listing import dataset_checkpoints
+from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
 
@@ -140,9 +142,14 @@ def make_candidates(
     return Candidates(by_dataset, training, closest, shots, drawn)
 
 
-def has_checkpoints(root: pathlib.Path, suite: Suite) -> bool:
-    """Whether any training dataset has a LoRA checkpoint under ROOT/DATASET."""
-    return any(dataset_checkpoints(root / dataset.name) for dataset in suite.train)
+def has_checkpoints(config: Config, suite: Suite, workdir: pathlib.Path) -> bool:
+    """Whether the training datasets have LoRA checkpoints: the given ones, or the workdir's own
+    when their collection is whole."""
+    given = config.train.checkpoints
+    if not given and not (workdir / paths.LORAS / COLLECTED).is_file():
+        return False
+    root = pathlib.Path(given or workdir / paths.LORAS)
+    return all(dataset_checkpoints(root / dataset.name) for dataset in suite.train)
 
 
 class _Maker:
@@ -156,7 +163,7 @@ class _Maker:
         check_asked_alike(config, self._generator)
         self._root = pathlib.Path(config.train.checkpoints or workdir / paths.LORAS)
         self._checkpoints, self._loras = None, ""  # of the training datasets, if there are any
-        if "weights" in config.train.objective or has_checkpoints(self._root, suite):
+        if "weights" in config.train.objective or has_checkpoints(config, suite, workdir):
             self._checkpoints = Checkpoints(config, suite, workdir)
             self._loras = self._checkpoints.digest()
         self._competitors = workdir / paths.COMPETITORS
@@ -187,6 +194,7 @@ class _Maker:
             self._competitors / "mean_adapter",
             card,
             lambda: mean_weights(tensors for _, tensors in self._checkpoints.tensors()),
+            self._as_collected,
         )
         return {"mean_adapter": [folder]}
 
@@ -245,7 +253,14 @@ class _Maker:
         )
         folder = self._competitors / "ridge" / name
         return {
-            "ridge": [self._saved(folder, card, lambda: self._ridge.tensors(self.pooled(drawn)))]
+            "ridge": [
+                self._saved(
+                    folder,
+                    card,
+                    lambda: self._ridge.tensors(self.pooled(drawn)),
+                    self._as_collected,
+                )
+            ]
         }
 
     def tuned(self, name: str) -> dict[str, list[pathlib.Path]]:
@@ -288,8 +303,20 @@ class _Maker:
             make()
         return folder
 
-    def _saved(self, folder: pathlib.Path, card: str, tensors: Callable[[], dict]) -> pathlib.Path:
-        adapter = self._generator.adapter
+    @property
+    def _as_collected(self) -> AdapterConfig:
+        """The settings of adapters made of LoRA checkpoints: theirs, on the generator's base."""
+        base, revision = self._generator.adapter.base, self._generator.adapter.revision
+        return dataclasses.replace(self._checkpoints.adapter, base=base, revision=revision)
+
+    def _saved(
+        self,
+        folder: pathlib.Path,
+        card: str,
+        tensors: Callable[[], dict],
+        adapter: AdapterConfig | None = None,
+    ) -> pathlib.Path:
+        adapter = adapter or self._generator.adapter
         return self._kept(folder, card, lambda: save_adapter(folder, tensors(), adapter, card))
 
     def _of_prompts(
@@ -308,8 +335,9 @@ class _Maker:
     def _ridge(self) -> Ridge:
         """Fitted to the training checkpoints as normalised tokens, when an adapter needs it."""
         target, checkpoints = self._generator.target, self._checkpoints
-        if not isinstance(target, ElementTarget):
-            target = ElementTarget.fit(self._generator.layout, checkpoints.tensors)
+        same = isinstance(target, ElementTarget) and target.layout == checkpoints.layout
+        if not same or "weights" not in self._config.train.objective:
+            target = ElementTarget.fit(checkpoints.layout, checkpoints.tensors)
         tokens = (
             running_mean(target.encode(x, source) for source, x in checkpoints.tensors(name))
             for name in self.training

@@ -62,7 +62,8 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
         else:
             label = "mean square: output, target (grey)"
             _curve(twin, rows, "output_mean_square", "tab:orange", alpha=0.7)
-            _curve(twin, rows, "target_mean_square", "0.6", alpha=0.7, linewidth=0.8)
+            if "target_mean_square" in rows[0]:  # trained on weights
+                _curve(twin, rows, "target_mean_square", "0.6", alpha=0.7, linewidth=0.8)
         twin.set_ylabel(label, color="tab:orange")
     return figures.embedded(figure)
 
@@ -75,9 +76,10 @@ def projection(
     workdir: pathlib.Path, results: Mapping, training: Mapping[str, pathlib.Path]
 ) -> str:
     """Training, tuned and generated adapters on the first two principal components of the training
-    adapters; not of one."""
-    if len(training) == 1:
-        return "<p>One training adapter spans no plane to show the others in.</p>"
+    adapters; not of one or none."""
+    if len(training) < 2:
+        how_many = "One training adapter spans" if training else "No training adapters span"
+        return f"<p>{how_many} no plane to show the others in.</p>"
     groups = _on_the_plane(workdir, results, training)
     figure, (axis,) = figures.panels(1, 8, 5.6)
     looks = zip("o*s", ("0.75", "tab:orange", "tab:green"), (28, 60, 28), strict=True)

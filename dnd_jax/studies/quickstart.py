@@ -26,6 +26,7 @@ from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
 from dnd_jax.lora.controls import make_controls
+from dnd_jax.scoring.candidates import has_checkpoints
 from dnd_jax.scoring.evaluate import REMEASURE, evaluate, run_of
 from dnd_jax.scoring.evaluate import needs as evaluation_needs
 from dnd_jax.scoring.measured import measure
@@ -67,7 +68,8 @@ def _stages(
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir, allowed)
     if "weights" not in config.train.objective:
-        print(NO_LORAS, flush=True)
+        if not has_checkpoints(config, suite, workdir):
+            print(NO_LORAS, flush=True)
     elif not config.train.checkpoints:
         with timed(workdir, "collect"):
             loras = collect(config, suite, base, workdir, allowed, base_name)
@@ -130,9 +132,11 @@ def quickstart(
 
 def _sharing(config: Config, first: pathlib.Path) -> Config:
     """The settings with what the run in folder `first` made in place of what a seed makes."""
+    loras = first / LORAS
     base = dataclasses.replace(config.base, path=config.base.path or str(first / BASE))
     train = dataclasses.replace(
-        config.train, checkpoints=config.train.checkpoints or str(first / LORAS)
+        config.train,
+        checkpoints=config.train.checkpoints or (str(loras) if loras.is_dir() else ""),
     )
     made = str(first / CONTROLS) if (first / CONTROLS).is_dir() else ""
     controls = dataclasses.replace(config.controls, folder=config.controls.folder or made)
