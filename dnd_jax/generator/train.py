@@ -82,7 +82,8 @@ def train(
     allowed: names of settings that may differ from those of the run that is resumed, None where the
     user cannot give any. profile: steps between which to trace. base_name: what generated adapters
     call their base; empty: as the checkpoints' settings, or the base's hub id or path. Several
-    processes share the work; process 0 writes. Raises InputError for checkpoints that do not fit, few prompts, or other settings.
+    processes share the work; process 0 writes. Raises InputError for checkpoints that do not fit,
+    few prompts, or other settings.
     """
     folder, c = workdir / "generator", config.train
     suite = suite.with_training(c.datasets, config.seed)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dnd_jax.base.sequences import Sequences
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
@@ -48,3 +49,45 @@ def test_impossible_shares_are_refused(share, prompts, why):
     raw.train.few_prompts, raw.condition.num_prompts = share, prompts
     with pytest.raises(InputError, match=f"train.few_prompts = {share} {why}"):
         freeze(raw)
+
+
+def asked(rows: int, of: np.ndarray | None = None) -> PairedDataset:
+    """A dataset of `rows` questions, each a token of its own, of 40 prompts."""
+    ids = np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, 6))
+    at = np.full(rows, 4, np.int32)
+    return PairedDataset("one", DATASET.prompts, questions=Sequences(ids, at, at + 2, of=of))
+
+
+@pytest.mark.parametrize("few_prompts", [0.0, 1.0])
+def test_what_is_asked_is_none_of_the_prompts(few_prompts):
+    pairs = Pairs([asked(40)], 16, N, 0, "random", few_prompts, 5)
+    for step in range(20):
+        rows = pairs.rows_at(step)
+        assert rows["ids"].shape[:2] == (16, 5) and rows["labels"].shape == (16, 5, 2)
+        for (*_, prompts), ids in zip(pairs.draw(step), rows["ids"], strict=True):
+            numbers = ids[:, 0].tolist()
+            assert len(set(numbers)) == 5 and not set(numbers) & set(prompts.tolist())
+    assert not np.array_equal(rows["ids"], pairs.rows_at(0)["ids"])
+
+
+def test_examples_that_were_left_out_keep_the_others_numbers():
+    """Rows 0 to 9 are examples 30 to 39."""
+    pairs = Pairs([asked(10, np.arange(30, 40))], 16, N, 0, rows=3)
+    for (*_, prompts), ids in zip(pairs.draw(0), pairs.rows_at(0)["ids"], strict=True):
+        assert not set((ids[:, 0] + 30).tolist()) & set(prompts.tolist())
+
+
+def test_few_other_questions_are_asked_twice_and_without_any_its_own():
+    of = np.arange(2)
+    pairs = Pairs([asked(2, of)], 16, N, 0, rows=5)
+    assert pairs.rows_at(0)["ids"].shape[1] == 5
+    small = PairedDataset("one", {"condition": np.zeros((N, 2, 3))}, questions=asked(N).questions)
+    assert Pairs([small], 4, N, 0, rows=3).rows_at(0)["ids"].shape[:2] == (4, 3)
+
+
+def test_pairs_of_weights_are_the_same_where_questions_come_with_them():
+    with_rows = PairedDataset("one", DATASET.prompts, DATASET.targets, asked(40).questions)
+    ours, theirs = Pairs([with_rows], 16, N, 0, rows=5), Pairs([DATASET], 16, N, 0)
+    for a, b in zip(ours.draw(7), theirs.draw(7), strict=True):
+        assert a[:2] == b[:2]
+        np.testing.assert_array_equal(a[2], b[2])

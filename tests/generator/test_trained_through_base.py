@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from pipeline import ROOT, dnd, start, tiny_suite, when
@@ -11,6 +12,7 @@ from small_models import write_qwen
 
 from dnd_jax.generator.generate import load_generator
 from dnd_jax.loop.metrics import read_metrics
+from dnd_jax.lora.task_step import init_lora
 from dnd_jax.main import main
 
 pytestmark = pytest.mark.xdist_group("answers")  # one process builds what they share
@@ -67,16 +69,17 @@ def test_it_learns_to_answer(inputs, tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
 
 
-def test_what_it_generates_starts_from_what_collecting_starts_from(inputs, one_device):
-    """The decoder's output is the distance from A random and B = 0."""
+def test_a_decoder_of_zeros_is_what_collecting_starts_from(inputs, one_device):
+    """A random, the same as `dnd collect` has, and B = 0."""
     generator = load_generator(one_device)
-    prompts = [f"where is town {i} ?" for i in range(4)]
-    tensors = generator.tensors(prompts)
-    moved = {key: np.abs(value).max() for key, value in tensors.items()}
-    assert all(size > 0 for size in moved.values())
     start = generator.target.decode(np.zeros(generator.target.shape, np.float32))
-    assert all(not np.any(value) for key, value in start.items() if ".lora_B." in key)
-    assert all(np.any(value) for key, value in start.items() if ".lora_A." in key)
+    shapes = {matrix.key: matrix.shape for matrix in generator.layout.matrices}
+    expected = init_lora(jax.random.fold_in(jax.random.key(0), 1), shapes)
+    assert start.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(start[key], value, atol=1e-7, err_msg=key)
+    made = generator.tensors([f"where is town {i} ?" for i in range(4)])
+    assert all(np.abs(x).max() > 0 for key, x in made.items() if ".lora_B." in key)
 
 
 @pytest.mark.parametrize(
@@ -102,23 +105,86 @@ def test_a_batch_in_parts_is_the_same_step(inputs, one_device, tmp_path):
         np.testing.assert_allclose(trained(tmp_path)[key], value, atol=2e-4, err_msg=key)
 
 
-def test_it_goes_on_where_it_was_stopped_to_the_same_bits(inputs, one_device, tmp_path):
-    words = command(inputs, tmp_path, "--config.train.save_every=1")
-    process = start(*words)
-    assert when(process, (tmp_path / "generator/checkpoints/2").exists), process.communicate()
+def test_it_goes_on_where_it_was_stopped_to_the_same_bits(inputs, tmp_path):
+    words = [
+        command(inputs, tmp_path / name, "--config.train.save_every=1", steps=40) for name in "ab"
+    ]
+    process = start(*words[0])
+    checkpoints = tmp_path / "a/generator/checkpoints"
+    assert when(process, (checkpoints / "2").exists), process.communicate()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
-    assert "resume with: dnd train" in out + err or process.returncode == 0
-    assert dnd(*words).returncode == 0
+    assert "resume with: dnd train" in out + err
+    assert not (checkpoints / "40").exists()
+    for each in words:
+        done = dnd(*each)
+        assert done.returncode == 0, done.stderr
+    for key, value in trained(tmp_path / "b").items():
+        np.testing.assert_array_equal(trained(tmp_path / "a")[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--config.lora.alpha=3.0", "lora.alpha: 4.0 -> 3.0"),
+        ("--config.lora.dtype=bfloat16", "lora.dtype: 'float32' -> 'bfloat16'"),
+        ("--config.base.max_length=100", "max_length: 128 -> 100"),
+        ("--config.train.answer_rows=4", "train.answer_rows: 3 -> 4"),
+    ],
+)
+def test_other_settings_of_the_base_are_another_generator(inputs, one_device, capsys, more, said):
+    words = [
+        w for w in command(inputs, one_device) if w.partition("=")[0] != more.partition("=")[0]
+    ]
+    assert main([*words, more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_another_base_is_another_generator(inputs, one_device, tmp_path, capsys):
+    other = write_qwen(tmp_path / "base", num_hidden_layers=1, tie_word_embeddings=False)
+    words = [w for w in command(inputs, one_device) if "base.path" not in w]
+    assert main([*words, f"--config.base.path={other}"]) == 2
+    assert "base: '" in capsys.readouterr().err
+
+
+def test_it_goes_on_from_a_generator_of_the_same_loras_alone(inputs, one_device, tmp_path, capsys):
+    begin = f"--config.train.init_from={one_device}"
+    done = dnd(*command(inputs, tmp_path / "w", begin, steps=1, rate=1e-9))
+    assert done.returncode == 0, done.stderr
     for key, value in trained(one_device).items():
-        np.testing.assert_array_equal(trained(tmp_path)[key], value, err_msg=key)
+        np.testing.assert_allclose(trained(tmp_path / "w")[key], value, atol=1e-6, err_msg=key)
+    assert main(command(inputs, tmp_path / "other", begin, "--config.lora.alpha=3.0")) == 2
+    assert "its LoRAs have other modules, shapes or scale" in capsys.readouterr().err
 
 
-def test_another_base_or_collection_is_another_generator(inputs, one_device, tmp_path, capsys):
-    other = write_qwen(tmp_path / "base", num_hidden_layers=1, hidden_size=32)
-    words = command(inputs, one_device, f"--config.base.path={other}")
-    assert main(words) == 2
-    assert "base" in capsys.readouterr().err
-    description = json.loads((one_device / "generator/generator.json").read_text())
-    assert description["settings"]["train"]["objective"] == "answers"
-    assert len(description["base"]) == 64
+@pytest.mark.slow
+def test_weights_and_answers_together(inputs, tmp_path):
+    """Each sample's loss is the sum of both; the step is that of neither alone."""
+    words = command(inputs, tmp_path)
+    assert main(["collect", *words[1:]]) == 0
+    both = [w.replace("objective=answers", "objective=weights+answers") for w in words]
+    assert main([*both, "--config.train.weights_share=0.5"]) == 0
+    rows = read_metrics(tmp_path / "generator")
+    assert all(row["loss"] > row["answers_loss"] > 0 for row in rows)
+    assert {"target_mean_square", "exact"} <= rows[0].keys()
+    by_dataset = [v for key, v in rows[0].items() if key.startswith("loss/")]
+    assert min(by_dataset) > rows[0]["answers_loss"] / 2
+
+
+@pytest.mark.slow
+def test_a_table_without_loras_and_with_them(inputs, tmp_path):
+    """The columns made of LoRAs are absent, and come when these are collected."""
+    words = command(inputs, tmp_path)
+    done = dnd("quickstart", *words[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no LoRA is collected" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    of_loras = {"nearest", "mean_adapter", "train_mean", "train_best", "tuned"}
+    for entry in results["unseen"].values():
+        assert not of_loras & entry.keys() and {"generated", "wrong_prompts"} <= entry.keys()
+    assert (tmp_path / "report.html").is_file()
+    assert main(["collect", *words[1:]]) == 0
+    done = dnd("evaluate", *words[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all(of_loras <= entry.keys() for entry in results["unseen"].values())
