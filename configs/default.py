@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
                 "pairing": "random",
                 "few_prompts": 0.0,
                 "objective": "weights",
+                "weights_first": 0,
                 "weights_share": 1.0,
                 "answer_rows": 8,
                 "steps": 4000,

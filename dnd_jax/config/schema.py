@@ -167,6 +167,7 @@ class Train:
     # what the loss is of: "weights" of LoRA checkpoints (the paper), "answers" through the frozen
     # base with the generated LoRA, or their sum
     objective: Annotated[str, one_of(*OBJECTIVES)]
+    weights_first: Count  # steps on weights alone, before those on the objective
     weights_share: Amount  # factor of the loss on weights in a sum
     answer_rows: Positive  # questions of its task that each generated LoRA is asked in a step
     steps: Positive
@@ -192,12 +193,32 @@ class Train:
     checkpoint_dir: Path  # a folder or gs:// address; empty: in the workdir
     trackers: Annotated[tuple[str, ...], some_of(*TRACKERS)]  # beside metrics.jsonl
 
+    def taught_at(self, step: int) -> tuple[str, ...]:
+        """What a step's loss is of: "weights", "answers" or both."""
+        return ("weights",) if step < self.weights_first else tuple(self.objective.split("+"))
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """What the loss of any step is of."""
+        return tuple(dict.fromkeys((*self.taught_at(0), *self.taught_at(self.weights_first))))
+
     def faults(self) -> list[str]:
         """What its fields contradict each other in."""
-        if self.batch_size % self.micro_batches == 0:
-            return []
-        whole = f"train.batch_size = {self.batch_size}"
-        return [f"micro_batches = {self.micro_batches} does not divide {whole}"]
+        wrong = []
+        if self.batch_size % self.micro_batches:
+            whole = f"train.batch_size = {self.batch_size}"
+            wrong.append(f"micro_batches = {self.micro_batches} does not divide {whole}")
+        if self.weights_first and "answers" not in self.objective:
+            wrong.append(
+                f"weights_first = {self.weights_first} must be 0 with train.objective = "
+                f"{self.objective}, all of whose steps are on weights"
+            )
+        if self.weights_first >= self.steps:
+            wrong.append(
+                f"weights_first = {self.weights_first} must be fewer than train.steps = "
+                f"{self.steps}"
+            )
+        return wrong
 
 
 ANSWERS = ("greedy", "likelihood")

@@ -32,7 +32,7 @@ from dnd_jax.parallel.rules import bytes_per_device, shaped
 
 def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, what is frozen)."""
-    if config.train.objective != "weights":
+    if config.train.taught_at(0) != ("weights",):
         raise InputError(
             f'config.train.objective = {config.train.objective}: only the step of "weights" is '
             "planned; --config.train.objective=weights shows that part"

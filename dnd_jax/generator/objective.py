@@ -29,7 +29,7 @@ Source = Checkpoints | Initial
 def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = "") -> Source:
     """Where the layout and settings of generated LoRAs come from: the checkpoints that the
     objective is of, or else what LoRAs of the base start from. Raises InputError as these do."""
-    if "weights" in config.train.objective:
+    if "weights" in config.train.taught:
         return Checkpoints(config, suite, workdir, base_name)
     return Initial(config, find_base(config, workdir), base_name)
 
@@ -37,7 +37,7 @@ def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: st
 def taught_by(config: Config, source: Source, workdir: pathlib.Path) -> dict:
     """What a generator is taught from, besides the suite: digests and the settings that decide."""
     found = {"checkpoints": source.digest()} if isinstance(source, Checkpoints) else {}
-    if "answers" in config.train.objective:
+    if "answers" in config.train.taught:
         base, lora = find_base(config, workdir), dataclasses.asdict(config.lora)
         asked = ("rank", "alpha", "targets", "dtype", "too_long")
         found |= {
@@ -56,7 +56,7 @@ class Objective:
         """Loads the base where it is asked. base_name: what adapters call it."""
         self._config, self._source, self._cache = config, source, workdir / TARGETS
         self._tuning = None
-        if "answers" in config.train.objective:
+        if "answers" in config.train.taught:
             self._tuning = Tuning.of(config, find_base(config, workdir), base_name)
 
     def target(self) -> Target:

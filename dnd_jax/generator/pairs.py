@@ -10,7 +10,7 @@ global batch, whatever their number, and reads only the part of it that its devi
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -48,7 +48,8 @@ class PairedDataset:
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
     fewer different ones; rows: questions of each pair's dataset, as `rows_at`. pad: token id.
-    Raises InputError naming every dataset with fewer than N prompts."""
+    taught_at: step -> whether the batch has "weights", "answers" or both. Raises InputError naming
+    every dataset with fewer than N prompts."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Pairs:
         few_prompts: float = 0.0,
         rows: int = 0,
         pad: int = 0,
+        taught_at: Callable[[int], Collection[str]] = lambda step: ("weights",),
     ):
         self.datasets, self.batch_size, self.num_prompts, self.seed = (
             tuple(datasets),
@@ -68,7 +70,7 @@ class Pairs:
             seed,
         )
         self.pairing, self.few_prompts = pairing, few_prompts
-        self.rows, self.pad = rows, pad
+        self.rows, self.pad, self.taught_at = rows, pad, taught_at
         few = [
             f"{d.name} has {d.num_prompts} prompts"
             for d in self.datasets
@@ -110,8 +112,8 @@ class Pairs:
         return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
-        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if weights
-        are taught}, or its samples first..last - 1."""
+        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if the step
+        is on weights}, or its samples first..last - 1."""
         drawn = self.draw(step)[first:last]
         keys = self.datasets[0].prompts
         batch = {
@@ -120,7 +122,7 @@ class Pairs:
             )
             for key in keys
         }
-        if self.datasets[0].targets is not None:
+        if "weights" in self.taught_at(step):
             batch["target"] = np.stack(
                 [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
             )
@@ -148,13 +150,13 @@ class Pairs:
         return max(one.response_width for one in asked), shared_prefix(asked)
 
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-        """`batch_at`, and `rows_at` as "rows", as global arrays on a mesh; of the samples only
-        those are read that this process' devices hold."""
+        """`batch_at`, and of a step on answers `rows_at` as "rows", as global arrays on a mesh; of
+        the samples only those are read that this process' devices hold."""
         # Replicas share their samples.
         part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
         one = self.datasets[0]
         shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
-        if one.targets is not None:
+        if "weights" in self.taught_at(step):
             shapes["target"] = one.targets.shape[1:]
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -167,7 +169,7 @@ class Pairs:
             )
             for key, shape in shapes.items()
         }
-        if self.rows:
+        if "answers" in self.taught_at(step):
             batch["rows"] = {
                 key: jax.make_array_from_callback(value.shape, over_batch, value.__getitem__)
                 for key, value in self.rows_at(step).items()

@@ -109,7 +109,7 @@ def train(
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 
     # Pairs of prompts with tokens, or with questions for the base.
-    if "answers" in c.objective:
+    if "answers" in c.taught:
         with hosts.lead_first():
             check_reading(config, find_base(config, workdir))
     objective = Objective(config, source, workdir, base_name)
@@ -125,7 +125,7 @@ def train(
         "encoder_revision": encoder.revision,
     }
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts
-    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked)
+    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, c.taught_at)
 
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length
@@ -295,7 +295,7 @@ def _run(given: Given) -> None:
     with together.together(given, "train", given["profile"], folders):
         with hosts.lead_first():
             suite = open_suite(config, workdir, given["strict"])
-            if "answers" in config.train.objective:  # of a hub id one process takes the commit
+            if "answers" in config.train.taught:  # of a hub id one process takes the commit
                 find_base(config, workdir)
         folder = train(config, suite, workdir, given["allow"], profile, given["base-name"])
         if hosts.lead():
@@ -316,7 +316,7 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
 def needs(config: Config) -> tuple[str, ...]:
     """The modules beyond a plain install that training needs: of trackers, of the encoder, of a
     bucket."""
-    asked = "answers" in config.train.objective
+    asked = "answers" in config.train.taught
     bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
     return (
         *tracker_packages(config.train.trackers),

@@ -62,13 +62,14 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
         else:
             label = "mean square: output, target (grey)"
             _curve(twin, rows, "output_mean_square", "tab:orange", alpha=0.7)
-            if "target_mean_square" in rows[0]:  # trained on weights
-                _curve(twin, rows, "target_mean_square", "0.6", alpha=0.7, linewidth=0.8)
+            _curve(twin, rows, "target_mean_square", "0.6", alpha=0.7, linewidth=0.8)
         twin.set_ylabel(label, color="tab:orange")
     return figures.embedded(figure)
 
 
 def _curve(axis: Any, rows: Sequence[Mapping], name: str, color: str, **look: float) -> None:
+    """Of the steps that have it: those on answers alone have no mean square of a target."""
+    rows = [row for row in rows if name in row]
     axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=color, **look)
 
 

@@ -51,7 +51,7 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
         c = config.pretrain
         count = 3 * c.steps * c.batch_size * _forward(base, suite.corpus)
         found["pretrain"] = count, f"a base, {c.steps} steps of {c.batch_size} texts"
-    if not config.train.checkpoints and "weights" in train.objective:
+    if not config.train.checkpoints and "weights" in train.taught:
         what = f"{tuned} LoRAs, {lora.steps} steps of {lora.batch_size} rows each"
         found["collect"] = tuned * lora.steps * step, what
     steps, what = 0, []
@@ -66,11 +66,13 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
     if steps:
         found["controls"] = steps * step, "; ".join(what)
     what = f"the generator, {train.steps} steps of {train.batch_size} pairs"
-    each = 6.0 * spec.forward_macs
-    if "answers" in train.objective:
-        each += 2 * train.answer_rows * _forward(base, [x for d in suite.train for x in d.train])
-        what += f", {train.answer_rows} questions each through the base"
-    found["train"] = each * train.steps * train.batch_size, what
+    pairs = 6.0 * spec.forward_macs * train.steps
+    if "answers" in train.taught:
+        asked, steps = [x for d in suite.train for x in d.train], train.steps - train.weights_first
+        pairs += 2 * steps * train.answer_rows * _forward(base, asked)
+        of_them = f" in {steps} of them" if train.weights_first else ""
+        what += f", {train.answer_rows} questions each through the base{of_them}"
+    found["train"] = pairs * train.batch_size, what
     adapters = e.samples * (3 if controls.prompts else 2)  # generated, wrong and random prompts
     adapters += 6 + 2 * controls.multi_task + 2 * controls.few_shot  # base, nearest, ridge, ...
     adapters += min(e.train_adapters or len(suite.train), len(suite.train))

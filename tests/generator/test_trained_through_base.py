@@ -1,6 +1,7 @@
 """`dnd train` with the objective "answers": no LoRAs, any mesh, stopped and gone on."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -169,6 +170,28 @@ def test_weights_and_answers_together(inputs, tmp_path):
     assert {"target_mean_square", "exact"} <= rows[0].keys()
     by_dataset = [v for key, v in rows[0].items() if key.startswith("loss/")]
     assert min(by_dataset) > rows[0]["answers_loss"] / 2
+
+
+def test_weights_first_then_answers(inputs, tmp_path):
+    """The steps before the change are those of a training on weights, and it resumes after it."""
+    words = command(inputs, tmp_path, "--config.train.save_every=1")
+    assert main(["collect", *words[1:]]) == 0
+    assert main([*words, "--config.train.weights_first=4"]) == 0
+    rows = read_metrics(tmp_path / "generator")
+    of_weights = [row for row in rows if "target_mean_square" in row]
+    of_answers = [row for row in rows if "answers_loss" in row]
+    assert [row["step"] for row in of_weights] == [1, 2, 3, 4]
+    assert [row["step"] for row in of_answers] == [5, 6]
+    alone = [w for w in command(inputs, tmp_path / "alone") if "objective" not in w]
+    assert main([*alone, f"--config.train.checkpoints={tmp_path / 'loras'}"]) == 0
+    expected = [row["loss"] for row in read_metrics(tmp_path / "alone/generator")]
+    assert [row["loss"] for row in of_weights] == expected[:4]
+    whole = trained(tmp_path)
+    shutil.rmtree(tmp_path / "generator/checkpoints/6")
+    (tmp_path / "generator/generator.json").unlink()
+    assert main([*words, "--config.train.weights_first=4"]) == 0
+    for key, value in whole.items():
+        np.testing.assert_array_equal(trained(tmp_path)[key], value, err_msg=key)
 
 
 @pytest.mark.slow
