@@ -20,7 +20,7 @@ def candidates(rng, names) -> tuple[Candidates, dict]:
         found = {
             "mean_adapter": ["mean"],
             "generated": [f"{name}_{i}" for i in range(4)],
-            "ridge": [f"ridge_{name}"],
+            "ridge": [f"ridge_{name}_{i}" for i in range(4)],
         }
         found |= {
             "wrong_prompts": [f"wrong_{name}_{i}" for i in range(4)],
@@ -42,7 +42,7 @@ def candidates(rng, names) -> tuple[Candidates, dict]:
         for label in sorted(labels)
     }
     shots = dict.fromkeys(names, (Example("where ?", "here"),))
-    return Candidates(by_dataset, training, {n: "t1" for n in names}, shots), scores
+    return Candidates(by_dataset, training, {n: ("t1", "t2") for n in names}, shots), scores
 
 
 def runs_of(seeds, without_tuned=()) -> dict[int, dict]:

@@ -28,44 +28,9 @@ from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.targets import ElementTarget
 from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
+from dnd_jax.scoring.draws import draw_training, repeat_few, seeds_of_draws, wrong_task
 
 RIDGE_DRAWS = 16
-DRAWS = 1000  # of prompts that a seed has
-
-
-def wrong_task(suite: Suite, name: str) -> Dataset:
-    """The dataset whose prompts serve as the wrong ones for `name`: the one that the suite names,
-    or the next unseen one of its kind, or else the next of all."""
-    if name in suite.wrong:
-        return next(d for d in suite.every if d.name == suite.wrong[name])
-    same = [d for d in suite.unseen if suite.kinds[d.name] == suite.kinds[name]]
-    pool = (
-        same
-        if len(same) > 1
-        else suite.unseen
-        if len(suite.unseen) > 1
-        else [*suite.unseen, *suite.train]
-    )
-    at = [d.name for d in pool].index(name)
-    return pool[(at + 1) % len(pool)]
-
-
-def draw_training(names: Sequence[str], count: int, seed: int) -> tuple[str, ...] | None:
-    """`count` of the names, drawn by the seed, in their order; none of them for -1. None: all."""
-    if count == 0 or count >= len(names):
-        return None
-    rng = np.random.default_rng([seed, len(names)])
-    chosen = set(rng.permutation(len(names))[: max(count, 0)].tolist())
-    return tuple(name for i, name in enumerate(names) if i in chosen)
-
-
-def repeat_few(prompts: Sequence[str], different: int, count: int, seed: int) -> Sequence[str]:
-    """`different` of the prompts, drawn by the seed and repeated side by side to `count`; all
-    prompts as they are for 0."""
-    if not different:
-        return prompts
-    few = draw_prompts(prompts, different, seed)
-    return [few[i * different // count] for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +40,17 @@ class Candidates:
 
     by_dataset: dict[str, dict[str, list[pathlib.Path]]]
     training: dict[str, pathlib.Path]  # the last checkpoint of each training dataset; {}: none
-    nearest: dict[str, str]  # unseen dataset -> training dataset
+    # unseen dataset -> the training dataset nearest to each draw of its prompts
+    nearest: dict[str, tuple[str, ...]]
     # unseen dataset -> its answered examples, which the base without an adapter gets in its context
     shots: dict[str, tuple[Example, ...]] = dataclasses.field(default_factory=dict)
     # training datasets whose adapters are scored on every unseen one; None: all
     drawn: tuple[str, ...] | None = None
 
     def of_nearest(self, name: str) -> list[pathlib.Path]:
-        """[the adapter of the training dataset nearest to an unseen one]; [] where none has any."""
-        return [self.training[self.nearest[name]]] if self.training else []
+        """The adapter of the training dataset nearest to each draw of an unseen one's prompts; none
+        where none has any."""
+        return [self.training[one] for one in self.nearest[name]] if self.training else []
 
     @property
     def everywhere(self) -> dict[str, pathlib.Path]:
@@ -125,8 +92,8 @@ def make_candidates(
         stop.check()
         name, prompts = dataset.name, maker.texts(dataset)
         wrong = maker.texts(wrong_task(suite, name))
-        drawn = maker.drawn(prompts)
-        closest[name] = nearest(maker.pooled(drawn), maker.training)
+        drawn = maker.drawn(name, prompts)
+        closest[name] = tuple(nearest(maker.pooled(d), maker.training) for d in drawn.values())
         by_dataset[name] = {
             **shared,
             "generated": maker.generated(name, prompts),
@@ -176,10 +143,13 @@ class _Maker:
         """What of an unseen dataset the generator may be given."""
         return self._condition(dataset.pool)
 
-    def drawn(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts of the first generated adapter, (N,)."""
-        seed = self._draws[0]
-        return draw_prompts(repeat_few(prompts, self._different, self._n, seed), self._n, seed)
+    def drawn(self, name: str, prompts: Sequence[str]) -> dict[int, list[str]]:
+        """{seed: the N prompts of the adapter that it generates} of a dataset's S draws."""
+        n, source = self._n, f"prompts of {name}"
+        return {
+            seed: draw_prompts(repeat_few(prompts, self._different, n, seed), n, seed, source)
+            for seed in self._draws(name)
+        }
 
     def pooled(self, prompts: Sequence[str]) -> np.ndarray:
         """Mean-pooled embeddings (n, C)."""
@@ -204,13 +174,14 @@ class _Maker:
             self._workdir / paths.ADAPTERS / name,
             self._competitors / "generated" / name,
         )
-        folders = {s: others / f"seed_{s}" if i else first for i, s in enumerate(self._draws)}
+        draws = enumerate(self._draws(name))
+        folders = {s: others / f"seed_{s}" if i else first for i, s in draws}
         return self._of_prompts(name, prompts, folders)
 
     def from_wrong_prompts(self, name: str, wrong: Sequence[str]) -> list[pathlib.Path]:
         """As many from another dataset's prompts, the control."""
         folder = self._competitors / "wrong_prompts" / name
-        folders = {seed: folder / f"seed_{seed}" for seed in self._draws}
+        folders = {seed: folder / f"seed_{seed}" for seed in self._draws(name)}
         return self._of_prompts(name, wrong, folders)
 
     def from_no_prompts_of_the_task(self) -> dict[str, list[pathlib.Path]]:
@@ -220,7 +191,7 @@ class _Maker:
         if not self._config.controls.prompts:
             return {}
         folder = self._competitors / "random_prompts"
-        folders = {seed: folder / f"seed_{seed}" for seed in self._draws}
+        folders = {seed: folder / f"seed_{seed}" for seed in self._draws("")}
         for seed, path in folders.items():
             self._of_prompts("the training datasets", self._random(seed), {seed: path})
         empty = [""] * self._n
@@ -241,27 +212,27 @@ class _Maker:
         rng = np.random.default_rng([self._config.seed, count])
         return tuple(dataset.pool[i] for i in rng.choice(len(dataset.pool), count, replace=False))
 
-    def predicted(self, name: str, drawn: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-        """{"ridge": [its adapter]}; nothing where the training datasets are too few for it, or have
-        no LoRAs."""
+    def predicted(
+        self, name: str, drawn: Mapping[int, Sequence[str]]
+    ) -> dict[str, list[pathlib.Path]]:
+        """{"ridge": its adapter of each draw}; nothing where the training datasets are too few for
+        it, or have no LoRAs."""
         if len(self._suite.train) <= 2 or self._checkpoints is None:
             return {}
-        card = (
-            f"Ridge regression from prompts (sha256 {digests.of_texts(drawn)}), fitted to the "
-            f"training LoRA checkpoints (sha256 {self._loras}) "
-            f"as the tokens of a generator (sha256 {self._generator.fingerprint}).\n"
-        )
-        folder = self._competitors / "ridge" / name
-        return {
-            "ridge": [
-                self._saved(
-                    folder,
-                    card,
-                    lambda: self._ridge.tensors(self.pooled(drawn)),
-                    self._as_collected,
-                )
-            ]
-        }
+        folders = []
+        for seed, prompts in drawn.items():
+            card = (
+                f"Ridge regression from prompts (sha256 {digests.of_texts(prompts)}), fitted to "
+                f"the training LoRA checkpoints (sha256 {self._loras}) "
+                f"as the tokens of a generator (sha256 {self._generator.fingerprint}).\n"
+            )
+            folder = self._competitors / "ridge" / name / f"seed_{seed}"
+            make = functools.partial(self._from_ridge, prompts)
+            folders.append(self._saved(folder, card, make, self._as_collected))
+        return {"ridge": folders}
+
+    def _from_ridge(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return self._ridge.tensors(self.pooled(prompts))
 
     def tuned(self, name: str) -> dict[str, list[pathlib.Path]]:
         """{"tuned": [the dataset's own last LoRA checkpoint]}, where it has any."""
@@ -286,11 +257,9 @@ class _Maker:
                 flush=True,
             )
 
-    @property
-    def _draws(self) -> range:
-        """The seeds of the S draws of prompts; those of runs with other seeds are others."""
-        first = self._config.seed * DRAWS
-        return range(first, first + self._config.evaluate.samples)
+    def _draws(self, name: str) -> range:
+        """The seeds of the S draws of a dataset's prompts."""
+        return seeds_of_draws(name, self._config.seed, self._config.evaluate.samples)
 
     def _condition(self, examples: Sequence[Example]) -> list[str]:
         return condition_texts(examples, self._config.condition.form, self._config.seed)

@@ -4,13 +4,12 @@ them in PyTorch.
     dnd evaluate --config=configs/mini.py --workdir=runs/mini
 
 The rule, fixed before any test: S adapters a dataset, from S seeded draws of N prompts of its train
-file (no response is read); mean and spread over the S are reported, nothing is selected.
-WORKDIR/adapters/NAME is the first of them. The wrong-prompts control does the same with another
-dataset's prompts. Every score is kept question by question, for the intervals of the report.
+file (no response is read); mean and spread over the S are reported, nothing is selected. Ridge and
+nearest are given the same draws, the wrong-prompts control as many of another dataset.
+WORKDIR/adapters/NAME is the first. Scores are kept by question, for the report's intervals.
 
 Adapters are kept while their cards name this generator, these prompts and checkpoints by their
-hashes, and scores by a hash of the adapter's files: another generator in the same workdir gets its
-own.
+hashes, scores by a hash of the adapter's files.
 """
 
 import dataclasses
@@ -41,7 +40,8 @@ from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite, labels_of
 from dnd_jax.lora.adapter import fingerprint
 from dnd_jax.scoring.answers import RULE, Scorer
-from dnd_jax.scoring.candidates import Candidates, make_candidates, wrong_task
+from dnd_jax.scoring.candidates import Candidates, make_candidates
+from dnd_jax.scoring.draws import wrong_task
 from dnd_jax.scoring.measured import MEASURES, measure
 from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.scoring.results import CUT, METHODS, PARTS, pack, unpack
@@ -288,7 +288,7 @@ def _entry(
     exact, each, training = methods("exact")
     entry = {
         "kind": suite.kinds[name],
-        "nearest_dataset": candidates.nearest[name],
+        "nearest_dataset": statistics.mode(candidates.nearest[name]),  # of most draws
         "wrong_dataset": wrong_task(suite, name).name,
         **exact,
         "training": training,

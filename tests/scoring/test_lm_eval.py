@@ -225,7 +225,7 @@ def test_scores_on_data_that_was_replaced_are_made_anew(tmp_path):
     suite = Suite("s", tmp_path, (), (), (Dataset("one", (), ()),), {"one": "unseen"}, "")
     wanted = parse_tasks(["one", f"one:arc_easy@{data}"], suite)
     titles, asked, scores = [w.title for w in wanted], [], {}
-    candidates = Candidates({"one": {}}, {"t": "lora"}, {"one": "t"})
+    candidates = Candidates({"one": {}}, {"t": "lora"}, {"one": ("t",)})
     keys = {"base": "b", "lora": "b"}
 
     def scored(tasks) -> dict:

@@ -14,7 +14,7 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.scoring import evaluate as evaluation
 from dnd_jax.scoring import intervals
-from dnd_jax.scoring.candidates import draw_training
+from dnd_jax.scoring.draws import draw_training
 from dnd_jax.scoring.evaluate import by_method, scored_on
 from dnd_jax.scoring.report import table
 from dnd_jax.scoring.results import METHODS, combine, pack, rule, unpack

@@ -24,7 +24,7 @@ from dnd_jax.core.files import read_json, write_json
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.main import main
-from dnd_jax.scoring.candidates import repeat_few
+from dnd_jax.scoring.draws import repeat_few
 from dnd_jax.scoring.evaluate import evaluation_settings
 from dnd_jax.scoring.results import rule
 from dnd_jax.studies import ablate, ablate_report
