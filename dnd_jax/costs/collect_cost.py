@@ -1,12 +1,13 @@
 """What a step of `dnd collect` costs, one task a device, for devices that need not be there.
 
-Rows have base.max_length tokens, and all but the first are an answer: the most that rows can take.
-A base of many layers is compiled with a few of them, and the rest counted as more of the same.
+Rows have base.max_length tokens, and all but the first are an answer, the most that rows can take,
+unless it is said how many. A base of many layers is compiled with a few of them, and the rest
+counted as more of the same.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,54 +47,77 @@ def sizes_of(config: Config) -> LmConfig:
     return sizes_to_pretrain(base, base.vocab_size)
 
 
-def collect_arguments(
-    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, tasks: int
-) -> tuple[Any, tuple]:
-    """(the jitted step, the shapes of its arguments: the base, the tasks' state, their batch)."""
-    c, length = config.lora, config.base.max_length
+def base_shapes(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> tuple[BaseLM, Mapping]:
+    """(a base of these sizes, the shapes of its parameters on the mesh)."""
+    c = config.lora
     module = BaseLM(sizes, jnp.dtype(c.dtype), c.remat, mesh)
-    optimizer, over_tasks = lora_optimizer(c), leading(mesh, tasks, "the number of tasks")
 
     def base(key):
         params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
         return jax.tree.map(lambda x: x.astype(c.dtype), params)
 
+    params = jax.eval_shape(base, jax.random.key(0))
+    return module, shaped(params, shard_by_rules(mesh, RULES, params))
+
+
+def row_shapes(
+    config: Config, tasks: int, rows: int, answer: int, over_tasks: jax.sharding.NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of so many questions and answers of each task; answer: tokens, 0: all that have room."""
+    length = config.base.max_length
+    answer = min(answer or length, max(1, length - 1))
+    return {
+        key: jax.ShapeDtypeStruct((tasks, rows, width), jnp.int32, sharding=over_tasks)
+        for key, width in {"ids": length, "at": answer, "labels": answer}.items()
+    }
+
+
+def collect_arguments(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, tasks: int, answer: int = 0
+) -> tuple[Any, tuple]:
+    """(the jitted step, the shapes of its arguments: the base, the tasks' state, their batch).
+    answer: its tokens, 0: all that have room."""
+    c = config.lora
+    module, params = base_shapes(config, mesh, sizes)
+    optimizer, over_tasks = lora_optimizer(c), leading(mesh, tasks, "the number of tasks")
+
     def state(key):
         return first_state(key, sizes.lora_shapes(c.rank, c.targets), optimizer, tasks)
 
-    params, states = (jax.eval_shape(made, jax.random.key(0)) for made in (base, state))
-    widths = {"ids": length, "at": max(1, length - 1), "labels": max(1, length - 1)}
-    batch = {
-        key: jax.ShapeDtypeStruct((tasks, c.batch_size, width), jnp.int32, sharding=over_tasks)
-        for key, width in widths.items()
-    }
+    states = jax.eval_shape(state, jax.random.key(0))
+    batch = row_shapes(config, tasks, c.batch_size, answer, over_tasks)
     step = jax.jit(
         make_collect_step(module, optimizer, c.alpha / c.rank, over_tasks),
         out_shardings=(over_tasks, replicated(mesh)),
         donate_argnums=1,
     )
     where = jax.tree.map(lambda _: over_tasks, states)
-    params = shaped(params, shard_by_rules(mesh, RULES, params))
     return step, (params, shaped(states, where), batch)
 
 
-def make_plan(config: Config, devices: list, measure: bool = False) -> StepCost:
+def make_plan(config: Config, devices: list, measure: bool = False, answer: int = 0) -> StepCost:
     """As step_cost.make_plan; `tasks` of what fits says how many would have room at once."""
     mesh, sizes = make_mesh(config.mesh, devices), sizes_of(config)
+    plan = by_layers(lambda some: _of_layers(config, mesh, some, measure, answer), sizes, measure)
+    return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes, answer))
+
+
+def by_layers(
+    plan_of: Callable[[LmConfig], StepCost], sizes: LmConfig, measure: bool = False
+) -> StepCost:
+    """The plan of a base of these sizes, by those of few of its layers where it has many."""
     layers = sizes.num_hidden_layers
     few = FEW if layers > FEW[-1] and not measure else (layers,)
-    plans = [
-        _of_layers(config, mesh, dataclasses.replace(sizes, num_hidden_layers=n), measure)
-        for n in few
-    ]
-    plan = plans[0] if len(few) == 1 else _grown(*plans, layers)
-    return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes))
+    plans = [plan_of(dataclasses.replace(sizes, num_hidden_layers=n)) for n in few]
+    return plans[0] if len(few) == 1 else _grown(*plans, layers)
 
 
-def _of_layers(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, measure: bool) -> StepCost:
+def _of_layers(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, measure: bool, answer: int = 0
+) -> StepCost:
     """The plan of a base of these sizes."""
     tasks, device = batch_ways(mesh), mesh.devices.flat[0]
-    step, arguments = collect_arguments(config, mesh, sizes, tasks)
+    step, arguments = collect_arguments(config, mesh, sizes, tasks, answer)
     chip = chip_of(device.device_kind)
     held = sum(_held(tree) for tree in arguments[:2])
     plan = StepCost(
@@ -108,6 +132,7 @@ def _of_layers(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, measure
         convolutions="",
         state_bytes=held,
         length=config.base.max_length,
+        answer=arguments[2]["at"].shape[-1],
         limit_bytes=int(chip.memory) if chip else None,
     )
     return compiled_cost(plan, step, arguments, mesh, measure=measure)
@@ -143,12 +168,14 @@ def _grown(few: StepCost, more: StepCost, layers: int) -> StepCost:
     )
 
 
-def _tasks(plan: StepCost, config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> int | None:
+def _tasks(
+    plan: StepCost, config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, answer: int
+) -> int | None:
     """How many tasks have room at once: all that a device holds beside its part of the base counts
     as one task's, though gathered weights are there once."""
     if not plan.fits or not plan.limit_bytes or not plan.peak_bytes:
         return None
-    _, arguments = collect_arguments(config, mesh, sizes, batch_ways(mesh))
+    _, arguments = collect_arguments(config, mesh, sizes, batch_ways(mesh), answer)
     base = _held(arguments[0])
     each = max(1, plan.peak_bytes - base)
     return math.floor((plan.limit_bytes - base) / each) * batch_ways(mesh)

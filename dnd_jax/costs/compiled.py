@@ -117,7 +117,12 @@ class StepCost:
     collectives: dict[str, dict] = dataclasses.field(default_factory=dict)
     link_seconds: float | None = None
     tasks: int | None = None  # LoRAs that have room at once, of a "collect" step that fits
-    length: int = 0  # tokens of its rows
+    length: int = 0  # tokens of the rows that a base reads
+    answer: int = 0  # and of these of the answer
+    rows: int = 0  # that each generated LoRA is asked, of a "train" step on answers
+    # of such a step without the base: the same step on weights
+    decoder_seconds: float | None = None
+    decoder_peak_bytes: int | None = None
     layers: str = ""  # how many of the base's layers it was compiled with, where not with all
     compile_seconds: float | None = None
     hash: str = ""

@@ -48,9 +48,19 @@ def _gib(value: float | None) -> str:
 
 
 def _rows(plan: StepCost) -> str:
-    """Of a "collect" step: the rows, and what was compiled of the base."""
+    """Of a step that asks the base: the rows, and what was compiled of it."""
     some = f"; compiled with {plan.layers} layers, the rest counted as more" if plan.layers else ""
-    return f"base in {plan.method}; rows of {plan.length} tokens, all of them learned{some}"
+    learned = f"{plan.answer} of them learned" if plan.answer < plan.length - 1 else "all learned"
+    what = f"base in {plan.method}; rows" if not plan.rows else f"base: {plan.rows} rows a sample"
+    return f"{what} of {plan.length} tokens, {learned}{some}"
+
+
+def _parts(plan: StepCost) -> list[str]:
+    """Of a train step through the base: what is the decoder's."""
+    if plan.decoder_peak_bytes is None:
+        return []
+    time = "" if plan.decoder_seconds is None else f", {plan.decoder_seconds * 1e3:.4g} ms"
+    return [f"  of this without the base        {_gib(plan.decoder_peak_bytes):>10} GiB{time}"]
 
 
 def describe_plan(plan: StepCost) -> str:
@@ -67,7 +77,8 @@ def describe_plan(plan: StepCost) -> str:
         f"{plan.step} step on {plan.devices}: mesh {mesh}; {whose} {plan.batch}"
         + (f" in {plan.micro_batches} parts" if plan.micro_batches > 1 else "")
         + (f", remat {plan.remat}" if plan.step != "generate" else ""),
-        _rows(plan) if collects else f"convolutions (output / gradients): {plan.convolutions}",
+        *[f"convolutions (output / gradients): {plan.convolutions}"] * (not collects),
+        *[_rows(plan)] * bool(plan.length),
         "",
         "one device:",
         f"  {held:<31} {_gib(plan.state_bytes):>10} GiB",
@@ -109,6 +120,7 @@ def describe_plan(plan: StepCost) -> str:
         lines.append(f"  time of links, not overlapped   {plan.link_seconds * 1e3:>10.4g} ms")
     if plan.measured_seconds is not None:
         lines.append(f"  time, measured here             {plan.measured_seconds * 1e3:>10.4g} ms")
+    lines += _parts(plan)
     if plan.samples_per_second:
         what = {"train": "samples", "generate": "adapters", "collect": "LoRAs a step further"}
         lines.append(f"all devices: {plan.samples_per_second:.4g} {what[plan.step]} a second")

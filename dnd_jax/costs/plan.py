@@ -33,6 +33,13 @@ FLAGS = (
         "every combination of config.sweep in one table and plot (configs/ablate_sharding.py)",
     ),
     Flag("step", str, "", f"one of {', '.join(STEPS)} (default: the first two)"),
+    Flag(
+        "answer-tokens",
+        int,
+        0,
+        "of the longest answer, where the base is asked (default: all that config.base.max_length "
+        "leaves)",
+    ),
     Flag("measure", bool, False, "run the steps on this machine's devices as well"),
 )
 
@@ -74,7 +81,8 @@ def _run(given: Given) -> None:
         )
     else:
         devices = compiled.devices_of(topology, config.mesh.slices)
-        plans = [step_cost.make_plan(config, devices, step, given["measure"]) for step in steps]
+        how = given["measure"], given["answer-tokens"]
+        plans = [step_cost.make_plan(config, devices, step, *how) for step in steps]
         print("\n\n".join(map(describe.describe_plan, plans)), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))

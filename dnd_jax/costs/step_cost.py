@@ -7,6 +7,7 @@ or for this machine's own. Says of one device: memory against the chip's, operat
 collectives, and the compiler's time.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,48 +16,77 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dnd_jax.base.architecture import LmConfig
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
-from dnd_jax.core.errors import InputError
 from dnd_jax.costs import collect_cost
 from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
-from dnd_jax.generator.sizes import encoder_module, spec_of
-from dnd_jax.generator.step import device_problems, shard_generation, shard_train_step
+from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.sizes import encoder_module, layout_of, spec_of
+from dnd_jax.generator.step import (
+    check_batch,
+    device_problems,
+    shard_generation,
+    shard_train_step,
+)
 from dnd_jax.loop.optimizers import train_optimizer
+from dnd_jax.lora.targets import from_statistics
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import bytes_per_device, shaped
 
 
-def train_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """(the jitted train step, the shapes of its arguments: state, batch, what is frozen)."""
-    if config.train.taught_at(0) != ("weights",):
-        raise InputError(
-            f'config.train.objective = {config.train.objective}: only the step of "weights" is '
-            "planned; --config.train.objective=weights shows that part"
-        )
-    spec, encoder = spec_of(config), None
+def train_arguments(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig | None = None, answer: int = 0
+) -> tuple[Any, tuple]:
+    """(the jitted train step, the shapes of its arguments: state, batch, what is frozen).
+
+    sizes: of the base that is asked, where the objective is of answers, perhaps with fewer layers
+    than the LoRAs have. answer: its tokens, 0: all that have room.
+    """
+    spec, encoder, answering = spec_of(config), None, None
     if config.condition.in_graph:
         module = encoder_module(config)
         # The encoder's parameters know no length; texts longer than its window are cut.
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    taught = config.train.taught_at(config.train.weights_first)
+    if "answers" in taught:
+        answering = _answering(config, mesh, sizes or collect_cost.sizes_of(config))
     importance = np.ones(spec.token_grid[0], np.float32)
-    sharded = shard_train_step(config, spec, mesh, importance, encoder)
+    sharded = shard_train_step(config, spec, mesh, importance, encoder, answering)
     b, (n, length, _) = config.train.batch_size, spec.condition_shape
     if encoder:
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
     else:
         inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
-    inputs["target"] = (b, *spec.token_grid), jnp.float32
+    if "weights" in taught:
+        inputs["target"] = (b, *spec.token_grid), jnp.float32
     batch = {
         key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch)
         for key, (shape, kind) in inputs.items()
     }
-    frozen = encoder and shaped({"encoder": encoder[1]}, sharded.frozen)
+    if answering:
+        rows = config.train.answer_rows
+        batch["rows"] = collect_cost.row_shapes(config, b, rows, answer, sharded.over_batch)
+    frozen = {**({"encoder": encoder[1]} if encoder else {}), **(answering[1] if answering else {})}
+    frozen = shaped(frozen, sharded.frozen) if frozen else None
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
+
+
+def _answering(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> tuple[Answering, dict]:
+    """The base that generated LoRAs are asked through, and the shapes of what is frozen."""
+    module, params = collect_cost.base_shapes(config, mesh, sizes)
+    layout, over_tasks = layout_of(config), check_batch(config, mesh)
+    statistics = {
+        "mean": jax.ShapeDtypeStruct((layout.num_tokens, *layout.chunk_shape), jnp.float32),
+        "scale": jax.ShapeDtypeStruct((layout.num_tokens,), jnp.float32),
+    }
+    target = from_statistics(config.generator.target, layout, statistics)
+    answering = Answering(module, config.lora.alpha / config.lora.rank, over_tasks)
+    return answering, {"base": params, "target": target}
 
 
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
@@ -70,18 +100,47 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
 
 
 def make_plan(
-    config: Config, devices: list, step: str = "train", measure: bool = False
+    config: Config, devices: list, step: str = "train", measure: bool = False, answer: int = 0
 ) -> StepCost:
     """Compiles a step of a configuration for devices. measure: also run it on them, which must be
-    this machine's.
+    this machine's. answer: tokens of the longest answer where a base is asked; 0: all that have
+    room.
 
-    The batch of "generate" is one adapter for each part of the mesh. Raises InputError when the
-    configuration does not fit it.
+    The batch of "generate" is one adapter for each part of the mesh. A step on answers is compiled
+    with few of the base's layers, as `collect_cost` does, and beside it the same step on weights,
+    which is the decoder's part. Raises InputError when the configuration does not fit the mesh.
     """
     if step == "collect":
-        return collect_cost.make_plan(config, devices, measure)
+        return collect_cost.make_plan(config, devices, measure, answer)
     mesh = make_mesh(config.mesh, devices)
-    function, arguments = (train_arguments if step == "train" else generate_arguments)(config, mesh)
+    if step == "generate":
+        return _plan(config, mesh, step, generate_arguments(config, mesh), measure)
+    c = config.train
+    if "answers" not in c.taught:
+        return _plan(config, mesh, step, train_arguments(config, mesh), measure)
+
+    def plan_of(sizes: LmConfig) -> StepCost:
+        function, arguments = train_arguments(config, mesh, sizes, answer)
+        plan = _plan(config, mesh, step, (function, arguments), measure)
+        rows = arguments[1]["rows"]
+        asked = {"length": rows["ids"].shape[-1], "answer": rows["at"].shape[-1]}
+        return dataclasses.replace(plan, rows=c.answer_rows, **asked)
+
+    alone = dataclasses.replace(c, objective="weights", weights_first=0)
+    decoder = make_plan(dataclasses.replace(config, train=alone), devices, step, measure)
+    return dataclasses.replace(
+        collect_cost.by_layers(plan_of, collect_cost.sizes_of(config), measure),
+        decoder_seconds=decoder.measured_seconds or decoder.estimate_seconds,
+        decoder_peak_bytes=decoder.peak_bytes,
+    )
+
+
+def _plan(
+    config: Config, mesh: jax.sharding.Mesh, step: str, made: tuple[Any, tuple], measure: bool
+) -> StepCost:
+    """What the compiler says of a jitted step and the shapes of its arguments."""
+    function, arguments = made
+    devices = list(mesh.devices.flat)
     chip = chip_of(devices[0].device_kind)
     batch = jax.tree.leaves(arguments[1])[0].shape[0]
     parts = config.train.micro_batches if step == "train" else 1

@@ -29,22 +29,22 @@ class Answering:
     mesh."""
 
     module: BaseLM
-    target: Target
     lora_scale: float
     over_tasks: jax.sharding.NamedSharding | None = None
 
     def losses(
-        self, params: Mapping, tokens_KxTxHxW: jax.Array, rows: Mapping
+        self, params: Mapping, target: Target, tokens_KxTxHxW: jax.Array, rows: Mapping
     ) -> tuple[jax.Array, jax.Array]:
         """(mean cross-entropy over the answers' tokens, share of answers whose every token is the
         most likely one), (K,) each, float32.
 
-        params: of the base. rows: {"ids" (K, n, S), "at", "labels" (K, n, R)} and perhaps "prefix"
-        (K, P), as of `Sequences.batch`: n questions and answers of each task.
+        params: of the base. target: what the tokens mean. rows: {"ids" (K, n, S), "at", "labels"
+        (K, n, R)} and perhaps "prefix" (K, P), as of `Sequences.batch`: n questions and answers of
+        each task.
         """
 
         def one(lora, rows):
             return answer_loss(self.module, params, rows, lora, self.lora_scale)
 
         split = None if self.over_tasks is None else self.over_tasks.spec[0]
-        return jax.vmap(one, spmd_axis_name=split)(loras_of(self.target, tokens_KxTxHxW), rows)
+        return jax.vmap(one, spmd_axis_name=split)(loras_of(target, tokens_KxTxHxW), rows)

@@ -3,7 +3,6 @@ through the frozen base, or both."""
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 
@@ -96,9 +95,9 @@ class Objective:
 
     def answering(
         self, target: Target, over_tasks: jax.sharding.NamedSharding
-    ) -> tuple[Answering, Any] | None:
-        """(the base that is asked, its parameters), if any is. Raises InputError for LoRAs on more
-        than the projections that our base applies."""
+    ) -> tuple[Answering, dict] | None:
+        """(the base that is asked, {"base": its parameters, "target"}), if any is. Raises
+        InputError for LoRAs on more than the projections that our base applies."""
         t, layout = self._tuning, target.layout
         if t is None:
             return None
@@ -108,4 +107,5 @@ class Objective:
             raise listed(
                 "train.objective: the base is not asked through these LoRA matrices", others
             )
-        return (Answering(t.module, target, self._source.adapter.scale, over_tasks), t.params)
+        answering = Answering(t.module, self._source.adapter.scale, over_tasks)
+        return answering, {"base": t.params, "target": target}

@@ -88,7 +88,8 @@ def make_train_step(
     answering: Answering | None = None,
 ):
     """step(state {"params", "opt", "step"}, batch of `Pairs`, frozen) -> (state, metrics); frozen:
-    {"encoder", "base"}, the parameters of those that there are, or None.
+    {"encoder", "base"}, the parameters of those that there are, and "target", what the base takes
+    the output for; or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`; or the sum of
@@ -106,14 +107,15 @@ def make_train_step(
         squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
         return jnp.sum(errors_b) / cells, {"loss": errors_b / cells_b, "square": squares_b}
 
-    def of_answers(output, rows, base_params, tasks):
+    def of_answers(output, rows, frozen, tasks):
         """The same of its loss on answers."""
-        losses_b, exact_b = answering.losses(base_params, output.astype(jnp.float32), rows)
+        asked = frozen["base"], frozen["target"], output.astype(jnp.float32)
+        losses_b, exact_b = answering.losses(*asked, rows)
         squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
         found = {"answers": losses_b, "exact": exact_b, "square": squares_b}
         return jnp.sum(losses_b) / tasks, found
 
-    def gradient_of(params, part, base_params, cells, tasks):
+    def gradient_of(params, part, frozen, cells, tasks):
         """((loss, gradient), numbers of each sample (b,)) of a part of a batch."""
 
         def loss_of(params):
@@ -123,7 +125,7 @@ def make_train_step(
             if "target" in part:
                 loss, found = of_weights(output, part["target"], cells)
             if "rows" in part:
-                asked, more = of_answers(output, part["rows"], base_params, tasks)
+                asked, more = of_answers(output, part["rows"], frozen, tasks)
                 loss, found = config.weights_share * loss + asked, {**more, **found}
             return loss, found
 
@@ -149,9 +151,7 @@ def make_train_step(
             parts["rows"] = batch["rows"]
 
         # Gradient and update.
-        part_of = functools.partial(
-            gradient_of, state["params"], base_params=frozen.get("base"), **sizes
-        )
+        part_of = functools.partial(gradient_of, state["params"], frozen=frozen, **sizes)
         (loss, gradient), of_samples = _in_parts(
             part_of, parts, config.micro_batches, state["params"]
         )
@@ -221,10 +221,10 @@ class ShardedStep:
     shapes: dict  # of the state
     shardings: dict  # of the state
     over_batch: jax.sharding.NamedSharding
-    # {"encoder", "base"}: shardings of the parameters of those that the step takes; None of none
+    # {"encoder", "base", "target"}: shardings of what the step takes of these; None of none
     frozen: dict | None
     init: Callable  # key -> state, jitted
-    # (state, batch, parameters as `frozen`) -> (state, metrics), jitted, the state donated
+    # (state, batch, values as `frozen`) -> (state, metrics), jitted, the state donated
     step: Callable
 
 
@@ -234,14 +234,14 @@ def shard_train_step(
     mesh: jax.sharding.Mesh,
     importance: np.ndarray,
     encoder: tuple[nn.Module, Any] | None = None,
-    answering: tuple[Answering, Any] | None = None,
+    answering: tuple[Answering, Mapping] | None = None,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests.
 
     encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
-    step. answering: through which base LoRAs are asked, and its parameters (or their shapes), where
-    the objective asks for it. Raises InputError for a parameter without a rule and for sizes that
-    the mesh does not divide.
+    step. answering: through which base LoRAs are asked, {"base": its parameters (or their shapes),
+    "target"}, where the objective asks for it. Raises InputError for a parameter without a rule and
+    for sizes that the mesh does not divide.
     """
     c, place = config.train, Placement(mesh)
     module = Generator(spec, place)
@@ -254,7 +254,7 @@ def shard_train_step(
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = shard_by_rules(mesh, config.mesh.rules, shapes)
     over_batch = check_batch(config, mesh)
-    (encoder_module, of_encoder), (asked, of_base) = (
+    (encoder_module, of_encoder), (asked, through) = (
         encoder or (None,) * 2,
         answering or (None,) * 2,
     )
@@ -263,7 +263,8 @@ def shard_train_step(
         rules = shard_by_rules(mesh, config.mesh.rules, {"encoder": of_encoder})
         frozen["encoder"] = rules["encoder"]
     if answering:
-        frozen["base"] = shard_by_rules(mesh, BASE_RULES, of_base)
+        frozen["base"] = shard_by_rules(mesh, BASE_RULES, through["base"])
+        frozen["target"] = jax.tree.map(lambda _: replicated(mesh), through["target"])
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
         make_train_step(module, *how),

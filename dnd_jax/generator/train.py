@@ -136,9 +136,10 @@ def train(
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     answering = objective.answering(target, check_batch(config, mesh))
     sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering)
-    frozen = {"base": answering[1]} if answering else {}
+    frozen = dict(answering[1]) if answering else {}
     if in_graph:
-        frozen["encoder"] = jax.device_put(encoder.params, sharded.frozen["encoder"])
+        frozen["encoder"] = encoder.params
+    frozen = jax.device_put(frozen, sharded.frozen or {})
     del encoder, in_graph  # its parameters need not stay on the first device
 
     # Training.

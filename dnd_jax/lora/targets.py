@@ -12,6 +12,7 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from dnd_jax.lora.moments import Moments
 Tensors = Mapping[str, np.ndarray]
 
 
+# Targets are arguments of a compiled step: their statistics are data, the layout is its shape.
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ChunkTarget:
     layout: LoraLayout
@@ -50,9 +53,10 @@ class ChunkTarget:
         return {}
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ElementTarget:
-    layout: LoraLayout
+    layout: LoraLayout = dataclasses.field(metadata={"static": True})
     mean: np.ndarray  # (T, r, w)
     scale: np.ndarray  # (T,)
 

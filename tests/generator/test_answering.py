@@ -86,10 +86,10 @@ def test_loss_and_gradient_are_those_of_peft(base, kind):
     target = target_of(kind, module.config.lora_shapes(RANK, TARGETS))
     rng, rows = np.random.default_rng(3), rows_of(module.config.vocab_size)
     tokens = rng.normal(size=(TASKS, *target.shape)).astype(np.float32)
-    answering = Answering(module, target, ALPHA / RANK)
+    answering = Answering(module, ALPHA / RANK)
 
     def mean_loss(tokens):
-        losses, exact = answering.losses(params, tokens, rows)
+        losses, exact = answering.losses(params, target, tokens, rows)
         return losses.mean(), (losses, exact)
 
     (_, (losses, exact)), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(tokens)
@@ -106,15 +106,15 @@ def test_a_task_is_its_own_affair(base):
     target = target_of("element", module.config.lora_shapes(RANK, TARGETS))
     rows = rows_of(module.config.vocab_size)
     tokens = np.random.default_rng(4).normal(size=(TASKS, *target.shape)).astype(np.float32)
-    answering = Answering(module, target, ALPHA / RANK)
-    losses, _ = answering.losses(params, jnp.asarray(tokens), rows)
+    answering = Answering(module, ALPHA / RANK)
+    losses, _ = answering.losses(params, target, jnp.asarray(tokens), rows)
     for k in range(TASKS):
         one = {key: value[k : k + 1] for key, value in rows.items()}
-        alone, _ = answering.losses(params, jnp.asarray(tokens[k : k + 1]), one)
+        alone, _ = answering.losses(params, target, jnp.asarray(tokens[k : k + 1]), one)
         np.testing.assert_allclose(alone[0], losses[k], rtol=1e-6)
     rows["ids"][:, :, :3] = rows["ids"][:, :1, :3]
-    whole, _ = answering.losses(params, jnp.asarray(tokens), rows)
+    whole, _ = answering.losses(params, target, jnp.asarray(tokens), rows)
     short = {"ids": rows["ids"][:, :, 3:], "at": rows["at"] - 3, "labels": rows["labels"]}
     short["prefix"] = rows["ids"][:, 0, :3]
-    parted, _ = answering.losses(params, jnp.asarray(tokens), short)
+    parted, _ = answering.losses(params, target, jnp.asarray(tokens), short)
     np.testing.assert_allclose(parted, whole, rtol=1e-5)
