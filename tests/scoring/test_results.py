@@ -69,7 +69,7 @@ def test_methods_from_scores_question_by_question():
     assert training == {t: mean[f"loras/{t}"] for t in ("t0", "t1", "t2")}
     assert (
         values["base"] == mean["base"]
-        and values["nearest"] == mean["loras/t1"]
+        and values["nearest"] == statistics.fmean([mean["loras/t1"], mean["loras/t2"]])
         and values["tuned"] == mean["tuned_x"]
     )
     assert values["train_mean"] == statistics.fmean(training.values()) and values[
@@ -147,18 +147,20 @@ def test_table_with_a_method_that_some_datasets_lack(config):
 
 @pytest.mark.parametrize("drawn", [None, ("t0", "t2"), ()])
 def test_train_mean_and_best_are_of_the_drawn_adapters(drawn):
-    """Nearest is the adapter of t1, whether that is drawn or not."""
+    """Nearest are the adapters of t1 and t2, of two draws of prompts, whether they are drawn here
+    or not."""
     found, scores = candidates(np.random.default_rng(3), ["x"])
     found = dataclasses.replace(found, drawn=drawn)
     names = ("t0", "t1", "t2") if drawn is None else drawn
     labels = scored_on(found, "x")
     assert sorted(set(labels) & {f"loras/t{i}" for i in range(3)}) == sorted(
-        {"loras/t1", *(f"loras/{name}" for name in names)}
+        {"loras/t1", "loras/t2", *(f"loras/{name}" for name in names)}
     )
     assert len(set(labels)) == len(labels)
     values, each, training = by_method(found, "x", lambda label: scores[label]["x"])
     mean = {f"t{i}": np.mean(scores[f"loras/t{i}"]["x"]) for i in range(3)}
-    assert values["nearest"] == pytest.approx(mean["t1"]) and list(training) == list(names)
+    assert values["nearest"] == pytest.approx((mean["t1"] + mean["t2"]) / 2)
+    assert list(training) == list(names)
     if not names:
         assert not {"train_mean", "train_best"} & (values.keys() | each.keys())
         return
