@@ -144,6 +144,43 @@ def test_a_tpu_program_is_kept_out_of_the_cache_that_could_not_read_it(tmp_path,
         compilation_cache.reset_cache()
 
 
+def asked(**changes) -> Config:
+    """A step on answers through a base of 5 layers."""
+    base = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5}
+    raw = load_file("tests/tiny.py")
+    raw.base.update(**base, vocab_size=512, max_length=64)
+    raw.lora.update(targets=("q_proj",))
+    raw.generator.features, raw.generator.kernel_size = ((4, 8, 0), (0, 0, 0)), 3
+    raw.condition.update(num_prompts=4, max_text_length=8)
+    raw.train.update(objective="answers", answer_rows=3, batch_size=8)
+    raw.update_from_flattened_dict({key.replace("__", "."): x for key, x in changes.items()})
+    return freeze(raw)
+
+
+def test_a_step_on_answers_is_planned_with_the_base():
+    """More than the decoder alone; longer answers take more; the base in bfloat16 takes less."""
+    config = asked()
+    plan = make_plan(config, jax.devices()[:1], answer=2)
+    assert (plan.rows, plan.length, plan.answer, plan.layers) == (3, 64, 2, "2 and 3 of 5")
+    assert plan.decoder_peak_bytes < plan.peak_bytes and plan.flops > 2 * plan.direct_flops
+    alone = make_plan(asked(train__objective="weights"), jax.devices()[:1])
+    assert alone.peak_bytes == plan.decoder_peak_bytes and not alone.rows
+    text = describe_plan(plan)
+    assert "base: 3 rows a sample of 64 tokens, 2 of them learned; compiled with 2 and 3" in text
+    assert "of this without the base" in text and "without the base" not in describe_plan(alone)
+    assert make_plan(config, jax.devices()[:1]).peak_bytes > plan.peak_bytes
+    half = asked(lora__dtype="bfloat16")
+    assert make_plan(half, jax.devices()[:1], answer=2).argument_bytes < plan.argument_bytes
+
+
+def test_a_step_on_answers_over_a_mesh_keeps_parts_of_the_base():
+    whole, parts = (
+        make_plan(asked(mesh__fsdp=n, mesh__data=8 // n), jax.devices(), answer=2) for n in (1, 8)
+    )
+    assert parts.argument_bytes < whole.argument_bytes / 2
+    assert parts.collectives["all-gather"]["count"] > 0
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [
