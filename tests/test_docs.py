@@ -45,6 +45,7 @@ def walk(place: pathlib.Path, *blocks: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_released_generator(tmp_path):
     out = walk(tmp_path, block("RELEASED.md", "cmp X.pth back.pth"))
     assert out.endswith("the same\n") and "starting from the parameters of gen" in out

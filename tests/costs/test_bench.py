@@ -17,6 +17,7 @@ from dnd_jax.ops.cost_model import Problem, choose
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bench_measures_every_variant_of_every_case(tmp_path):
     done = dnd("bench", "--config=tests/bench_tiny.py", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]

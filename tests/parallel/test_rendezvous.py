@@ -529,6 +529,7 @@ def test_a_single_process_of_a_cluster_stops_as_well(inputs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kills_at_random_moments_change_nothing(inputs, tmp_path):
     """SIGKILL anywhere, saves included: never a corrupt or a skipped step, and the same bits in the
     end."""

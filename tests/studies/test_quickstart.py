@@ -266,6 +266,7 @@ def test_killed_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stopped_in_every_stage_ends_with_the_same_numbers(suite, finished, tmp_path):
     """By Ctrl-C and by a scheduler, in turn."""
     workdir = tmp_path / "stopped"

@@ -50,16 +50,12 @@ def few_tasks(root: pathlib.Path) -> pathlib.Path:
 def test_every_stage_on_the_real_llm(tmp_path):
     suite = few_tasks(tmp_path / "suite")
     words = "quickstart", SETTINGS, f"--suite={suite}", f"--workdir={tmp_path / 'w'}"
-    done = dnd(*words, "--seeds=0,1", "--share", *FEW, timeout=1500)
+    done = dnd(*words, *FEW, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("about ") or lines[1].startswith("about "), lines[:3]
     results = json.loads((tmp_path / "w/results.json").read_text())
-    assert results["seeds"] == [0, 1]
-    [first, second] = [run["unseen"][UNSEEN[0]] for run in results["runs"].values()]
     columns = "base in_context nearest ridge mean_adapter generated wrong_prompts random_prompts"
     columns += " empty_prompts multi_task multi_task_tenth few_shot_8 tuned train_best"
-    for entry in (first, second):
-        assert set(columns.split()) <= entry.keys()
-    assert first["multi_task"] == second["multi_task"] and first["tuned"] == second["tuned"]
-    assert not (tmp_path / "w/seed_1/loras").exists()  # those of the first seed serve both
+    for name in UNSEEN:
+        assert set(columns.split()) <= results["unseen"][name].keys()

@@ -1,0 +1,19 @@
+"""What should the generator learn from: weights of LoRAs, answers through the base, or both?
+
+    dnd ablate --config=configs/ablate_objective.py --workdir=runs/ablate_objective [--seeds=0,1,2]
+
+All at equal steps; a step on answers takes longer, as each generated LoRA answers 8 questions
+through the base (metrics.jsonl of each variant has the seconds).
+"""
+
+from dnd_jax.configs import mini
+
+
+def get_config():
+    """mini.py (weights) with the other objectives."""
+    config = mini.get_config()
+    config.ablate.axes = (("train.objective", ("weights", "answers", "weights+answers")),)
+    config.ablate.variants = (
+        ("weights_then_answers", {"train.objective": "answers", "train.weights_first": 500}),
+    )
+    return config
