@@ -3,7 +3,7 @@ ones at generation?
 
     dnd ablate --config=configs/ablate_prompts.py --workdir=runs/ablate_prompts [--seeds=0,1,2]
 
-A generator takes exactly N prompts; fewer at generation are repeated to fill them. Those variants
+A generator's input are N prompts; fewer at generation are repeated to fill them. Those variants
 share the default's generator.
 """
 

@@ -144,6 +144,7 @@ class Generator:
 
 
 PAIRINGS = ("random", "fixed")
+FEWEST = 2  # different prompts of a pair by train.few_prompts
 OBJECTIVES = ("weights", "answers", "weights+answers")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")

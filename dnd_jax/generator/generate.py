@@ -47,19 +47,28 @@ from dnd_jax.lora.merge import FILES, merge_adapter
 from dnd_jax.parallel.mesh import make_mesh
 
 
+def repeated(prompts: Sequence[str], count: int) -> list[str]:
+    """So many of the prompts, in their order: each as often as the others, or once more."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def draw_prompts(
-    prompts: Sequence[str], count: int, seed: int, source: str = "prompts"
+    prompts: Sequence[str], count: int, seed: int, source: str = "prompts", fewest: int = 0
 ) -> list[str]:
-    """`count` of the prompts, drawn without replacement by the seed, in their order. Raises
-    InputError when there are fewer."""
-    if len(prompts) < count:
+    """`count` of the prompts, drawn without replacement by the seed, in their order. Of fewer, but
+    at least `fewest` (0: count), all, `repeated`. Raises InputError when there are not as many."""
+    fewest = fewest or count
+    if len(prompts) < fewest:
+        takes = count if fewest == count else f"{fewest} to {count}"
         raise InputError(
-            f"{source}: {len(prompts)} prompt(s), this generator takes {count}; add "
-            f"{count - len(prompts)} more"
+            f"{source}: {len(prompts)} prompt(s), this generator takes {takes}; add "
+            f"{fewest - len(prompts)} more"
         )
     blank = [i + 1 for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
     if blank:
         raise InputError(f"{source}: prompt {blank[0]} is empty or no text")
+    if len(prompts) < count:
+        return repeated(prompts, count)
     chosen = np.sort(np.random.default_rng(seed).choice(len(prompts), count, replace=False))
     return [prompts[i] for i in chosen]
 
@@ -102,6 +111,9 @@ class TrainedGenerator:
             kept = self.adapter.revision if base_name == self.base else ""
             self.adapter = dataclasses.replace(self.adapter, base=base_name, revision=kept)
         self._seed = description.seed
+        # Only one that has met fewer different prompts in training knows what to make of them.
+        few = description.settings.get("train", {}).get("few_prompts")
+        self.fewest = min(schema.FEWEST, self.condition.num_prompts) if few else 0
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
         self.params = jax.device_put(
@@ -141,12 +153,14 @@ class TrainedGenerator:
         return condition_texts(read_jsonl(path), self.condition.form, self._seed)
 
     def check(self, prompts: Sequence[str], source: str, too_long: str = "") -> None:
-        """Warns on stderr of prompts that the encoder cuts.
+        """Warns on stderr of prompts that the encoder cuts, and of fewer than N.
 
         Raises InputError for too few, and where too much is lost, unless the generator's
         condition.too_long, or this one, is "cut".
         """
         self.draw(prompts, 0, source)
+        if len(prompts) < (n := self.condition.num_prompts):
+            print(f"note: {source}: {len(prompts)} prompts, repeated to {n}", file=sys.stderr)
         limit = self.condition.max_text_length
         lost = cut.count({source: prompts}, self.encoder.tokens, limit)
         allowed = "cut" if "cut" in (too_long, self.condition.too_long) else "refuse"
@@ -170,8 +184,9 @@ class TrainedGenerator:
         return tensors
 
     def draw(self, prompts: Sequence[str], seed: int, source: str = "prompts") -> list[str]:
-        """The N prompts that a seed takes for an adapter."""
-        return draw_prompts(prompts, self.condition.num_prompts, seed, source)
+        """The N prompts that a seed takes for an adapter; a generator trained with
+        train.few_prompts takes fewer, repeated."""
+        return draw_prompts(prompts, self.condition.num_prompts, seed, source, self.fewest)
 
     def card(self, drawn: Sequence[str], seed: int, merged: bool = False) -> str:
         """The README.md of an adapter, or of the base with it merged in: what made it."""

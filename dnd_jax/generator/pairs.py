@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
-from dnd_jax.config.schema import Config
+from dnd_jax.config.schema import FEWEST, Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
@@ -106,7 +106,8 @@ class Pairs:
         """N prompts of a dataset that has `pool`; of a share of the pairs 2 to N - 1 different
         ones, each at least once."""
         if self.few_prompts and rng.random() < self.few_prompts:
-            different = rng.choice(pool, int(rng.integers(2, self.num_prompts)), replace=False)
+            count = int(rng.integers(FEWEST, self.num_prompts))
+            different = rng.choice(pool, count, replace=False)
             again = rng.choice(different, self.num_prompts - len(different))
             return np.concatenate([different, again])
         return rng.choice(pool, self.num_prompts, replace=False)

@@ -139,6 +139,34 @@ def test_what_is_read_back_is_compared_bit_for_bit(made, tmp_path):
         verify_adapter(folder, tensors, "bfloat16")
 
 
+def test_fewer_prompts_are_repeated_for_a_generator_that_has_met_fewer(made, tmp_path, capsys):
+    """Trained with train.few_prompts it takes 2 and 3 of its 4; another one refuses them."""
+    shutil.copytree(made / "generator", tmp_path / "g")
+    file = tmp_path / "g" / "generator.json"
+    stored = json.loads(file.read_text())
+    stored["settings"].setdefault("train", {})["few_prompts"] = 0.5
+    file.write_text(json.dumps(stored))
+    (tmp_path / "three.txt").write_text("\n".join(PROMPTS[:3]))
+    (tmp_path / "four.txt").write_text("\n".join([PROMPTS[0], *PROMPTS[:3]]))
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+
+    def run(name: str, generator: pathlib.Path = tmp_path / "g") -> int:
+        words = generate(made, f"--out={tmp_path / name}", f"--prompts={tmp_path / name}.txt")
+        kept = [w for w in words if "prompts.txt" not in w and "--generator" not in w]
+        return main([*kept, f"--generator={generator}"])
+
+    assert run("four") == 0 and "note" not in capsys.readouterr().err
+    assert run("three") == 0
+    assert "three.txt: 3 prompts, repeated to 4" in capsys.readouterr().err
+    three, four = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("three", "four"))
+    for key, value in three.items():
+        np.testing.assert_array_equal(value, four[key], err_msg=key)
+    assert run("one") == 2
+    assert "one.txt: 1 prompt(s), this generator takes 2 to 4; add 1" in capsys.readouterr().err
+    assert run("three", made / "generator") == 2
+    assert "3 prompt(s), this generator takes 4; add 1 more" in capsys.readouterr().err
+
+
 def test_card_says_what_made_it(made, tmp_path):
     assert main(generate(made, f"--out={tmp_path / 'a'}", "--seed=7")) == 0
     generator, text = (
