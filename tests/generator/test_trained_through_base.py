@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -122,6 +123,49 @@ def test_it_goes_on_where_it_was_stopped_to_the_same_bits(inputs, tmp_path):
         assert done.returncode == 0, done.stderr
     for key, value in trained(tmp_path / "b").items():
         np.testing.assert_array_equal(trained(tmp_path / "a")[key], value, err_msg=key)
+
+
+def start_two(words) -> list:
+    """Two processes of two devices each."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    import local_multiprocess
+
+    port = local_multiprocess.free_port()
+    address = f"--coordinator=127.0.0.1:{port}", "--processes=2", "--start-timeout=120"
+    return [start(*words, *address, f"--process={i}", devices=2) for i in range(2)]
+
+
+def finish(*processes) -> list[tuple[int, str]]:
+    """(exit status, all output) of each."""
+    try:
+        outs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out + err) for p, (out, err) in zip(processes, outs, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_generator_of_one_and_go_on_when_stopped(inputs, tmp_path):
+    """The base in parts over both. Sums over four devices have another order in two processes."""
+    one, two = (
+        command(inputs, tmp_path / name, "--config.train.save_every=1", *on(2, 2, 1), steps=20)
+        for name in ("one", "two")
+    )
+    done = dnd(*one, devices=4)
+    assert done.returncode == 0, done.stderr
+    first, second = start_two(two)
+    begun = tmp_path / "two/generator/checkpoints/2"
+    assert when(first, begun.exists), finish(first, second)
+    second.send_signal(signal.SIGTERM)
+    ended = finish(first, second)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert all("resume with: dnd train" in out for _, out in ended), ended
+    ended = finish(*start_two(two))
+    assert [status for status, _ in ended] == [0, 0], ended
+    for key, value in trained(tmp_path / "one").items():
+        found = trained(tmp_path / "two")[key]
+        np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize(
