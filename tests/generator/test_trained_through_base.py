@@ -165,7 +165,7 @@ def test_two_processes_train_the_generator_of_one_and_go_on_when_stopped(inputs,
     assert [status for status, _ in ended] == [0, 0], ended
     for key, value in trained(tmp_path / "one").items():
         found = trained(tmp_path / "two")[key]
-        np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(found, value, atol=2e-4, err_msg=key)
 
 
 @pytest.mark.parametrize(
