@@ -179,6 +179,9 @@ class Train:
     weight_decay: Amount
     clip: Rate
     warmup_steps: Count
+    # of the moving average of the parameters that becomes the generator, at most, as it begins with
+    # less; 0: the last step's parameters
+    average_decay: Annotated[float, Must(lambda x: 0 <= x < 1, "must lie in 0 to below 1")]
     condition_noise: Amount  # standard deviation
     target_noise: Amount
     dtype: Annotated[str, one_of(*DTYPES)]  # of the computation; parameters stay float32

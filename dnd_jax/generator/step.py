@@ -87,9 +87,9 @@ def make_train_step(
     shardings=None,
     answering: Answering | None = None,
 ):
-    """step(state {"params", "opt", "step"}, batch of `Pairs`, frozen) -> (state, metrics); frozen:
-    {"encoder", "base"}, the parameters of those that there are, and "target", what the base takes
-    the output for; or None.
+    """step(state of `state_of`, batch of `Pairs`, frozen) -> (state, metrics); frozen: {"encoder",
+    "base"}, the parameters of those that there are, and "target", what the base takes the output
+    for; or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`; or the sum of
@@ -172,7 +172,12 @@ def make_train_step(
             if part in of_samples
         )
         params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+        after = {"params": params, "opt": opt, "step": state["step"] + 1}
+        if "average" in state:
+            t = after["step"].astype(jnp.float32)
+            decay = jnp.minimum(config.average_decay, t / (9 + t))  # its first steps count little
+            after["average"] = optax.incremental_update(params, state["average"], 1 - decay)
+        return after, metrics
 
     return step
 
@@ -228,6 +233,12 @@ class ShardedStep:
     step: Callable
 
 
+def state_of(params: Any, optimizer: optax.GradientTransformation, config: schema.Train) -> dict:
+    """{"params", "opt", "step"} before the first step; with config.average_decay "average" too."""
+    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    return state | ({"average": jax.tree.map(jnp.copy, params)} if config.average_decay else {})
+
+
 def shard_train_step(
     config: Config,
     spec: DecoderSpec,
@@ -249,7 +260,7 @@ def shard_train_step(
 
     def init(key):
         params = module.init(key, jnp.zeros((1, *spec.condition_shape)))["params"]
-        return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+        return state_of(params, optimizer, c)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = shard_by_rules(mesh, config.mesh.rules, shapes)

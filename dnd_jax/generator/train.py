@@ -10,6 +10,7 @@ beside checkpoints/ for an exact resume.
 
 import collections
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +35,13 @@ from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
-from dnd_jax.generator.step import ShardedStep, check_batch, device_problems, shard_train_step
+from dnd_jax.generator.step import (
+    ShardedStep,
+    check_batch,
+    device_problems,
+    shard_train_step,
+    state_of,
+)
 from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
@@ -56,16 +63,11 @@ def first_state(config: Config, sharded: ShardedStep) -> dict:
         return sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
     of = sharded.shapes["params"], sharded.shardings["params"]
     params = initial_params(config.train.init_from, *of, dataclasses.asdict(config.generator))
-    opt = jax.jit(train_optimizer(config.train).init, out_shardings=sharded.shardings["opt"])(
-        params
-    )
     if hosts.lead():
         print(f"starting from the parameters of {config.train.init_from}", flush=True)
-    return {
-        "params": params,
-        "opt": opt,
-        "step": jax.device_put(np.int32(0), sharded.shardings["step"]),
-    }
+    optimizer = train_optimizer(config.train)
+    state = functools.partial(state_of, optimizer=optimizer, config=config.train)
+    return jax.jit(state, out_shardings=sharded.shardings)(params)
 
 
 def train(
@@ -173,7 +175,7 @@ def train(
         **of_encoder,
     }
     statistics = {"importance": importance, **target.statistics()}
-    _write(folder, state["params"], statistics, description)
+    _write(folder, state.get("average", state["params"]), statistics, description)
     return folder
 
 

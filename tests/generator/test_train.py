@@ -2,13 +2,16 @@
 device."""
 
 import collections
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from pipeline import random_loras, tiny_suite
+from safetensors.numpy import load_file as load_tensors
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
@@ -22,6 +25,7 @@ from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.record import is_finished
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
+from dnd_jax.generator.step import shard_train_step
 from dnd_jax.generator.train import _row, train
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
@@ -123,6 +127,40 @@ def test_the_numbers_of_a_step_are_those_of_its_data(run, pairs_and_importance):
         assert row[f"loss/{name}"] == pytest.approx(
             errors[of_it].sum() / inside[of_it].sum(), rel=1e-4
         )
+
+
+def test_the_generator_is_the_moving_average_where_one_is_kept(run, pairs_and_importance, tmp_path):
+    """Of the parameters after each step; the first ones count little."""
+    config, suite, root = run
+    c = dataclasses.replace(config.train, average_decay=0.9, checkpoints=str(root / "loras"))
+    config, (pairs, importance) = dataclasses.replace(config, train=c), pairs_and_importance
+    folder = train(config, suite, tmp_path)
+    one = pairs.batch_at(0)
+    sizes = one["condition"].shape[1:], one["target"].shape[1:]
+    spec = DecoderSpec.of(
+        config.generator,
+        config.condition,
+        "float32",
+        features=resolve_features(config.generator, *sizes),
+    )
+    sharded = shard_train_step(config, spec, make_mesh(config.mesh), importance)
+    state = sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+    average = jax.tree.map(np.asarray, state["params"])
+    for i in range(STEPS):
+        state, _ = sharded.step(state, pairs.placed(i, sharded.over_batch), None)
+        decay = (i + 1) / (10 + i)
+        average = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new),
+            average,
+            state["params"],
+        )
+    found = load_tensors(folder / "model.safetensors")
+    last = load_tensors(root / "generator/model.safetensors")
+    expected = traverse_util.flatten_dict(average, sep="/")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-7, err_msg=key)
+    assert any(np.abs(found[key] - value).max() > 1e-5 for key, value in last.items())
 
 
 def test_speed_is_counted_operations_by_time(run, pairs_and_importance):
