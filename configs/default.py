@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",
                 "remat": "none",
                 "optimizer": "adamw",
+                "validate_every": 0,
                 "save_every": 500,
                 "keep_last": 2,
                 "keep_every": 0,

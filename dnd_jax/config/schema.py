@@ -190,6 +190,9 @@ class Train:
     remat: Annotated[str, one_of(*REMAT)]
     # "adamw_bfloat16_moment" keeps three quarters of adamw's state, "adafactor" nearly none
     optimizer: Annotated[str, one_of(*OPTIMIZERS)]
+    # steps between scores of generated LoRAs on held-out rows of training datasets, through the
+    # base; nothing is chosen by them; 0: none
+    validate_every: Annotated[int, Must(NOT_NEGATIVE.holds, "must not be negative (0 scores none)")]
     save_every: Positive
     keep_last: Positive  # checkpoints of the run that stay
     # and every one at a multiple of this step
@@ -200,6 +203,11 @@ class Train:
     def taught_at(self, step: int) -> tuple[str, ...]:
         """What a step's loss is of: "weights", "answers" or both."""
         return ("weights",) if step < self.weights_first else tuple(self.objective.split("+"))
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether training needs the base."""
+        return "answers" in self.taught or self.validate_every > 0
 
     @property
     def taught(self) -> tuple[str, ...]:

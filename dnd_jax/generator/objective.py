@@ -54,9 +54,10 @@ class Objective:
     def __init__(self, config: Config, source: Source, workdir: pathlib.Path, base_name: str = ""):
         """Loads the base where it is asked. base_name: what adapters call it."""
         self._config, self._source, self._cache = config, source, workdir / TARGETS
-        self._tuning = None
-        if "answers" in config.train.taught:
-            self._tuning = Tuning.of(config, find_base(config, workdir), base_name)
+        self.tuning = None  # the base, where it is asked
+        if config.train.asks_base:
+            self.tuning = Tuning.of(config, find_base(config, workdir), base_name)
+        self._answers = "answers" in config.train.taught
 
     def target(self) -> Target:
         """What the decoder learns to output. Where no checkpoints say it and training goes on from
@@ -82,30 +83,41 @@ class Objective:
         return token_array(self._source, name, target, self._cache, weighted)
 
     def questions(self, dataset: Dataset) -> Sequences | None:
-        """A dataset's examples as the base is asked, if it is."""
-        return self._tuning and self._tuning.encoded(dataset.train, f"{dataset.name}'s train")
+        """A dataset's examples as the base is asked, if answers are taught."""
+        if not self._answers:
+            return None
+        return self.tuning.encoded(dataset.train, f"{dataset.name}'s train")
 
     @property
     def asked(self) -> tuple[int, int]:
         """(questions of a generated LoRA in a step, the token that fills rows up); no question
-        without a base."""
-        if self._tuning is None:
+        where no answers are taught."""
+        if not self._answers:
             return 0, 0
-        return self._config.train.answer_rows, self._tuning.tokenizer.pad_token_id
+        return self._config.train.answer_rows, self.tuning.tokenizer.pad_token_id
 
-    def answering(
-        self, target: Target, over_tasks: jax.sharding.NamedSharding
-    ) -> tuple[Answering, dict] | None:
-        """(the base that is asked, {"base": its parameters, "target"}), if any is. Raises
-        InputError for LoRAs on more than the projections that our base applies."""
-        t, layout = self._tuning, target.layout
-        if t is None:
-            return None
-        applied = t.module.config.lora_shapes(layout.rank, MODULE_ORDER)
+    @property
+    def scale(self) -> float:
+        """Of generated LoRAs in the base."""
+        return self._source.adapter.scale
+
+    def check_applied(self, target: Target) -> None:
+        """Raises InputError for LoRAs on more than the projections that our base applies."""
+        layout = target.layout
+        applied = self.tuning.module.config.lora_shapes(layout.rank, MODULE_ORDER)
         others = [m.key for m in layout.matrices if applied.get(m.key) != m.shape]
         if others:
             raise listed(
                 "train.objective: the base is not asked through these LoRA matrices", others
             )
-        answering = Answering(t.module, self._source.adapter.scale, over_tasks)
-        return answering, {"base": t.params, "target": target}
+
+    def answering(
+        self, target: Target, over_tasks: jax.sharding.NamedSharding
+    ) -> tuple[Answering, dict] | None:
+        """(the base that is asked, {"base": its parameters, "target"}), if answers are taught.
+        Raises InputError as `check_applied`."""
+        if not self._answers:
+            return None
+        self.check_applied(target)
+        answering = Answering(self.tuning.module, self.scale, over_tasks)
+        return answering, {"base": self.tuning.params, "target": target}

@@ -231,6 +231,8 @@ class ShardedStep:
     init: Callable  # key -> state, jitted
     # (state, batch, values as `frozen`) -> (state, metrics), jitted, the state donated
     step: Callable
+    # (parameters, batch, values as `frozen`) -> tokens (B, T, h, w) on all devices, jitted
+    tokens: Callable
 
 
 def state_of(params: Any, optimizer: optax.GradientTransformation, config: schema.Train) -> dict:
@@ -284,6 +286,18 @@ def shard_train_step(
         donate_argnums=0,
         compiler_options=compiler_options(place.platform),
     )
+
+    def generated(params, batch, frozen=None):
+        condition = _condition(batch, encoder_module, (frozen or {}).get("encoder"), place)
+        condition = place.activation(condition)
+        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
+
+    tokens = jax.jit(
+        generated,
+        in_shardings=(shardings["params"], over_batch, frozen or None),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(place.platform),
+    )
     return ShardedStep(
         shapes,
         shardings,
@@ -291,6 +305,7 @@ def shard_train_step(
         frozen or None,
         jax.jit(init, out_shardings=shardings),
         step,
+        tokens,
     )
 
 

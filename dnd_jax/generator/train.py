@@ -30,6 +30,7 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import initial_params, write_generator
+from dnd_jax.generator.held_in import held_in
 from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
@@ -111,7 +112,7 @@ def train(
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 
     # Pairs of prompts with tokens, or with questions for the base.
-    if "answers" in c.taught:
+    if c.asks_base:
         with hosts.lead_first():
             check_reading(config, find_base(config, workdir))
     objective = Objective(config, source, workdir, base_name)
@@ -142,20 +143,29 @@ def train(
     if in_graph:
         frozen["encoder"] = encoder.params
     frozen = jax.device_put(frozen, sharded.frozen or {})
+    asked = held_in(config, suite.train, datasets, objective, target, sharded, frozen)
     del encoder, in_graph  # its parameters need not stay on the first device
 
     # Training.
     print(_announcement(config, mesh, spec, sharded, datasets), flush=True)
     # Of a step of the decoder alone: twice as many backward as forward.
     flop = 0 if answering else 6 * spec.forward_macs * c.batch_size
+
+    def step(state, numbered):
+        i, batch = numbered
+        state, values = sharded.step(state, batch, frozen or None)
+        if asked and ((i + 1) % c.validate_every == 0 or i + 1 == c.steps):
+            values = {**values, **asked.score(state)}
+        return state, values
+
     training = Training(
         "train",
         folder,
         record,
         shaped(sharded.shapes, sharded.shardings),
         init=lambda: first_state(config, sharded),
-        step=lambda state, batch: sharded.step(state, batch, frozen or None),
-        batch_at=lambda i: pairs.placed(i, sharded.over_batch),
+        step=step,
+        batch_at=lambda i: (i, pairs.placed(i, sharded.over_batch)),
         steps=c.steps,
         save_every=c.save_every,
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
@@ -298,7 +308,7 @@ def _run(given: Given) -> None:
     with together.together(given, "train", given["profile"], folders):
         with hosts.lead_first():
             suite = open_suite(config, workdir, given["strict"])
-            if "answers" in config.train.taught:  # of a hub id one process takes the commit
+            if config.train.asks_base:  # of a hub id one process takes the commit
                 find_base(config, workdir)
         folder = train(config, suite, workdir, given["allow"], profile, given["base-name"])
         if hosts.lead():
@@ -319,7 +329,7 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
 def needs(config: Config) -> tuple[str, ...]:
     """The modules beyond a plain install that training needs: of trackers, of the encoder, of a
     bucket."""
-    asked = "answers" in config.train.taught
+    asked = config.train.asks_base
     bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
     return (
         *tracker_packages(config.train.trackers),

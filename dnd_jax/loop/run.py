@@ -33,7 +33,7 @@ from dnd_jax.loop.prefetch import ahead
 from dnd_jax.loop.profiler import Profiler
 from dnd_jax.parallel import hosts
 
-SHOWN = ("loss", "accuracy", "gradient_norm")  # beside the progress bar
+SHOWN = ("loss", "accuracy", "gradient_norm", "held_in_exact")  # beside the progress bar
 
 
 class Diverged(InputError):

@@ -59,6 +59,9 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
         twin, label = axis.twinx(), "training batch exact match"
         if "accuracy" in rows[0]:
             _curve(twin, rows, "accuracy", "tab:orange", alpha=0.7)
+        elif any("held_in_exact" in row for row in rows):
+            label = "held-in exact match"
+            _curve(twin, rows, "held_in_exact", "tab:orange", marker="o")
         else:
             label = "mean square: output, target (grey)"
             _curve(twin, rows, "output_mean_square", "tab:orange", alpha=0.7)
@@ -68,7 +71,7 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
 
 
 def _curve(axis: Any, rows: Sequence[Mapping], name: str, color: str, **look: float) -> None:
-    """Of the steps that have it: those on answers alone have no mean square of a target."""
+    """Of the steps that have it: not all have a mean square of a target, or held-in scores."""
     rows = [row for row in rows if name in row]
     axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=color, **look)
 

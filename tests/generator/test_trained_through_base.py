@@ -65,10 +65,25 @@ def test_it_needs_no_loras(inputs, one_device):
 
 @pytest.mark.slow
 def test_it_learns_to_answer(inputs, tmp_path):
-    done = dnd(*command(inputs, tmp_path, steps=60, rate=0.02))
+    validate = "--config.train.validate_every=1"
+    done = dnd(*command(inputs, tmp_path, validate, steps=60, rate=0.02))
     assert done.returncode == 0, done.stderr
-    losses = [row["answers_loss"] for row in read_metrics(tmp_path / "generator")]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+    rows = read_metrics(tmp_path / "generator")
+    for name in ("answers_loss", "held_in_loss"):
+        losses = [row[name] for row in rows]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+
+
+def test_held_in_questions_are_scored_and_change_nothing(inputs, one_device, tmp_path):
+    assert main(command(inputs, tmp_path, "--config.train.validate_every=4")) == 0
+    rows = read_metrics(tmp_path / "generator")
+    scored = {row["step"]: row for row in rows if "held_in_exact" in row}
+    assert list(scored) == [4, 6]  # and the last one
+    assert all(0 <= row["held_in_exact"] <= 1 < row["held_in_loss"] for row in scored.values())
+    for key, value in trained(one_device).items():
+        np.testing.assert_allclose(trained(tmp_path)[key], value, atol=2e-4, err_msg=key)
+    # What was asked for is no other generator.
+    assert main(command(inputs, tmp_path)) == 0
 
 
 def test_a_decoder_of_zeros_is_what_collecting_starts_from(inputs, one_device):
@@ -227,7 +242,9 @@ def test_weights_first_then_answers(inputs, tmp_path):
     assert [row["step"] for row in of_weights] == [1, 2, 3, 4]
     assert [row["step"] for row in of_answers] == [5, 6]
     alone = [w for w in command(inputs, tmp_path / "alone") if "objective" not in w]
-    assert main([*alone, f"--config.train.checkpoints={tmp_path / 'loras'}"]) == 0
+    validate = "--config.train.validate_every=6"
+    assert main([*alone, f"--config.train.checkpoints={tmp_path / 'loras'}", validate]) == 0
+    assert read_metrics(tmp_path / "alone/generator")[-1]["held_in_loss"] > 0
     expected = [row["loss"] for row in read_metrics(tmp_path / "alone/generator")]
     assert [row["loss"] for row in of_weights] == expected[:4]
     whole = trained(tmp_path)
