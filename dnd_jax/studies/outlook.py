@@ -73,8 +73,9 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
         of_them = f" in {steps} of them" if train.weights_first else ""
         what += f", {train.answer_rows} questions each through the base{of_them}"
     found["train"] = pairs * train.batch_size, what
-    adapters = e.samples * (3 if controls.prompts else 2)  # generated, wrong and random prompts
-    adapters += 6 + 2 * controls.multi_task + 2 * controls.few_shot  # base, nearest, ridge, ...
+    # Generated, ridge, wrong and random prompts; base, nearest, ...
+    adapters = e.samples * (4 if controls.prompts else 3)
+    adapters += 5 + 2 * controls.multi_task + 2 * controls.few_shot
     adapters += min(e.train_adapters or len(suite.train), len(suite.train))
     asked = sum(_forward(base, d.test, e.max_new_tokens / 2) * len(d.test) for d in unseen)
     what = f"{len(unseen)} unseen tasks, about {adapters} adapters each"
