@@ -225,6 +225,11 @@ class Train:
                 f"weights_first = {self.weights_first} must be 0 with train.objective = "
                 f"{self.objective}, all of whose steps are on weights"
             )
+        if self.pairing == "fixed" and "weights" not in self.taught:
+            wrong.append(
+                "pairing = fixed pairs prompts with LoRA checkpoints, of which train.objective = "
+                f"{self.objective} has none; must be random"
+            )
         if self.weights_first >= self.steps:
             wrong.append(
                 f"weights_first = {self.weights_first} must be fewer than train.steps = "

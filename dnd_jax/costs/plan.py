@@ -60,6 +60,8 @@ def _run(given: Given) -> None:
             "--measure runs on this machine's devices; leave --topology and "
             "config.sweep.topologies empty"
         )
+    if given["answer-tokens"] and swept:
+        raise InputError("--answer-tokens is of a single plan; leave out --sweep")
     if given["devices"]:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = (

@@ -117,7 +117,8 @@ def make_plan(
         return _plan(config, mesh, step, generate_arguments(config, mesh), measure)
     c = config.train
     if "answers" not in c.taught:
-        return _plan(config, mesh, step, train_arguments(config, mesh), measure)
+        plan = _plan(config, mesh, step, train_arguments(config, mesh), measure)
+        return _beside_the_base(plan, config, mesh) if c.asks_base else plan
 
     def plan_of(sizes: LmConfig) -> StepCost:
         function, arguments = train_arguments(config, mesh, sizes, answer)
@@ -133,6 +134,17 @@ def make_plan(
         decoder_seconds=decoder.measured_seconds or decoder.estimate_seconds,
         decoder_peak_bytes=decoder.peak_bytes,
     )
+
+
+def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) -> StepCost:
+    """With the base that train.validate_every keeps on the devices."""
+    _, params = collect_cost.base_shapes(config, mesh, collect_cost.sizes_of(config))
+    _, held = bytes_per_device(params, jax.tree.map(lambda x: x.sharding, params))
+    more = {
+        name: (getattr(plan, name) or 0) + held
+        for name in ("state_bytes", "argument_bytes", "peak_bytes")
+    }
+    return dataclasses.replace(plan, **more)
 
 
 def _plan(

@@ -47,16 +47,12 @@ from dnd_jax.lora.merge import FILES, merge_adapter
 from dnd_jax.parallel.mesh import make_mesh
 
 
-def repeated(prompts: Sequence[str], count: int) -> list[str]:
-    """So many of the prompts, in their order: each as often as the others, or once more."""
-    return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
 def draw_prompts(
     prompts: Sequence[str], count: int, seed: int, source: str = "prompts", fewest: int = 0
 ) -> list[str]:
     """`count` of the prompts, drawn without replacement by the seed, in their order. Of fewer, but
-    at least `fewest` (0: count), all, `repeated`. Raises InputError when there are not as many."""
+    at least `fewest` (0: count), all, and some again that the seed draws, as `Pairs` does it.
+    Raises InputError when there are not as many."""
     fewest = fewest or count
     if len(prompts) < fewest:
         takes = count if fewest == count else f"{fewest} to {count}"
@@ -67,10 +63,12 @@ def draw_prompts(
     blank = [i + 1 for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
     if blank:
         raise InputError(f"{source}: prompt {blank[0]} is empty or no text")
-    if len(prompts) < count:
-        return repeated(prompts, count)
-    chosen = np.sort(np.random.default_rng(seed).choice(len(prompts), count, replace=False))
-    return [prompts[i] for i in chosen]
+    rng, size = np.random.default_rng(seed), len(prompts)
+    if size < count:
+        chosen = np.concatenate([np.arange(size), rng.choice(size, count - size)])
+    else:
+        chosen = rng.choice(size, count, replace=False)
+    return [prompts[i] for i in np.sort(chosen)]
 
 
 class TrainedGenerator:

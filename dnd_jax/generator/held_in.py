@@ -23,7 +23,6 @@ from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import leading
 
 DATASETS, QUESTIONS = 4, 32  # at most: of so many training datasets so many questions each
-AT_ONCE = 16  # questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,7 @@ class HeldIn:
 
     questions: of each dataset. tokens: the generator's parameters -> tokens (B, T, h, w) by N
     prompts of each dataset, and some more that fill up the batch. scale: of LoRAs in the base.
+    at_once: questions, as many as the train step asks.
     """
 
     questions: Sequence[Sequences]
@@ -39,6 +39,7 @@ class HeldIn:
     target: Target
     tuning: Tuning
     scale: float
+    at_once: int
 
     def score(self, state: Mapping) -> dict[str, np.float32]:
         """{"held_in_exact": share of the answers whose every token is the most likely one,
@@ -49,7 +50,7 @@ class HeldIn:
         loras = [self.target.decode(of_one) for of_one in tokens]
         stacked = {key: np.stack([lora[key] for lora in loras]) for key in loras[0]}
         base = self.tuning.module, self.tuning.params
-        found = score_loras(*base, stacked, self.scale, self.questions, AT_ONCE)
+        found = score_loras(*base, stacked, self.scale, self.questions, self.at_once)
         means = np.mean(found, axis=0)  # (loss, exact)
         return {"held_in_loss": np.float32(means[0]), "held_in_exact": np.float32(means[1])}
 
@@ -92,4 +93,5 @@ def held_in(
     def tokens(params):
         return sharded.tokens(params, inputs, frozen or None)
 
-    return HeldIn(questions, tokens, target, tuning, objective.scale)
+    how = tuning, objective.scale, config.train.answer_rows
+    return HeldIn(questions, tokens, target, *how)

@@ -19,7 +19,7 @@ from dnd_jax.generator.folder import read_target
 from dnd_jax.lora.checkpoints import Checkpoints, TokenArray, make_target, token_array
 from dnd_jax.lora.initial import SPREAD, Initial
 from dnd_jax.lora.layout import MODULE_ORDER
-from dnd_jax.lora.targets import Target
+from dnd_jax.lora.targets import ElementTarget, Target
 from dnd_jax.lora.tuning import Tuning
 
 Source = Checkpoints | Initial
@@ -60,20 +60,23 @@ class Objective:
         self._answers = "answers" in config.train.taught
 
     def target(self) -> Target:
-        """What the decoder learns to output. Where no checkpoints say it and training goes on from
-        a generator, what that one does. Raises InputError for one of other LoRAs."""
-        if isinstance(self._source, Checkpoints):
-            return make_target(self._config, self._source, self._cache)
-        start = self._config.train.init_from
-        if not start:
-            return self._source.target()
-        target, adapter = read_target(start)
-        if (target.layout, adapter.scale) != (self._source.layout, self._source.adapter.scale):
-            raise InputError(
-                f"config.train.init_from = {start}: its LoRAs have other modules, shapes or scale; "
-                "give its config.lora (rank, alpha, targets), base and generator.chunk_width"
-            )
-        return target
+        """What the decoder learns to output. Where training goes on from a generator of an element
+        target, what that one does: its parameters mean nothing by other statistics. Raises
+        InputError for one of other LoRAs."""
+        source, start = self._source, self._config.train.init_from
+        if start:
+            target, adapter = read_target(start)
+            if (target.layout, adapter.scale) != (source.layout, source.adapter.scale):
+                raise InputError(
+                    f"config.train.init_from = {start}: its LoRAs have other modules, shapes or "
+                    "scale; give its config.lora (rank, alpha, targets), base and "
+                    "generator.chunk_width"
+                )
+            if isinstance(target, ElementTarget):
+                return target
+        if isinstance(source, Checkpoints):
+            return make_target(self._config, source, self._cache)
+        return source.target()
 
     def tokens(self, name: str, target: Target) -> TokenArray | None:
         """The tokens of a dataset's checkpoints, if these are taught."""
@@ -108,7 +111,9 @@ class Objective:
         others = [m.key for m in layout.matrices if applied.get(m.key) != m.shape]
         if others:
             raise listed(
-                "train.objective: the base is not asked through these LoRA matrices", others
+                "the base is not asked through these LoRA matrices (train.objective, "
+                "train.validate_every)",
+                others,
             )
 
     def answering(

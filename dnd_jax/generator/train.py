@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
+from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_given, check_reading
 from dnd_jax.config.records import Older
@@ -108,6 +109,8 @@ def train(
     record = {**settings_of(config, suite), **taught}
     files = {"the LoRA checkpoints": "checkpoints", "the base's files": "base"}
     of_files = {what: taught[key] for what, key in files.items() if key in taught}
+    if c.asks_base and hosts.several():
+        of_files["the base's files"] = base_digest(find_base(config, workdir))
     hosts.check_alike({"the suite's files": suite.fingerprint, **of_files})
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 
@@ -151,12 +154,9 @@ def train(
     # Of a step of the decoder alone: twice as many backward as forward.
     flop = 0 if answering else 6 * spec.forward_macs * c.batch_size
 
-    def step(state, numbered):
-        i, batch = numbered
-        state, values = sharded.step(state, batch, frozen or None)
-        if asked and ((i + 1) % c.validate_every == 0 or i + 1 == c.steps):
-            values = {**values, **asked.score(state)}
-        return state, values
+    def score_at(done):  # also after the first step, to fail early where there is no room
+        due = asked and (done % c.validate_every == 0 or done in (1, c.steps))
+        return asked.score if due else None
 
     training = Training(
         "train",
@@ -164,10 +164,11 @@ def train(
         record,
         shaped(sharded.shapes, sharded.shardings),
         init=lambda: first_state(config, sharded),
-        step=step,
-        batch_at=lambda i: (i, pairs.placed(i, sharded.over_batch)),
+        step=lambda state, batch: sharded.step(state, batch, frozen or None),
+        batch_at=lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
+        score_at=score_at,
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
         row_of=lambda done, values, seconds: _row(
             values, pairs.names(done - 1), seconds, flop, mesh

@@ -23,6 +23,11 @@ from dnd_jax.parallel import hosts
 
 CHECKPOINTS = "checkpoints"
 FORMAT = 1  # of a checkpoint's record
+MEND = "mend its storage, or delete the folder to start over"
+RESTORE = (
+    "settings that --allow lets differ change what a state holds (train.optimizer, "
+    "train.average_decay): give these as they were"
+)
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:
@@ -141,7 +146,7 @@ def restore(
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes
     )
-    faults, reader = [], _reader(manager)
+    faults, reader, same = [], _reader(manager), True
     for step in sorted(manager.all_steps(), reverse=True):
         stored = state = error = None
         try:
@@ -158,7 +163,7 @@ def restore(
                 )
             where = manager.directory / str(step)
             check_format(where, stored.get("format", 0), FORMAT)
-            check_same_run(where, stored["settings"], record, allowed, older)
+            same = check_same_run(where, stored["settings"], record, allowed, older)
             try:
                 state = reader.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
@@ -188,8 +193,7 @@ def restore(
         steps = ", ".join(str(step) for step, _ in faults)
         raise InputError(
             f"{manager.directory}: no checkpoint can be read (steps {steps}: "
-            f"{_reason(faults[0][1])}); mend its storage, or "
-            "delete the folder to start over"
+            f"{_reason(faults[0][1])}); {MEND if same else RESTORE}"
         )
     return 0, None
 

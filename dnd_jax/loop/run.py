@@ -62,6 +62,8 @@ class Training:
     ended: Callable[[int, Any], bool] = lambda done, state: False
     # (steps done, state), after each of them
     after_step: Callable[[int, Any], None] = lambda done, state: None
+    # steps done -> state -> numbers to write with that step's, None where there are none
+    score_at: Callable[[int], Callable[[Any], Mapping] | None] = lambda done: None
     # i -> the data of that step, for the message when its loss is not finite
     blame: Callable[[int], str] = lambda i: ""
     # (steps done, metrics, seconds) -> the numbers that are written
@@ -108,6 +110,8 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             state, values = training.step(state, batch)  # dispatched, not waited for
             reports.read(saves.last)  # of the step before
             reports.pending = i + 1, values, waited
+            if (score := training.score_at(i + 1)) is not None:
+                reports.score(score, state)
             profiler.at(i + 1, state)
             stop.check_lost()
             training.after_step(i + 1, state)
@@ -235,6 +239,14 @@ class _Reports:
         self._bar.update(1)
         shown = {key: f"{row[key]:.3g}" for key in SHOWN if key in row}
         self._bar.set_postfix(shown, refresh=False)
+
+    def score(self, score: Callable[[Any], Mapping], state: Any) -> None:
+        """Adds what takes a while to the pending numbers; its time is no step's."""
+        done, values, waited = self.pending
+        values = jax.device_get(dict(values))
+        started = time.perf_counter()
+        self.pending = done, {**values, **score(state)}, waited
+        self._started += time.perf_counter() - started
 
     def _check(self, done: int, row: Mapping, last_saved: str) -> None:
         for name in ("loss", "gradient_norm"):

@@ -31,6 +31,7 @@ from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
 from dnd_jax.scoring.draws import draw_training, repeat_few, seeds_of_draws, wrong_task
 
 RIDGE_DRAWS = 16
+TRAINED_BY = ("datasets", "objective", "weights_first")  # what decides of a generator's competitors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +65,14 @@ def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
     what differs; another suite may be asked of it."""
     asked = ("num_prompts", "max_text_length", "layer", "form")
     # An imported generator does not say on how many datasets it was trained.
-    datasets = read_record(generator.folder)["train"].get("datasets", config.train.datasets)
+    trained = read_record(generator.folder)["train"]
+    taught = {"objective": "weights", "weights_first": 0} | trained if trained else {}
     then, now = (
         {
             "condition": {key: getattr(condition, key) for key in asked},
-            "train": {"datasets": number},
+            "train": {key: of.get(key, getattr(config.train, key)) for key in TRAINED_BY},
         }
-        for condition, number in (
-            (generator.condition, datasets),
-            (config.condition, config.train.datasets),
-        )
+        for condition, of in ((generator.condition, taught), (config.condition, {}))
     )
     check_same_run(generator.folder, then, now, None)
 

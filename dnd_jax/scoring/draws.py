@@ -6,7 +6,7 @@ import numpy as np
 
 from dnd_jax.core import digests
 from dnd_jax.data.suite import Dataset, Suite
-from dnd_jax.generator.generate import draw_prompts, repeated
+from dnd_jax.generator.generate import draw_prompts
 
 
 def seeds_of_draws(name: str, seed: int, samples: int) -> range:
@@ -47,4 +47,5 @@ def repeat_few(prompts: Sequence[str], different: int, count: int, seed: int) ->
     prompts as they are for 0."""
     if not different:
         return prompts
-    return repeated(draw_prompts(prompts, different, seed), count)
+    few = draw_prompts(prompts, different, seed)
+    return [few[i * different // count] for i in range(count)]

@@ -85,6 +85,32 @@ def test_every_fault_of_a_configuration_is_in_one_error():
         freeze(raw)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights_first": 5}, "weights_first = 5 must be 0 with train.objective = weights"),
+        (
+            {"objective": "answers", "weights_first": 800},
+            "weights_first = 800 must be fewer than train.steps = 800",
+        ),
+        ({"objective": "answers", "pairing": "fixed"}, "pairing = fixed pairs prompts with LoRA"),
+        ({"average_decay": 1.0}, "config.train.average_decay = 1.0 must lie in 0 to below 1"),
+        ({"validate_every": -1}, "config.train.validate_every = -1 must not be negative"),
+        ({"objective": "weights,answers"}, "'weights,answers' is none of"),
+    ],
+)
+def test_objectives_that_contradict_other_settings(changes, said):
+    raw = load_file("mini").to_dict()
+    raw["train"].update(changes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        freeze(raw)
+    raw["train"].update(objective="answers", weights_first=799, pairing="fixed", average_decay=0.9)
+    raw["train"].update(validate_every=0)
+    config = freeze(raw)  # steps on weights pair prompts with checkpoints
+    assert config.train.taught == ("weights", "answers") and config.train.asks_base
+    assert config.train.taught_at(798) == ("weights",) != config.train.taught_at(799)
+
+
 @pytest.mark.parametrize("key", ["suite", "base.path", "condition.encoder", "train.checkpoints"])
 def test_a_leading_tilde_of_a_path_is_the_home_folder(key, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/mine")

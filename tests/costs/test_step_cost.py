@@ -173,6 +173,16 @@ def test_a_step_on_answers_is_planned_with_the_base():
     assert make_plan(half, jax.devices()[:1], answer=2).argument_bytes < plan.argument_bytes
 
 
+def test_the_base_that_validates_is_beside_the_step():
+    plain, validating = (
+        make_plan(asked(train__objective="weights", train__validate_every=n), jax.devices()[:1])
+        for n in (0, 5)
+    )
+    layer = 3 * 32 * 64 + 2 * 32 * 32  # of the base, at the least
+    more = validating.peak_bytes - plain.peak_bytes
+    assert more >= 4 * (512 * 32 + 5 * layer) and validating.flops == plain.flops
+
+
 def test_a_step_on_answers_over_a_mesh_keeps_parts_of_the_base():
     whole, parts = (
         make_plan(asked(mesh__fsdp=n, mesh__data=8 // n), jax.devices(), answer=2) for n in (1, 8)

@@ -162,6 +162,13 @@ def test_the_generator_is_the_moving_average_where_one_is_kept(run, pairs_and_im
         np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-7, err_msg=key)
     assert any(np.abs(found[key] - value).max() > 1e-5 for key, value in last.items())
 
+    # Without one the state has fewer parts: no such checkpoint goes on, whatever is allowed.
+    (folder / "generator.json").unlink()
+    none = dataclasses.replace(config, train=dataclasses.replace(c, average_decay=0.0))
+    with pytest.raises(InputError, match=r"train\.average_decay\): give these as they were"):
+        train(none, suite, tmp_path, allowed=("train.average_decay",))
+    assert not list(folder.rglob("*.damaged"))
+
 
 def test_speed_is_counted_operations_by_time(run, pairs_and_importance):
     config, batch = run[0], pairs_and_importance[0].batch_at(0)

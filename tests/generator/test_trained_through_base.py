@@ -78,7 +78,7 @@ def test_held_in_questions_are_scored_and_change_nothing(inputs, one_device, tmp
     assert main(command(inputs, tmp_path, "--config.train.validate_every=4")) == 0
     rows = read_metrics(tmp_path / "generator")
     scored = {row["step"]: row for row in rows if "held_in_exact" in row}
-    assert list(scored) == [4, 6]  # and the last one
+    assert list(scored) == [1, 4, 6]  # the first and the last one too
     assert all(0 <= row["held_in_exact"] <= 1 < row["held_in_loss"] for row in scored.values())
     for key, value in trained(one_device).items():
         np.testing.assert_allclose(trained(tmp_path)[key], value, atol=2e-4, err_msg=key)
@@ -245,6 +245,17 @@ def test_weights_first_then_answers(inputs, tmp_path):
     validate = "--config.train.validate_every=6"
     assert main([*alone, f"--config.train.checkpoints={tmp_path / 'loras'}", validate]) == 0
     assert read_metrics(tmp_path / "alone/generator")[-1]["held_in_loss"] > 0
+    # From answers back to weights: the parameters keep their meaning.
+    back = [*alone, f"--config.train.init_from={tmp_path}", "--config.train.steps=1"]
+    back = [w for w in back if not w.startswith(("--workdir", "--config.train.steps=6"))]
+    back += [f"--config.train.checkpoints={tmp_path / 'loras'}", f"--workdir={tmp_path / 'back'}"]
+    back = [w for w in back if "learning_rate" not in w] + ["--config.train.learning_rate=1e-9"]
+    assert main(back) == 0
+    then, now = (
+        tensors_of(w / "generator/statistics.safetensors") for w in (tmp_path, tmp_path / "back")
+    )
+    for key in ("mean", "scale"):
+        np.testing.assert_array_equal(now[key], then[key], err_msg=key)
     expected = [row["loss"] for row in read_metrics(tmp_path / "alone/generator")]
     assert [row["loss"] for row in of_weights] == expected[:4]
     whole = trained(tmp_path)

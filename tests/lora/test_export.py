@@ -147,7 +147,8 @@ def test_fewer_prompts_are_repeated_for_a_generator_that_has_met_fewer(made, tmp
     stored["settings"].setdefault("train", {})["few_prompts"] = 0.5
     file.write_text(json.dumps(stored))
     (tmp_path / "three.txt").write_text("\n".join(PROMPTS[:3]))
-    (tmp_path / "four.txt").write_text("\n".join([PROMPTS[0], *PROMPTS[:3]]))
+    again = np.sort([0, 1, 2, *np.random.default_rng(0).choice(3, 1)])
+    (tmp_path / "four.txt").write_text("\n".join(PROMPTS[i] for i in again))
     (tmp_path / "one.txt").write_text(PROMPTS[0])
 
     def run(name: str, generator: pathlib.Path = tmp_path / "g") -> int:
