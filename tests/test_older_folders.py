@@ -133,12 +133,13 @@ def test_scores_are_made_anew_once(moved, monkeypatch, capsys):
     asked.clear()
     assert evaluation.evaluate(now, suite, find_base(now, run), run) == result
     assert not asked and "anew" not in capsys.readouterr().out
-    more = config(moved, evaluate={"samples": 2})  # one more adapter for each of 3 datasets, twice
+    # One adapter more for each of 3 datasets: generated, of wrong prompts, of ridge.
+    more = config(moved, evaluate={"samples": 2})
     evaluation.evaluate(more, suite, find_base(now, run), run)
-    assert sum(map(len, asked)) == 6
+    assert sum(map(len, asked)) == 9
     assert json.loads((run / "evaluation.json").read_text())["format"] == 1
     evaluation.evaluate(now, suite, find_base(now, run), run)  # fewer again
-    assert sum(map(len, asked)) == 6
+    assert sum(map(len, asked)) == 9
     with pytest.raises(InputError, match=r"--allow=evaluate.max_new_tokens .* 2 -> 3"):
         longer = config(moved, evaluate={"max_new_tokens": 3})
         evaluation.evaluate(longer, suite, find_base(now, run), run)

@@ -36,7 +36,15 @@ def no_hub(monkeypatch):
 
 
 def test_the_papers_settings_are_all_here():
-    assert set(TOKENS) == {name for name in shipped() if name.startswith("qwen")}
+    """Beside them those whose generators learn from answers, of the same sizes."""
+    found = {name for name in shipped() if name.startswith("qwen")}
+    assert set(TOKENS) == {name for name in found if not name.endswith("_answers")}
+    for name in found - set(TOKENS):
+        of_weights = freeze(load_file(name.removesuffix("_answers")))
+        of_answers = freeze(load_file(name))
+        assert layout_of(of_answers) == layout_of(of_weights)
+        assert of_answers.generator == of_weights.generator
+        assert of_answers.train.taught == ("answers",) != of_weights.train.taught
 
 
 @pytest.mark.parametrize("name", TOKENS)

@@ -101,7 +101,11 @@ def test_a_decoder_of_zeros_is_what_collecting_starts_from(inputs, one_device):
 
 @pytest.mark.parametrize(
     "sizes",
-    [(8, 1, 1), (2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)],
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+        pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_any_mesh_trains_the_same_generator(inputs, one_device, tmp_path, sizes):
     assert main(command(inputs, tmp_path, *on(*sizes))) == 0
@@ -115,6 +119,7 @@ def test_any_mesh_trains_the_same_generator(inputs, one_device, tmp_path, sizes)
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_same_step(inputs, one_device, tmp_path):
     done = dnd(*command(inputs, tmp_path, "--config.train.micro_batches=4"))
     assert done.returncode == 0, done.stderr
@@ -122,6 +127,7 @@ def test_a_batch_in_parts_is_the_same_step(inputs, one_device, tmp_path):
         np.testing.assert_allclose(trained(tmp_path)[key], value, atol=2e-4, err_msg=key)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped_to_the_same_bits(inputs, tmp_path):
     words = [
         command(inputs, tmp_path / name, "--config.train.save_every=1", steps=40) for name in "ab"
@@ -207,6 +213,7 @@ def test_another_base_is_another_generator(inputs, one_device, tmp_path, capsys)
     assert "base: '" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_generator_of_the_same_loras_alone(inputs, one_device, tmp_path, capsys):
     begin = f"--config.train.init_from={one_device}"
     done = dnd(*command(inputs, tmp_path / "w", begin, steps=1, rate=1e-9))
@@ -231,6 +238,7 @@ def test_weights_and_answers_together(inputs, tmp_path):
     assert min(by_dataset) > rows[0]["answers_loss"] / 2
 
 
+@pytest.mark.slow
 def test_weights_first_then_answers(inputs, tmp_path):
     """The steps before the change are those of a training on weights, and it resumes after it."""
     words = command(inputs, tmp_path, "--config.train.save_every=1")

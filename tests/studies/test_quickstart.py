@@ -155,18 +155,19 @@ def test_changed_setting_is_refused_and_listed(suite, finished):
 
 
 def test_generate_command_and_function(suite, finished, tmp_path):
+    """The seed that a card names draws the same prompts, and so makes the same adapter."""
     workdir, _ = finished
     name = load_suite(suite).unseen[0].name
     prompts = suite / "datasets" / name / "train.jsonl"
-    done = dnd(
-        "generate", f"--generator={workdir}", f"--prompts={prompts}", f"--out={tmp_path / 'a'}"
-    )
+    seed = int(re.search(r"seed (\d+)", (workdir / "adapters" / name / "README.md").read_text())[1])
+    words = f"--prompts={prompts}", f"--seed={seed}", f"--out={tmp_path / 'a'}"
+    done = dnd("generate", f"--generator={workdir}", *words)
     assert done.returncode == 0, done.stderr
     text = tmp_path / "prompts.txt"
     text.write_text(
         "\n".join(json.loads(line)["prompt"] for line in prompts.read_text().splitlines())
     )
-    again = generate_adapter(workdir / "generator", text, tmp_path / "b")
+    again = generate_adapter(workdir / "generator", text, tmp_path / "b", seed)
     stored = [
         (folder / "adapter_model.safetensors").read_bytes()
         for folder in (tmp_path / "a", workdir / "adapters" / name)
@@ -174,7 +175,7 @@ def test_generate_command_and_function(suite, finished, tmp_path):
     assert stored[0] == stored[1]
     # This process has eight virtual devices, hence other threads and another order of summation.
     first, second = load_adapter(tmp_path / "a"), load_adapter(again)
-    other = load_adapter(generate_adapter(workdir, text, tmp_path / "c", seed=1))
+    other = load_adapter(generate_adapter(workdir, text, tmp_path / "c", seed + 1))
     for key, value in first.items():
         np.testing.assert_allclose(second[key], value, atol=1e-5)
     assert any(np.abs(other[key] - value).max() > 1e-5 for key, value in first.items())
