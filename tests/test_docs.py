@@ -62,6 +62,7 @@ def test_any_other_base(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_base_of_a_family_of_ours(tmp_path):
     out = walk(tmp_path, block("BASES.md", "dnd pretrain --config=tests/tiny.py"))
     assert (tmp_path / "runs" / "mine" / "results.json").is_file() and "generated" in out

@@ -126,6 +126,7 @@ def test_measured_times_cover_the_direct_method_and_several_tilings():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_estimates_of_a_tpu_compiler(tmp_path):
     """The real train step on four v5p chips, with the first stage of the paper's first setting."""
     assert importlib.util.find_spec("libtpu"), "the test extra installs libtpu"

@@ -99,13 +99,11 @@ def test_a_decoder_of_zeros_is_what_collecting_starts_from(inputs, one_device):
     assert all(np.abs(x).max() > 0 for key, x in made.items() if ".lora_B." in key)
 
 
+LONG = pytest.mark.slow, pytest.mark.long
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-        pytest.param((1, 4, 2), marks=pytest.mark.slow),
-    ],
+    "sizes", [pytest.param((8, 1, 1), marks=LONG), (2, 2, 2), pytest.param((1, 4, 2), marks=LONG)]
 )
 def test_any_mesh_trains_the_same_generator(inputs, one_device, tmp_path, sizes):
     assert main(command(inputs, tmp_path, *on(*sizes))) == 0
@@ -167,6 +165,7 @@ def finish(*processes) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_the_generator_of_one_and_go_on_when_stopped(inputs, tmp_path):
     """The base in parts over both. Sums over four devices have another order in two processes."""
     one, two = (

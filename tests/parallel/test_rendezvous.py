@@ -212,6 +212,7 @@ def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_only_one_process_cannot_read_sends_both_to_the_step_before(inputs, tmp_path):
     """Files of the newest checkpoint that hold what process 1 keeps alone are cut short."""
     sharded, folder = ("--config.mesh.data=1", "--config.mesh.fsdp=2"), tmp_path / "generator"
@@ -497,6 +498,7 @@ def test_sigterm_before_the_first_step_ends_all(inputs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_died_while_others_were_awaited_may_join_again(inputs, tmp_path):
     address = (
         f"--coordinator=127.0.0.1:{free_port()}",

@@ -382,6 +382,7 @@ def test_harness_stage_on_a_finished_run(suite, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_another_condition_form_and_an_unlabeled_pool(suite, finished, tmp_path):
     """Answers in the condition; an unseen task that has prompts alone has no tuned reference, and
     no such condition."""
