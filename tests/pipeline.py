@@ -59,6 +59,35 @@ def start(*arguments: str, devices: int = 1, cwd: pathlib.Path = ROOT) -> subpro
     )
 
 
+def on(data: int, fsdp: int, tensor: int) -> list[str]:
+    """The flags of a mesh."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+
+
+def free_port() -> int:
+    sys.path.insert(0, str(ROOT / "launch"))
+    import local_multiprocess
+
+    return local_multiprocess.free_port()
+
+
+def start_two(*arguments: str) -> list[subprocess.Popen]:
+    """`dnd ARGUMENTS` in two processes of two devices each, which find each other."""
+    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=120")
+    return [start(*arguments, *address, f"--process={i}", devices=2) for i in range(2)]
+
+
+def finish(*processes: subprocess.Popen) -> list[tuple[int, str]]:
+    """(exit status, all output) of each."""
+    try:
+        outs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out + err) for p, (out, err) in zip(processes, outs, strict=True)]
+
+
 def dnd(*arguments: str, timeout: float = 600, devices: int = 1) -> subprocess.CompletedProcess:
     """Runs `dnd ARGUMENTS` to its end."""
     process = start(*arguments, devices=devices)

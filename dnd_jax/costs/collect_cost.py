@@ -23,7 +23,7 @@ from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import bytes_per_device, leading, replicated, shaped, shard_by_rules
+from dnd_jax.parallel.rules import held_bytes, leading, replicated, shaped, shard_by_rules
 
 FEW = (2, 3)  # layers that a base of more is compiled with
 GROWS = (  # figures of a plan that grow by the same amount with each layer
@@ -119,7 +119,7 @@ def _of_layers(
     tasks, device = batch_ways(mesh), mesh.devices.flat[0]
     step, arguments = collect_arguments(config, mesh, sizes, tasks, answer)
     chip = chip_of(device.device_kind)
-    held = sum(_held(tree) for tree in arguments[:2])
+    held = sum(held_bytes(tree) for tree in arguments[:2])
     plan = StepCost(
         step="collect",
         devices=f"{mesh.size} {chip.name if chip else device.device_kind}",
@@ -136,11 +136,6 @@ def _of_layers(
         limit_bytes=int(chip.memory) if chip else None,
     )
     return compiled_cost(plan, step, arguments, mesh, measure=measure)
-
-
-def _held(tree: Any) -> int:
-    """Bytes of a tree of shapes that one device holds."""
-    return bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))[1]
 
 
 def _grown(few: StepCost, more: StepCost, layers: int) -> StepCost:
@@ -176,6 +171,6 @@ def _tasks(
     if not plan.fits or not plan.limit_bytes or not plan.peak_bytes:
         return None
     _, arguments = collect_arguments(config, mesh, sizes, batch_ways(mesh), answer)
-    base = _held(arguments[0])
+    base = held_bytes(arguments[0])
     each = max(1, plan.peak_bytes - base)
     return math.floor((plan.limit_bytes - base) / each) * batch_ways(mesh)

@@ -19,7 +19,7 @@ from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.costs import hlo
 from dnd_jax.loop.prefetch import AHEAD
 from dnd_jax.parallel.placement import Placement
-from dnd_jax.parallel.rules import bytes_per_device
+from dnd_jax.parallel.rules import held_bytes
 
 # the compiler's least effort: several times faster, and neither its estimate nor its memory differs
 # much
@@ -203,8 +203,7 @@ def compiled_cost(
     ahead = 0
     if plan.step != "generate":
         batch = arguments[2 if plan.step == "collect" else 1]
-        held = bytes_per_device(batch, jax.tree.map(lambda x: x.sharding, batch))[1]
-        ahead = (AHEAD + 1) * held
+        ahead = (AHEAD + 1) * held_bytes(batch)
     outside = once(platform) if parts > 1 else {}
 
     def whole(name: str) -> float:

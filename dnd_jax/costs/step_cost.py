@@ -35,7 +35,7 @@ from dnd_jax.lora.targets import from_statistics
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import bytes_per_device, shaped
+from dnd_jax.parallel.rules import held_bytes, shaped
 
 
 def train_arguments(
@@ -139,9 +139,8 @@ def make_plan(
 def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) -> StepCost:
     """With the base that train.validate_every keeps on the devices."""
     _, params = collect_cost.base_shapes(config, mesh, collect_cost.sizes_of(config))
-    _, held = bytes_per_device(params, jax.tree.map(lambda x: x.sharding, params))
     more = {
-        name: (getattr(plan, name) or 0) + held
+        name: (getattr(plan, name) or 0) + held_bytes(params)
         for name in ("state_bytes", "argument_bytes", "peak_bytes")
     }
     return dataclasses.replace(plan, **more)
@@ -158,7 +157,6 @@ def _plan(
     parts = config.train.micro_batches if step == "train" else 1
     spec, method = spec_of(config), config.generator.convolution
     problems = list(device_problems(spec, mesh, batch, parts).values())
-    _, state = bytes_per_device(arguments[0], jax.tree.map(lambda x: x.sharding, arguments[0]))
     plan = StepCost(
         step=step,
         devices=f"{len(devices)} {chip.name if chip else devices[0].device_kind}",
@@ -173,7 +171,7 @@ def _plan(
             plan.looped and not plan.direct
             for plan in (choose(problem, method) for problem in problems)
         ),
-        state_bytes=state,
+        state_bytes=held_bytes(arguments[0]),
         limit_bytes=int(chip.memory) if chip else None,
         direct_flops=(6 if step == "train" else 2) * batch * spec.forward_macs / len(devices),
     )

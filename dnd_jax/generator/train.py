@@ -107,10 +107,10 @@ def train(
     older = older_values(config, source)
     taught = taught_by(config, source, workdir)
     record = {**settings_of(config, suite), **taught}
-    files = {"the LoRA checkpoints": "checkpoints", "the base's files": "base"}
-    of_files = {what: taught[key] for what, key in files.items() if key in taught}
+    of_files = {"the LoRA checkpoints": taught["checkpoints"]} if "checkpoints" in taught else {}
     if c.asks_base and hosts.several():
-        of_files["the base's files"] = base_digest(find_base(config, workdir))
+        of_base = taught.get("base") or base_digest(find_base(config, workdir))
+        of_files["the base's files"] = of_base
     hosts.check_alike({"the suite's files": suite.fingerprint, **of_files})
     check_newest(folder, c.checkpoint_dir, record, allowed, older)
 

@@ -78,6 +78,11 @@ def bytes_per_device(shapes: Any, shardings: Any) -> tuple[int, int]:
     return total, held
 
 
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes that have shardings."""
+    return bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))[1]
+
+
 def sharding_table(shapes: Any, shardings: Any) -> list[str]:
     """One line a leaf: path, type, shape, axes of each dimension and the shape on one device."""
     lines = []

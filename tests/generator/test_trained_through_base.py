@@ -3,12 +3,11 @@
 import json
 import shutil
 import signal
-import sys
 
 import jax
 import numpy as np
 import pytest
-from pipeline import ROOT, dnd, start, tiny_suite, when
+from pipeline import ROOT, dnd, finish, on, start, start_two, tiny_suite, when
 from safetensors.numpy import load_file as tensors_of
 from small_models import write_qwen
 
@@ -35,11 +34,6 @@ def command(inputs, workdir, *more: str, steps: int = 6, rate: float = 0.002) ->
     settings += f"--config.train.steps={steps}", f"--config.train.learning_rate={rate}"
     tiny = f"--config={ROOT / 'tests/tiny.py'}"
     return ["train", tiny, f"--suite={suite}", f"--workdir={workdir}", *settings, *more]
-
-
-def on(data: int, fsdp: int, tensor: int) -> list[str]:
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
 def trained(workdir) -> dict[str, np.ndarray]:
@@ -144,26 +138,6 @@ def test_it_goes_on_where_it_was_stopped_to_the_same_bits(inputs, tmp_path):
         np.testing.assert_array_equal(trained(tmp_path / "a")[key], value, err_msg=key)
 
 
-def start_two(words) -> list:
-    """Two processes of two devices each."""
-    sys.path.insert(0, str(ROOT / "launch"))
-    import local_multiprocess
-
-    port = local_multiprocess.free_port()
-    address = f"--coordinator=127.0.0.1:{port}", "--processes=2", "--start-timeout=120"
-    return [start(*words, *address, f"--process={i}", devices=2) for i in range(2)]
-
-
-def finish(*processes) -> list[tuple[int, str]]:
-    """(exit status, all output) of each."""
-    try:
-        outs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out + err) for p, (out, err) in zip(processes, outs, strict=True)]
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_train_the_generator_of_one_and_go_on_when_stopped(inputs, tmp_path):
@@ -174,14 +148,14 @@ def test_two_processes_train_the_generator_of_one_and_go_on_when_stopped(inputs,
     )
     done = dnd(*one, devices=4)
     assert done.returncode == 0, done.stderr
-    first, second = start_two(two)
+    first, second = start_two(*two)
     begun = tmp_path / "two/generator/checkpoints/2"
     assert when(first, begun.exists), finish(first, second)
     second.send_signal(signal.SIGTERM)
     ended = finish(first, second)
     assert [status for status, _ in ended] == [0, 0], ended
     assert all("resume with: dnd train" in out for _, out in ended), ended
-    ended = finish(*start_two(two))
+    ended = finish(*start_two(*two))
     assert [status for status, _ in ended] == [0, 0], ended
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / name / "generator")]

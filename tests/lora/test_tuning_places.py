@@ -2,13 +2,11 @@
 
 import pathlib
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from pipeline import ROOT, start, tiny_suite, when
+from pipeline import ROOT, finish, free_port, on, start, start_two, tiny_suite, when
 from small_models import write_qwen
 
 from dnd_jax.base.sequences import Sequences
@@ -36,11 +34,6 @@ def command(inputs, workdir, *more: str, stage: str = "collect") -> list[str]:
     settings += "--config.lora.steps=3", "--config.lora.targets=('q_proj','down_proj')"
     tiny = f"--config={ROOT / 'tests/tiny.py'}"
     return [stage, tiny, f"--suite={suite}", f"--workdir={workdir}", *settings, *more]
-
-
-def on(data: int, fsdp: int, tensor: int) -> list[str]:
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
 def loras(workdir: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
@@ -98,28 +91,9 @@ def of_one_process(inputs, tmp_path_factory):
     return workdir
 
 
-def free_port() -> int:
-    sys.path.insert(0, str(ROOT / "launch"))
-    import local_multiprocess
-
-    return local_multiprocess.free_port()
-
-
-def start_two(inputs, workdir, *more: str, stage: str = "collect") -> list[subprocess.Popen]:
-    """Two processes of two devices each."""
-    address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=120")
-    words = command(inputs, workdir, *on(2, 2, 1), *more, *address, stage=stage)
-    return [start(*words, f"--process={i}", devices=2) for i in range(2)]
-
-
-def finish(*processes: subprocess.Popen) -> list[tuple[int, str]]:
-    """(exit status, all output) of each."""
-    try:
-        outs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out + err) for p, (out, err) in zip(processes, outs, strict=True)]
+def two(inputs, workdir, *more: str, stage: str = "collect") -> list[str]:
+    """The command of two processes of two devices each."""
+    return command(inputs, workdir, *on(2, 2, 1), *more, stage=stage)
 
 
 def check_both(ended: list[tuple[int, str]], status: int = 0) -> None:
@@ -132,7 +106,7 @@ def test_two_processes_make_the_loras_of_one_and_go_on_when_stopped(
 ):
     """Groups of four tasks and two: stopped in the first."""
     groups = "--config.lora.tasks_at_once=4", "--config.lora.save_every=1"
-    first, second = start_two(inputs, tmp_path, *groups)
+    first, second = start_two(*two(inputs, tmp_path, *groups))
     begun = tmp_path / "collect/group_000/checkpoints/1"
     assert when(first, begun.exists), finish(first, second)
     second.send_signal(signal.SIGTERM)
@@ -140,7 +114,7 @@ def test_two_processes_make_the_loras_of_one_and_go_on_when_stopped(
     check_both(ended)
     if not all("resume with: dnd collect" in out for _, out in ended):
         assert (tmp_path / "loras/collect.json").is_file(), ended
-    ended = finish(*start_two(inputs, tmp_path, *groups))
+    ended = finish(*start_two(*two(inputs, tmp_path, *groups)))
     check_both(ended)
     assert "LoRA checkpoints: " in ended[0][1] and "LoRA checkpoints: " not in ended[1][1]
     check_alike(tmp_path, of_one_process)

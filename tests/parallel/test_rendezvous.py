@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from metadata_server import address as metadata_host
 from metadata_server import serving
-from pipeline import ROOT, TINY, dnd, random_loras, tiny_suite, when
+from pipeline import ROOT, TINY, dnd, free_port, random_loras, tiny_suite, when
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
@@ -39,13 +39,6 @@ def inputs(tmp_path_factory) -> pathlib.Path:
         root / "loras", tiny_suite(root / "suite"), freeze(load_file(str(ROOT / "tests/tiny.py")))
     )
     return root
-
-
-def free_port() -> int:
-    sys.path.insert(0, str(ROOT / "launch"))
-    import local_multiprocess
-
-    return local_multiprocess.free_port()
 
 
 def start(
