@@ -17,27 +17,30 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from dnd_jax.base.attention import (
     Attend,
     RopeScaling,
+    Window,
     behind_prefix,
     in_rows,
     rotary_frequencies,
     rotate,
 )
 from dnd_jax.base.gathering import gathered_dot, whole
+from dnd_jax.base.layers import PRODUCT, through
 from dnd_jax.config import schema
 from dnd_jax.core.errors import InputError
 
 Lora = Mapping[str, jax.Array]
 # Megatron's layout: heads and the feed-forward's inner axis over "tensor", the other axis over
-# "fsdp". Vocabularies rarely divide (a tokenizer trained here has any size), so the two big tables
-# are cut along D alone.
+# "fsdp"; what layers have is stacked, its first axis over them. Vocabularies rarely divide (a
+# tokenizer trained here has any size), so the two big tables are cut along D alone.
 RULES = (
-    (r"(q|k|v|gate|up)_proj/dense/kernel$", ("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/dense/bias$", ("tensor",)),
-    (r"(o|down)_proj/dense/kernel$", ("tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/dense/kernel$", (None, "fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/dense/bias$", (None, "tensor")),
+    (r"(o|down)_proj/dense/kernel$", (None, "tensor", "fsdp")),
     (r"(o|down)_proj/dense/bias$", ()),
     (r"embed_tokens/embedding$", (None, "fsdp")),
     (r"lm_head/kernel$", ("fsdp", None)),
@@ -159,6 +162,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array, lora: Lora, lora_scale: float, path: str) -> jax.Array:
         how = {"dtype": self.dtype, "kernel_init": FAN_IN, "dot_general": self.dot}
         y = nn.Dense(self.features, self.use_bias, **how, name="dense")(x)
+        y = checkpoint_name(y, PRODUCT)
         a, b = lora.get(f"{path}.lora_A.weight"), lora.get(f"{path}.lora_B.weight")
         if a is None:
             return y
@@ -180,10 +184,9 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block. `index` chooses its attention window."""
+    """One block."""
 
     config: LmConfig
-    index: int
     dtype: jnp.dtype
     mesh: jax.sharding.Mesh | None = None
 
@@ -193,11 +196,12 @@ class Layer(nn.Module):
         x: jax.Array,
         attend: Attend,
         positions: jax.Array,
-        lora: Lora | None = None,
-        lora_scale: float = 1.0,
+        lora_scale: float,
+        lora: Lora,
+        window: Window,
     ) -> jax.Array:
-        """Tokens (..., D) at positions (...)."""
-        c, lora = self.config, lora or {}
+        """Tokens (..., D) at positions (...). lora: by names inside the layer."""
+        c = self.config
         heads, kv_heads, width = c.num_attention_heads, c.num_key_value_heads, c.head_width
 
         def project(x, name, features, use_bias=False):
@@ -205,7 +209,7 @@ class Layer(nn.Module):
             dot = gathered_dot(self.mesh, *split)
             module = Projection(features, use_bias, self.dtype, dot, name=name)
             block = "self_attn" if name[0] in "qkvo" else "mlp"
-            return module(x, lora, lora_scale, f"model.layers.{self.index}.{block}.{name}")
+            return module(x, lora, lora_scale, f"{block}.{name}")
 
         def heads_of(x, name, count):  # (..., count, E)
             return project(x, name, count * width, c.qkv_bias).reshape(*x.shape[:-1], count, width)
@@ -222,7 +226,7 @@ class Layer(nn.Module):
         frequency = rotary_frequencies(width, c.rope_theta, c.rope_scaling)
         q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
         q = q.reshape(*k.shape[:-1], heads // kv_heads, width) * width**-0.5
-        attended = attend(q, k, v, c.windows[self.index] if c.windows else None)
+        attended = attend(q, k, v, window)
         x = x + project(attended, "o_proj", c.hidden_size, c.o_bias)
 
         y = RMSNorm(c.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
@@ -237,18 +241,18 @@ class BaseLM(nn.Module):
 
     config: LmConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False  # the backward pass computes each layer anew from its input
+    # The backward pass computes each layer anew from its input, instead of from its products.
+    remat: bool = False
     mesh: jax.sharding.Mesh | None = None  # where the parameters lie in parts: base/gathering.py
+    unroll: bool = False  # no loop over the layers: for compilers that count its body once
 
     def setup(self):
         c = self.config
-        # attend and lora_scale are no arrays
-        layer = nn.remat(Layer, static_argnums=(2, 5)) if self.remat else Layer
         embedding_init = nn.initializers.normal(c.hidden_size**-0.5)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=embedding_init, dtype=self.dtype
         )
-        self.layers = [layer(c, i, self.dtype, self.mesh) for i in range(c.num_hidden_layers)]
+        self.layers = Layer(c, self.dtype, self.mesh)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -286,9 +290,9 @@ class BaseLM(nn.Module):
 
     def _layers(self, tokens, attend, positions, lora, lora_scale) -> jax.Array:
         x = whole(self.mesh, self.embed_tokens(tokens))
-        for layer in self.layers:
-            x = layer(x, attend, positions, lora, lora_scale)
-        return x
+        c, how = self.config, (self.remat, self.unroll)
+        given = attend, positions, lora, lora_scale
+        return through(self.layers, c.num_hidden_layers, c.windows, x, *given, *how)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) -> logits (..., V), float32."""

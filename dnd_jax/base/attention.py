@@ -51,16 +51,19 @@ def rotate(x: jax.Array, positions: jax.Array, frequency: jax.Array) -> jax.Arra
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+Window = int | jax.Array | None  # tokens that a query sees, itself included; None: all
+
+
 def causal_mask(
-    length: int, window: int | None, valid_BxS: jax.Array | None = None, before: int = 0
+    length: int, window: Window, valid_BxS: jax.Array | None = None, before: int = 0
 ) -> jax.Array:
     """bool (B or 1, S, before + S): whether a query (second axis) sees a key (last axis). It sees
     real tokens up to its own position, the first of which stand before all queries; with a window,
     the last `window` of them."""
-    shape = length, before + length
-    mask = jnp.tril(jnp.ones(shape, bool), before)[None]
-    if window is not None and window < before + length:
-        mask = mask & ~jnp.tril(jnp.ones(shape, bool), before - window)[None]
+    behind = before + jnp.arange(length)[:, None] - jnp.arange(before + length)
+    mask = (behind >= 0)[None]
+    if window is not None:
+        mask = mask & (behind < window)
     return mask if valid_BxS is None else mask & valid_BxS[:, None, :].astype(bool)
 
 
@@ -74,7 +77,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
 
 
 # (q (..., K, G, E), k (..., K, E), v (..., K, E), window) -> (..., K * G * E)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Window], jax.Array]
 
 
 def in_rows(valid_BxS: jax.Array | None = None) -> Attend:

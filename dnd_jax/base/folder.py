@@ -25,7 +25,7 @@ from dnd_jax.base.hf_config import (
 )
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.identity import TOKENIZER
-from dnd_jax.base.names import EMBEDDINGS, HEAD, lm_names, lm_table
+from dnd_jax.base.names import EMBEDDINGS, HEAD, lm_names, lm_table, part_of
 from dnd_jax.base.weights import StoredWeights, load_params
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line, listed
@@ -78,12 +78,15 @@ def save_base(
     """Writes a base as a Hugging Face folder that `transformers` loads, float32, in one file: whole
     or not at all. beside: {name: value} of other JSON files in it."""
     flat = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
-    weights = {}
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}
+    weights, named = {}, set()
     for theirs, ours, transposed in lm_table(config):
-        value = np.asarray(flat.pop(ours), np.float32)
+        path, layer = part_of(ours)
+        value = flat[path] if layer is None else flat[path][layer]
         weights[theirs] = np.ascontiguousarray(value.T if transposed else value)
-    if flat:
-        raise listed("base parameters without a Hugging Face name", sorted(flat))
+        named.add(path)
+    if unnamed := flat.keys() - named:
+        raise listed("base parameters without a Hugging Face name", sorted(unnamed))
     raw = {
         "architectures": [BASES[config.model_type]],
         **config_json(config),

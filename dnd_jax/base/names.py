@@ -1,11 +1,13 @@
 """Hugging Face's tensor names of every architecture, as tables of (theirs, ours, transposed):
-theirs is (out, in), ours (in, out).
+theirs is (out, in), ours (in, out). `layers/3/a/b` of ours is layer 3's part of the parameter
+`layers/a/b`, which is stacked.
 
 Each table comes with a function of all stored names -> {stored name: name in the table}, without
 the tensors that are not used.
 """
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 
 from dnd_jax.base.architecture import LmConfig
@@ -24,6 +26,12 @@ WRAPPERS = {
     "language_model.": "a vision-language model",
     "module.": "DistributedDataParallel or DeepSpeed",
 }
+
+
+def part_of(ours: str) -> tuple[str, int | None]:
+    """(the parameter, its layer) of one of our paths in a table; None: all of it."""
+    match = re.fullmatch(r"layers/(\d+)/(.+)", ours)
+    return (f"layers/{match[2]}", int(match[1])) if match else (ours, None)
 
 
 def affine(theirs: str, ours: str, norm: bool = False) -> Table:
@@ -52,7 +60,7 @@ def lm_table(config: LmConfig, layers: int | None = None) -> Table:
     table = [(EMBEDDINGS, "embed_tokens/embedding", False)]
     for i in range(config.num_hidden_layers if layers is None else layers):
         table += [
-            (f"model.layers.{i}.{theirs}", f"layers_{i}/{ours}", transposed)
+            (f"model.layers.{i}.{theirs}", f"layers/{i}/{ours}", transposed)
             for theirs, ours, transposed in block
         ]
     if layers in (None, config.num_hidden_layers):

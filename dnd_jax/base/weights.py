@@ -1,5 +1,5 @@
-"""Stored tensors -> parameters, one at a time and each device's shard by itself: no host ever holds
-a whole model.
+"""Stored tensors -> parameters, one parameter at a time and each device's shard by itself: no host
+ever holds a whole model.
 
 Names and shapes come from the files' headers and are checked against a table before the first value
 is read: every tensor is mapped exactly once; unknown, missing and misshapen ones are listed in one
@@ -7,6 +7,7 @@ error.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.names import HEAD, Table, wrapped_by
+from dnd_jax.base.names import HEAD, Table, part_of, wrapped_by
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.tensors import DTYPES, opened, stored_tensors
 from dnd_jax.parallel.rules import shard_by_rules
@@ -75,29 +76,62 @@ class StoredWeights:
             yield file.get_slice(stored).__getitem__
 
 
-def _place(
-    weights: StoredWeights,
-    name: str,
-    transposed: bool,
-    shape,
-    dtype,
-    where: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """One tensor on its devices. Equal shards (of replicas) are read once."""
-    parts: dict[str, np.ndarray] = {}
+@dataclasses.dataclass
+class _Source:
+    """The stored tensors of one parameter, those of all layers of a stacked one."""
 
-    with weights.reader(name) as read:
+    names: list[str]
+    transposed: bool
+    stacked: bool
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """As a tensor is stored whose parameter, or layer's part of it, has this one."""
+        shape = shape[1:] if self.stacked else shape
+        return shape[::-1] if self.transposed else shape
+
+    def placed(
+        self,
+        weights: StoredWeights,
+        shape: tuple[int, ...],
+        dtype: Any,
+        where: jax.sharding.Sharding | None,
+    ) -> jax.Array:
+        """The parameter on its devices. Equal shards (of replicas) are read once."""
+        parts: dict[str, np.ndarray] = {}
+
+        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            with weights.reader(name) as reader:
+                value = reader(index[::-1] if self.transposed else index)
+            return np.asarray(value.T if self.transposed else value, dtype)
+
+        def read_all(index: tuple[slice, ...]) -> np.ndarray:
+            layers, *inside = index
+            names = self.names[layers]
+            first = read(names[0], tuple(inside))
+            value = np.empty((len(names), *first.shape), dtype)
+            value[0] = first
+            for i, name in enumerate(names[1:], 1):
+                value[i] = read(name, tuple(inside))
+            return value
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            if str(index) not in parts:
-                value = read(index[::-1] if transposed else index)
-                parts[str(index)] = np.asarray(value.T if transposed else value, dtype)
-            return parts[str(index)]
+            if (key := str(index)) not in parts:
+                parts[key] = read_all(index) if self.stacked else read(self.names[0], index)
+            return parts[key]
 
         if where is None:
             return jnp.asarray(part((slice(None),) * len(shape)))
-        # Waiting keeps a device that is slower than the disk from piling up tensors in host memory.
+        # Waiting keeps a device that is slower than the disk from piling up arrays in host memory.
         return jax.block_until_ready(jax.make_array_from_callback(shape, where, part))
+
+
+def _sources(table: Table) -> dict[str, _Source]:
+    """{path of a parameter: where it is stored}, by a table whose layers come in their order."""
+    found: dict[str, _Source] = {}
+    for theirs, ours, transposed in table:
+        path, layer = part_of(ours)
+        found.setdefault(path, _Source([], transposed, layer is not None)).names.append(theirs)
+    return found
 
 
 def load_params(
@@ -132,18 +166,18 @@ def load_params(
     faults += [f"{name} is unknown" for name in unknown]
     if missing == {HEAD}:
         faults.append("if the embeddings are the head, say tie_word_embeddings in config.json")
-    for theirs, ours, transposed in table:
-        if (
-            theirs in weights.shapes
-            and expected[ours] != weights.shapes[theirs][:: -1 if transposed else 1]
-        ):
-            faults.append(
-                f"{theirs} has shape {weights.shapes[theirs]}, which config.json does not give"
-            )
+    sources = _sources(table)
+    for ours, source in sources.items():
+        wanted = source.shape(expected[ours])
+        faults += [
+            f"{theirs} has shape {weights.shapes[theirs]}, which config.json does not give"
+            for theirs in source.names
+            if weights.shapes.get(theirs, wanted) != wanted
+        ]
     if faults:
         raise listed(f"{weights.folder}: the weights do not match the architecture", sorted(faults))
     flat = {
-        ours: _place(weights, theirs, transposed, expected[ours], dtype, shardings.get(ours))
-        for theirs, ours, transposed in table
+        ours: source.placed(weights, expected[ours], dtype, shardings.get(ours))
+        for ours, source in sources.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,8 +1,9 @@
 """What a step of `dnd collect` costs, one task a device, for devices that need not be there.
 
 Rows have base.max_length tokens, and all but the first are an answer, the most that rows can take,
-unless it is said how many. A base of many layers is compiled with a few of them, and the rest
-counted as more of the same.
+unless it is said how many. The base's layers are a loop, whose body the compiler counts once:
+memory and collectives are of the program as it is, operations, bytes and time of one with a few
+layers that stand one after the other, the rest counted as more of the same.
 """
 
 import dataclasses
@@ -25,18 +26,8 @@ from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import held_bytes, leading, replicated, shaped, shard_by_rules
 
-FEW = (2, 3)  # layers that a base of more is compiled with
-GROWS = (  # figures of a plan that grow by the same amount with each layer
-    "state_bytes",
-    "argument_bytes",
-    "temporary_bytes",
-    "output_bytes",
-    "peak_bytes",
-    "flops",
-    "bytes",
-    "estimate_seconds",
-    "link_seconds",
-)
+FEW = (2, 3)  # layers without a loop that a base of more is compiled with
+COUNTED = ("flops", "bytes", "estimate_seconds")  # of a plan, by layers without a loop
 
 
 def sizes_of(config: Config) -> LmConfig:
@@ -47,10 +38,13 @@ def sizes_of(config: Config) -> LmConfig:
     return sizes_to_pretrain(base, base.vocab_size)
 
 
-def base_shapes(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> tuple[BaseLM, Mapping]:
-    """(a base of these sizes, the shapes of its parameters on the mesh)."""
+def base_shapes(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, unroll: bool = False
+) -> tuple[BaseLM, Mapping]:
+    """(a base of these sizes, the shapes of its parameters on the mesh). unroll: its layers stand
+    one after the other."""
     c = config.lora
-    module = BaseLM(sizes, jnp.dtype(c.dtype), c.remat, mesh)
+    module = BaseLM(sizes, jnp.dtype(c.dtype), c.remat, mesh, unroll)
 
     def base(key):
         params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -73,12 +67,17 @@ def row_shapes(
 
 
 def collect_arguments(
-    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, tasks: int, answer: int = 0
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sizes: LmConfig,
+    tasks: int,
+    answer: int = 0,
+    unroll: bool = False,
 ) -> tuple[Any, tuple]:
     """(the jitted step, the shapes of its arguments: the base, the tasks' state, their batch).
-    answer: its tokens, 0: all that have room."""
+    answer: its tokens, 0: all that have room. unroll: as of `base_shapes`."""
     c = config.lora
-    module, params = base_shapes(config, mesh, sizes)
+    module, params = base_shapes(config, mesh, sizes, unroll)
     optimizer, over_tasks = lora_optimizer(c), leading(mesh, tasks, "the number of tasks")
 
     def state(key):
@@ -98,26 +97,48 @@ def collect_arguments(
 def make_plan(config: Config, devices: list, measure: bool = False, answer: int = 0) -> StepCost:
     """As step_cost.make_plan; `tasks` of what fits says how many would have room at once."""
     mesh, sizes = make_mesh(config.mesh, devices), sizes_of(config)
-    plan = by_layers(lambda some: _of_layers(config, mesh, some, measure, answer), sizes, measure)
+
+    def plan_of(sizes: LmConfig, unroll: bool) -> StepCost:
+        return _of_layers(config, mesh, sizes, unroll, measure and not unroll, answer)
+
+    plan = by_layers(plan_of, sizes)
     return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes, answer))
 
 
-def by_layers(
-    plan_of: Callable[[LmConfig], StepCost], sizes: LmConfig, measure: bool = False
-) -> StepCost:
-    """The plan of a base of these sizes, by those of few of its layers where it has many."""
+def by_layers(plan_of: Callable[[LmConfig, bool], StepCost], sizes: LmConfig) -> StepCost:
+    """The plan of a step through a base of these sizes. plan_of: gives it for a base of any, whose
+    layers are a loop, or stand one after the other (True)."""
     layers = sizes.num_hidden_layers
-    few = FEW if layers > FEW[-1] and not measure else (layers,)
-    plans = [plan_of(dataclasses.replace(sizes, num_hidden_layers=n)) for n in few]
-    return plans[0] if len(few) == 1 else _grown(*plans, layers)
+    few = FEW if layers > FEW[-1] else (layers,)
+    whole = plan_of(sizes, False)
+    plans = [plan_of(dataclasses.replace(sizes, num_hidden_layers=n), True) for n in few]
+
+    def counted(name: str) -> Any:
+        found = [getattr(plan, name) for plan in plans]
+        if len(few) == 1 or None in found:
+            return found[-1]
+        return max(found[0], found[0] + (layers - few[0]) * (found[1] - found[0]))
+
+    every = (whole, *plans)
+    return dataclasses.replace(
+        whole,
+        **{name: counted(name) for name in COUNTED},
+        layers=f"{few[0]} and {few[1]} of {layers}" if len(few) > 1 else "",
+        compile_seconds=sum(plan.compile_seconds or 0 for plan in every),
+    )
 
 
 def _of_layers(
-    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, measure: bool, answer: int = 0
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sizes: LmConfig,
+    unroll: bool,
+    measure: bool,
+    answer: int = 0,
 ) -> StepCost:
-    """The plan of a base of these sizes."""
+    """What the compiler says of the step through a base of these sizes."""
     tasks, device = batch_ways(mesh), mesh.devices.flat[0]
-    step, arguments = collect_arguments(config, mesh, sizes, tasks, answer)
+    step, arguments = collect_arguments(config, mesh, sizes, tasks, answer, unroll)
     chip = chip_of(device.device_kind)
     held = sum(held_bytes(tree) for tree in arguments[:2])
     plan = StepCost(
@@ -136,31 +157,6 @@ def _of_layers(
         limit_bytes=int(chip.memory) if chip else None,
     )
     return compiled_cost(plan, step, arguments, mesh, measure=measure)
-
-
-def _grown(few: StepCost, more: StepCost, layers: int) -> StepCost:
-    """The plan of a base of so many layers from those of FEW."""
-    times = (layers - FEW[0]) / (FEW[1] - FEW[0])
-
-    def grown(one: Any, other: Any) -> Any:
-        if one is None or other is None:
-            return None
-        if isinstance(one, Mapping):
-            return {key: grown(one[key], other.get(key, one[key])) for key in one}
-        return type(one)(max(one, one + times * (other - one)))
-
-    found = {name: grown(getattr(few, name), getattr(more, name)) for name in GROWS}
-    return dataclasses.replace(
-        more,
-        **found,
-        collectives={
-            kind: grown(few.collectives.get(kind, traffic), traffic)
-            for kind, traffic in more.collectives.items()
-        },
-        layers=f"{FEW[0]} and {FEW[1]} of {layers}",
-        compile_seconds=(few.compile_seconds or 0) + (more.compile_seconds or 0),
-        error=few.error or more.error,
-    )
 
 
 def _tasks(

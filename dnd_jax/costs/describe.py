@@ -49,7 +49,7 @@ def _gib(value: float | None) -> str:
 
 def _rows(plan: StepCost) -> str:
     """Of a step that asks the base: the rows, and what was compiled of it."""
-    some = f"; compiled with {plan.layers} layers, the rest counted as more" if plan.layers else ""
+    some = f"; operations and time by those of {plan.layers} layers" if plan.layers else ""
     learned = f"{plan.answer} of them learned" if plan.answer < plan.length - 1 else "all learned"
     what = f"base in {plan.method}; rows" if not plan.rows else f"base: {plan.rows} rows a sample"
     return f"{what} of {plan.length} tokens, {learned}{some}"

@@ -39,12 +39,17 @@ from dnd_jax.parallel.rules import held_bytes, shaped
 
 
 def train_arguments(
-    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig | None = None, answer: int = 0
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sizes: LmConfig | None = None,
+    answer: int = 0,
+    unroll: bool = False,
 ) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, what is frozen).
 
     sizes: of the base that is asked, where the objective is of answers, perhaps with fewer layers
-    than the LoRAs have. answer: its tokens, 0: all that have room.
+    than the LoRAs have. answer: its tokens, 0: all that have room. unroll: as of
+    `collect_cost.base_shapes`.
     """
     spec, encoder, answering = spec_of(config), None, None
     if config.condition.in_graph:
@@ -54,7 +59,7 @@ def train_arguments(
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     taught = config.train.taught_at(config.train.weights_first)
     if "answers" in taught:
-        answering = _answering(config, mesh, sizes or collect_cost.sizes_of(config))
+        answering = _answering(config, mesh, sizes or collect_cost.sizes_of(config), unroll)
     importance = np.ones(spec.token_grid[0], np.float32)
     sharded = shard_train_step(config, spec, mesh, importance, encoder, answering)
     b, (n, length, _) = config.train.batch_size, spec.condition_shape
@@ -76,9 +81,11 @@ def train_arguments(
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
 
 
-def _answering(config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig) -> tuple[Answering, dict]:
+def _answering(
+    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, unroll: bool
+) -> tuple[Answering, dict]:
     """The base that generated LoRAs are asked through, and the shapes of what is frozen."""
-    module, params = collect_cost.base_shapes(config, mesh, sizes)
+    module, params = collect_cost.base_shapes(config, mesh, sizes, unroll)
     layout, over_tasks = layout_of(config), check_batch(config, mesh)
     statistics = {
         "mean": jax.ShapeDtypeStruct((layout.num_tokens, *layout.chunk_shape), jnp.float32),
@@ -106,8 +113,8 @@ def make_plan(
     this machine's. answer: tokens of the longest answer where a base is asked; 0: all that have
     room.
 
-    The batch of "generate" is one adapter for each part of the mesh. A step on answers is compiled
-    with few of the base's layers, as `collect_cost` does, and beside it the same step on weights,
+    The batch of "generate" is one adapter for each part of the mesh. A step on answers is counted
+    through the base's layers as `collect_cost` does, and beside it stands the same step on weights,
     which is the decoder's part. Raises InputError when the configuration does not fit the mesh.
     """
     if step == "collect":
@@ -120,9 +127,9 @@ def make_plan(
         plan = _plan(config, mesh, step, train_arguments(config, mesh), measure)
         return _beside_the_base(plan, config, mesh) if c.asks_base else plan
 
-    def plan_of(sizes: LmConfig) -> StepCost:
-        function, arguments = train_arguments(config, mesh, sizes, answer)
-        plan = _plan(config, mesh, step, (function, arguments), measure)
+    def plan_of(sizes: LmConfig, unroll: bool) -> StepCost:
+        function, arguments = train_arguments(config, mesh, sizes, answer, unroll)
+        plan = _plan(config, mesh, step, (function, arguments), measure and not unroll)
         rows = arguments[1]["rows"]
         asked = {"length": rows["ids"].shape[-1], "answer": rows["at"].shape[-1]}
         return dataclasses.replace(plan, rows=c.answer_rows, **asked)
@@ -130,7 +137,7 @@ def make_plan(
     alone = dataclasses.replace(c, objective="weights", weights_first=0)
     decoder = make_plan(dataclasses.replace(config, train=alone), devices, step, measure)
     return dataclasses.replace(
-        collect_cost.by_layers(plan_of, collect_cost.sizes_of(config), measure),
+        collect_cost.by_layers(plan_of, collect_cost.sizes_of(config)),
         decoder_seconds=decoder.measured_seconds or decoder.estimate_seconds,
         decoder_peak_bytes=decoder.peak_bytes,
     )

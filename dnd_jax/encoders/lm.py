@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm, in_rows
+from dnd_jax.base.architecture import Layer, LmConfig, RMSNorm
+from dnd_jax.base.attention import in_rows
+from dnd_jax.base.layers import through
 
 
 class LmEncoder(nn.Module):
@@ -34,8 +36,8 @@ class LmEncoder(nn.Module):
         c = self.config
         x = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens")(ids_BxL)
         positions = jnp.broadcast_to(jnp.arange(ids_BxL.shape[1]), ids_BxL.shape)
-        for i in range(self.layer):
-            x = Layer(c, i, self.dtype, name=f"layers_{i}")(x, in_rows(valid_BxL), positions)
+        layer = Layer(c, self.dtype, name="layers")
+        x = through(layer, self.layer, c.windows, x, in_rows(valid_BxL), positions)
         return (
             RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
             if self.layer == c.num_hidden_layers

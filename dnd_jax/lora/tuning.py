@@ -45,8 +45,8 @@ SCORED = 2  # times as many rows at once as a step has: no gradient needs what l
 
 def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
     """About how much a training step holds for one task: its state and gradient, and what the
-    backward pass needs of each token. It keeps all layers, or with lora.remat their inputs and one
-    layer at a time."""
+    backward pass needs of each token. That is one layer at a time, and of all their inputs, and
+    without lora.remat their products."""
     shapes = base.lora_shapes(c.rank, c.targets).values()
     state = 4 * 4 * sum(math.prod(shape) for shape in shapes)
     length, item = rows.ids.shape[1], jnp.dtype(c.dtype).itemsize
@@ -54,8 +54,9 @@ def bytes_of_task(base: LmConfig, c: schema.Lora, rows: Sequences) -> int:
     # Inputs of norms and projections, queries, keys, values, and the feed-forward's inner states.
     layer = 6 * base.hidden_size + 2 * (heads + kv_heads) * width + 4 * base.intermediate_size
     layer = item * layer + 4 * 2 * heads * length  # attention is in float32
-    count, inputs = base.num_hidden_layers, item * base.hidden_size
-    layers = layer + count * inputs if c.remat else count * layer
+    products = base.hidden_size + (heads + 2 * kv_heads) * width + 2 * base.intermediate_size
+    kept = item * (base.hidden_size + (0 if c.remat else products))
+    layers = layer + base.num_hidden_layers * kept
     logits = 4 * 3 * rows.response_width * base.vocab_size
     return state + c.batch_size * (length * layers + logits)
 

@@ -34,7 +34,7 @@ from dnd_jax.base.attention import RopeScaling, rotary_frequencies
 from dnd_jax.base.folder import load_base, save_base
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hf_config import _windows, load_base_config
-from dnd_jax.base.names import lm_table
+from dnd_jax.base.names import lm_table, part_of
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.weights import StoredWeights
 from dnd_jax.config import schema
@@ -275,8 +275,13 @@ def test_every_parameter_has_one_rule_and_one_name(name):
     shapes = shapes_of(REAL[name])
     assert_one_rule_each(base_lm.RULES, shapes)
     shard_by_rules(mesh_of(2, 2, 2), base_lm.RULES, shapes)
-    ours = [ours for _, ours, _ in lm_table(REAL[name])]
-    assert sorted(ours) == sorted(traverse_util.flatten_dict(shapes, sep="/"))
+    named = [part_of(ours) for _, ours, _ in lm_table(REAL[name])]
+    expected = [
+        (path, layer)
+        for path in traverse_util.flatten_dict(shapes, sep="/")
+        for layer in (range(2) if path.startswith("layers/") else (None,))
+    ]
+    assert sorted(named, key=str) == sorted(expected, key=str)
 
 
 def test_a_mesh_changes_no_logit(batch, tmp_path):
@@ -284,10 +289,9 @@ def test_a_mesh_changes_no_logit(batch, tmp_path):
     model = make("llama, linear, biased")
     model.save_pretrained(tmp_path)
     module, params = load_base(tmp_path, mesh_of(2, 2, 2))
-    kernel = params["layers_0"]["up_proj"]["dense"]["kernel"]
-    assert kernel.shape == (32, 48) and {s.data.shape for s in kernel.addressable_shards} == {
-        (16, 24)
-    }
+    kernel = params["layers"]["up_proj"]["dense"]["kernel"]
+    shards = {shard.data.shape for shard in kernel.addressable_shards}
+    assert kernel.shape == (2, 32, 48) and shards == {(2, 16, 24)}
     assert_same(
         jax.jit(lambda p: module.apply({"params": p}, ids, valid_BxS=valid))(params),
         logits_of(model, ids, valid),
@@ -295,7 +299,7 @@ def test_a_mesh_changes_no_logit(batch, tmp_path):
     )
     with pytest.raises(
         InputError,
-        match=r"layers_0/k_proj/dense/kernel \(32, 16\) has no rule .*'tensor'\) does not fit",
+        match=r"layers/k_proj/dense/kernel \(2, 32, 16\) has no rule .*'tensor'\) does not fit",
     ):
         load_base(tmp_path, make_mesh(schema.Mesh(1, 1, 1, 3, ()), jax.devices()[:3]))
 
@@ -305,7 +309,7 @@ def test_bfloat16_stays_bfloat16_on_request(batch, tmp_path):
     model = make("qwen3").bfloat16()
     model.save_pretrained(tmp_path)
     module, params = load_base(tmp_path, dtype=jnp.bfloat16)
-    kernel = params["layers_1"]["o_proj"]["dense"]["kernel"]
+    kernel = params["layers"]["o_proj"]["dense"]["kernel"][1]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_array_equal(
         kernel.astype(jnp.float32), model.model.layers[1].self_attn.o_proj.weight.detach().float().T
@@ -322,8 +326,8 @@ def test_bfloat16_stays_bfloat16_on_request(batch, tmp_path):
 
 
 def test_no_host_holds_the_model(tmp_path, monkeypatch):
-    """17 tensors of 4 MiB and some; every device's shard is read by itself, equal ones once, and
-    dropped with its tensor."""
+    """17 tensors of 4 MiB and some, two layers' in one parameter; every device's shard is read by
+    itself, equal ones once, and dropped with its parameter."""
     big = dict(
         hidden_size=1024,
         intermediate_size=1024,
@@ -352,7 +356,7 @@ def test_no_host_holds_the_model(tmp_path, monkeypatch):
     tracemalloc.start()
     try:
         _, params = load_base(tmp_path, mesh)
-        peak = tracemalloc.get_traced_memory()[1]
+        kept, peak = tracemalloc.get_traced_memory()  # a CPU device may keep what it was given
     finally:
         tracemalloc.stop()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
@@ -360,9 +364,9 @@ def test_no_host_holds_the_model(tmp_path, monkeypatch):
         sum(x.nbytes for x in jax.tree.leaves(params)),
         max(x.nbytes for x in jax.tree.leaves(params)),
     )
-    assert total > 56 << 20 and largest == 4 << 20
-    assert peak < 2.5 * largest, (
-        f"{peak / 2**20:.1f} MiB of host memory at once, the model has {total / 2**20:.0f}"
+    assert total > 56 << 20 and largest == 8 << 20
+    assert peak - kept < 2.5 * largest, (
+        f"{(peak - kept) / 2**20:.1f} MiB of host memory at once, the model has {total / 2**20:.0f}"
     )
     assert reads["model.layers.0.mlp.up_proj.weight"] == [2 * 512 * 512] * 4, (
         "bfloat16, a quarter each, once for both replicas"

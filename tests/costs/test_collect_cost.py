@@ -46,7 +46,7 @@ def test_half_the_bits_and_recomputed_layers_take_less():
         return bytes_of_task(sizes_of(config), config.lora, Sequences(*rows))
 
     whole = size()
-    assert size(remat=True) < whole / 3 and whole / 2 < size(dtype="bfloat16") < whole
+    assert size(remat=True) < whole / 2 and whole / 2 < size(dtype="bfloat16") < whole
 
 
 def test_a_base_in_parts_is_gathered_and_its_activations_are_not_summed():
@@ -70,16 +70,18 @@ def test_an_unknown_step_is_refused(capsys):
 
 @pytest.mark.slow
 def test_layers_that_were_not_compiled_are_counted_as_more_of_the_same():
-    """A base of 6 layers from 2 and 3 of them, beside what the TPU's compiler says of all six. (The
-    gradient stops in the first layer, so that six cost more than twice what three do.)"""
+    """A base of 6 layers from 2 and 3 of them, beside what the TPU's compiler says of all six, one
+    after the other. (The gradient stops in the first layer, so that six cost more than twice what
+    three do.)"""
     base = {"hidden_size": 512, "intermediate_size": 1024, "max_length": 256}
     chips = topology_devices("v5e:2x2")
     of = [settings({"batch_size": 8}, base | {"num_hidden_layers": n}) for n in (3, 6)]
     few, more = (make_plan(config, chips[:1]) for config in of)
-    whole = _of_layers(of[1], make_mesh(of[1].mesh, chips[:1]), sizes_of(of[1]), measure=False)
+    where = make_mesh(of[1].mesh, chips[:1]), sizes_of(of[1])
+    whole = _of_layers(of[1], *where, unroll=True, measure=False)
     assert few.layers == whole.layers == "" and more.layers == "2 and 3 of 6"
     assert more.flops == pytest.approx(whole.flops, rel=0.01)
-    assert more.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.1)
+    assert more.peak_bytes < 1.1 * whole.peak_bytes, "the loop's own memory, not the sum's"
     assert more.estimate_seconds == pytest.approx(whole.estimate_seconds, rel=0.1)
     assert more.flops > 1.5 * few.flops and more.peak_bytes > few.peak_bytes
     assert more.tasks and more.estimate_seconds > few.estimate_seconds

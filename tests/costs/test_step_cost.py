@@ -166,7 +166,8 @@ def test_a_step_on_answers_is_planned_with_the_base():
     alone = make_plan(asked(train__objective="weights"), jax.devices()[:1])
     assert alone.peak_bytes == plan.decoder_peak_bytes and not alone.rows
     text = describe_plan(plan)
-    assert "base: 3 rows a sample of 64 tokens, 2 of them learned; compiled with 2 and 3" in text
+    assert "base: 3 rows a sample of 64 tokens, 2 of them learned; operations and time" in text
+    assert "by those of 2 and 3 of 5 layers" in text
     assert "of this without the base" in text and "without the base" not in describe_plan(alone)
     assert make_plan(config, jax.devices()[:1]).peak_bytes > plan.peak_bytes
     half = asked(lora__dtype="bfloat16")
