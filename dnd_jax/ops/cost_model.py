@@ -100,16 +100,18 @@ class Rates:
     memory: float  # bytes a second
     # Channels from which on the direct convolution reaches its rate; below, in proportion.
     full_channels: int
+    full_channels_gradient: int  # the same of its kernel's gradient
     lanes: int = 1  # the innermost dimension of an array takes a multiple of this
     turn: float = 0.0  # seconds for one turn of the loop over row frequencies
 
 
-# cpu: two cores of a Zen 4 server, fitted to `dnd bench`; only ratios matter. gpu: H100. tpu: v5p,
+# cpu: two cores of a Zen 4 server, fitted to `dnd bench` and, for 3 x 3 kernels on small grids, to
+# `dnd bench --layers` of mini and smollm2_135m_skills; only ratios matter. gpu: H100. tpu: v5p,
 # by the compiler's estimate.
 RATES = {
-    "cpu": Rates(170e9, 80e9, 110e9, 60e9, 10e9, full_channels=40, turn=1e-4),
-    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, full_channels=64),
-    "tpu": Rates(394e12, 394e12, 394e12, 100e12, 2.35e12, full_channels=1, lanes=128),
+    "cpu": Rates(170e9, 33e9, 110e9, 60e9, 10e9, 40, 20, turn=1e-4),
+    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, 64, 64),
+    "tpu": Rates(394e12, 394e12, 394e12, 100e12, 2.35e12, 1, 1, lanes=128),
 }
 
 
@@ -227,8 +229,8 @@ def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool) -> float:
 def direct_seconds(problem: Problem, gradient: bool) -> float:
     """The time of the direct method."""
     rates = RATES[problem.platform]
-    share = min(1.0, min(problem.channels_in, problem.channels_out) / rates.full_channels)
-    flop = 2 * problem.macs / share
+    fewest = min(problem.channels_in, problem.channels_out)
+    flop = 2 * problem.macs / min(1.0, fewest / rates.full_channels)
     if on_tpu(problem.dtype, problem.platform):
         moved = dft_tpu.direct_bytes(
             problem.batch * problem.height * problem.width,
@@ -236,11 +238,10 @@ def direct_seconds(problem: Problem, gradient: bool) -> float:
             problem.channels_out,
         )
         return (2 if gradient else 1) * max(flop / rates.direct, moved / rates.memory)
-    return (
-        flop / rates.direct + flop / rates.direct_kernel_gradient
-        if gradient
-        else flop / rates.direct
-    )
+    if not gradient:
+        return flop / rates.direct
+    of_kernel = 2 * problem.macs / min(1.0, fewest / rates.full_channels_gradient)
+    return flop / rates.direct + of_kernel / rates.direct_kernel_gradient
 
 
 def _tile_counts(size: int, kernel: int) -> list[int]:

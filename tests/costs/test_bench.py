@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 from pipeline import dnd
+from small_models import write_qwen
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.bench import run
-from dnd_jax.costs.bench.case import Case
+from dnd_jax.costs.bench.case import COLLECTING, Case
 from dnd_jax.ops import convolution, cost_model, tune
 from dnd_jax.ops.cost_model import Problem, choose
 
@@ -41,6 +42,27 @@ def test_bench_measures_every_variant_of_every_case(tmp_path):
     flop = [result["direct_flop"] for result in results]
     assert flop[1] == 3 * flop[0] > 0 and flop[2] > 0  # a gradient is two forward passes more
     assert done.stdout.strip().endswith(f"results: {tmp_path / 'bench.json'}")
+
+
+@pytest.mark.slow
+def test_collecting_is_measured_beside_peft(tmp_path):
+    """Every variant, of two tasks and a base of two layers; a setting without a base is refused."""
+    base = write_qwen(tmp_path / "base", max_position_embeddings=128)
+    (tmp_path / "tasks.py").write_text(
+        "from tests.tiny import get_config as tiny\n\n\ndef get_config():\n    config = tiny()\n"
+        f"    config.base.path = {str(base)!r}\n    return config\n"
+    )
+    words = ["bench", "--config=tests/bench_tiny.py", f"--workdir={tmp_path / 'run'}"]
+    case = ("few", str(tmp_path / "tasks.py"), "collect", 2, "float32")
+    done = dnd(*words, f"--config.bench.cases=({case!r},)")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads((tmp_path / "run" / "bench.json").read_text())["results"]
+    assert list(result["rows"]) == [*(f"jax {how}" for how in COLLECTING), "torch peft"]
+    assert all(min(row["seconds"]) > 0 for row in result["rows"].values())
+    assert done.stdout.count(" | - | ") >= 6  # no convolutions to count
+    case = ("none", "tests/tiny.py", "collect", 2, "float32")
+    done = dnd(*words, f"--config.bench.cases=({case!r},)")
+    assert done.returncode == 2 and "must name a base by base.path" in done.stderr
 
 
 def test_ratios_are_to_the_fastest_of_pytorch(monkeypatch):

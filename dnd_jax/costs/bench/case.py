@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import jax
 
-from dnd_jax.config import load, schema, validate
+from dnd_jax.config import load, schema, studies, validate
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.spec import DecoderSpec
 
 # How many times the forward operations each takes, by the direct method.
 PASSES = {"forward": 1, "gradient": 3, "train": 3, "generate": 1}
+# How a step of "collect" is taken: as `dnd collect` does; a task at a time; without what all rows
+# begin with computed once; so, and padded to a multiple of 64 tokens; each layer computed anew.
+COLLECTING = ("together", "one by one", "whole rows", "one length", "recomputed")
 LONG_ENOUGH = 60.0  # seconds in one process, after which no further repeat is started
 
 
@@ -23,8 +26,9 @@ class Case:
     """One row group of a benchmark.
 
     what: "forward" (decoder), "gradient" (forward and backward of the loss), "train" (the real
-    train step, optimiser included) or "generate" (prompt ids -> adapter tensors). stages: first and
-    last, None for all. batch 0: the largest that every variant fits.
+    train step, optimiser included), "generate" (prompt ids -> adapter tensors) or "collect" (a step
+    of the LoRAs of `batch` tasks). stages: first and last, None for all. batch 0: the largest that
+    every variant fits.
     """
 
     name: str
@@ -49,8 +53,16 @@ class Case:
         features = whole.features[first : last + 1]
         return dataclasses.replace(whole, features=features, length_projection="", text_length=0)
 
-    def flop(self, config: schema.Config) -> int:
-        """Operations by the direct method."""
+    def variants(self, bench: studies.Bench) -> list[tuple[str, str]]:
+        """(side, how) of all that is measured of this case."""
+        if self.what == "collect":
+            return [*(("jax", how) for how in COLLECTING), *[("torch", "peft")] * bool(bench.torch)]
+        return [("jax", m) for m in bench.methods] + [("torch", v) for v in bench.torch]
+
+    def flop(self, config: schema.Config) -> int | None:
+        """Operations by the direct method; None of what has no convolutions."""
+        if self.what == "collect":
+            return None
         return 2 * self.spec(config).forward_macs * max(self.batch, 1) * PASSES[self.what]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import environment
+from dnd_jax.costs.bench import collecting
 from dnd_jax.costs.bench.case import Case, peak_memory, timed
 from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_loss
@@ -118,11 +119,16 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     case = Case(**spec["case"])
     config = case.load()
-    config = dataclasses.replace(
-        config, generator=dataclasses.replace(config.generator, convolution=spec["variant"])
-    )
+    collects = case.what == "collect"
+    if not collects:
+        generator = dataclasses.replace(config.generator, convolution=spec["variant"])
+        config = dataclasses.replace(config, generator=generator)
     try:
-        run = operation(case, config)
+        run = (
+            collecting.operation(case, config, spec["variant"])
+            if collects
+            else operation(case, config)
+        )
         times = timed(lambda: jax.block_until_ready(run()), spec["repeats"])
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -134,9 +140,9 @@ def main() -> None:
     result = {
         **times,
         "peak_bytes": peak_memory()[0],
-        "plans": describe(
-            case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]
-        ),
+        "plans": ""
+        if collects
+        else describe(case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]),
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},
     }

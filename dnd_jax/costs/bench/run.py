@@ -41,7 +41,7 @@ def cases_of(config: Config, file: str | os.PathLike) -> list[Case]:
     rows = config.bench.cases or tuple(
         (what, os.fspath(file), what, config.train.batch_size, config.train.dtype)
         for what in WHAT
-        if what != "gradient"
+        if what not in ("gradient", "collect")
     )
     return [Case(*row[:5], stages=tuple(row[5:]) or None) for row in rows]
 
@@ -78,7 +78,7 @@ def largest_batch(case: Case, variants: list[tuple[str, str]]) -> Case:
 def run_case(case: Case, config: Config) -> dict:
     """All variants of a case, in rounds."""
     bench = config.bench
-    variants = [("jax", m) for m in bench.methods] + [("torch", v) for v in bench.torch]
+    variants = case.variants(bench)
     if not case.batch:
         case = largest_batch(case, variants)
     rows: dict[str, dict] = {}
@@ -97,7 +97,7 @@ def run_case(case: Case, config: Config) -> dict:
     flop = case.flop(case.load())
     for row in rows.values():
         row["median"] = statistics.median(row["seconds"])
-        row["flops_per_second"] = flop / row["median"]
+        row["flops_per_second"] = flop and flop / row["median"]
     torch_rows = [row for label, row in rows.items() if label.startswith("torch")]
     if torch_rows:
         best = min(torch_rows, key=lambda row: row["median"])
@@ -127,11 +127,12 @@ def table(results: list[dict]) -> str:
                 if speed
                 else "-"
             )
-            how = f" ({row['plans']})" if "plans" in row else ""
+            how = f" ({row['plans']})" if row.get("plans") else ""
+            rate = f"{row['flops_per_second'] / 1e9:.0f}" if row["flops_per_second"] else "-"
             lines.append(
                 f"| {case['name']}, batch {case['batch']}, {case['dtype']} | {label}{how} | "
                 f"{seconds} | {ratio} | "
-                f"{row['flops_per_second'] / 1e9:.0f} | {row['peak_bytes'] / 1e9:.2f} | "
+                f"{rate} | {row['peak_bytes'] / 1e9:.2f} | "
                 f"{row['compile_seconds']:.1f} |"
             )
     return "\n".join(lines)

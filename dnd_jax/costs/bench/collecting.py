@@ -1,0 +1,89 @@
+"""The case "collect" of `dnd bench`: a step of the LoRAs of several tasks, on the rows that `dnd
+collect` reads first."""
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from dnd_jax.base.chat import ends_of
+from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
+from dnd_jax.config.schema import Config
+from dnd_jax.core.errors import InputError
+from dnd_jax.costs.bench.case import Case
+from dnd_jax.data.opened import open_suite
+from dnd_jax.loop.optimizers import lora_optimizer
+from dnd_jax.loop.prefetch import shuffled_rows
+from dnd_jax.lora.task_step import first_state, make_collect_step
+from dnd_jax.lora.tuning import Tuning
+
+ONE_LENGTH = 64  # tokens of which rows of one length are a multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The tasks of a case as tokens, and which rows of each the step reads."""
+
+    pad: int  # token id
+    tasks: Sequence[Sequences]
+    index: Sequence[np.ndarray]  # (rows,) of each task
+
+    @classmethod
+    def of(cls, case: Case, config: Config) -> "Work":
+        """Raises InputError for a setting without a base, and for fewer tasks than the batch."""
+        if not config.base.path:
+            raise InputError(f"bench {case.name}: {case.config} must name a base by base.path")
+        with tempfile.TemporaryDirectory() as folder:
+            suite = open_suite(config, pathlib.Path(folder))
+        if len(suite.train) < case.batch:
+            raise InputError(
+                f"bench {case.name}: batch = {case.batch} tasks, the suite of {case.config} trains "
+                f"on {len(suite.train)}"
+            )
+        base, c = config.base, config.lora
+        tokenizer = load_tokenizer(base.path)
+        how = base.max_length, c.too_long, ends_of(base.path, tokenizer)
+        tasks = [encode(tokenizer, task.train, *how) for task in suite.train[: case.batch]]
+        index = [shuffled_rows(len(task), c.batch_size, config.seed, 0) for task in tasks]
+        return cls(tokenizer.pad_token_id, tasks, index)
+
+    def rows(self, prefix: int, length: int = 1) -> dict[str, np.ndarray]:
+        """`stacked_rows` of all tasks, of a multiple of `length` tokens."""
+        width = max(task.response_width for task in self.tasks)
+        batch = stacked_rows(self.tasks, self.index, width, prefix, self.pad)
+        more = -batch["ids"].shape[-1] % length
+        ids = np.pad(batch["ids"], ((0, 0), (0, 0), (0, more)), constant_values=self.pad)
+        return batch | {"ids": ids}
+
+
+def operation(case: Case, config: Config, variant: str) -> Callable[[], object]:
+    """A function that takes one step of every task. variant: as of case.COLLECTING."""
+    lora = dataclasses.replace(config.lora, dtype=case.dtype, remat=variant == "recomputed")
+    config = dataclasses.replace(config, lora=lora)
+    work, tuning = Work.of(case, config), Tuning.of(config, config.base.path)
+    prefix = 0 if variant in ("whole rows", "one length") else shared_prefix(work.tasks)
+    batch = work.rows(prefix, ONE_LENGTH if variant == "one length" else 1)
+    optimizer, c = lora_optimizer(lora), tuning.module.config
+    step = make_collect_step(tuning.module, optimizer, tuning.adapter.scale)
+    step = jax.jit(step, donate_argnums=1)
+    groups = [[k] for k in range(case.batch)] if variant == "one by one" else [range(case.batch)]
+
+    def of(group: Sequence[int]) -> dict[str, jax.Array]:
+        return jax.device_put({key: x[np.array(group)] for key, x in batch.items()})
+
+    batches = [of(group) for group in groups]
+    shapes = c.lora_shapes(lora.rank, lora.targets)
+    states = [first_state(jax.random.key(0), shapes, optimizer, len(g)) for g in groups]
+
+    def run() -> list:
+        found = []
+        for i, rows in enumerate(batches):
+            states[i], metrics = step(tuning.params, states[i], rows)
+            found.append(metrics)
+        return found
+
+    return run
