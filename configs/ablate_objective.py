@@ -1,4 +1,5 @@
-"""What should the generator learn from: weights of LoRAs, answers through the base, or both?
+"""What should the generator learn from: weights of LoRAs, answers through the base, what the base
+answers with those LoRAs, or several?
 
     dnd ablate --config=configs/ablate_objective.py --workdir=runs/ablate_objective [--seeds=0,1,2]
 
@@ -12,7 +13,7 @@ from dnd_jax.configs import mini
 def get_config():
     """mini.py (weights) with the other objectives."""
     config = mini.get_config()
-    config.ablate.axes = (("train.objective", ("weights", "answers", "weights+answers")),)
+    config.ablate.axes = (("train.objective", ("weights", "answers", "distill", "weights+answers")),)
     config.ablate.variants = (
         ("weights_then_answers", {"train.objective": "answers", "train.weights_first": 500}),
     )

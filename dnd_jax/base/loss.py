@@ -1,4 +1,4 @@
-"""The loss of a base LLM on answers."""
+"""The losses of a base LLM with a LoRA: on answers, and against the same base with another LoRA."""
 
 from collections.abc import Mapping
 
@@ -22,12 +22,48 @@ def answer_loss(
     batch: {"ids" (B, S), "at" (B, R), "labels" (B, R)} of `Sequences.batch`, perhaps with "prefix"
     (P,).
     """
+    logits = _logits(module, params, batch, lora, lora_scale)
+    labels = jnp.maximum(batch["labels"], 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _mean_inside(losses, batch), _right(logits, batch)
+
+
+def distillation_loss(
+    module: BaseLM,
+    params: Mapping,
+    batch: Mapping,
+    lora: Lora,
+    teacher: Lora,
+    lora_scale: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """(mean Kullback-Leibler divergence over response tokens, of what the base with `lora` expects
+    there from what it expects with `teacher`, which has no gradient; the second as of
+    `answer_loss`). Both have read the right answer so far."""
+    logits = _logits(module, params, batch, lora, lora_scale)
+    wanted = _logits(module, params, batch, jax.lax.stop_gradient(teacher), lora_scale)
+    divergences = optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
+    )
+    return _mean_inside(divergences, batch), _right(logits, batch)
+
+
+def _logits(
+    module: BaseLM, params: Mapping, batch: Mapping, lora: Lora | None, lora_scale: float
+) -> jax.Array:
+    """(B, R, V), at the positions that predict the responses."""
     rows = batch["ids"], lora, lora_scale, None, batch.get("prefix")
     hidden = module.apply({"params": params}, *rows, method="hidden")
     hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
-    logits = module.apply({"params": params}, hidden, method="head")
+    return module.apply({"params": params}, hidden, method="head")
+
+
+def _mean_inside(values_BxR: jax.Array, batch: Mapping) -> jax.Array:
+    """The mean over response tokens."""
     inside = batch["labels"] >= 0
-    labels = jnp.maximum(batch["labels"], 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = jnp.all((jnp.argmax(logits, axis=-1) == labels) | ~inside, axis=-1)
-    return jnp.sum(losses * inside) / jnp.sum(inside), jnp.mean(right)
+    return jnp.sum(values_BxR * inside) / jnp.sum(inside)
+
+
+def _right(logits_BxRxV: jax.Array, batch: Mapping) -> jax.Array:
+    """The share of responses whose every token is the most likely one."""
+    labels = batch["labels"]
+    return jnp.mean(jnp.all((jnp.argmax(logits_BxRxV, axis=-1) == labels) | (labels < 0), axis=-1))

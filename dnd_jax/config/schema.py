@@ -145,7 +145,8 @@ class Generator:
 
 PAIRINGS = ("random", "fixed")
 FEWEST = 2  # different prompts of a pair by train.few_prompts
-OBJECTIVES = ("weights", "answers", "weights+answers")
+OBJECTIVES = ("weights", "answers", "distill", "weights+answers", "weights+distill")
+ASKING = {"answers", "distill"}  # of these: through the base
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -165,8 +166,9 @@ class Train:
     # share of the pairs whose N prompts are of fewer different ones, 2 to N - 1, so that a draw
     # in which few prompts tell a part of the task is no surprise; 0: the paper
     few_prompts: Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie in 0 to 1")]
-    # what the loss is of: "weights" of LoRA checkpoints (the paper), "answers" through the frozen
-    # base with the generated LoRA, or their sum
+    # what the loss is of: "weights" of LoRA checkpoints (the paper); "answers" through the frozen
+    # base with the generated LoRA; "distill": there, as the base with a checkpoint of the task has
+    # them; or a sum
     objective: Annotated[str, one_of(*OBJECTIVES)]
     weights_first: Count  # steps on weights alone, before those on the objective
     weights_share: Amount  # factor of the loss on weights in a sum
@@ -201,13 +203,23 @@ class Train:
     trackers: Annotated[tuple[str, ...], some_of(*TRACKERS)]  # beside metrics.jsonl
 
     def taught_at(self, step: int) -> tuple[str, ...]:
-        """What a step's loss is of: "weights", "answers" or both."""
+        """The parts of a step's loss: "weights", "answers", "distill"."""
         return ("weights",) if step < self.weights_first else tuple(self.objective.split("+"))
 
     @property
     def asks_base(self) -> bool:
         """Whether training needs the base."""
-        return "answers" in self.taught or self.validate_every > 0
+        return self.through_base or self.validate_every > 0
+
+    @property
+    def through_base(self) -> bool:
+        """Whether the loss of any step is through the base."""
+        return bool(ASKING & {*self.taught})
+
+    @property
+    def from_loras(self) -> bool:
+        """Whether the loss of any step needs LoRA checkpoints."""
+        return self.taught != ("answers",)
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -220,12 +232,12 @@ class Train:
         if self.batch_size % self.micro_batches:
             whole = f"train.batch_size = {self.batch_size}"
             wrong.append(f"micro_batches = {self.micro_batches} does not divide {whole}")
-        if self.weights_first and "answers" not in self.objective:
+        if self.weights_first and not self.through_base:
             wrong.append(
                 f"weights_first = {self.weights_first} must be 0 with train.objective = "
                 f"{self.objective}, all of whose steps are on weights"
             )
-        if self.pairing == "fixed" and "weights" not in self.taught:
+        if self.pairing == "fixed" and not self.from_loras:
             wrong.append(
                 "pairing = fixed pairs prompts with LoRA checkpoints, of which train.objective = "
                 f"{self.objective} has none; must be random"

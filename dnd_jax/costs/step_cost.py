@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import LmConfig
-from dnd_jax.config.schema import Config
+from dnd_jax.config.schema import ASKING, Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
@@ -58,7 +58,7 @@ def train_arguments(
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     taught = config.train.taught_at(config.train.weights_first)
-    if "answers" in taught:
+    if ASKING & {*taught}:
         answering = _answering(config, mesh, sizes or collect_cost.sizes_of(config), unroll)
     importance = np.ones(spec.token_grid[0], np.float32)
     sharded = shard_train_step(config, spec, mesh, importance, encoder, answering)
@@ -67,8 +67,9 @@ def train_arguments(
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
     else:
         inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
-    if "weights" in taught:
-        inputs["target"] = (b, *spec.token_grid), jnp.float32
+    for part, key in (("weights", "target"), ("distill", "teacher")):
+        if part in taught:
+            inputs[key] = (b, *spec.token_grid), jnp.float32
     batch = {
         key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch)
         for key, (shape, kind) in inputs.items()
@@ -123,7 +124,7 @@ def make_plan(
     if step == "generate":
         return _plan(config, mesh, step, generate_arguments(config, mesh), measure)
     c = config.train
-    if "answers" not in c.taught:
+    if not c.through_base:
         plan = _plan(config, mesh, step, train_arguments(config, mesh), measure)
         return _beside_the_base(plan, config, mesh) if c.asks_base else plan
 

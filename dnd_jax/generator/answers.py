@@ -1,5 +1,6 @@
 """The loss of generated LoRAs on the answers of their tasks: weight tokens -> LoRA matrices -> the
-frozen base -> cross-entropy (docs/METHOD.md section 9)."""
+frozen base -> cross-entropy, or divergence from what a tuned LoRA makes of it (docs/METHOD.md
+section 9)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 import jax
 
 from dnd_jax.base.architecture import BaseLM
-from dnd_jax.base.loss import answer_loss
+from dnd_jax.base.loss import answer_loss, distillation_loss
 from dnd_jax.lora.targets import Target
 
 
@@ -33,18 +34,28 @@ class Answering:
     over_tasks: jax.sharding.NamedSharding | None = None
 
     def losses(
-        self, params: Mapping, target: Target, tokens_KxTxHxW: jax.Array, rows: Mapping
+        self,
+        params: Mapping,
+        target: Target,
+        tokens_KxTxHxW: jax.Array,
+        rows: Mapping,
+        teacher_KxTxHxW: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """(mean cross-entropy over the answers' tokens, share of answers whose every token is the
-        most likely one), (K,) each, float32.
+        most likely one), (K,) each, float32. With the tokens of tuned LoRAs as a teacher, the first
+        is the divergence from what the base expects under these.
 
         params: of the base. target: what the tokens mean. rows: {"ids" (K, n, S), "at", "labels"
         (K, n, R)} and perhaps "prefix" (K, P), as of `Sequences.batch`: n questions and answers of
         each task.
         """
 
-        def one(lora, rows):
-            return answer_loss(self.module, params, rows, lora, self.lora_scale)
+        def one(lora, rows, teacher):
+            if teacher is None:
+                return answer_loss(self.module, params, rows, lora, self.lora_scale)
+            return distillation_loss(self.module, params, rows, lora, teacher, self.lora_scale)
 
+        teacher = None if teacher_KxTxHxW is None else loras_of(target, teacher_KxTxHxW)
         split = None if self.over_tasks is None else self.over_tasks.spec[0]
-        return jax.vmap(one, spmd_axis_name=split)(loras_of(target, tokens_KxTxHxW), rows)
+        over = jax.vmap(one, spmd_axis_name=split)
+        return over(loras_of(target, tokens_KxTxHxW), rows, teacher)

@@ -1,5 +1,5 @@
 """What a generator is taught by config.train.objective: the weights of LoRA checkpoints, answers
-through the frozen base, or both."""
+through the frozen base, those that checkpoints give there, or several."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ Source = Checkpoints | Initial
 def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = "") -> Source:
     """Where the layout and settings of generated LoRAs come from: the checkpoints that the
     objective is of, or else what LoRAs of the base start from. Raises InputError as these do."""
-    if "weights" in config.train.taught:
+    if config.train.from_loras:
         return Checkpoints(config, suite, workdir, base_name)
     return Initial(config, find_base(config, workdir), base_name)
 
@@ -36,7 +36,7 @@ def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: st
 def taught_by(config: Config, source: Source, workdir: pathlib.Path) -> dict:
     """What a generator is taught from, besides the suite: digests and the settings that decide."""
     found = {"checkpoints": source.digest()} if isinstance(source, Checkpoints) else {}
-    if "answers" in config.train.taught:
+    if config.train.through_base:
         base, lora = find_base(config, workdir), dataclasses.asdict(config.lora)
         asked = ("rank", "alpha", "targets", "dtype", "too_long")
         found |= {
@@ -57,7 +57,7 @@ class Objective:
         self.tuning = None  # the base, where it is asked
         if config.train.asks_base:
             self.tuning = Tuning.of(config, find_base(config, workdir), base_name)
-        self._answers = "answers" in config.train.taught
+        self._asks = config.train.through_base
 
     def target(self) -> Target:
         """What the decoder learns to output. Where training goes on from a generator of an element
@@ -79,23 +79,23 @@ class Objective:
         return source.target()
 
     def tokens(self, name: str, target: Target) -> TokenArray | None:
-        """The tokens of a dataset's checkpoints, if these are taught."""
+        """The tokens of a dataset's checkpoints, if the loss needs them."""
         if isinstance(self._source, Initial):
             return None
         weighted = self._config.generator.importance
         return token_array(self._source, name, target, self._cache, weighted)
 
     def questions(self, dataset: Dataset) -> Sequences | None:
-        """A dataset's examples as the base is asked, if answers are taught."""
-        if not self._answers:
+        """A dataset's examples as the base is asked, if any are."""
+        if not self._asks:
             return None
         return self.tuning.encoded(dataset.train, f"{dataset.name}'s train")
 
     @property
     def asked(self) -> tuple[int, int]:
         """(questions of a generated LoRA in a step, the token that fills rows up); no question
-        where no answers are taught."""
-        if not self._answers:
+        where the loss is not through the base."""
+        if not self._asks:
             return 0, 0
         return self._config.train.answer_rows, self.tuning.tokenizer.pad_token_id
 
@@ -119,9 +119,9 @@ class Objective:
     def answering(
         self, target: Target, over_tasks: jax.sharding.NamedSharding
     ) -> tuple[Answering, dict] | None:
-        """(the base that is asked, {"base": its parameters, "target"}), if answers are taught.
+        """(the base that is asked, {"base": its parameters, "target"}), if the loss is through it.
         Raises InputError as `check_applied`."""
-        if not self._answers:
+        if not self._asks:
             return None
         self.check_applied(target)
         answering = Answering(self.tuning.module, self.scale, over_tasks)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
-from dnd_jax.config.schema import FEWEST, Config
+from dnd_jax.config.schema import ASKING, FEWEST, Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
@@ -48,7 +48,7 @@ class PairedDataset:
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
     fewer different ones; rows: questions of each pair's dataset, as `rows_at`. pad: token id.
-    taught_at: step -> whether the batch has "weights", "answers" or both. Raises InputError naming
+    taught_at: step -> the parts of its loss, as of `Train`. Raises InputError naming
     every dataset with fewer than N prompts."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Pairs:
 
     def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
         """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if the step
-        is on weights}, or its samples first..last - 1."""
+        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1."""
         drawn = self.draw(step)[first:last]
         keys = self.datasets[0].prompts
         batch = {
@@ -123,11 +123,15 @@ class Pairs:
             )
             for key in keys
         }
-        if "weights" in self.taught_at(step):
-            batch["target"] = np.stack(
-                [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
-            )
+        for key in self._tokens_at(step):
+            of = [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
+            batch[key] = np.stack(of)
         return batch
+
+    def _tokens_at(self, step: int) -> list[str]:
+        """What a batch calls the tokens of its checkpoints."""
+        names = {"weights": "target", "distill": "teacher"}
+        return [name for part, name in names.items() if part in self.taught_at(step)]
 
     def rows_at(self, step: int) -> dict[str, np.ndarray]:
         """The questions and answers of the step's pairs, (B, rows, ...) as of `stacked_rows`: none
@@ -151,14 +155,13 @@ class Pairs:
         return max(one.response_width for one in asked), shared_prefix(asked)
 
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-        """`batch_at`, and of a step on answers `rows_at` as "rows", as global arrays on a mesh; of
-        the samples only those are read that this process' devices hold."""
+        """`batch_at`, and of a step through the base `rows_at` as "rows", as global arrays on a
+        mesh; of the samples only those are read that this process' devices hold."""
         # Replicas share their samples.
         part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
         one = self.datasets[0]
         shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
-        if "weights" in self.taught_at(step):
-            shapes["target"] = one.targets.shape[1:]
+        shapes |= {key: one.targets.shape[1:] for key in self._tokens_at(step)}
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(self.batch_size)
@@ -170,7 +173,7 @@ class Pairs:
             )
             for key, shape in shapes.items()
         }
-        if "answers" in self.taught_at(step):
+        if ASKING & {*self.taught_at(step)}:
             batch["rows"] = {
                 key: jax.make_array_from_callback(value.shape, over_batch, value.__getitem__)
                 for key, value in self.rows_at(step).items()

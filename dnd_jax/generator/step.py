@@ -92,8 +92,9 @@ def make_train_step(
     for; or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
-    answers, of which the generated LoRAs are asked through the base of `answering`; or the sum of
-    both by config.weights_share. Noise is drawn from (seed, step). The batch is computed in
+    answers, of which the generated LoRAs are asked through the base of `answering`, and with
+    "teacher", the weights of LoRA checkpoints, to answer as these do; or the sum of both by
+    config.weights_share. Noise is drawn from (seed, step). The batch is computed in
     config.micro_batches parts whose gradients are added up, which gives the whole batch's. encoder:
     the text encoder that turns "ids" and "valid" into the condition here. shardings: of the
     parameters, and so of their gradients. metrics: scalars, and "sample_loss" (B,).
@@ -107,10 +108,10 @@ def make_train_step(
         squares_b = jnp.sum(output.astype(jnp.float32) ** 2, (1, 2, 3), where=inside) / cells_b
         return jnp.sum(errors_b) / cells, {"loss": errors_b / cells_b, "square": squares_b}
 
-    def of_answers(output, rows, frozen, tasks):
-        """The same of its loss on answers."""
+    def of_answers(output, part, frozen, tasks):
+        """The same of its loss through the base."""
         asked = frozen["base"], frozen["target"], output.astype(jnp.float32)
-        losses_b, exact_b = answering.losses(*asked, rows)
+        losses_b, exact_b = answering.losses(*asked, part["rows"], part.get("teacher"))
         squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
         found = {"answers": losses_b, "exact": exact_b, "square": squares_b}
         return jnp.sum(losses_b) / tasks, found
@@ -125,7 +126,7 @@ def make_train_step(
             if "target" in part:
                 loss, found = of_weights(output, part["target"], cells)
             if "rows" in part:
-                asked, more = of_answers(output, part["rows"], frozen, tasks)
+                asked, more = of_answers(output, part, frozen, tasks)
                 loss, found = config.weights_share * loss + asked, {**more, **found}
             return loss, found
 
@@ -147,8 +148,7 @@ def make_train_step(
             target = _noisy(batch["target"], config.target_noise, on_target)
             parts["target"] = target
             sizes["cells"] = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
-        if "rows" in batch:
-            parts["rows"] = batch["rows"]
+        parts |= {key: batch[key] for key in ("rows", "teacher") if key in batch}
 
         # Gradient and update.
         part_of = functools.partial(gradient_of, state["params"], frozen=frozen, **sizes)
@@ -164,7 +164,8 @@ def make_train_step(
         if "target" in batch:
             metrics["target_mean_square"] = jnp.nanmean(target**2)
         if "rows" in batch:
-            metrics["answers_loss"] = jnp.mean(of_samples["answers"])
+            kind = "distill_loss" if "teacher" in batch else "answers_loss"
+            metrics[kind] = jnp.mean(of_samples["answers"])
             metrics["exact"] = jnp.mean(of_samples["exact"])
         metrics["sample_loss"] = sum(
             share * of_samples[part]

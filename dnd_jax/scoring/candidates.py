@@ -129,7 +129,7 @@ class _Maker:
         check_asked_alike(config, self._generator)
         self._root = pathlib.Path(config.train.checkpoints or workdir / paths.LORAS)
         self._checkpoints, self._loras = None, ""  # of the training datasets, if there are any
-        if "weights" in config.train.taught or has_checkpoints(config, suite, workdir):
+        if config.train.from_loras or has_checkpoints(config, suite, workdir):
             self._checkpoints = Checkpoints(config, suite, workdir)
             self._loras = self._checkpoints.digest()
         self._competitors = workdir / paths.COMPETITORS
@@ -304,7 +304,7 @@ class _Maker:
         """Fitted to the training checkpoints as normalised tokens, when an adapter needs it."""
         target, checkpoints = self._generator.target, self._checkpoints
         same = isinstance(target, ElementTarget) and target.layout == checkpoints.layout
-        if not same or "weights" not in self._config.train.taught:
+        if not same or not self._config.train.from_loras:
             target = ElementTarget.fit(checkpoints.layout, checkpoints.tensors)
         tokens = (
             running_mean(target.encode(x, source) for source, x in checkpoints.tensors(name))

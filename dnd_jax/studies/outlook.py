@@ -51,7 +51,7 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
         c = config.pretrain
         count = 3 * c.steps * c.batch_size * _forward(base, suite.corpus)
         found["pretrain"] = count, f"a base, {c.steps} steps of {c.batch_size} texts"
-    if not config.train.checkpoints and "weights" in train.taught:
+    if not config.train.checkpoints and train.from_loras:
         what = f"{tuned} LoRAs, {lora.steps} steps of {lora.batch_size} rows each"
         found["collect"] = tuned * lora.steps * step, what
     steps, what = 0, []
@@ -67,9 +67,10 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
         found["controls"] = steps * step, "; ".join(what)
     what = f"the generator, {train.steps} steps of {train.batch_size} pairs"
     pairs = 6.0 * spec.forward_macs * train.steps
-    if "answers" in train.taught:
+    if train.through_base:
         asked, steps = [x for d in suite.train for x in d.train], train.steps - train.weights_first
-        pairs += 2 * steps * train.answer_rows * _forward(base, asked)
+        passes = 3 if "distill" in train.taught else 2  # and the teacher's
+        pairs += passes * steps * train.answer_rows * _forward(base, asked)
         of_them = f" in {steps} of them" if train.weights_first else ""
         what += f", {train.answer_rows} questions each through the base{of_them}"
     found["train"] = pairs * train.batch_size, what

@@ -67,7 +67,7 @@ def _stages(
     begin(config, suite)
     with timed(workdir, "pretrain"):
         base = make_base(config, suite, workdir, allowed)
-    if "weights" not in config.train.taught:
+    if not config.train.from_loras:
         if not has_checkpoints(config, suite, workdir):
             print(NO_LORAS, flush=True)
     elif not config.train.checkpoints:

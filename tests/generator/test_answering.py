@@ -43,18 +43,22 @@ def rows_of(vocabulary: int) -> dict[str, np.ndarray]:
     return {"ids": ids, "at": at.astype(np.int32), "labels": labels.astype(np.int32)}
 
 
-def in_pytorch(base, target, tokens: np.ndarray, rows) -> tuple[list[float], np.ndarray]:
+def in_pytorch(
+    base, target, tokens: np.ndarray, rows, teacher: np.ndarray | None = None
+) -> tuple[list[float], np.ndarray]:
     """(each task's loss, gradient of their mean by the tokens): a PEFT model with each task's LoRA,
-    and autograd through B, A and what makes them of tokens."""
+    and autograd through B, A and what makes them of tokens. teacher: tokens of the LoRAs whose
+    answers are to be met."""
     layout = target.layout
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
     model = get_peft_model(model, settings).eval()
-    leaves = torch.from_numpy(tokens).requires_grad_()
-    shapes, losses = {m.key: m.shape for m in layout.matrices}, []
-    for k in range(TASKS):
+    shapes = {m.key: m.shape for m in layout.matrices}
+
+    def chosen(tokens: torch.Tensor, k: int) -> torch.Tensor:
+        """The logits (n * R, V) of task k's answers under the LoRA of these tokens."""
         if hasattr(target, "mean"):
-            chunks = leaves[k] * torch.from_numpy(target.scale)[:, None, None]
+            chunks = tokens * torch.from_numpy(target.scale)[:, None, None]
             chunks = chunks + torch.from_numpy(target.mean)
             lora = {}
             for m in layout.matrices:
@@ -62,42 +66,54 @@ def in_pytorch(base, target, tokens: np.ndarray, rows) -> tuple[list[float], np.
                 matrix = torch.cat(list(parts), dim=1)[:, : max(m.shape)]
                 lora[m.key] = matrix.T if m.is_b else matrix
         else:
-            lora = torch_reference.detokenize(leaves[k], shapes, layout.chunk_width)
+            lora = torch_reference.detokenize(tokens, shapes, layout.chunk_width)
         named = {
             f"base_model.model.{key.replace('.weight', '.default.weight')}": value
             for key, value in lora.items()
         }
         ids = torch.from_numpy(rows["ids"][k]).long()
         logits = torch.func.functional_call(model, named, kwargs={"input_ids": ids}).logits
-        at, labels = (torch.from_numpy(rows[key][k]).long() for key in ("at", "labels"))
-        chosen = torch.take_along_dim(logits, at[..., None], 1)
-        losses.append(
-            torch.nn.functional.cross_entropy(
-                chosen.reshape(-1, chosen.shape[-1]), labels.reshape(-1), ignore_index=-1
-            )
-        )
+        at = torch.from_numpy(rows["at"][k]).long()
+        return torch.take_along_dim(logits, at[..., None], 1).flatten(0, 1)
+
+    leaves, losses = torch.from_numpy(tokens).requires_grad_(), []
+    for k in range(TASKS):
+        labels, logits = torch.from_numpy(rows["labels"][k]).long().flatten(), chosen(leaves[k], k)
+        if teacher is None:
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1))
+            continue
+        with torch.no_grad():
+            wanted = chosen(torch.from_numpy(teacher[k]), k)[labels >= 0].log_softmax(-1)
+        student = logits[labels >= 0].log_softmax(-1)
+        how = {"reduction": "batchmean", "log_target": True}
+        losses.append(torch.nn.functional.kl_div(student, wanted, **how))
     torch.stack(losses).mean().backward()
     return [float(loss.detach()) for loss in losses], leaves.grad.numpy()
 
 
+@pytest.mark.parametrize("distills", [False, True], ids=["answers", "distill"])
 @pytest.mark.parametrize("kind", ["element", "chunk"])
-def test_loss_and_gradient_are_those_of_peft(base, kind):
+def test_loss_and_gradient_are_those_of_peft(base, kind, distills):
     module, params = load_base(base)
     target = target_of(kind, module.config.lora_shapes(RANK, TARGETS))
     rng, rows = np.random.default_rng(3), rows_of(module.config.vocab_size)
     tokens = rng.normal(size=(TASKS, *target.shape)).astype(np.float32)
+    teacher = rng.normal(size=tokens.shape).astype(np.float32) if distills else None
     answering = Answering(module, ALPHA / RANK)
 
     def mean_loss(tokens):
-        losses, exact = answering.losses(params, target, tokens, rows)
+        losses, exact = answering.losses(params, target, tokens, rows, teacher)
         return losses.mean(), (losses, exact)
 
     (_, (losses, exact)), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(tokens)
-    expected, by_torch = in_pytorch(base, target, tokens, rows)
+    expected, by_torch = in_pytorch(base, target, tokens, rows, teacher)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert exact.shape == (TASKS,)
     assert np.abs(by_torch).max() > 1e-2  # the comparison says something
     np.testing.assert_allclose(gradient, by_torch, rtol=1e-4, atol=1e-6)
+    if distills:  # who gives the teacher's answers has nothing left to learn
+        own, _ = answering.losses(params, target, jnp.asarray(tokens), rows, jnp.asarray(tokens))
+        np.testing.assert_allclose(own, 0, atol=1e-6)
 
 
 def test_a_task_is_its_own_affair(base):

@@ -218,6 +218,24 @@ def test_weights_and_answers_together(inputs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["distill", "weights+distill"])
+def test_it_learns_what_tuned_loras_answer(inputs, tmp_path, objective):
+    """Of LoRA checkpoints, through the base; without them it says what is missing."""
+    words = command(inputs, tmp_path, steps=40, rate=0.02)
+    words = [w.replace("objective=answers", f"objective={objective}") for w in words]
+    done = dnd(*words)
+    assert done.returncode == 2 and "loras" in done.stderr, done.stderr
+    assert main(["collect", *words[1:], "--config.lora.learning_rate=0.02"]) == 0
+    done = dnd(*words, "--config.lora.learning_rate=0.02")
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "generator")
+    losses = [row["distill_loss"] for row in rows]
+    assert 0 < np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert ("target_mean_square" in rows[0]) == (objective != "distill")
+    assert "answers_loss" not in rows[0] and "exact" in rows[0]
+
+
+@pytest.mark.slow
 def test_weights_first_then_answers(inputs, tmp_path):
     """The steps before the change are those of a training on weights, and it resumes after it."""
     words = command(inputs, tmp_path, "--config.train.save_every=1")
