@@ -2,12 +2,13 @@
 
 Rows have base.max_length tokens, and all but the first are an answer, the most that rows can take,
 unless it is said how many. The base's layers are a loop, whose body the compiler counts once:
-memory and collectives are of the program as it is, operations, bytes and time of one with a few
-layers that stand one after the other, the rest counted as more of the same.
+memory and collectives are of the program as it is; to its operations, bytes and time come those of
+the other turns, each what a layer more costs where a few stand one after the other.
 """
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,15 +20,16 @@ from dnd_jax.base.known import base_sizes
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
-from dnd_jax.costs.compiled import StepCost, compiled_cost
+from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.parallel.mesh import make_mesh
-from dnd_jax.parallel.placement import batch_ways
+from dnd_jax.parallel.placement import Placement, batch_ways
 from dnd_jax.parallel.rules import held_bytes, leading, replicated, shaped, shard_by_rules
 
-FEW = (2, 3)  # layers without a loop that a base of more is compiled with
-COUNTED = ("flops", "bytes", "estimate_seconds")  # of a plan, by layers without a loop
+FEW = (2, 3)  # layers without a loop, whose difference is a turn of one
+# Of a plan, with the compiler's names.
+COUNTED = {"flops": "flops", "bytes": "bytes accessed", "estimate_seconds": "optimal_seconds"}
 
 
 def sizes_of(config: Config) -> LmConfig:
@@ -97,48 +99,8 @@ def collect_arguments(
 def make_plan(config: Config, devices: list, measure: bool = False, answer: int = 0) -> StepCost:
     """As step_cost.make_plan; `tasks` of what fits says how many would have room at once."""
     mesh, sizes = make_mesh(config.mesh, devices), sizes_of(config)
-
-    def plan_of(sizes: LmConfig, unroll: bool) -> StepCost:
-        return _of_layers(config, mesh, sizes, unroll, measure and not unroll, answer)
-
-    plan = by_layers(plan_of, sizes)
-    return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes, answer))
-
-
-def by_layers(plan_of: Callable[[LmConfig, bool], StepCost], sizes: LmConfig) -> StepCost:
-    """The plan of a step through a base of these sizes. plan_of: gives it for a base of any, whose
-    layers are a loop, or stand one after the other (True)."""
-    layers = sizes.num_hidden_layers
-    few = FEW if layers > FEW[-1] else (layers,)
-    whole = plan_of(sizes, False)
-    plans = [plan_of(dataclasses.replace(sizes, num_hidden_layers=n), True) for n in few]
-
-    def counted(name: str) -> Any:
-        found = [getattr(plan, name) for plan in plans]
-        if len(few) == 1 or None in found:
-            return found[-1]
-        return max(found[0], found[0] + (layers - few[0]) * (found[1] - found[0]))
-
-    every = (whole, *plans)
-    return dataclasses.replace(
-        whole,
-        **{name: counted(name) for name in COUNTED},
-        layers=f"{few[0]} and {few[1]} of {layers}" if len(few) > 1 else "",
-        compile_seconds=sum(plan.compile_seconds or 0 for plan in every),
-    )
-
-
-def _of_layers(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    sizes: LmConfig,
-    unroll: bool,
-    measure: bool,
-    answer: int = 0,
-) -> StepCost:
-    """What the compiler says of the step through a base of these sizes."""
     tasks, device = batch_ways(mesh), mesh.devices.flat[0]
-    step, arguments = collect_arguments(config, mesh, sizes, tasks, answer, unroll)
+    step, arguments = collect_arguments(config, mesh, sizes, tasks, answer)
     chip = chip_of(device.device_kind)
     held = sum(held_bytes(tree) for tree in arguments[:2])
     plan = StepCost(
@@ -156,7 +118,41 @@ def _of_layers(
         answer=arguments[2]["at"].shape[-1],
         limit_bytes=int(chip.memory) if chip else None,
     )
-    return compiled_cost(plan, step, arguments, mesh, measure=measure)
+    plan = compiled_cost(plan, step, arguments, mesh, measure=measure)
+
+    def program_of(layers: int) -> tuple[Any, tuple]:
+        some = dataclasses.replace(sizes, num_hidden_layers=layers)
+        return collect_arguments(config, mesh, some, tasks, answer, unroll=True)
+
+    plan = count_layers(plan, program_of, sizes.num_hidden_layers, mesh)
+    return dataclasses.replace(plan, tasks=_tasks(plan, config, mesh, sizes, answer))
+
+
+def count_layers(
+    plan: StepCost,
+    program_of: Callable[[int], tuple[Any, tuple]],
+    layers: int,
+    mesh: jax.sharding.Mesh,
+) -> StepCost:
+    """A plan with the operations, bytes and time of all turns of the loop over a base's layers, of
+    which the compiler counts one. program_of: gives (a jitted function, its arguments) through so
+    many layers that stand one after the other; what one more of them costs, a turn does."""
+    if layers < 2 or plan.error:
+        return plan
+    started, platform = time.perf_counter(), Placement(mesh).platform
+    few, more = (
+        compile_for(platform, function, *arguments).cost_analysis()
+        for function, arguments in map(program_of, FEW)
+    )
+    turns, found = plan.micro_batches * (layers - 1), {}
+    for name, theirs in COUNTED.items():
+        turn = max(0.0, more.get(theirs, 0.0) - few.get(theirs, 0.0))
+        before = getattr(plan, name)
+        found[name] = before if before is None else before + turns * turn
+    seconds = (plan.compile_seconds or 0.0) + time.perf_counter() - started
+    return dataclasses.replace(
+        plan, **found, layers=f"{FEW[0]} and {FEW[1]} of {layers}", compile_seconds=seconds
+    )
 
 
 def _tasks(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dnd_jax.base.architecture import LmConfig
+from dnd_jax.base.loss import answer_loss, distillation_loss
 from dnd_jax.config.schema import ASKING, Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
@@ -38,19 +38,9 @@ from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import held_bytes, shaped
 
 
-def train_arguments(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    sizes: LmConfig | None = None,
-    answer: int = 0,
-    unroll: bool = False,
-) -> tuple[Any, tuple]:
-    """(the jitted train step, the shapes of its arguments: state, batch, what is frozen).
-
-    sizes: of the base that is asked, where the objective is of answers, perhaps with fewer layers
-    than the LoRAs have. answer: its tokens, 0: all that have room. unroll: as of
-    `collect_cost.base_shapes`.
-    """
+def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) -> tuple[Any, tuple]:
+    """(the jitted train step, the shapes of its arguments: state, batch, what is frozen). answer:
+    tokens of one where a base is asked, 0: all that have room."""
     spec, encoder, answering = spec_of(config), None, None
     if config.condition.in_graph:
         module = encoder_module(config)
@@ -59,7 +49,7 @@ def train_arguments(
         encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     taught = config.train.taught_at(config.train.weights_first)
     if ASKING & {*taught}:
-        answering = _answering(config, mesh, sizes or collect_cost.sizes_of(config), unroll)
+        answering = _answering(config, mesh)
     importance = np.ones(spec.token_grid[0], np.float32)
     sharded = shard_train_step(config, spec, mesh, importance, encoder, answering)
     b, (n, length, _) = config.train.batch_size, spec.condition_shape
@@ -82,11 +72,9 @@ def train_arguments(
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
 
 
-def _answering(
-    config: Config, mesh: jax.sharding.Mesh, sizes: LmConfig, unroll: bool
-) -> tuple[Answering, dict]:
+def _answering(config: Config, mesh: jax.sharding.Mesh) -> tuple[Answering, dict]:
     """The base that generated LoRAs are asked through, and the shapes of what is frozen."""
-    module, params = collect_cost.base_shapes(config, mesh, sizes, unroll)
+    module, params = collect_cost.base_shapes(config, mesh, collect_cost.sizes_of(config))
     layout, over_tasks = layout_of(config), check_batch(config, mesh)
     statistics = {
         "mean": jax.ShapeDtypeStruct((layout.num_tokens, *layout.chunk_shape), jnp.float32),
@@ -128,20 +116,47 @@ def make_plan(
         plan = _plan(config, mesh, step, train_arguments(config, mesh), measure)
         return _beside_the_base(plan, config, mesh) if c.asks_base else plan
 
-    def plan_of(sizes: LmConfig, unroll: bool) -> StepCost:
-        function, arguments = train_arguments(config, mesh, sizes, answer, unroll)
-        plan = _plan(config, mesh, step, (function, arguments), measure and not unroll)
-        rows = arguments[1]["rows"]
-        asked = {"length": rows["ids"].shape[-1], "answer": rows["at"].shape[-1]}
-        return dataclasses.replace(plan, rows=c.answer_rows, **asked)
-
     alone = dataclasses.replace(c, objective="weights", weights_first=0)
     decoder = make_plan(dataclasses.replace(config, train=alone), devices, step, measure)
+    function, arguments = train_arguments(config, mesh, answer)
+    rows = arguments[1]["rows"]
+    plan = _plan(config, mesh, step, (function, arguments), measure)
+    program_of = functools.partial(_through_base, config, mesh, answer)
+    layers = collect_cost.sizes_of(config).num_hidden_layers
     return dataclasses.replace(
-        collect_cost.by_layers(plan_of, collect_cost.sizes_of(config)),
+        collect_cost.count_layers(plan, program_of, layers, mesh),
+        rows=c.answer_rows,
+        length=rows["ids"].shape[-1],
+        answer=rows["at"].shape[-1],
         decoder_seconds=decoder.measured_seconds or decoder.estimate_seconds,
         decoder_peak_bytes=decoder.peak_bytes,
     )
+
+
+def _through_base(
+    config: Config, mesh: jax.sharding.Mesh, answer: int, layers: int
+) -> tuple[Any, tuple]:
+    """(the jitted gradient of a part of a batch's LoRAs through so many layers of the base, one
+    after the other, the shapes of its arguments)."""
+    c, lora = config.train, config.lora
+    tasks, over_tasks = c.batch_size // c.micro_batches, check_batch(config, mesh)
+    sizes = dataclasses.replace(collect_cost.sizes_of(config), num_hidden_layers=layers)
+    module, params = collect_cost.base_shapes(config, mesh, sizes, unroll=True)
+    distills = "distill" in c.taught
+
+    def loss(matrices, params, rows, teacher):
+        def one(matrices, rows, teacher):
+            asked = module, params, rows, matrices
+            return (distillation_loss(*asked, teacher) if distills else answer_loss(*asked))[0]
+
+        return jax.vmap(one, spmd_axis_name=over_tasks.spec[0])(matrices, rows, teacher).sum()
+
+    matrices = {
+        name: jax.ShapeDtypeStruct((tasks, *shape), jnp.float32, sharding=over_tasks)
+        for name, shape in sizes.lora_shapes(lora.rank, lora.targets).items()
+    }
+    rows = collect_cost.row_shapes(config, tasks, c.answer_rows, answer, over_tasks)
+    return jax.jit(jax.grad(loss)), (matrices, params, rows, matrices if distills else None)
 
 
 def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) -> StepCost:

@@ -8,8 +8,8 @@ import pytest
 from dnd_jax.base.sequences import Sequences
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
-from dnd_jax.costs.collect_cost import _of_layers, make_plan, sizes_of
-from dnd_jax.costs.compiled import topology_devices
+from dnd_jax.costs.collect_cost import collect_arguments, make_plan, sizes_of
+from dnd_jax.costs.compiled import compile_for, topology_devices
 from dnd_jax.costs.describe import describe_plan
 from dnd_jax.lora.tuning import bytes_of_task
 from dnd_jax.main import main
@@ -70,19 +70,21 @@ def test_an_unknown_step_is_refused(capsys):
 
 @pytest.mark.slow
 def test_layers_that_were_not_compiled_are_counted_as_more_of_the_same():
-    """A base of 6 layers from 2 and 3 of them, beside what the TPU's compiler says of all six, one
-    after the other. (The gradient stops in the first layer, so that six cost more than twice what
-    three do.)"""
+    """A base of 6 layers by a turn of its loop and by 2 and 3 of them, beside what the TPU's
+    compiler says of all six one after the other, where the gradient stops in the first one; a loop
+    makes that of its input."""
     base = {"hidden_size": 512, "intermediate_size": 1024, "max_length": 256}
     chips = topology_devices("v5e:2x2")
     of = [settings({"batch_size": 8}, base | {"num_hidden_layers": n}) for n in (3, 6)]
     few, more = (make_plan(config, chips[:1]) for config in of)
-    where = make_mesh(of[1].mesh, chips[:1]), sizes_of(of[1])
-    whole = _of_layers(of[1], *where, unroll=True, measure=False)
-    assert few.layers == whole.layers == "" and more.layers == "2 and 3 of 6"
-    assert more.flops == pytest.approx(whole.flops, rel=0.01)
-    assert more.peak_bytes < 1.1 * whole.peak_bytes, "the loop's own memory, not the sum's"
-    assert more.estimate_seconds == pytest.approx(whole.estimate_seconds, rel=0.1)
+    mesh = make_mesh(of[1].mesh, chips[:1])
+    step, arguments = collect_arguments(of[1], mesh, sizes_of(of[1]), 1, unroll=True)
+    whole = compile_for("tpu", step, *arguments)
+    cost, memory = whole.cost_analysis(), whole.memory_analysis()
+    assert few.layers == "2 and 3 of 3" and more.layers == "2 and 3 of 6"
+    assert cost["flops"] < more.flops < 1.05 * cost["flops"]
+    assert more.temporary_bytes < 1.1 * memory.temp_size_in_bytes, "of the loop, not of the sum"
+    assert more.estimate_seconds == pytest.approx(cost["optimal_seconds"], rel=0.1)
     assert more.flops > 1.5 * few.flops and more.peak_bytes > few.peak_bytes
     assert more.tasks and more.estimate_seconds > few.estimate_seconds
 
