@@ -15,6 +15,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.compiled import topology_devices
+from dnd_jax.costs.step_cost import train_arguments
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.step import shard_generation, shard_train_step
@@ -201,6 +202,25 @@ def sharded_setting(name: str, fsdp: int, tensor: int):
     spec = spec_of(config)
     mesh = make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
     return shard_train_step(config, spec, mesh, np.ones(spec.token_grid[0], np.float32))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_0_5b_commonsense", "qwen2_5_7b_math"])
+def test_the_base_lies_beside_a_decoder_of_the_same_shardings(name, update_golden):
+    """The settings that train it through the base: the decoder's state as in the setting on
+    weights, and of the base each device an eighth of all but norms, biases and the two tables."""
+    raw = load_file(f"{name}_answers")
+    raw.mesh.update(data=1, fsdp=4, tensor=2)
+    _, (state, _, frozen) = train_arguments(freeze(raw), make_mesh(freeze(raw).mesh))
+    where = jax.tree.map(lambda x: x.sharding, (state, frozen["base"]))
+    decoder, base = map(sharding_table, (state, frozen["base"]), where)
+    assert "\n".join(decoder) + "\n" == (GOLDEN / f"sharding_{name}.txt").read_text()
+    path, table = GOLDEN / f"sharding_{name}_answers_base.txt", "\n".join(base) + "\n"
+    if update_golden:
+        path.write_text(table)
+    assert table == path.read_text()
+    layers = frozen["base"]["layers"]
+    total, held = bytes_per_device(layers, where[1]["layers"])
+    assert held < 1.01 * total / 8
 
 
 @pytest.mark.parametrize("name, limit", PAPER.items())
