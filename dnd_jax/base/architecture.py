@@ -5,10 +5,10 @@ seven projections.
     logits = module.apply({"params": params}, tokens_BxS, lora=tensors, lora_scale=alpha / rank)
 
 `lora` is a flat dict under PEFT's keys without its prefix:
-"model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in), "...lora_B.weight" (d_out, r);
-projections without an entry stay as they are. Letters: B batch, S sequence, D hidden, F
-feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary, P tokens of a
-prefix that all rows share.
+"model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in), "...lora_B.weight" (d_out, r), or stacked
+as base/layers.py says; projections without an entry stay as they are. Letters: B batch, S sequence,
+D hidden, F feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary, P
+tokens of a prefix that all rows share.
 """
 
 import dataclasses

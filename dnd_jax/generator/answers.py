@@ -8,19 +8,23 @@ from collections.abc import Mapping
 import jax
 
 from dnd_jax.base.architecture import BaseLM
+from dnd_jax.base.layers import common_name
 from dnd_jax.base.loss import answer_loss, distillation_loss
 from dnd_jax.lora.targets import Target
 
 
 def loras_of(target: Target, tokens_KxTxHxW: jax.Array) -> dict[str, jax.Array]:
-    """Weight tokens of K tasks -> their LoRA matrices {key: (K, rows, columns)}, the numbers that
-    an exported adapter has. Differentiable; a gather for each kind of matrix."""
+    """Weight tokens of K tasks -> their LoRA matrices, the numbers that an exported adapter has:
+    {key: (K, rows, columns)}, or of all layers together, {name inside a layer: (K, layers, rows,
+    columns)}. Differentiable; a gather for each kind of matrix."""
     stacked = jax.vmap(lambda tokens: target.layout.stacked(target.chunks(tokens)))(tokens_KxTxHxW)
-    return {
-        key: values[:, i]
-        for stack, values in zip(target.layout.stacks, stacked, strict=True)
-        for i, key in enumerate(stack.keys)
-    }
+    found = {}
+    for stack, values in zip(target.layout.stacks, stacked, strict=True):
+        if name := common_name(stack.keys):
+            found[name] = values
+        else:
+            found |= {key: values[:, i] for i, key in enumerate(stack.keys)}
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

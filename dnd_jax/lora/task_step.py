@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from dnd_jax.base.architecture import BaseLM
+from dnd_jax.base.layers import stacked
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.config import schema
 
@@ -73,8 +74,9 @@ def first_state(
     tasks: int = 1,
     flattening: Flattening | None = None,
 ) -> dict[str, Any]:
-    """The state of K tasks that start from the same A, (K, ...); shapes: of the LoRA's matrices."""
-    lora = init_lora(key, shapes)
+    """The state of K tasks that start from the same A, (K, ...): the LoRA's matrices, those of all
+    layers stacked, and the optimiser's. shapes: of each layer's matrices."""
+    lora = stacked(init_lora(key, shapes))
     state = {"lora": lora, "opt": optimizer.init(lora)}
     if flattening:
         state["flat"] = flattening.first()

@@ -16,6 +16,7 @@ from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.hub import packages_of
+from dnd_jax.base.layers import of_each_layer
 from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
 from dnd_jax.config import schema
@@ -243,9 +244,9 @@ class Tuning:
         options: Options,
         lora: schema.Lora | None = None,
     ) -> tuple[dict[str, jax.Array], list[int]]:
-        """Trains the LoRAs of tasks in one loop and returns (the last of each, (K, ...); the steps
-        of each); process 0 writes folder/TASK/step_NNNNNN. directory: of the loop. lora: settings
-        in place of the configuration's. Raises as `run_loop`."""
+        """Trains the LoRAs of tasks in one loop and returns (the last of each, as `first_state` has
+        them; the steps of each); process 0 writes folder/TASK/step_NNNNNN. directory: of the loop.
+        lora: settings in place of the configuration's. Raises as `run_loop`."""
         c, seed = lora or self.config.lora, self.config.seed
         pad = self.tokenizer.pad_token_id
         batches = TaskBatches([t.train for t in tasks], c.batch_size, seed, pad, self.mesh)
@@ -283,9 +284,9 @@ class Tuning:
                 for k, (task, end) in enumerate(zip(tasks, before, strict=True))
                 if end - task.kept < done <= end or done in task.also
             ]
-            stacked = hosts.to_all_hosts(state["lora"]) if now else {}
+            loras = hosts.to_all_hosts(state["lora"]) if now else {}
             for k in now if hosts.lead() else ():
-                tensors = {name: value[k] for name, value in stacked.items()}
+                tensors = of_each_layer({name: value[k] for name, value in loras.items()})
                 save_adapter(folder / tasks[k].name / f"step_{done:06d}", tensors, self.adapter)
 
         training = Training(
