@@ -54,6 +54,7 @@ def test_groups_make_the_same_loras(inputs, at_once, tmp_path, size):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # all-reduces of eight devices on two cores: aborts where others use these too
 def test_as_many_as_have_room_and_the_same_when_it_goes_on(inputs, tmp_path, monkeypatch):
     asked, one = [], "--config.mesh.tensor=8"
     monkeypatch.setattr(tuning, "bytes_of_task", lambda *_: 100)
