@@ -147,6 +147,7 @@ PAIRINGS = ("random", "fixed")
 FEWEST = 2  # different prompts of a pair by train.few_prompts
 OBJECTIVES = ("weights", "answers", "distill", "weights+answers", "weights+distill")
 ASKING = {"answers", "distill"}  # of these: through the base
+OF_LORAS = {"weights": "target", "distill": "teacher"}  # and of checkpoints: a batch's tokens
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -219,7 +220,7 @@ class Train:
     @property
     def from_loras(self) -> bool:
         """Whether the loss of any step needs LoRA checkpoints."""
-        return self.taught != ("answers",)
+        return bool(OF_LORAS.keys() & {*self.taught})
 
     @property
     def taught(self) -> tuple[str, ...]:

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dnd_jax.base.loss import answer_loss, distillation_loss
-from dnd_jax.config.schema import ASKING, Config
+from dnd_jax.config.schema import ASKING, OF_LORAS, Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
@@ -57,7 +56,7 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
     else:
         inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
-    for part, key in (("weights", "target"), ("distill", "teacher")):
+    for part, key in OF_LORAS.items():
         if part in taught:
             inputs[key] = (b, *spec.token_grid), jnp.float32
     batch = {
@@ -142,21 +141,18 @@ def _through_base(
     tasks, over_tasks = c.batch_size // c.micro_batches, check_batch(config, mesh)
     sizes = dataclasses.replace(collect_cost.sizes_of(config), num_hidden_layers=layers)
     module, params = collect_cost.base_shapes(config, mesh, sizes, unroll=True)
-    distills = "distill" in c.taught
+    answering = Answering(module, lora.alpha / lora.rank, over_tasks)
 
     def loss(matrices, params, rows, teacher):
-        def one(matrices, rows, teacher):
-            asked = module, params, rows, matrices
-            return (distillation_loss(*asked, teacher) if distills else answer_loss(*asked))[0]
-
-        return jax.vmap(one, spmd_axis_name=over_tasks.spec[0])(matrices, rows, teacher).sum()
+        return answering.losses_of(params, matrices, rows, teacher)[0].sum()
 
     matrices = {
         name: jax.ShapeDtypeStruct((tasks, *shape), jnp.float32, sharding=over_tasks)
         for name, shape in sizes.lora_shapes(lora.rank, lora.targets).items()
     }
     rows = collect_cost.row_shapes(config, tasks, c.answer_rows, answer, over_tasks)
-    return jax.jit(jax.grad(loss)), (matrices, params, rows, matrices if distills else None)
+    teacher = matrices if "distill" in c.taught else None
+    return jax.jit(jax.grad(loss)), (matrices, params, rows, teacher)
 
 
 def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) -> StepCost:

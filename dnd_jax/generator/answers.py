@@ -54,12 +54,18 @@ class Answering:
         each task.
         """
 
+        teacher = None if teacher_KxTxHxW is None else loras_of(target, teacher_KxTxHxW)
+        return self.losses_of(params, loras_of(target, tokens_KxTxHxW), rows, teacher)
+
+    def losses_of(
+        self, params: Mapping, loras: Mapping, rows: Mapping, teachers: Mapping | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`losses` of matrices, (K, ...) as of `loras_of`, in place of their tokens."""
+
         def one(lora, rows, teacher):
             if teacher is None:
                 return answer_loss(self.module, params, rows, lora, self.lora_scale)
             return distillation_loss(self.module, params, rows, lora, teacher, self.lora_scale)
 
-        teacher = None if teacher_KxTxHxW is None else loras_of(target, teacher_KxTxHxW)
         split = None if self.over_tasks is None else self.over_tasks.spec[0]
-        over = jax.vmap(one, spmd_axis_name=split)
-        return over(loras_of(target, tokens_KxTxHxW), rows, teacher)
+        return jax.vmap(one, spmd_axis_name=split)(loras, rows, teachers)

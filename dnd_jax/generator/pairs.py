@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
-from dnd_jax.config.schema import ASKING, FEWEST, Config
+from dnd_jax.config.schema import ASKING, FEWEST, OF_LORAS, Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
@@ -130,8 +130,7 @@ class Pairs:
 
     def _tokens_at(self, step: int) -> list[str]:
         """What a batch calls the tokens of its checkpoints."""
-        names = {"weights": "target", "distill": "teacher"}
-        return [name for part, name in names.items() if part in self.taught_at(step)]
+        return [name for part, name in OF_LORAS.items() if part in self.taught_at(step)]
 
     def rows_at(self, step: int) -> dict[str, np.ndarray]:
         """The questions and answers of the step's pairs, (B, rows, ...) as of `stacked_rows`: none
