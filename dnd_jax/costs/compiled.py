@@ -123,7 +123,7 @@ class StepCost:
     # of such a step without the base: the same step on weights
     decoder_seconds: float | None = None
     decoder_peak_bytes: int | None = None
-    layers: str = ""  # how many of the base's layers it was compiled with, where not with all
+    layers: str = ""  # by which of the base's layers operations and time are counted
     compile_seconds: float | None = None
     hash: str = ""
     measured_seconds: float | None = None
