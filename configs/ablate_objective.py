@@ -13,7 +13,8 @@ from dnd_jax.configs import mini
 def get_config():
     """mini.py (weights) with the other objectives."""
     config = mini.get_config()
-    config.ablate.axes = (("train.objective", ("weights", "answers", "distill", "weights+answers")),)
+    objectives = ("weights", "answers", "distill", "weights+answers")
+    config.ablate.axes = (("train.objective", objectives),)
     config.ablate.variants = (
         ("weights_then_answers", {"train.objective": "answers", "train.weights_first": 500}),
     )
