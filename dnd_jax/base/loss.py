@@ -33,14 +33,17 @@ def distillation_loss(
     params: Mapping,
     batch: Mapping,
     lora: Lora,
-    teacher: Lora,
+    teacher: Lora | None,
     lora_scale: float = 1.0,
+    shown: Mapping | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(mean Kullback-Leibler divergence over response tokens, of what the base with `lora` expects
-    there from what it expects with `teacher`, which has no gradient; the second as of
-    `answer_loss`). Both have read the right answer so far."""
+    there from what it expects with `teacher` or none, which has no gradient; the second as of
+    `answer_loss`). Both have read the right answer so far. shown: a batch of the same responses
+    behind other prompts, which the teacher reads in place of the batch."""
     logits = _logits(module, params, batch, lora, lora_scale)
-    wanted = _logits(module, params, batch, jax.lax.stop_gradient(teacher), lora_scale)
+    read = batch if shown is None else shown
+    wanted = _logits(module, params, read, jax.lax.stop_gradient(teacher), lora_scale)
     divergences = optax.losses.kl_divergence_with_log_targets(
         jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
     )

@@ -3,7 +3,7 @@ ahead of time."""
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class Sequences:
         labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
         batch = {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
         return batch | {"prefix": self.ids[0, :prefix]} if prefix else batch
+
+    def answers(self) -> Iterator[np.ndarray]:
+        """The tokens of each row's response."""
+        return (row[a:b] for row, a, b in zip(self.ids, self.start, self.end, strict=True))
 
     @property
     def response_width(self) -> int:
@@ -132,6 +136,33 @@ def encode(
     skipped = len(pairs) - len(kept)
     found = _padded(kept, tokenizer.pad_token_id, skipped, len(long) - skipped)
     return dataclasses.replace(found, of=np.array(of)) if skipped else found
+
+
+def encode_shown(
+    tokenizer,
+    examples: Sequence[Example],
+    shots: Sequence[Sequence[Example]],
+    max_length: int,
+    ends: Collection[int] = (),
+) -> Sequences:
+    """Tokenises examples, each behind answered examples of its own. Raises InputError for one that
+    has then more than max_length tokens, and as `token_pairs`."""
+    pairs: list = [None] * len(examples)
+    alike: dict[tuple, list[int]] = {}  # those behind the same ones are tokenised together
+    for i, before in enumerate(shots):
+        alike.setdefault(tuple(before), []).append(i)
+    for before, rows in alike.items():
+        found = token_pairs(tokenizer, [examples[i] for i in rows], ends, before)
+        for i, pair in zip(rows, found, strict=True):
+            pairs[i] = pair
+    for example, before, (p, r) in zip(examples, shots, pairs, strict=True):
+        if len(p) + len(r) > max_length:
+            raise InputError(
+                f"{example.where}: {len(p) + len(r)} tokens behind {len(before)} answered "
+                f"examples, more than base.max_length={max_length}; lower config.train.shots or "
+                "raise that"
+            )
+    return _padded(pairs, tokenizer.pad_token_id, 0, 0)
 
 
 def encode_packed(tokenizer, examples: Sequence[Example], length: int) -> Sequences:

@@ -171,6 +171,7 @@ class Train:
     # base with the generated LoRA; "distill": there, as the base with a checkpoint of the task has
     # them; or a sum
     objective: Annotated[str, one_of(*OBJECTIVES)]
+    shots: Count  # of "distill": answered examples that the base reads, in place of a checkpoint
     weights_first: Count  # steps on weights alone, before those on the objective
     weights_share: Amount  # factor of the loss on weights in a sum
     answer_rows: Positive  # questions of its task that each generated LoRA is asked in a step
@@ -220,7 +221,12 @@ class Train:
     @property
     def from_loras(self) -> bool:
         """Whether the loss of any step needs LoRA checkpoints."""
-        return bool(OF_LORAS.keys() & {*self.taught})
+        return bool(self.of_loras.keys() & {*self.taught})
+
+    @property
+    def of_loras(self) -> dict[str, str]:
+        """{part of a loss that needs LoRA checkpoints: what a batch calls their tokens}."""
+        return {"weights": OF_LORAS["weights"]} if self.shots else OF_LORAS
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -238,6 +244,9 @@ class Train:
                 f"weights_first = {self.weights_first} must be 0 with train.objective = "
                 f"{self.objective}, all of whose steps are on weights"
             )
+        if self.shots and "distill" not in self.taught:
+            ours = f"train.objective = {self.objective}"
+            wrong.append(f"shots = {self.shots} must be 0 with {ours}, which distills nothing")
         if self.pairing == "fixed" and not self.from_loras:
             wrong.append(
                 "pairing = fixed pairs prompts with LoRA checkpoints, of which train.objective = "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dnd_jax.config.schema import ASKING, OF_LORAS, Config
+from dnd_jax.config.schema import ASKING, Config
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
@@ -56,7 +56,7 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
     else:
         inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
-    for part, key in OF_LORAS.items():
+    for part, key in config.train.of_loras.items():
         if part in taught:
             inputs[key] = (b, *spec.token_grid), jnp.float32
     batch = {
@@ -65,7 +65,10 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
     }
     if answering:
         rows = config.train.answer_rows
-        batch["rows"] = collect_cost.row_shapes(config, b, rows, answer, sharded.over_batch)
+        of_rows = collect_cost.row_shapes(config, b, rows, answer, sharded.over_batch)
+        batch["rows"] = of_rows
+        if config.train.shots:  # as long as base.max_length too
+            batch["shown"] = of_rows
     frozen = {**({"encoder": encoder[1]} if encoder else {}), **(answering[1] if answering else {})}
     frozen = shaped(frozen, sharded.frozen) if frozen else None
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
@@ -143,16 +146,17 @@ def _through_base(
     module, params = collect_cost.base_shapes(config, mesh, sizes, unroll=True)
     answering = Answering(module, lora.alpha / lora.rank, over_tasks)
 
-    def loss(matrices, params, rows, teacher):
-        return answering.losses_of(params, matrices, rows, teacher)[0].sum()
+    def loss(matrices, params, rows, teacher, shown):
+        return answering.losses_of(params, matrices, rows, teacher, shown)[0].sum()
 
     matrices = {
         name: jax.ShapeDtypeStruct((tasks, *shape), jnp.float32, sharding=over_tasks)
         for name, shape in sizes.lora_shapes(lora.rank, lora.targets).items()
     }
     rows = collect_cost.row_shapes(config, tasks, c.answer_rows, answer, over_tasks)
-    teacher = matrices if "distill" in c.taught else None
-    return jax.jit(jax.grad(loss)), (matrices, params, rows, teacher)
+    teacher = matrices if "distill" in c.of_loras.keys() & {*c.taught} else None
+    shown = rows if c.shots else None
+    return jax.jit(jax.grad(loss)), (matrices, params, rows, teacher, shown)
 
 
 def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) -> StepCost:

@@ -44,28 +44,36 @@ class Answering:
         tokens_KxTxHxW: jax.Array,
         rows: Mapping,
         teacher_KxTxHxW: jax.Array | None = None,
+        shown: Mapping | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """(mean cross-entropy over the answers' tokens, share of answers whose every token is the
-        most likely one), (K,) each, float32. With the tokens of tuned LoRAs as a teacher, the first
-        is the divergence from what the base expects under these.
+        most likely one), (K,) each, float32. With the tokens of tuned LoRAs as a teacher, or with
+        `shown`, the first is the divergence from what the base expects under these, or of itself
+        where it reads these.
 
         params: of the base. target: what the tokens mean. rows: {"ids" (K, n, S), "at", "labels"
         (K, n, R)} and perhaps "prefix" (K, P), as of `Sequences.batch`: n questions and answers of
-        each task.
+        each task. shown: the same behind answered examples, R the same.
         """
 
         teacher = None if teacher_KxTxHxW is None else loras_of(target, teacher_KxTxHxW)
-        return self.losses_of(params, loras_of(target, tokens_KxTxHxW), rows, teacher)
+        return self.losses_of(params, loras_of(target, tokens_KxTxHxW), rows, teacher, shown)
 
     def losses_of(
-        self, params: Mapping, loras: Mapping, rows: Mapping, teachers: Mapping | None = None
+        self,
+        params: Mapping,
+        loras: Mapping,
+        rows: Mapping,
+        teachers: Mapping | None = None,
+        shown: Mapping | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """`losses` of matrices, (K, ...) as of `loras_of`, in place of their tokens."""
 
-        def one(lora, rows, teacher):
-            if teacher is None:
+        def one(lora, rows, teacher, shown):
+            if teacher is None and shown is None:
                 return answer_loss(self.module, params, rows, lora, self.lora_scale)
-            return distillation_loss(self.module, params, rows, lora, teacher, self.lora_scale)
+            how = lora, teacher, self.lora_scale, shown
+            return distillation_loss(self.module, params, rows, *how)
 
         split = None if self.over_tasks is None else self.over_tasks.spec[0]
-        return jax.vmap(one, spmd_axis_name=split)(loras, rows, teachers)
+        return jax.vmap(one, spmd_axis_name=split)(loras, rows, teachers, shown)

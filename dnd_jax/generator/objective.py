@@ -5,11 +5,12 @@ import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
-from dnd_jax.base.sequences import Sequences, how_taught
+from dnd_jax.base.sequences import Sequences, encode_shown, how_taught
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.workdir import TARGETS
@@ -23,6 +24,7 @@ from dnd_jax.lora.targets import ElementTarget, Target
 from dnd_jax.lora.tuning import Tuning
 
 Source = Checkpoints | Initial
+BEHIND_THE_SAME = 16  # questions of a dataset, at most, behind the same answered examples
 
 
 def source_of(config: Config, suite: Suite, workdir: pathlib.Path, base_name: str = "") -> Source:
@@ -90,6 +92,38 @@ class Objective:
         if not self._asks:
             return None
         return self.tuning.encoded(dataset.train, f"{dataset.name}'s train")
+
+    def shown(self, dataset: Dataset, questions: Sequences | None) -> Sequences | None:
+        """The same questions behind config.train.shots other examples of the dataset with their
+        answers, if these are distilled. Raises InputError where there are no others, where they are
+        too long, and where the template says an answer otherwise behind them."""
+        count = self._config.train.shots
+        if questions is None or not count:
+            return None
+        examples, size = dataset.train, len(dataset.train)
+        at_once = min(BEHIND_THE_SAME, size - count)
+        if at_once < 1:
+            raise InputError(
+                f"{dataset.name}: has {size} examples, and config.train.shots = {count} others "
+                "are to stand before each; lower it or add examples"
+            )
+        rng, before = np.random.default_rng([self._config.seed, count, 7]), {}
+        order = rng.permutation(size)
+        for block in np.split(order, range(at_once, size, at_once)):
+            chosen = rng.choice(np.setdiff1d(order, block), count, replace=False)
+            before |= dict.fromkeys(block.tolist(), [examples[i] for i in chosen])
+        kept = range(size) if questions.of is None else questions.of.tolist()
+        of_each = [examples[i] for i in kept], [before[i] for i in kept]
+        tuning, length = self.tuning, self._config.base.max_length
+        shown = encode_shown(tuning.tokenizer, *of_each, length, tuning.ends)
+        for i, asked, behind in zip(kept, questions.answers(), shown.answers(), strict=True):
+            if not np.array_equal(asked, behind):
+                raise InputError(
+                    f"{examples[i].where}: the base's template says its response otherwise behind "
+                    "answered examples, so that neither can be distilled into the other; set "
+                    "config.train.shots=0"
+                )
+        return shown
 
     @property
     def asked(self) -> tuple[int, int]:

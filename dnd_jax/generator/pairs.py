@@ -33,12 +33,14 @@ from dnd_jax.parallel import hosts
 class PairedDataset:
     """prompts: one entry a prompt along axis 0 of every array, either {"condition": (n, L, C)} or
     {"ids", "valid": (n, L)}; targets: (M, T, h, w), one a checkpoint; questions: the prompts with
-    their answers as the base is asked. Either of the two may be missing."""
+    their answers as the base is asked; shown: the same questions behind answered examples. Each of
+    the three may be missing."""
 
     name: str
     prompts: Mapping[str, np.ndarray]
     targets: np.ndarray | None = None
     questions: Sequences | None = None
+    shown: Sequences | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -48,8 +50,8 @@ class PairedDataset:
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
     fewer different ones; rows: questions of each pair's dataset, as `rows_at`. pad: token id.
-    taught_at: step -> the parts of its loss, as of `Train`. Raises InputError naming
-    every dataset with fewer than N prompts."""
+    taught_at: step -> the parts of its loss, as of `Train`; of_loras: as there. Raises InputError
+    naming every dataset with fewer than N prompts."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Pairs:
         rows: int = 0,
         pad: int = 0,
         taught_at: Callable[[int], Collection[str]] = lambda step: ("weights",),
+        of_loras: Mapping[str, str] = OF_LORAS,
     ):
         self.datasets, self.batch_size, self.num_prompts, self.seed = (
             tuple(datasets),
@@ -70,7 +73,7 @@ class Pairs:
             seed,
         )
         self.pairing, self.few_prompts = pairing, few_prompts
-        self.rows, self.pad, self.taught_at = rows, pad, taught_at
+        self.rows, self.pad, self.taught_at, self._of_loras = rows, pad, taught_at, of_loras
         few = [
             f"{d.name} has {d.num_prompts} prompts"
             for d in self.datasets
@@ -130,11 +133,27 @@ class Pairs:
 
     def _tokens_at(self, step: int) -> list[str]:
         """What a batch calls the tokens of its checkpoints."""
-        return [name for part, name in OF_LORAS.items() if part in self.taught_at(step)]
+        return [name for part, name in self._of_loras.items() if part in self.taught_at(step)]
 
-    def rows_at(self, step: int) -> dict[str, np.ndarray]:
-        """The questions and answers of the step's pairs, (B, rows, ...) as of `stacked_rows`: none
-        of a pair's own prompts, unless its dataset has no others; some twice where it has few."""
+    def rows_at(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+        """{"rows": the questions and answers of the step's pairs, (B, rows, ...) as of
+        `stacked_rows`: none of a pair's own prompts, unless its dataset has no others, and some
+        twice where it has few; "shown": the same behind answered examples, if it distills these};
+        nothing of a step that does not ask the base."""
+        parts = {*self.taught_at(step)}
+        if not ASKING & parts:
+            return {}
+        index, width = self._asked(step), self._width
+        found = {"rows": [self.datasets[d].questions for d, _, _ in self.draw(step)]}
+        if "distill" in parts and "distill" not in self._of_loras:
+            found["shown"] = [self.datasets[d].shown for d, _, _ in self.draw(step)]
+        return {
+            key: stacked_rows(asked, index, width, self._prefixes[key], self.pad)
+            for key, asked in found.items()
+        }
+
+    def _asked(self, step: int) -> list[np.ndarray]:
+        """Which questions of its dataset each of the step's pairs is asked."""
         index = []
         for i, (d, _, prompts) in enumerate(self.draw(step)):
             questions = self.datasets[d].questions
@@ -144,18 +163,23 @@ class Pairs:
             # Another stream than that of the pairs, which so stay as they are.
             rng = np.random.default_rng([self.seed, step, i, 3])
             index.append(rng.choice(others, self.rows, replace=len(others) < self.rows))
-        asked = [self.datasets[d].questions for d, _, _ in self.draw(step)]
-        return stacked_rows(asked, index, *self._shape_of_rows, self.pad)
+        return index
 
     @functools.cached_property
-    def _shape_of_rows(self) -> tuple[int, int]:
-        """(tokens of the longest answer, tokens that all rows begin with alike)."""
-        asked = [dataset.questions for dataset in self.datasets]
-        return max(one.response_width for one in asked), shared_prefix(asked)
+    def _width(self) -> int:
+        """Tokens of the longest answer."""
+        return max(dataset.questions.response_width for dataset in self.datasets)
+
+    @functools.cached_property
+    def _prefixes(self) -> dict[str, int]:
+        """Tokens that all rows of a kind begin with alike."""
+        kinds = {"rows": [d.questions for d in self.datasets]}
+        kinds["shown"] = [d.shown for d in self.datasets if d.shown is not None]
+        return {kind: shared_prefix(asked) for kind, asked in kinds.items() if asked}
 
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-        """`batch_at`, and of a step through the base `rows_at` as "rows", as global arrays on a
-        mesh; of the samples only those are read that this process' devices hold."""
+        """`batch_at`, and of a step through the base `rows_at`, as global arrays on a mesh; of the
+        samples only those are read that this process' devices hold."""
         # Replicas share their samples.
         part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
         one = self.datasets[0]
@@ -172,12 +196,11 @@ class Pairs:
             )
             for key, shape in shapes.items()
         }
-        if ASKING & {*self.taught_at(step)}:
-            batch["rows"] = {
-                key: jax.make_array_from_callback(value.shape, over_batch, value.__getitem__)
-                for key, value in self.rows_at(step).items()
-            }
-        return batch
+        asked = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, over_batch, x.__getitem__),
+            self.rows_at(step),
+        )
+        return batch | asked
 
     def names(self, step: int) -> list[str]:
         """The dataset of each of a step's pairs."""
@@ -211,7 +234,8 @@ def paired_datasets(
             inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
         questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
         targets = tokens and tokens.targets
-        datasets.append(PairedDataset(dataset.name, inputs, targets, questions))
+        shown = objective.shown(dataset, questions)
+        datasets.append(PairedDataset(dataset.name, inputs, targets, questions, shown))
         weights += [tokens.importance] if tokens and config.generator.importance else []
     if not weights:
         return datasets, np.ones(target.shape[0], np.float32)

@@ -93,7 +93,8 @@ def make_train_step(
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`, and with
-    "teacher", the weights of LoRA checkpoints, to answer as these do; or the sum of both by
+    "teacher", the weights of LoRA checkpoints, to answer as these do, or with "shown", the same
+    rows behind answered examples, as the base does there; or the sum of both by
     config.weights_share. Noise is drawn from (seed, step). The batch is computed in
     config.micro_batches parts whose gradients are added up, which gives the whole batch's. encoder:
     the text encoder that turns "ids" and "valid" into the condition here. shardings: of the
@@ -111,7 +112,8 @@ def make_train_step(
     def of_answers(output, part, frozen, tasks):
         """The same of its loss through the base."""
         asked = frozen["base"], frozen["target"], output.astype(jnp.float32)
-        losses_b, exact_b = answering.losses(*asked, part["rows"], part.get("teacher"))
+        teacher = part.get("teacher"), part.get("shown")
+        losses_b, exact_b = answering.losses(*asked, part["rows"], *teacher)
         squares_b = jnp.mean(output.astype(jnp.float32) ** 2, (1, 2, 3))
         found = {"answers": losses_b, "exact": exact_b, "square": squares_b}
         return jnp.sum(losses_b) / tasks, found
@@ -148,7 +150,7 @@ def make_train_step(
             target = _noisy(batch["target"], config.target_noise, on_target)
             parts["target"] = target
             sizes["cells"] = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
-        parts |= {key: batch[key] for key in ("rows", "teacher") if key in batch}
+        parts |= {key: batch[key] for key in ("rows", "teacher", "shown") if key in batch}
 
         # Gradient and update.
         part_of = functools.partial(gradient_of, state["params"], frozen=frozen, **sizes)
@@ -164,7 +166,7 @@ def make_train_step(
         if "target" in batch:
             metrics["target_mean_square"] = jnp.nanmean(target**2)
         if "rows" in batch:
-            kind = "distill_loss" if "teacher" in batch else "answers_loss"
+            kind = "distill_loss" if {"teacher", "shown"} & batch.keys() else "answers_loss"
             metrics[kind] = jnp.mean(of_samples["answers"])
             metrics["exact"] = jnp.mean(of_samples["exact"])
         metrics["sample_loss"] = sum(

@@ -131,7 +131,8 @@ def train(
         "encoder_revision": encoder.revision,
     }
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts
-    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, c.taught_at)
+    taught_by_step = c.taught_at, c.of_loras
+    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, *taught_by_step)
 
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length

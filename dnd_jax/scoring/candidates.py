@@ -31,7 +31,8 @@ from dnd_jax.scoring.competitors import Ridge, mean_weights, running_mean
 from dnd_jax.scoring.draws import draw_training, repeat_few, seeds_of_draws, wrong_task
 
 RIDGE_DRAWS = 16
-TRAINED_BY = ("datasets", "objective", "weights_first")  # what decides of a generator's competitors
+# What decides of a generator's competitors.
+TRAINED_BY = ("datasets", "objective", "weights_first", "shots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_asked_alike(config: Config, generator: TrainedGenerator) -> None:
     asked = ("num_prompts", "max_text_length", "layer", "form")
     # An imported generator does not say on how many datasets it was trained.
     trained = read_record(generator.folder)["train"]
-    taught = {"objective": "weights", "weights_first": 0} | trained if trained else {}
+    taught = {"objective": "weights", "weights_first": 0, "shots": 0} | trained if trained else {}
     then, now = (
         {
             "condition": {key: getattr(condition, key) for key in asked},

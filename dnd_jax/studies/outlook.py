@@ -69,7 +69,8 @@ def operations(config: Config, suite: Suite) -> dict[str, tuple[float, str]]:
     pairs = 6.0 * spec.forward_macs * train.steps
     if train.through_base:
         asked, steps = [x for d in suite.train for x in d.train], train.steps - train.weights_first
-        passes = 3 if "distill" in train.taught else 2  # and the teacher's
+        # Forward and back, and what the teacher reads.
+        passes = 2 + (1 + train.shots) * ("distill" in train.taught)
         pairs += passes * steps * train.answer_rows * _forward(base, asked)
         of_them = f" in {steps} of them" if train.weights_first else ""
         what += f", {train.answer_rows} questions each through the base{of_them}"

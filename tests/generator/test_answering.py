@@ -33,6 +33,13 @@ def target_of(kind: str, shapes) -> object:
     return from_statistics(kind, layout, {"mean": mean, "scale": scale})
 
 
+def behind_others(rows: dict[str, np.ndarray], vocabulary: int) -> dict[str, np.ndarray]:
+    """The same questions and answers behind four tokens more."""
+    before = np.random.default_rng(5).integers(0, vocabulary, (TASKS, ROWS, 4)).astype(np.int32)
+    ids = np.concatenate([before, rows["ids"]], axis=-1)
+    return {"ids": ids, "at": rows["at"] + 4, "labels": rows["labels"]}
+
+
 def rows_of(vocabulary: int) -> dict[str, np.ndarray]:
     """Questions and answers of 1 to 3 tokens, padded."""
     rng = np.random.default_rng(2)
@@ -44,11 +51,11 @@ def rows_of(vocabulary: int) -> dict[str, np.ndarray]:
 
 
 def in_pytorch(
-    base, target, tokens: np.ndarray, rows, teacher: np.ndarray | None = None
+    base, target, tokens: np.ndarray, rows, teacher: np.ndarray | None = None, shown=None
 ) -> tuple[list[float], np.ndarray]:
     """(each task's loss, gradient of their mean by the tokens): a PEFT model with each task's LoRA,
     and autograd through B, A and what makes them of tokens. teacher: tokens of the LoRAs whose
-    answers are to be met."""
+    answers are to be met. shown: rows behind which the base's own are."""
     layout = target.layout
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
@@ -79,11 +86,18 @@ def in_pytorch(
     leaves, losses = torch.from_numpy(tokens).requires_grad_(), []
     for k in range(TASKS):
         labels, logits = torch.from_numpy(rows["labels"][k]).long().flatten(), chosen(leaves[k], k)
-        if teacher is None:
+        if teacher is None and shown is None:
             losses.append(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1))
             continue
         with torch.no_grad():
-            wanted = chosen(torch.from_numpy(teacher[k]), k)[labels >= 0].log_softmax(-1)
+            if shown is None:
+                wanted = chosen(torch.from_numpy(teacher[k]), k)
+            else:
+                with model.disable_adapter():
+                    logits_k = model(torch.from_numpy(shown["ids"][k]).long()).logits
+                at = torch.from_numpy(shown["at"][k]).long()
+                wanted = torch.take_along_dim(logits_k, at[..., None], 1).flatten(0, 1)
+            wanted = wanted[labels >= 0].log_softmax(-1)
         student = logits[labels >= 0].log_softmax(-1)
         how = {"reduction": "batchmean", "log_target": True}
         losses.append(torch.nn.functional.kl_div(student, wanted, **how))
@@ -91,27 +105,28 @@ def in_pytorch(
     return [float(loss.detach()) for loss in losses], leaves.grad.numpy()
 
 
-@pytest.mark.parametrize("distills", [False, True], ids=["answers", "distill"])
+@pytest.mark.parametrize("of", ["answers", "a LoRA", "answered examples"])
 @pytest.mark.parametrize("kind", ["element", "chunk"])
-def test_loss_and_gradient_are_those_of_peft(base, kind, distills):
+def test_loss_and_gradient_are_those_of_peft(base, kind, of):
     module, params = load_base(base)
     target = target_of(kind, module.config.lora_shapes(RANK, TARGETS))
     rng, rows = np.random.default_rng(3), rows_of(module.config.vocab_size)
     tokens = rng.normal(size=(TASKS, *target.shape)).astype(np.float32)
-    teacher = rng.normal(size=tokens.shape).astype(np.float32) if distills else None
+    teacher = rng.normal(size=tokens.shape).astype(np.float32) if of == "a LoRA" else None
+    shown = behind_others(rows, module.config.vocab_size) if of == "answered examples" else None
     answering = Answering(module, ALPHA / RANK)
 
     def mean_loss(tokens):
-        losses, exact = answering.losses(params, target, tokens, rows, teacher)
+        losses, exact = answering.losses(params, target, tokens, rows, teacher, shown)
         return losses.mean(), (losses, exact)
 
     (_, (losses, exact)), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(tokens)
-    expected, by_torch = in_pytorch(base, target, tokens, rows, teacher)
+    expected, by_torch = in_pytorch(base, target, tokens, rows, teacher, shown)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert exact.shape == (TASKS,)
     assert np.abs(by_torch).max() > 1e-2  # the comparison says something
     np.testing.assert_allclose(gradient, by_torch, rtol=1e-4, atol=1e-6)
-    if distills:  # who gives the teacher's answers has nothing left to learn
+    if teacher is not None:  # who gives the teacher's answers has nothing left to learn
         own, _ = answering.losses(params, target, jnp.asarray(tokens), rows, jnp.asarray(tokens))
         np.testing.assert_allclose(own, 0, atol=1e-6)
 

@@ -58,31 +58,57 @@ def asked(rows: int, of: np.ndarray | None = None) -> PairedDataset:
     return PairedDataset("one", DATASET.prompts, questions=Sequences(ids, at, at + 2, of=of))
 
 
+def asking(dataset: PairedDataset, rows: int, batch: int = 16, **more) -> Pairs:
+    """Pairs that are asked so many questions each."""
+    more = {"taught_at": lambda step: ("answers",)} | more
+    return Pairs([dataset], batch, N, 0, rows=rows, **more)
+
+
 @pytest.mark.parametrize("few_prompts", [0.0, 1.0])
 def test_what_is_asked_is_none_of_the_prompts(few_prompts):
-    pairs = Pairs([asked(40)], 16, N, 0, "random", few_prompts, 5)
+    pairs = asking(asked(40), 5, few_prompts=few_prompts)
     for step in range(20):
-        rows = pairs.rows_at(step)
+        rows = pairs.rows_at(step)["rows"]
         assert rows["ids"].shape[:2] == (16, 5) and rows["labels"].shape == (16, 5, 2)
         for (*_, prompts), ids in zip(pairs.draw(step), rows["ids"], strict=True):
             numbers = ids[:, 0].tolist()
             assert len(set(numbers)) == 5 and not set(numbers) & set(prompts.tolist())
-    assert not np.array_equal(rows["ids"], pairs.rows_at(0)["ids"])
+    assert not np.array_equal(rows["ids"], pairs.rows_at(0)["rows"]["ids"])
+
+
+def test_steps_on_weights_ask_nothing():
+    pairs = asking(asked(40), 5, taught_at=lambda step: ("weights", "answers")[step : step + 1])
+    assert not pairs.rows_at(0) and pairs.rows_at(1).keys() == {"rows"}
+
+
+@pytest.mark.parametrize("of_loras", [{}, {"distill": "teacher"}], ids=["shown", "checkpoints"])
+def test_the_same_questions_are_shown_behind_answered_examples(of_loras):
+    """Each of the examples has 10 tokens of others before it, unless a checkpoint is the teacher."""
+    plain = asked(40)
+    ids = np.pad(plain.questions.ids + 100, ((0, 0), (10, 0)))
+    shown = Sequences(ids, plain.questions.start + 10, plain.questions.end + 10)
+    dataset = PairedDataset("one", plain.prompts, questions=plain.questions, shown=shown)
+    pairs = asking(dataset, 5, taught_at=lambda step: ("distill",), of_loras=of_loras)
+    found = pairs.rows_at(3)
+    np.testing.assert_array_equal(found["rows"]["ids"], asking(plain, 5).rows_at(3)["rows"]["ids"])
+    assert ("shown" in found) == (not of_loras)
+    if not of_loras:
+        np.testing.assert_array_equal(found["shown"]["labels"], found["rows"]["labels"] + 100)
+        assert found["shown"]["prefix"].shape == (16, 10)
 
 
 def test_examples_that_were_left_out_keep_the_others_numbers():
     """Rows 0 to 9 are examples 30 to 39."""
-    pairs = Pairs([asked(10, np.arange(30, 40))], 16, N, 0, rows=3)
-    for (*_, prompts), ids in zip(pairs.draw(0), pairs.rows_at(0)["ids"], strict=True):
+    pairs = asking(asked(10, np.arange(30, 40)), 3)
+    for (*_, prompts), ids in zip(pairs.draw(0), pairs.rows_at(0)["rows"]["ids"], strict=True):
         assert not set((ids[:, 0] + 30).tolist()) & set(prompts.tolist())
 
 
 def test_few_other_questions_are_asked_twice_and_without_any_its_own():
     of = np.arange(2)
-    pairs = Pairs([asked(2, of)], 16, N, 0, rows=5)
-    assert pairs.rows_at(0)["ids"].shape[1] == 5
+    assert asking(asked(2, of), 5).rows_at(0)["rows"]["ids"].shape[1] == 5
     small = PairedDataset("one", {"condition": np.zeros((N, 2, 3))}, questions=asked(N).questions)
-    assert Pairs([small], 4, N, 0, rows=3).rows_at(0)["ids"].shape[:2] == (4, 3)
+    assert asking(small, 3, batch=4).rows_at(0)["rows"]["ids"].shape[:2] == (4, 3)
 
 
 def test_pairs_of_weights_are_the_same_where_questions_come_with_them():

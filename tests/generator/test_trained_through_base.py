@@ -236,6 +236,30 @@ def test_it_learns_what_tuned_loras_answer(inputs, tmp_path, objective):
 
 
 @pytest.mark.slow
+def test_it_learns_what_the_base_answers_behind_examples(inputs, tmp_path):
+    """Of answered examples, without a LoRA; the same steps again after a stop."""
+    words = command(inputs, tmp_path, "--config.train.shots=2", steps=40, rate=0.02)
+    words = [w.replace("objective=answers", "objective=distill") for w in words]
+    done = dnd(*words)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "loras").exists()
+    losses = [row["distill_loss"] for row in read_metrics(tmp_path / "generator")]
+    assert 0 < np.mean(losses[-5:]) < np.mean(losses[:5])
+    done = dnd(*words, "--config.train.shots=3")
+    assert done.returncode == 2 and "train.shots: 2 -> 3" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shots", "said"),
+    [(500, "config.train.shots = 500 others are to stand before each"), (20, "lower config.train")],
+)
+def test_more_examples_than_there_are_or_have_room(inputs, tmp_path, shots, said):
+    words = command(inputs, tmp_path, f"--config.train.shots={shots}")
+    done = dnd(*[w.replace("objective=answers", "objective=distill") for w in words])
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_weights_first_then_answers(inputs, tmp_path):
     """The steps before the change are those of a training on weights, and it resumes after it."""
     words = command(inputs, tmp_path, "--config.train.save_every=1")
