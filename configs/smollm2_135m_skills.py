@@ -6,7 +6,8 @@ suite of plain-English tasks.
 
 72 LoRAs of rank 8 on q_proj and v_proj: 60 training tasks (operations x forms of answer), 10
 checkpoints each, and the tuned reference of 12 unseen ones, two of each kind; 300 tokens of 8 x 192
-weights; a decoder of 4.4M parameters, by `dnd init-config --budget=5e6`. Where there is a network,
+weights; a decoder of 3.6M parameters that keeps its planes one stage before the end, and half of
+the pairs of fewer prompts, as was found for the little world (mini.py). Where there is a network,
 --config.base.path=HuggingFaceTB/SmolLM2-135M-Instruct takes the model's own weights.
 """
 

@@ -83,7 +83,7 @@ def test_steps_on_weights_ask_nothing():
 
 @pytest.mark.parametrize("of_loras", [{}, {"distill": "teacher"}], ids=["shown", "checkpoints"])
 def test_the_same_questions_are_shown_behind_answered_examples(of_loras):
-    """Each of the examples has 10 tokens of others before it, unless a checkpoint is the teacher."""
+    """Behind 10 tokens of others each, unless a checkpoint is the teacher."""
     plain = asked(40)
     ids = np.pad(plain.questions.ids + 100, ((0, 0), (10, 0)))
     shown = Sequences(ids, plain.questions.start + 10, plain.questions.end + 10)
