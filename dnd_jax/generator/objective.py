@@ -3,6 +3,7 @@ through the frozen base, those that checkpoints give there, or several."""
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -50,6 +51,37 @@ def taught_by(config: Config, source: Source, workdir: pathlib.Path) -> dict:
     return found | ({"spread": SPREAD} if isinstance(source, Initial) else {})
 
 
+def behind_examples(
+    config: Config, dataset: Dataset, questions: Sequences, tokenizer, ends: Collection[int]
+) -> Sequences:
+    """A dataset's questions, each behind config.train.shots other examples of it with their
+    answers. ends: tokens that end an answer of the base. Raises InputError where there are no
+    others, where they are too long, and where the template says an answer otherwise behind them."""
+    examples, size, count = dataset.train, len(dataset.train), config.train.shots
+    at_once = min(BEHIND_THE_SAME, size - count)
+    if at_once < 1:
+        raise InputError(
+            f"{dataset.name}: has {size} examples, and config.train.shots = {count} others are to "
+            "stand before each; lower it or add examples"
+        )
+    rng, before = np.random.default_rng([config.seed, count, 7]), {}
+    order = rng.permutation(size)
+    for block in np.split(order, range(at_once, size, at_once)):
+        chosen = rng.choice(np.setdiff1d(order, block), count, replace=False)
+        before |= dict.fromkeys(block.tolist(), [examples[i] for i in chosen])
+    kept = range(size) if questions.of is None else questions.of.tolist()
+    of_each = [examples[i] for i in kept], [before[i] for i in kept]
+    shown = encode_shown(tokenizer, *of_each, config.base.max_length, ends)
+    for i, asked, behind in zip(kept, questions.answers(), shown.answers(), strict=True):
+        if not np.array_equal(asked, behind):
+            raise InputError(
+                f"{examples[i].where}: the base's template says its response otherwise behind "
+                "answered examples, so that neither can be distilled into the other; set "
+                "config.train.shots=0"
+            )
+    return shown
+
+
 class Objective:
     """What each training dataset teaches, and through which base."""
 
@@ -94,36 +126,11 @@ class Objective:
         return self.tuning.encoded(dataset.train, f"{dataset.name}'s train")
 
     def shown(self, dataset: Dataset, questions: Sequences | None) -> Sequences | None:
-        """The same questions behind config.train.shots other examples of the dataset with their
-        answers, if these are distilled. Raises InputError where there are no others, where they are
-        too long, and where the template says an answer otherwise behind them."""
-        count = self._config.train.shots
-        if questions is None or not count:
+        """The questions behind answered examples, if these are distilled: `behind_examples`."""
+        if questions is None or not self._config.train.shots:
             return None
-        examples, size = dataset.train, len(dataset.train)
-        at_once = min(BEHIND_THE_SAME, size - count)
-        if at_once < 1:
-            raise InputError(
-                f"{dataset.name}: has {size} examples, and config.train.shots = {count} others "
-                "are to stand before each; lower it or add examples"
-            )
-        rng, before = np.random.default_rng([self._config.seed, count, 7]), {}
-        order = rng.permutation(size)
-        for block in np.split(order, range(at_once, size, at_once)):
-            chosen = rng.choice(np.setdiff1d(order, block), count, replace=False)
-            before |= dict.fromkeys(block.tolist(), [examples[i] for i in chosen])
-        kept = range(size) if questions.of is None else questions.of.tolist()
-        of_each = [examples[i] for i in kept], [before[i] for i in kept]
-        tuning, length = self.tuning, self._config.base.max_length
-        shown = encode_shown(tuning.tokenizer, *of_each, length, tuning.ends)
-        for i, asked, behind in zip(kept, questions.answers(), shown.answers(), strict=True):
-            if not np.array_equal(asked, behind):
-                raise InputError(
-                    f"{examples[i].where}: the base's template says its response otherwise behind "
-                    "answered examples, so that neither can be distilled into the other; set "
-                    "config.train.shots=0"
-                )
-        return shown
+        tuning = self.tuning
+        return behind_examples(self._config, dataset, questions, tuning.tokenizer, tuning.ends)
 
     @property
     def asked(self) -> tuple[int, int]:

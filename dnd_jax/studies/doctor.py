@@ -44,10 +44,18 @@ CHECKS: tuple[tuple[str, Callable[[Case], str], Callable[[Case], Found]], ...] =
         lambda case: case.config.evaluate.agreement and case.config.base.path,
         checks.reading,
     ),
+    ("questions", lambda case: case.config.base.path and case.config.suite, checks.questions),
     ("checkpoints", lambda case: case.config.train.checkpoints, checks.checkpoints),
     ("encoder", lambda case: case.config.suite or case.config.train.checkpoints, checks.encoder),
     ("generator", lambda case: case.generator, checks.generator),
-    ("room", lambda case: case.config.train.checkpoints, checks.room),
+    (
+        "room",
+        lambda case: (
+            case.config.train.checkpoints
+            or (not case.config.train.from_loras and case.config.base.path)
+        ),
+        checks.room,
+    ),
     ("packages", lambda case: "always", checks.packages),
 )
 

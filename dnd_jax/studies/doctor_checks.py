@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from dnd_jax.base.chat import answer_text, ends_of, render
 from dnd_jax.base.folder import load_tokenizer
@@ -18,6 +19,7 @@ from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import packages_of, resolve
 from dnd_jax.base.identity import base_name, base_weights, other_weights
 from dnd_jax.base.reading import comparison, difference
+from dnd_jax.base.sequences import encode
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.memory import free_memory
@@ -36,10 +38,12 @@ from dnd_jax.generator.folder import (
     read_statistics,
 )
 from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.objective import Source, behind_examples
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora.checkpoints import Checkpoints
 from dnd_jax.lora.fit import check_fits
+from dnd_jax.lora.initial import Initial
 from dnd_jax.lora.targets import token_grid
 from dnd_jax.studies.data_report import cut_lines
 
@@ -84,6 +88,13 @@ class Case:
             raise InputError(f"{root}: has no folders; a LoRA checkpoint lies in DATASET/NAME/")
         every = tuple(Dataset(name, (), ()) for name in names)
         return Checkpoints(self.config, Suite(root.name, root, (), every, (), {}, ""), self.workdir)
+
+    @property
+    def source(self) -> Source:
+        """What has the layout of the LoRAs: checkpoints, or the base where training needs none."""
+        if self.config.train.checkpoints:
+            return self.checkpoints
+        return Initial(self.config, self.config.base.path)
 
 
 def base(case: Case) -> Found:
@@ -151,6 +162,24 @@ def checkpoints(case: Case) -> Found:
     )
 
 
+def questions(case: Case) -> Found:
+    """That the base can be asked the training datasets' questions, as LoRAs are tuned on them and a
+    generator is taught by them."""
+    config = case.config
+    tokenizer = load_tokenizer(config.base.path)
+    ends, length = ends_of(config.base.path, tokenizer), config.base.max_length
+    longest = 0
+    for dataset in case.suite.train:
+        asked = encode(tokenizer, dataset.train, length, config.lora.too_long, ends)
+        if lost := asked.lost(dataset.name, length):
+            yield NOTE, f"{lost} (config.lora.too_long={config.lora.too_long})"
+        if config.train.shots:
+            asked = behind_examples(config, dataset, asked, tokenizer, ends)
+        longest = max(longest, int(asked.end.max()))
+    shots = f" behind {config.train.shots} answered examples" if config.train.shots else ""
+    yield OK, f"questions and answers have up to {longest} tokens{shots}, of {length} that may be"
+
+
 def encoder(case: Case) -> Found:
     """The text encoder of the settings, for training: that it is here and has the layer."""
     condition = case.config.condition
@@ -202,8 +231,8 @@ def _of_these_checkpoints(case: Case, folder: pathlib.Path, description: Descrip
 
 def room(case: Case) -> Found:
     """What training the generator takes, of disk and memory, and what is free."""
-    config, checkpoints = case.config, case.checkpoints
-    condition, grid = config.condition, token_grid(config.generator.target, checkpoints.layout)
+    config, source = case.config, case.source
+    condition, grid = config.condition, token_grid(config.generator.target, source.layout)
     width = load_module(condition.encoder, condition.layer).width
     shape = condition.num_prompts, condition.max_text_length, width
     features = resolve_features(config.generator, shape, grid)
@@ -212,7 +241,8 @@ def room(case: Case) -> Found:
     leaves = jax.tree.leaves(param_shapes(Generator(spec)))
     params = 4 * sum(math.prod(leaf.shape) for leaf in leaves)
 
-    tokens = 4 * math.prod(grid) * sum(map(len, checkpoints.folders.values()))
+    loras = sum(map(len, source.folders.values())) if isinstance(source, Checkpoints) else 0
+    tokens = 4 * math.prod(grid) * loras
     texts = sum(len(d.train) for d in case.suite.train) if config.suite else 0
     states = 0 if condition.in_graph else 4 * texts * condition.max_text_length * width
     kept = ON_DISK * params * (c.keep_last + 1)
@@ -222,12 +252,17 @@ def room(case: Case) -> Found:
         f"disk: tokens {_size(tokens)}, embeddings {_size(states)}, checkpoints {_size(kept)}: "
         f"{_size(disk)} of {_size(free)} free",
     )
-    split = max(config.mesh.fsdp, 1)
-    memory, has = IN_MEMORY * params // split, _memory()
+    split, of_base = max(config.mesh.fsdp, 1), 0
+    if c.asks_base and config.base.path:
+        stored = stored_tensors(resolve(config.base.path)).values()
+        item = jnp.dtype(config.lora.dtype).itemsize
+        of_base = item * sum(math.prod(tensor.shape) for tensor in stored)
+    memory, has = (IN_MEMORY * params + of_base) // split, _memory()
+    beside = f", and the base {_size(of_base // split)}" if of_base else ""
     yield (
         OK if memory < has else FAULT,
-        f"memory: parameters, gradient and optimiser {_size(memory)} of {_size(has)} a device, "
-        "beside activations; `dnd plan` counts those too",
+        f"memory: parameters, gradient and optimiser {_size(IN_MEMORY * params // split)}{beside}, "
+        f"of {_size(has)} a device, beside activations; `dnd plan` counts those too",
     )
 
 

@@ -24,9 +24,9 @@ def place(tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
-def doctor(agreement: bool = False) -> int:
+def doctor(*more: str, agreement: bool = False) -> int:
     """Asks it of everything in the current folder."""
-    more = (f"--config.evaluate.agreement={agreement}",)
+    more += (f"--config.evaluate.agreement={agreement}",)
     given = ("--workdir=run", "--suite=suite", "--config.condition.encoder=suite/vectors.txt")
     return main(["doctor", TINY, *given, *more])
 
@@ -63,7 +63,8 @@ def test_a_sound_run(place, capsys):
     found = rows(out)
     (chat,) = found["chat"]
     assert chat[1].endswith("<assistant>ANSWER<end>'; an answer ends at '<end>'")
-    assert {"base", "chat", "reading", "suite", "checkpoints", "generator", "room"} <= found.keys()
+    looked_at = {"base", "chat", "reading", "suite", "questions", "checkpoints", "generator"}
+    assert looked_at | {"room"} <= found.keys()
     assert all(state != "FAULT" for lines in found.values() for state, _ in lines), found
     assert "JAX and PyTorch read it alike" in found["reading"][0][1]
     assert out.endswith("nothing found that would stop a run\n")
@@ -92,6 +93,29 @@ def test_planted_faults(place, capsys):
     assert "decoder/stage_0/conv1w is missing" in faults["generator"]
     assert "vectors.txt" in faults["encoder"]
     assert captured.err == f"dnd: {captured.out.count('FAULT')} faults found\n"
+
+
+def test_a_training_that_needs_no_loras(place, capsys):
+    """Its room is that of the base's LoRAs, its questions are those that the base is asked."""
+    for made in ("loras", "generator"):
+        shutil.rmtree(place / "run" / made)
+    assert doctor("--config.train.objective=answers", "--config.base.max_length=64") == 0
+    found = rows(capsys.readouterr().out)
+    assert "checkpoints" not in found
+    assert re.fullmatch(
+        r"questions and answers have up to \d+ tokens, of 64.*", *found["questions"][0][1:]
+    )
+    (_, disk), (_, memory) = found["room"]
+    assert disk.startswith("disk: tokens 0 kB") and ", and the base " in memory
+    assert doctor("--config.train.objective=answers", "--config.base.max_length=8") == 1
+    assert "raise the setting" in rows(capsys.readouterr().out)["questions"][0][1]
+
+
+def test_answered_examples_that_have_no_room(place, capsys):
+    distill = "--config.train.objective=distill", "--config.base.max_length=64"
+    assert doctor(*distill, "--config.train.shots=5") == 1
+    (fault,) = (t for s, t in rows(capsys.readouterr().out)["questions"] if s == "FAULT")
+    assert "tokens behind 5 answered examples, more than base.max_length=64; lower" in fault
 
 
 def test_of_another_base(place, capsys):
