@@ -14,6 +14,7 @@ from dnd_jax.scoring.results import METHODS, TITLES
 
 WIDTH, HEIGHT = 4.6, 3.2  # of a panel, inches
 PANELS = 4  # side by side
+THROUGH_BASE = {"answers_loss", "distill_loss"}  # what a step through the base has
 
 
 def bars(results: Mapping) -> str:
@@ -54,14 +55,25 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
     figure, axes = figures.panels(len(trainings), WIDTH * len(trainings), HEIGHT)
     for axis, (name, rows) in zip(axes, trainings, strict=True):
         axis.set(title=name, xlabel="step", yscale="log")
-        _curve(axis, rows, "loss", "tab:blue")
+        # Losses of two kinds are two curves: on weights first, through the base then.
+        through_base = [row for row in rows if THROUGH_BASE & row.keys()]
+        before = [row for row in rows if not THROUGH_BASE & row.keys()]
+        _curve(axis, before, "loss", "tab:blue")
+        _curve(axis, through_base, "loss", "tab:blue")
         axis.set_ylabel("loss", color="tab:blue")
-        twin, label = axis.twinx(), "training batch exact match"
-        if "accuracy" in rows[0]:
+        if before and through_base:
+            axis.axvline(through_base[0]["step"], color="0.8", linewidth=0.8)
+            axis.set_ylabel("loss: on weights | through the base", color="tab:blue")
+        twin, there = axis.twinx(), {key for row in rows for key in row}
+        if there & {"accuracy", "exact", "held_in_exact"}:
+            label = "training batch exact match"
             _curve(twin, rows, "accuracy", "tab:orange", alpha=0.7)
-        elif any("held_in_exact" in row for row in rows):
-            label = "held-in exact match"
-            _curve(twin, rows, "held_in_exact", "tab:orange", marker="o")
+            _curve(twin, rows, "exact", "tab:orange", alpha=0.7)
+            if "held_in_exact" in there:
+                label = "exact match (dots: held-in)" if "exact" in there else "held-in exact match"
+                look = {"linestyle": "" if "exact" in there else "-", "marker": "o"}
+                _curve(twin, rows, "held_in_exact", "tab:orange", **look)
+            twin.set_ylim(-0.02, 1.02)
         else:
             label = "mean square: output, target (grey)"
             _curve(twin, rows, "output_mean_square", "tab:orange", alpha=0.7)
@@ -70,7 +82,7 @@ def _row_of_curves(trainings: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
     return figures.embedded(figure)
 
 
-def _curve(axis: Any, rows: Sequence[Mapping], name: str, color: str, **look: float) -> None:
+def _curve(axis: Any, rows: Sequence[Mapping], name: str, color: str, **look: Any) -> None:
     """Of the steps that have it: not all have a mean square of a target, or held-in scores."""
     rows = [row for row in rows if name in row]
     axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=color, **look)
