@@ -110,6 +110,7 @@ class StepCost:
     ahead_bytes: int | None = None  # batches that wait on the device for their step
     peak_bytes: int | None = None  # all of these
     limit_bytes: int | None = None
+    host_bytes: int = 0  # of a "train" step's batch, that one host reads and sends to its devices
     flops: float | None = None
     direct_flops: float | None = None  # of the same step by the direct method
     bytes: float | None = None

@@ -124,6 +124,13 @@ def describe_plan(plan: StepCost) -> str:
     if plan.samples_per_second:
         what = {"train": "samples", "generate": "adapters", "collect": "LoRAs a step further"}
         lines.append(f"all devices: {plan.samples_per_second:.4g} {what[plan.step]} a second")
+        if plan.host_bytes:
+            seconds = plan.batch / plan.samples_per_second
+            rate = plan.host_bytes / seconds / 1e9
+            lines.append(
+                f"each host reads {plan.host_bytes / 1e9:.3g} GB a step for its devices: "
+                f"{rate:.3g} GB a second, to keep up"
+            )
     if plan.tasks:
         lines.append(f"room for {plan.tasks} tasks at once, by what one of them takes")
     least = " with the compiler's least effort" if "TPU" in plan.devices else ""

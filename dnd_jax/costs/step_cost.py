@@ -9,6 +9,7 @@ collectives, and the compiler's time.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -196,10 +197,26 @@ def _plan(
         ),
         state_bytes=held_bytes(arguments[0]),
         limit_bytes=int(chip.memory) if chip else None,
+        host_bytes=read_by_a_host(arguments[1]) if step == "train" else 0,
         direct_flops=(6 if step == "train" else 2) * batch * spec.forward_macs / len(devices),
     )
     once = functools.partial(_update_cost, config, arguments[0])
     return compiled_cost(plan, function, arguments, mesh, once, measure)
+
+
+def read_by_a_host(batch: Any) -> int:
+    """Bytes of a batch's samples that the devices of one host hold, of the host that has most."""
+    hosts: dict[int, int] = {}
+    for leaf in jax.tree.leaves(batch):
+        parts: dict[int, set] = {}  # replicas share what was read
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            part = index[0].indices(leaf.shape[0])[:2]
+            parts.setdefault(device.process_index, set()).add(part)
+        of_sample = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+        for host, read in parts.items():
+            samples = sum(last - first for first, last in read)
+            hosts[host] = hosts.get(host, 0) + of_sample * samples
+    return max(hosts.values())
 
 
 def _update_cost(config: Config, state: Any, platform: str) -> dict:

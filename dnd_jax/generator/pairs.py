@@ -9,8 +9,10 @@ global batch, whatever their number, and reads only the part of it that its devi
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -27,6 +29,8 @@ from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.objective import Objective
 from dnd_jax.lora.targets import Target
 from dnd_jax.parallel import hosts
+
+THREADS = 8  # that gather samples, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Pairs:
         ]
         if few:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
+        self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "gather")
+        self._buffers: dict[tuple, np.ndarray] = {}
         # Every part of a batch asks for it, and the names of its datasets a few steps later.
         self._drawn = functools.lru_cache(maxsize=8)(self._draw)
 
@@ -115,21 +121,36 @@ class Pairs:
             return np.concatenate([different, again])
         return rng.choice(pool, self.num_prompts, replace=False)
 
-    def batch_at(self, step: int, first: int = 0, last: int | None = None) -> dict[str, np.ndarray]:
+    def batch_at(
+        self, step: int, first: int = 0, last: int | None = None, again: bool = False
+    ) -> dict[str, np.ndarray]:
         """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if the step
-        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1."""
-        drawn = self.draw(step)[first:last]
-        keys = self.datasets[0].prompts
-        batch = {
-            key: np.stack(
-                [self.datasets[d].prompts[key][np.sort(prompts)] for d, _, prompts in drawn]
-            )
-            for key in keys
-        }
-        for key in self._tokens_at(step):
-            of = [self.datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
-            batch[key] = np.stack(of)
+        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1. again:
+        in the memory of the step before, which must be done with."""
+        drawn, tokens = self.draw(step)[first:last], self._tokens_at(step)
+        batch = {}
+        for key, (shape, dtype) in self._samples(tokens).items():
+            new = np.empty((len(drawn), *shape), dtype)  # takes no memory before it is written
+            where = key, first, len(drawn)
+            batch[key] = self._buffers.setdefault(where, new) if again else new
+
+        def gather(i: int) -> None:
+            """Reads a sample into its place: each number is copied once."""
+            d, checkpoint, prompts = drawn[i]
+            for key, values in self.datasets[d].prompts.items():
+                np.take(values, np.sort(prompts), axis=0, out=batch[key][i], mode="clip")
+            for key in tokens:
+                np.copyto(batch[key][i], self.datasets[d].targets[checkpoint])
+
+        for _ in self._threads.map(gather, range(len(drawn))):
+            pass  # raises what a thread did
         return batch
+
+    def _samples(self, tokens: Collection[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """{key: (shape, dtype) of a sample}; tokens: the keys of checkpoints."""
+        one = self.datasets[0]
+        found = {k: ((self.num_prompts, *v.shape[1:]), v.dtype) for k, v in one.prompts.items()}
+        return found | {key: (one.targets.shape[1:], one.targets.dtype) for key in tokens}
 
     def _tokens_at(self, step: int) -> list[str]:
         """What a batch calls the tokens of its checkpoints."""
@@ -180,11 +201,12 @@ class Pairs:
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
         """`batch_at`, and of a step through the base `rows_at`, as global arrays on a mesh; of the
         samples only those are read that this process' devices hold."""
+        # New memory costs as much as the copy into it. A CPU's arrays may be that memory itself.
+        again = over_batch.mesh.devices.flat[0].platform != "cpu"
         # Replicas share their samples.
-        part = functools.lru_cache(maxsize=None)(functools.partial(self.batch_at, step))
-        one = self.datasets[0]
-        shapes = {key: (self.num_prompts, *values.shape[1:]) for key, values in one.prompts.items()}
-        shapes |= {key: one.targets.shape[1:] for key in self._tokens_at(step)}
+        part = functools.lru_cache(maxsize=None)(
+            functools.partial(self.batch_at, step, again=again)
+        )
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(self.batch_size)
@@ -194,8 +216,10 @@ class Pairs:
             key: jax.make_array_from_callback(
                 (self.batch_size, *shape), over_batch, functools.partial(samples, key)
             )
-            for key, shape in shapes.items()
+            for key, (shape, _) in self._samples(self._tokens_at(step)).items()
         }
+        if again:
+            jax.block_until_ready(batch)  # copied: their memory is free for the next ones
         asked = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, over_batch, x.__getitem__),
             self.rows_at(step),

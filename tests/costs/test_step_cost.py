@@ -4,6 +4,7 @@ fit TPUs."""
 import functools
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
 from dnd_jax.costs.compiled import StepCost, compile_for, topology_devices
 from dnd_jax.costs.describe import describe_plan, what_would_help
-from dnd_jax.costs.step_cost import make_plan, train_arguments
+from dnd_jax.costs.step_cost import make_plan, read_by_a_host, train_arguments
 from dnd_jax.generator.sizes import features_of
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading
@@ -170,6 +171,10 @@ def test_a_step_on_answers_is_planned_with_the_base():
     assert "by those of 2 and 3 of 5 layers" in text
     assert "of this without the base" in text and "without the base" not in describe_plan(alone)
     assert make_plan(config, jax.devices()[:1]).peak_bytes > plan.peak_bytes
+    shown = make_plan(
+        asked(train__objective="distill", train__shots=2), jax.devices()[:1], answer=2
+    )
+    assert shown.flops > 1.2 * plan.flops  # what the base reads in its context, of 64 tokens too
     half = asked(lora__dtype="bfloat16")
     assert make_plan(half, jax.devices()[:1], answer=2).argument_bytes < plan.argument_bytes
 
@@ -230,6 +235,9 @@ def test_a_plan_of_virtual_devices_is_measured_and_adds_up():
     assert (
         train.collectives["all-gather"]["count"] > generate.collectives["all-gather"]["count"] > 0
     )
+    batch = train_arguments(config, make_mesh(config.mesh))[1][1]
+    assert train.host_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) > 0
+    assert "each host reads" in describe_plan(train) and not generate.host_bytes
     assert make_plan(config, jax.devices()).hash == train.hash
     assert (
         make_plan(
@@ -501,16 +509,31 @@ def test_the_papers_settings_fit(name, topology, mesh_sizes, changes, peak, limi
     assert plan.flops < plan.direct_flops and plan.estimate_seconds > 0 and plan.hash
 
 
+def test_a_host_reads_what_its_devices_hold_once():
+    """Of 8 samples over four devices of two hosts; of what is whole on each device all of it."""
+    devices = [type("Device", (), {"process_index": k // 2})() for k in range(4)]
+
+    def leaf(parts: int) -> SimpleNamespace:
+        step = 8 // parts
+        at = [(slice(k % parts * step, (k % parts + 1) * step),) for k in range(4)]
+        where = SimpleNamespace(
+            devices_indices_map=lambda shape: dict(zip(devices, at, strict=True))
+        )
+        return SimpleNamespace(shape=(8, 5), dtype=np.dtype(np.float32), sharding=where)
+
+    assert [read_by_a_host([leaf(parts)]) for parts in (4, 2, 1)] == [80, 160, 160]
+    assert read_by_a_host([leaf(4), leaf(1)]) == 240
+
+
 def test_every_process_would_read_only_its_samples():
     from dnd_jax.generator.pairs import PairedDataset, Pairs
 
     read = []
 
     class Prompts(np.ndarray):
-        def __getitem__(self, key):
-            if isinstance(key, np.ndarray):
-                read.append(len(key))
-            return super().__getitem__(key)
+        def take(self, indices, *arguments, **more):
+            read.append(len(indices))
+            return super().take(indices, *arguments, **more)
 
     rng = np.random.default_rng(0)
     datasets = [

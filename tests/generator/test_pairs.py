@@ -117,3 +117,28 @@ def test_pairs_of_weights_are_the_same_where_questions_come_with_them():
     for a, b in zip(ours.draw(7), theirs.draw(7), strict=True):
         assert a[:2] == b[:2]
         np.testing.assert_array_equal(a[2], b[2])
+
+
+def test_a_batch_is_gathered_as_it_was_drawn_in_new_memory_or_again_in_the_same():
+    rng = np.random.default_rng(1)
+    datasets = [
+        PairedDataset(
+            name,
+            {"condition": rng.normal(size=(40, 2, 3)).astype(np.float32)},
+            rng.normal(size=(5, 4, 2, 2)).astype(np.float32),
+        )
+        for name in "ab"
+    ]
+    pairs, memory = Pairs(datasets, 16, N, 0), set()
+    for step in range(3):
+        drawn = pairs.draw(step)
+        conditions = [datasets[d].prompts["condition"][np.sort(p)] for d, _, p in drawn]
+        targets = [datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
+        new, same = pairs.batch_at(step), pairs.batch_at(step, again=True)
+        part = pairs.batch_at(step, 4, 8, again=True)
+        for batch, at in ((new, slice(None)), (same, slice(None)), (part, slice(4, 8))):
+            np.testing.assert_array_equal(batch["condition"], conditions[at])
+            np.testing.assert_array_equal(batch["target"], targets[at])
+        memory.add(id(same["condition"]))
+        assert not np.shares_memory(new["condition"], same["condition"])
+    assert len(memory) == 1
