@@ -84,10 +84,10 @@ def shared_prefix(tasks: Iterable[Sequences]) -> int:
 def stacked_rows(
     tasks: Sequence[Sequences], index: Sequence[np.ndarray], width: int, prefix: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """`Sequences.batch` of rows index[k] of each of K tasks as one, (K, ...), all padded to the
-    longest. pad: token id."""
+    """`Sequences.batch` of rows index[k] of each of K tasks as one, (K, ...), all padded to one of
+    few lengths that holds the longest. pad: token id."""
     rows = [task.batch(at, width, prefix) for task, at in zip(tasks, index, strict=True)]
-    length = max(batch["ids"].shape[1] for batch in rows)
+    length = padded_length(max(batch["ids"].shape[1] for batch in rows))
     for batch in rows:
         missing = length - batch["ids"].shape[1]
         batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=pad)

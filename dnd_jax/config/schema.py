@@ -250,7 +250,7 @@ class Train:
         if self.pairing == "fixed" and not self.from_loras:
             wrong.append(
                 "pairing = fixed pairs prompts with LoRA checkpoints, of which train.objective = "
-                f"{self.objective} has none; must be random"
+                f"{self.objective}{' with shots' * bool(self.shots)} has none; must be random"
             )
         if self.weights_first >= self.steps:
             wrong.append(

@@ -128,7 +128,7 @@ def describe_plan(plan: StepCost) -> str:
             seconds = plan.batch / plan.samples_per_second
             rate = plan.host_bytes / seconds / 1e9
             lines.append(
-                f"each host reads {plan.host_bytes / 1e9:.3g} GB a step for its devices: "
+                f"each host reads {plan.host_bytes / 1e9:.3g} GB of samples a step: "
                 f"{rate:.3g} GB a second, to keep up"
             )
     if plan.tasks:

@@ -57,19 +57,29 @@ def behind_examples(
     """A dataset's questions, each behind config.train.shots other examples of it with their
     answers. ends: tokens that end an answer of the base. Raises InputError where there are no
     others, where they are too long, and where the template says an answer otherwise behind them."""
-    examples, size, count = dataset.train, len(dataset.train), config.train.shots
-    at_once = min(BEHIND_THE_SAME, size - count)
+    examples, count = dataset.train, config.train.shots
+    if questions.cut:
+        raise InputError(
+            f"{dataset.name}: {questions.cut} questions are cut to base.max_length, which have no "
+            "room behind answered examples; set config.lora.too_long=skip or raise that"
+        )
+    kept = range(len(examples)) if questions.of is None else questions.of.tolist()
+    rows_of: dict[tuple, list[int]] = {}  # of each question: none is shown its own answer
+    for i in kept:
+        rows_of.setdefault((examples[i].prompt, examples[i].system), []).append(i)
+    different = list(rows_of.values())
+    at_once = min(BEHIND_THE_SAME, len(different) - count)
     if at_once < 1:
         raise InputError(
-            f"{dataset.name}: has {size} examples, and config.train.shots = {count} others are to "
-            "stand before each; lower it or add examples"
+            f"{dataset.name}: has {len(different)} different questions, and config.train.shots = "
+            f"{count} others are to stand before each; lower it or add examples"
         )
     rng, before = np.random.default_rng([config.seed, count, 7]), {}
-    order = rng.permutation(size)
-    for block in np.split(order, range(at_once, size, at_once)):
+    order = rng.permutation(len(different))
+    for block in np.split(order, range(at_once, len(order), at_once)):
         chosen = rng.choice(np.setdiff1d(order, block), count, replace=False)
-        before |= dict.fromkeys(block.tolist(), [examples[i] for i in chosen])
-    kept = range(size) if questions.of is None else questions.of.tolist()
+        shots = [examples[different[k][0]] for k in chosen]
+        before |= {i: shots for k in block for i in different[k]}
     of_each = [examples[i] for i in kept], [before[i] for i in kept]
     shown = encode_shown(tokenizer, *of_each, config.base.max_length, ends)
     for i, asked, behind in zip(kept, questions.answers(), shown.answers(), strict=True):

@@ -87,6 +87,7 @@ class Pairs:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
         self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "gather")
         self._buffers: dict[tuple, np.ndarray] = {}
+        self._sent, self._turn = None, 0  # the last batch on a mesh, and which buffers it has
         # Every part of a batch asks for it, and the names of its datasets a few steps later.
         self._drawn = functools.lru_cache(maxsize=8)(self._draw)
 
@@ -122,23 +123,25 @@ class Pairs:
         return rng.choice(pool, self.num_prompts, replace=False)
 
     def batch_at(
-        self, step: int, first: int = 0, last: int | None = None, again: bool = False
+        self, step: int, first: int = 0, last: int | None = None, memory: int | None = None
     ) -> dict[str, np.ndarray]:
         """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if the step
-        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1. again:
-        in the memory of the step before, which must be done with."""
+        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1.
+        memory: a number, of the arrays that these samples of another step may stand in and that are
+        written again; None: new ones."""
         drawn, tokens = self.draw(step)[first:last], self._tokens_at(step)
         batch = {}
         for key, (shape, dtype) in self._samples(tokens).items():
             new = np.empty((len(drawn), *shape), dtype)  # takes no memory before it is written
-            where = key, first, len(drawn)
-            batch[key] = self._buffers.setdefault(where, new) if again else new
+            where = memory, key, first, len(drawn)
+            batch[key] = new if memory is None else self._buffers.setdefault(where, new)
 
         def gather(i: int) -> None:
             """Reads a sample into its place: each number is copied once."""
             d, checkpoint, prompts = drawn[i]
             for key, values in self.datasets[d].prompts.items():
-                np.take(values, np.sort(prompts), axis=0, out=batch[key][i], mode="clip")
+                for place, prompt in zip(batch[key][i], np.sort(prompts), strict=True):
+                    np.copyto(place, values[prompt])
             for key in tokens:
                 np.copyto(batch[key][i], self.datasets[d].targets[checkpoint])
 
@@ -201,11 +204,15 @@ class Pairs:
     def placed(self, step: int, over_batch: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
         """`batch_at`, and of a step through the base `rows_at`, as global arrays on a mesh; of the
         samples only those are read that this process' devices hold."""
-        # New memory costs as much as the copy into it. A CPU's arrays may be that memory itself.
-        again = over_batch.mesh.devices.flat[0].platform != "cpu"
+        # New memory costs as much as the copy into it; a CPU's arrays may be that memory itself.
+        # Elsewhere two batches take turns: when the last one has been sent, so has the one before.
+        memory = None
+        if over_batch.mesh.devices.flat[0].platform != "cpu":
+            jax.block_until_ready(self._sent)
+            memory = self._turn = 1 - self._turn
         # Replicas share their samples.
         part = functools.lru_cache(maxsize=None)(
-            functools.partial(self.batch_at, step, again=again)
+            functools.partial(self.batch_at, step, memory=memory)
         )
 
         def samples(key: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -218,8 +225,7 @@ class Pairs:
             )
             for key, (shape, _) in self._samples(self._tokens_at(step)).items()
         }
-        if again:
-            jax.block_until_ready(batch)  # copied: their memory is free for the next ones
+        self._sent = None if memory is None else batch
         asked = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, over_batch, x.__getitem__),
             self.rows_at(step),

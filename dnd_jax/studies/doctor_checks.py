@@ -92,7 +92,7 @@ class Case:
     @property
     def source(self) -> Source:
         """What has the layout of the LoRAs: checkpoints, or the base where training needs none."""
-        if self.config.train.checkpoints:
+        if self.config.train.from_loras or not self.config.base.path:
             return self.checkpoints
         return Initial(self.config, self.config.base.path)
 
@@ -169,7 +169,7 @@ def questions(case: Case) -> Found:
     tokenizer = load_tokenizer(config.base.path)
     ends, length = ends_of(config.base.path, tokenizer), config.base.max_length
     longest = 0
-    for dataset in case.suite.train:
+    for dataset in case.suite.with_training(config.train.datasets, config.seed).train:
         asked = encode(tokenizer, dataset.train, length, config.lora.too_long, ends)
         if lost := asked.lost(dataset.name, length):
             yield NOTE, f"{lost} (config.lora.too_long={config.lora.too_long})"
@@ -252,16 +252,17 @@ def room(case: Case) -> Found:
         f"disk: tokens {_size(tokens)}, embeddings {_size(states)}, checkpoints {_size(kept)}: "
         f"{_size(disk)} of {_size(free)} free",
     )
-    split, of_base = max(config.mesh.fsdp, 1), 0
+    split, parts = max(config.mesh.fsdp, 1), max(config.mesh.fsdp, 1) * max(config.mesh.tensor, 1)
+    of_base = 0
     if c.asks_base and config.base.path:
         stored = stored_tensors(resolve(config.base.path)).values()
         item = jnp.dtype(config.lora.dtype).itemsize
-        of_base = item * sum(math.prod(tensor.shape) for tensor in stored)
-    memory, has = (IN_MEMORY * params + of_base) // split, _memory()
-    beside = f", and the base {_size(of_base // split)}" if of_base else ""
+        of_base = item * sum(math.prod(tensor.shape) for tensor in stored) // parts
+    of_decoder, has = IN_MEMORY * params // split, _memory()
+    memory, beside = of_decoder + of_base, f", and the base {_size(of_base)}" if of_base else ""
     yield (
         OK if memory < has else FAULT,
-        f"memory: parameters, gradient and optimiser {_size(IN_MEMORY * params // split)}{beside}, "
+        f"memory: parameters, gradient and optimiser {_size(of_decoder)}{beside}, "
         f"of {_size(has)} a device, beside activations; `dnd plan` counts those too",
     )
 

@@ -76,6 +76,17 @@ def test_what_is_asked_is_none_of_the_prompts(few_prompts):
     assert not np.array_equal(rows["ids"], pairs.rows_at(0)["rows"]["ids"])
 
 
+def test_rows_have_one_of_few_lengths():
+    """Each is another program: datasets of 17 to 24 tokens have one."""
+    lengths = set()
+    for tokens in range(17, 25):
+        ids = np.tile(np.arange(40, dtype=np.int32)[:, None], (1, tokens))
+        at = np.full(40, tokens - 2, np.int32)
+        dataset = PairedDataset("one", DATASET.prompts, questions=Sequences(ids, at, at + 2))
+        lengths.add(asking(dataset, 5).rows_at(0)["rows"]["ids"].shape)
+    assert lengths == {(16, 5, 24)}
+
+
 def test_steps_on_weights_ask_nothing():
     pairs = asking(asked(40), 5, taught_at=lambda step: ("weights", "answers")[step : step + 1])
     assert not pairs.rows_at(0) and pairs.rows_at(1).keys() == {"rows"}
@@ -134,11 +145,13 @@ def test_a_batch_is_gathered_as_it_was_drawn_in_new_memory_or_again_in_the_same(
         drawn = pairs.draw(step)
         conditions = [datasets[d].prompts["condition"][np.sort(p)] for d, _, p in drawn]
         targets = [datasets[d].targets[checkpoint] for d, checkpoint, _ in drawn]
-        new, same = pairs.batch_at(step), pairs.batch_at(step, again=True)
-        part = pairs.batch_at(step, 4, 8, again=True)
+        new, same = pairs.batch_at(step), pairs.batch_at(step, memory=0)
+        part = pairs.batch_at(step, 4, 8, memory=0)
         for batch, at in ((new, slice(None)), (same, slice(None)), (part, slice(4, 8))):
             np.testing.assert_array_equal(batch["condition"], conditions[at])
             np.testing.assert_array_equal(batch["target"], targets[at])
         memory.add(id(same["condition"]))
-        assert not np.shares_memory(new["condition"], same["condition"])
+        other = pairs.batch_at(step, memory=1)
+        for batch in (new, other):
+            assert not np.shares_memory(batch["condition"], same["condition"])
     assert len(memory) == 1
