@@ -45,6 +45,7 @@ def test_bench_measures_every_variant_of_every_case(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_collecting_is_measured_beside_peft(tmp_path):
     """Every variant, of two tasks and a base of two layers; a setting without a base is refused."""
     base = write_qwen(tmp_path / "base", max_position_embeddings=128)

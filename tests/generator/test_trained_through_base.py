@@ -220,7 +220,9 @@ def test_weights_and_answers_together(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["distill", "weights+distill"])
+@pytest.mark.parametrize(
+    "objective", ["distill", pytest.param("weights+distill", marks=pytest.mark.long)]
+)
 def test_it_learns_what_tuned_loras_answer(inputs, tmp_path, objective):
     """Of LoRA checkpoints, through the base; without them it says what is missing."""
     words = command(inputs, tmp_path, steps=40, rate=0.02)
