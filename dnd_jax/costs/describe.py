@@ -125,11 +125,11 @@ def describe_plan(plan: StepCost) -> str:
         what = {"train": "samples", "generate": "adapters", "collect": "LoRAs a step further"}
         lines.append(f"all devices: {plan.samples_per_second:.4g} {what[plan.step]} a second")
         if plan.host_bytes:
-            seconds = plan.batch / plan.samples_per_second
-            rate = plan.host_bytes / seconds / 1e9
+            a_step = plan.host_bytes / 1e9
+            a_second = a_step * plan.samples_per_second / plan.batch
             lines.append(
-                f"each host reads {plan.host_bytes / 1e9:.3g} GB of samples a step: "
-                f"{rate:.3g} GB a second, to keep up"
+                f"each host reads {a_step:.3g} GB of samples a step: {a_second:.3g} GB a second, "
+                "to keep up"
             )
     if plan.tasks:
         lines.append(f"room for {plan.tasks} tasks at once, by what one of them takes")

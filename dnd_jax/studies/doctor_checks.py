@@ -252,12 +252,12 @@ def room(case: Case) -> Found:
         f"disk: tokens {_size(tokens)}, embeddings {_size(states)}, checkpoints {_size(kept)}: "
         f"{_size(disk)} of {_size(free)} free",
     )
-    split, parts = max(config.mesh.fsdp, 1), max(config.mesh.fsdp, 1) * max(config.mesh.tensor, 1)
-    of_base = 0
+    split, of_base = max(config.mesh.fsdp, 1), 0
     if c.asks_base and config.base.path:
         stored = stored_tensors(resolve(config.base.path)).values()
         item = jnp.dtype(config.lora.dtype).itemsize
-        of_base = item * sum(math.prod(tensor.shape) for tensor in stored) // parts
+        of_base = item * sum(math.prod(tensor.shape) for tensor in stored)
+        of_base //= split * max(config.mesh.tensor, 1)
     of_decoder, has = IN_MEMORY * params // split, _memory()
     memory, beside = of_decoder + of_base, f", and the base {_size(of_base)}" if of_base else ""
     yield (
