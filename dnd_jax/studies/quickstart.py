@@ -34,7 +34,7 @@ from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.studies.outlook import outlook
 
 NO_LORAS = (
-    "train.objective needs no LoRAs: none is collected, and the table lacks the columns "
+    "train.objective needs no LoRAs: no LoRA is collected, and the table lacks the columns "
     "made of them (nearest, ridge, mean adapter, train mean and best, tuned); `dnd collect` with "
     "the same settings and --workdir, before, gives it these"
 )
