@@ -3,8 +3,9 @@ answers with those LoRAs, or several?
 
     dnd ablate --config=configs/ablate_objective.py --workdir=runs/ablate_objective [--seeds=0,1,2]
 
-All at equal steps; a step on answers takes longer, as each generated LoRA answers 8 questions
-through the base (metrics.jsonl of each variant has the seconds).
+The first five take as many steps as mini.py; the `_half` ones about its seconds, as a step on
+answers, in which each generated LoRA answers 8 questions through the base, costs twice as much
+(metrics.jsonl of each variant has the seconds).
 """
 
 from dnd_jax.configs import mini
@@ -15,7 +16,10 @@ def get_config():
     config = mini.get_config()
     objectives = ("weights", "answers", "distill", "weights+answers")
     config.ablate.axes = (("train.objective", objectives),)
+    answers = {"train.objective": "answers"}
     config.ablate.variants = (
-        ("weights_then_answers", {"train.objective": "answers", "train.weights_first": 500}),
+        ("weights_then_answers", {**answers, "train.weights_first": 500}),
+        ("answers_half", {**answers, "train.steps": 400}),
+        ("weights_then_answers_half", {**answers, "train.weights_first": 500, "train.steps": 650}),
     )
     return config
