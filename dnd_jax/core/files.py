@@ -54,10 +54,8 @@ def replacing(path: str | os.PathLike, directory: bool = False) -> Iterator[path
             target.mkdir()
         yield target
         _settle(target, stat.S_IMODE(staging.stat().st_mode))
-        if directory and path.is_dir():
-            _exchange(target, path)
-        else:
-            target.replace(path)
+        put = _put_folder if directory else os.replace
+        put(target, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own class
         raise _refused(error, path, staging) from error
@@ -118,12 +116,18 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _exchange(target: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts a folder in the place of another, which is then in the temporary folder. Where the
-    system has no exchange there is an instant without either, which `recover` mends."""
-    if not exchange(target, path):
-        path.rename(target.with_name(f"{path.name}{_OLD}"))
+def _put_folder(target: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a folder at `path`; another there, which came perhaps this instant from another process,
+    is then in the temporary folder. Without an exchange by the system there is an instant without
+    either, which `recover` mends."""
+    try:
         target.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        if not exchange(target, path):
+            path.rename(target.with_name(f"{path.name}{_OLD}"))
+            target.rename(path)
 
 
 def _settle(target: pathlib.Path, mode: int) -> None:

@@ -72,9 +72,9 @@ def make_controls(
     how = taught, Options(allowed=tuple(allowed))
     for part in (part for part in wanted if part not in made):
         made[part] = wanted[part](tuning, suite, folder, how)
-    with hosts.lead_first():
-        if hosts.lead():
-            write_numbered(folder / DONE, FORMAT, {"settings": record, **made})
+        with hosts.lead_first():
+            if hosts.lead():
+                write_numbered(folder / DONE, FORMAT, {"settings": record, **made})
     return folder
 
 
@@ -110,17 +110,25 @@ def find_controls(
     config: Config, suite: Suite, base_path: str, workdir: pathlib.Path
 ) -> dict[str, dict[str, pathlib.Path]]:
     """{method: {unseen dataset: adapter folder}} of what `make_controls` made, in WORKDIR or
-    config.controls.folder, as far as the configuration asks for it. Raises InputError where it was
-    made with other settings, and for a given folder that holds none."""
+    config.controls.folder, as far as the configuration asks for it; says what of that is not there.
+    Raises InputError where it was made with other settings, and for a given folder that holds
+    none."""
     given, c = config.controls.folder, config.controls
     if not c.multi_task and not c.few_shot:
         return {}
     folder = pathlib.Path(given) if given else workdir / CONTROLS
-    if not (folder / DONE).is_file():
-        if given:
-            raise InputError(f"{folder / DONE}: no such file; config.controls.folder holds one")
+    there = (folder / DONE).is_file()
+    if given and not there:
+        raise InputError(f"{folder / DONE}: no such file; config.controls.folder holds one")
+    stored = read_numbered(folder / DONE, FORMAT) if there else {}
+    for part in (part for part in PARTS if getattr(c, part) and part not in stored):
+        print(
+            f"{folder}: no {part} LoRAs, so the table lacks their columns; `dnd controls` makes "
+            f"them (config.controls.{part}=False asks for none)",
+            flush=True,
+        )
+    if not there:
         return {}
-    stored = read_numbered(folder / DONE, FORMAT)
     suite = suite.with_training(config.train.datasets, config.seed)
     # The seed of other LoRAs may be another, that of a draw of training datasets may not.
     other_seed = bool(given) and not config.train.datasets

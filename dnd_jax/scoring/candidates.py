@@ -137,7 +137,10 @@ class _Maker:
         self._anew: list[pathlib.Path] = []
         self._n, self._different = config.condition.num_prompts, config.evaluate.num_prompts
         # {training dataset: mean-pooled embeddings of its texts (n, C)}
-        self.training = {d.name: self.pooled(self._condition(d.train)) for d in suite.train}
+        self.training = {
+            d.name: self.pooled(self._condition(d.train))
+            for d in tqdm(suite.train, desc="embed", unit="dataset", dynamic_ncols=True)
+        }
 
     def texts(self, dataset: Dataset) -> list[str]:
         """What of an unseen dataset the generator may be given."""

@@ -39,6 +39,27 @@ def test_json_that_python_does_not_read_is_refused(tmp_path, text):
         read_json(tmp_path / "suite.json")
 
 
+# Writes such a folder again and again under names that other processes write at the same time.
+WRITES = """
+import pathlib, sys, time
+from dnd_jax.core.files import replacing
+for i in range(300):
+    while time.time() < float(sys.argv[2]) + i / 100:
+        pass
+    with replacing(pathlib.Path(sys.argv[1]) / str(i), directory=True) as temporary:
+        (temporary / "file").write_text("x")
+"""
+
+
+def test_processes_that_write_the_same_folders_do_not_fail(tmp_path):
+    """As trainings do that share a cache: whichever is last, a whole folder is there."""
+    how = [sys.executable, "-c", WRITES, str(tmp_path), str(time.time() + 2)]
+    writers = [subprocess.Popen(how, cwd=ROOT) for _ in range(3)]
+    assert [w.wait() for w in writers] == [0] * 3
+    assert {p.name for p in tmp_path.iterdir()} == {str(i) for i in range(300)}
+    assert all((tmp_path / str(i) / "file").read_text() == "x" for i in range(300))
+
+
 def word_of(path: pathlib.Path) -> str:
     """The one word that all files of the folder hold."""
     (word,) = {(path / name).read_text() for name in ("a", "b", "inner/c")}
@@ -196,7 +217,8 @@ def test_everything_is_on_the_disk_before_and_after_it_is_renamed(tmp_path, monk
     monkeypatch.setattr(
         files, "exchange", lambda *both: calls.append("exchange") or exchange(*both)
     )
-    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", "w")
+    calls.clear()
     write_folder(tmp_path / "out", "x")
     assert calls[-3:] == ["out", "exchange", tmp_path.name]
     assert sorted(calls[:-3]) == ["a", "b", "c", "inner"] and calls.index("c") < calls.index(

@@ -10,7 +10,9 @@ from small_models import write_qwen
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import load_suite
+from dnd_jax.lora import controls
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.controls import _split, find_controls
 from dnd_jax.main import main
@@ -84,7 +86,7 @@ def test_made_once_and_refused_with_other_settings(made, tmp_path, capsys):
     assert "lora.steps: 6 -> 7" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_made_and_what_is_off_is_left_out(made, tmp_path):
+def test_what_is_missing_is_named_and_made_and_what_is_off_is_left_out(made, tmp_path, capsys):
     """The parts that are there stay as they are; the loop of the other alone runs."""
     suite, base, workdir = made
     copy = shutil.copytree(workdir, tmp_path / "w")
@@ -93,14 +95,34 @@ def test_what_is_missing_is_made_and_what_is_off_is_left_out(made, tmp_path):
     done.write_text(json.dumps({k: v for k, v in stored.items() if k != "few_shot"}))
     kept = {p: p.stat().st_mtime_ns for p in (copy / "controls").glob("multi_task_*/*/*")}
     shutil.rmtree(next((copy / "controls").glob("few_shot_8/*")))
+    raw = load_file("tests/tiny.py")
+    raw.controls.update(multi_task=True, few_shot=True, learning_rates=(1e-9, 2e-2))
+    raw.base.max_length = 128
+    capsys.readouterr()
+    found = find_controls(freeze(raw), load_suite(suite, 4), str(base), copy)
+    assert list(found) == ["multi_task_tenth", "multi_task"]
+    assert "controls: no few_shot LoRAs, so the table lacks" in capsys.readouterr().out
+    assert find_controls(freeze(raw), load_suite(suite, 4), str(base), tmp_path) == {}
+    assert "no multi_task LoRAs" in capsys.readouterr().out
     assert main(command(suite, base, copy)) == 0
     assert json.loads(done.read_text()) == stored
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
-    raw = load_file("tests/tiny.py")
-    raw.controls.update(multi_task=True, few_shot=False, learning_rates=(1e-9, 2e-2))
-    raw.base.max_length = 128
+    raw.controls.few_shot = False
     found = find_controls(freeze(raw), load_suite(suite, 4), str(base), workdir)
     assert list(found) == ["multi_task_tenth", "multi_task"]
+
+
+def test_what_is_done_is_on_record_before_the_next_part(made, tmp_path, monkeypatch):
+    """So that a failure of the second, such as a full device, does not take the first away."""
+    suite, base, workdir = made
+
+    def full(*_):
+        raise InputError("no room")
+
+    monkeypatch.setattr(controls, "_few_shot", full)
+    assert main(command(suite, base, tmp_path / "w")) == 2
+    done, whole = ((f / "controls/controls.json").read_text() for f in (tmp_path / "w", workdir))
+    assert json.loads(done) == {k: v for k, v in json.loads(whole).items() if k != "few_shot"}
 
 
 def test_few_labels_are_as_many_as_the_column_says(made):
