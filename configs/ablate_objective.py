@@ -20,6 +20,7 @@ def get_config():
     config.ablate.variants = (
         ("weights_then_answers", {**answers, "train.weights_first": 500}),
         ("answers_half", {**answers, "train.steps": 400}),
+        ("answers_dropout", {**answers, "train.condition_dropout": 0.1}),
         ("weights_then_answers_half", {**answers, "train.weights_first": 500, "train.steps": 650}),
     )
     return config

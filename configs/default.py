@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
                 "clip": 1.0,
                 "warmup_steps": 1,
                 "average_decay": 0.0,
+                "condition_dropout": 0.0,
                 "condition_noise": 1e-4,
                 "target_noise": 1e-5,
                 "dtype": "float32",

@@ -36,6 +36,7 @@ Positive = Annotated[int, AT_LEAST_1]
 Count = Annotated[int, NOT_NEGATIVE]
 Rate = Annotated[float, ABOVE_0]
 Amount = Annotated[float, NOT_NEGATIVE]
+Below1 = Annotated[float, Must(lambda x: 0 <= x < 1, "must lie in 0 to below 1")]
 Path = Annotated[str, PATH]
 
 

@@ -14,6 +14,7 @@ from dnd_jax.config.constraints import (
     NOT_NEGATIVE,
     ODD,
     Amount,
+    Below1,
     Count,
     Must,
     Path,
@@ -183,9 +184,8 @@ class Train:
     weight_decay: Amount
     clip: Rate
     warmup_steps: Count
-    # of the moving average of the parameters that becomes the generator, at most, as it begins with
-    # less; 0: the last step's parameters
-    average_decay: Annotated[float, Must(lambda x: 0 <= x < 1, "must lie in 0 to below 1")]
+    average_decay: Below1  # of the mean of past parameters, the generator then; 0: the last ones
+    condition_dropout: Below1  # share of the prompts' tokens that a step does not show the decoder
     condition_noise: Amount  # standard deviation
     target_noise: Amount
     dtype: Annotated[str, one_of(*DTYPES)]  # of the computation; parameters stay float32

@@ -95,7 +95,7 @@ def make_train_step(
     answers, of which the generated LoRAs are asked through the base of `answering`, and with
     "teacher", the weights of LoRA checkpoints, to answer as these do, or with "shown", the same
     rows behind answered examples, as the base does there; or the sum of both by
-    config.weights_share. Noise is drawn from (seed, step). The batch is computed in
+    config.weights_share. Noise and gaps are drawn from (seed, step). The batch is computed in
     config.micro_batches parts whose gradients are added up, which gives the whole batch's. encoder:
     the text encoder that turns "ids" and "valid" into the condition here. shardings: of the
     parameters, and so of their gradients. metrics: scalars, and "sample_loss" (B,).
@@ -143,6 +143,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
         condition = _condition(batch, encoder, frozen.get("encoder"), place)
+        condition = _with_gaps(condition, config.condition_dropout, on_condition)
         parts = {"condition": _noisy(condition, config.condition_noise, on_condition)}
         sizes = {"cells": None, "tasks": len(condition)}
         weights_share = config.weights_share if "rows" in batch else 1.0
@@ -195,6 +196,14 @@ def _condition(
     ids, valid = (place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid"))
     flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
     return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
+
+
+def _with_gaps(x_BxNxLxC: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """The condition with zeros in place of a share of its token vectors, drawn one by one."""
+    if not share:
+        return x_BxNxLxC
+    kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - share, x_BxNxLxC.shape[:-1])
+    return jnp.where(kept[..., None], x_BxNxLxC, 0)
 
 
 def _noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:

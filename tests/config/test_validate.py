@@ -99,6 +99,10 @@ def test_every_fault_of_a_configuration_is_in_one_error():
             "shots = 2 must be 0 with train.objective = answers, which distills nothing",
         ),
         ({"average_decay": 1.0}, "config.train.average_decay = 1.0 must lie in 0 to below 1"),
+        (
+            {"condition_dropout": 1.0},
+            "config.train.condition_dropout = 1.0 must lie in 0 to below 1",
+        ),
         ({"validate_every": -1}, "config.train.validate_every = -1 must not be negative"),
         ({"objective": "weights,answers"}, "'weights,answers' is none of"),
     ],
@@ -109,7 +113,7 @@ def test_objectives_that_contradict_other_settings(changes, said):
     with pytest.raises(InputError, match=re.escape(said)):
         freeze(raw)
     raw["train"].update(objective="answers", weights_first=799, pairing="fixed", average_decay=0.9)
-    raw["train"].update(validate_every=0, shots=0)
+    raw["train"].update(validate_every=0, shots=0, condition_dropout=0.0)
     config = freeze(raw)  # steps on weights pair prompts with checkpoints
     assert config.train.taught == ("weights", "answers") and config.train.asks_base
     assert config.train.taught_at(798) == ("weights",) != config.train.taught_at(799)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from pipeline import random_loras, tiny_suite
 from safetensors.numpy import load_file as load_tensors
@@ -25,11 +26,13 @@ from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.record import is_finished
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
-from dnd_jax.generator.step import shard_train_step
+from dnd_jax.generator.step import make_train_step, shard_train_step
 from dnd_jax.generator.train import _row, train
 from dnd_jax.loop.metrics import read_metrics
+from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.checkpoints import Checkpoints, make_target, token_array
 from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.placement import ANYWHERE
 
 BATCH, STEPS = 8, 3
 
@@ -168,6 +171,39 @@ def test_the_generator_is_the_moving_average_where_one_is_kept(run, pairs_and_im
     with pytest.raises(InputError, match=r"train\.average_decay\): give these as they were"):
         train(none, suite, tmp_path, allowed=("train.average_decay",))
     assert not list(folder.rglob("*.damaged"))
+
+
+class Ones(nn.Module):
+    """The sum of the condition, in every cell of two tokens of 1 x 1, and a parameter to train."""
+
+    placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, condition_BxNxLxC):
+        offset = self.param("offset", nn.initializers.zeros, ())
+        return offset + jnp.sum(condition_BxNxLxC, (1, 2, 3)).reshape(-1, 1, 1, 1).repeat(2, 1)
+
+
+def shown_of(share: float, step: int, seed: int = 0) -> float:
+    """How many of 80 tokens of (0.5, 0.5) a step of training shows the decoder, by the mean square
+    of what comes out of their sum."""
+    c = dataclasses.replace(
+        freeze(load_file("tests/tiny.py")).train, condition_dropout=share, condition_noise=0.0
+    )
+    optimizer = train_optimizer(c)
+    batch = {"condition": jnp.full((1, 4, 20, 2), 0.5), "target": jnp.zeros((1, 2, 1, 1))}
+    params = {"offset": jnp.zeros(())}
+    state = {"params": params, "opt": optimizer.init(params), "step": jnp.int32(step)}
+    take = make_train_step(Ones(), optimizer, c, np.ones(2, np.float32), seed)
+    return float(jnp.sqrt(take(state, batch)[1]["output_mean_square"]))
+
+
+def test_a_step_hides_a_share_of_the_tokens_other_ones_each_time():
+    assert shown_of(0.0, step=0) == pytest.approx(80)
+    some = [shown_of(0.25, step) for step in range(6)]
+    np.testing.assert_allclose(some, np.round(some), rtol=1e-5)  # whole vectors
+    assert np.mean(some) == pytest.approx(60, abs=6) and len({*np.round(some)}) > 1
+    assert shown_of(0.25, step=3) == some[3] != shown_of(0.25, step=3, seed=1)
 
 
 def test_speed_is_counted_operations_by_time(run, pairs_and_importance):
