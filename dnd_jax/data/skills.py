@@ -24,6 +24,7 @@ from dnd_jax.data.skills_words import (
     NEW_OPERATIONS,
     OPERATIONS,
     PLURALS,
+    Form,
     Operation,
 )
 
@@ -44,8 +45,11 @@ class Drawn(NamedTuple):
     wordings: dict[str, np.ndarray]  # {split: two numbers in [0, 1) a row, which choose them}
 
     def rows(self, task: Task) -> Rows:
-        operation = (OPERATIONS | NEW_OPERATIONS)[task.first]
-        return rows_of(task, operation, self.lists, self.wordings)
+        operation, form = (
+            (OPERATIONS | NEW_OPERATIONS)[task.first],
+            (FORMS | NEW_FORMS)[task.second],
+        )
+        return rows_of(task, operation, form, self.lists, self.wordings)
 
 
 def write_skills(out: str | os.PathLike, seed: int = 0, most: int = 0) -> None:
@@ -77,12 +81,14 @@ def draw_lists(rng: np.random.Generator, words: Sequence[str]) -> Lists:
 
 
 def rows_of(
-    task: Task, operation: Operation, lists: Lists, wordings: Mapping[str, np.ndarray]
+    task: Task, operation: Operation, form: Form, lists: Lists, wordings: Mapping[str, np.ndarray]
 ) -> Rows:
     """The questions of a task and their answers."""
     return {
         split: [
-            _row(task, operation, task.shows[i % len(task.shows)], words, wordings[split][i])
+            _row(
+                task, (operation, form), task.shows[i % len(task.shows)], words, wordings[split][i]
+            )
             for i, words in enumerate(lists[split])
         ]
         for split in ROWS
@@ -90,18 +96,20 @@ def rows_of(
 
 
 def _row(
-    task: Task, operation: Operation, shown: str, words: tuple[str, ...], drawn: np.ndarray
+    task: Task,
+    parts: tuple[Operation, Form],
+    shown: str,
+    words: tuple[str, ...],
+    drawn: np.ndarray,
 ) -> dict:
     """A question and its answer. drawn: two numbers in [0, 1) that choose the wordings."""
-    form, numbers = (FORMS | NEW_FORMS)[task.second], task.phrases()
-    first, second = (
-        part.wordings[numbers[int(u * len(numbers))]]
-        for part, u in zip((operation, form), drawn, strict=True)
-    )
-    said = {
+    operation, form = parts
+    said = [part.said(task) for part in parts]
+    first, second = (of[int(u * len(of))] for of, u in zip(said, drawn, strict=True))
+    shows = {
         "both": f"{first} {second}",
         "first": f"{first} {NO_FORM}",
         "second": f"{NO_OPERATION} {second}",
     }
-    prompt = f"{said[shown]}\n{', '.join(words)}"
+    prompt = f"{shows[shown]}\n{', '.join(words)}"
     return {"prompt": prompt, "response": form.answer.format(x=operation.of(*words))}

@@ -3,8 +3,9 @@ LoRA a task.
 
     dnd suite --name=skills_large --out=DIR [--config.seed=0]
 
-The operations and forms of dnd_jax/data/skills.py on lists of names, cities, numbers and so on
-("Which city comes first in this list? Quote it."). What skills never has together is together in no
+The operations and forms of dnd_jax/data/skills.py on lists of nouns, names, cities, numbers and so
+on ("Which city comes first in this list? Quote it."), in more wordings
+(dnd_jax/data/skills_wordings.py). What skills never has together is together in no
 domain, so its unseen tasks are these as well, to the byte: the scores of both suites compare. And
 those of the kind "domain": trained operations and forms on lists of what no training task has.
 """
@@ -14,9 +15,10 @@ import os
 
 import numpy as np
 
+from dnd_jax.data import skills_wordings
 from dnd_jax.data.composed import MIXED, Task, Tasks, named, suite_name, write_suite
 from dnd_jax.data.skills import Rows, draw, draw_lists, rows_of
-from dnd_jax.data.skills_words import FORMS, OPERATIONS, Operation
+from dnd_jax.data.skills_words import FORMS, OPERATIONS, Form, Operation
 
 NEW_TASKS = 4  # of the kind "domain"
 
@@ -32,8 +34,11 @@ class Domain:
 
     def ask(self, operation: Operation) -> Operation:
         """The operation, in wordings that name the domain."""
-        text = operation.text.replace("words", self.many).replace("word", self.one)
-        return dataclasses.replace(operation, text=text)
+        text, more = (
+            of.replace("words", self.many).replace("word", self.one)
+            for of in (operation.text, operation.more)
+        )
+        return dataclasses.replace(operation, text=text, more=more)
 
 
 def _items(text: str) -> tuple[str, ...]:
@@ -120,13 +125,24 @@ def write_skills_large(out: str | os.PathLike, seed: int = 0, most: int = 0) -> 
     unseen = drawn.unseen | {"domain": named(_differing(rng, _tasks("countries", apart)))}
 
     def rows(task: Task) -> Rows:
-        domain, _, operation = task.first.partition("_")
-        if domain not in EVERY:
-            return drawn.rows(task)
-        asked = EVERY[domain].ask(OPERATIONS[operation])
-        return rows_of(task, asked, lists[domain], drawn.wordings)
+        domain, _, name = task.first.partition("_")
+        if domain in EVERY:
+            operation, form = _in_more(name, task.second)
+            asked = EVERY[domain].ask(operation)
+            return rows_of(task, asked, form, lists[domain], drawn.wordings)
+        if task.shows == MIXED:  # one that skills trains on
+            return rows_of(task, *_in_more(task.first, task.second), drawn.lists, drawn.wordings)
+        return drawn.rows(task)
 
     write_suite(out, suite_name("skills_large", seed, most), train, unseen, rows, most)
+
+
+def _in_more(operation: str, form: str) -> tuple[Operation, Form]:
+    """Both in more wordings than `skills` has."""
+    return (
+        dataclasses.replace(OPERATIONS[operation], more=skills_wordings.OPERATIONS[operation]),
+        dataclasses.replace(FORMS[form], more=skills_wordings.FORMS[form]),
+    )
 
 
 def _tasks(domain: str, apart: set[tuple[str, str]]) -> Tasks:

@@ -4,6 +4,8 @@ changes it."""
 import dataclasses
 from collections.abc import Callable
 
+from dnd_jax.data.composed import Task
+
 # Singular, or singular:plural where that is no mere s.
 _NOUNS = """
 cat dog horse cow pig goat duck hen crow owl frog toad snake lizard turtle rabbit squirrel
@@ -31,36 +33,43 @@ PLURALS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Operation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What an instruction asks for, in several wordings, a line each."""
+
+    text: str  # those of training tasks, then the held ones
+    more: str = ""  # further ones of training tasks
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        return tuple(self.text.strip().splitlines())
+
+    def said(self, task: Task) -> list[str]:
+        """Those that the prompts of a task may have."""
+        more = [] if task.held else self.more.strip().splitlines()
+        return [*(self.wordings[i] for i in task.phrases()), *more]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation(Part):
     """What is made of three words. Operations of one family are much alike."""
 
     family: str
     of: Callable[[str, str, str], str]
-    text: str  # a wording a line: those of training tasks, then the held ones
-
-    @property
-    def wordings(self) -> tuple[str, ...]:
-        return tuple(self.text.strip().splitlines())
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form(Part):
     """How an answer {x} is written."""
 
     answer: str
-    text: str  # as of Operation
-
-    @property
-    def wordings(self) -> tuple[str, ...]:
-        return tuple(self.text.strip().splitlines())
 
 
 OPERATIONS = {
     "first": Operation(
-        "position",
-        lambda a, b, c: a,
-        """
+        family="position",
+        of=lambda a, b, c: a,
+        text="""
 Which word comes first in this list?
 Give the first of these words.
 Take the word at the start of the list.
@@ -72,9 +81,9 @@ Say the word in front of all the others.
 """,
     ),
     "second": Operation(
-        "position",
-        lambda a, b, c: b,
-        """
+        family="position",
+        of=lambda a, b, c: b,
+        text="""
 Which word stands in the middle of this list?
 Give the second of these words.
 Take the word between the two others.
@@ -86,9 +95,9 @@ Say the word with one neighbour on each side.
 """,
     ),
     "last": Operation(
-        "position",
-        lambda a, b, c: c,
-        """
+        family="position",
+        of=lambda a, b, c: c,
+        text="""
 Which word comes last in this list?
 Give the last of these words.
 Take the word at the end of the list.
@@ -100,9 +109,9 @@ Say the word behind all the others.
 """,
     ),
     "ends": Operation(
-        "pair",
-        lambda a, b, c: f"{a} {c}",
-        """
+        family="pair",
+        of=lambda a, b, c: f"{a} {c}",
+        text="""
 Which words come first and last in this list?
 Give the first and the last of these words.
 Take the words at the start and at the end of the list.
@@ -114,9 +123,9 @@ Say the two words at the edges, in order.
 """,
     ),
     "opening": Operation(
-        "pair",
-        lambda a, b, c: f"{a} {b}",
-        """
+        family="pair",
+        of=lambda a, b, c: f"{a} {b}",
+        text="""
 Which two words come first in this list?
 Give the first two of these words.
 Take the two words at the start of the list.
@@ -128,9 +137,9 @@ Say the leading two words, in order.
 """,
     ),
     "closing": Operation(
-        "pair",
-        lambda a, b, c: f"{b} {c}",
-        """
+        family="pair",
+        of=lambda a, b, c: f"{b} {c}",
+        text="""
 Which two words come last in this list?
 Give the last two of these words.
 Take the two words at the end of the list.
@@ -142,9 +151,9 @@ Say the trailing two words, in order.
 """,
     ),
     "plural_first": Operation(
-        "plural",
-        lambda a, b, c: PLURALS[a],
-        """
+        family="plural",
+        of=lambda a, b, c: PLURALS[a],
+        text="""
 What is the plural of the first word?
 Give the plural of the word that comes first.
 Turn the first word into its plural.
@@ -156,9 +165,9 @@ Name a whole group of what stands in front.
 """,
     ),
     "plural_last": Operation(
-        "plural",
-        lambda a, b, c: PLURALS[c],
-        """
+        family="plural",
+        of=lambda a, b, c: PLURALS[c],
+        text="""
 What is the plural of the last word?
 Give the plural of the word that comes last.
 Turn the last word into its plural.
@@ -170,9 +179,9 @@ Name a whole group of what stands at the end.
 """,
     ),
     "initial_first": Operation(
-        "letter",
-        lambda a, b, c: a[0],
-        """
+        family="letter",
+        of=lambda a, b, c: a[0],
+        text="""
 What letter does the first word begin with?
 Give the initial of the word that comes first.
 Take the first letter of the first word.
@@ -184,9 +193,9 @@ Say only the front letter of the front word.
 """,
     ),
     "initial_last": Operation(
-        "letter",
-        lambda a, b, c: c[0],
-        """
+        family="letter",
+        of=lambda a, b, c: c[0],
+        text="""
 What letter does the last word begin with?
 Give the initial of the word that comes last.
 Take the first letter of the last word.
@@ -201,9 +210,9 @@ Say only the front letter of the rearmost word.
 # New in "operation" tasks: each of a family that training tasks have.
 NEW_OPERATIONS = {
     "plural_second": Operation(
-        "plural",
-        lambda a, b, c: PLURALS[b],
-        """
+        family="plural",
+        of=lambda a, b, c: PLURALS[b],
+        text="""
 What is the plural of the middle word?
 Give the plural of the word that comes second.
 Turn the second word into its plural.
@@ -212,9 +221,9 @@ Name several of what stands in the middle.
 """,
     ),
     "initial_second": Operation(
-        "letter",
-        lambda a, b, c: b[0],
-        """
+        family="letter",
+        of=lambda a, b, c: b[0],
+        text="""
 What letter does the middle word begin with?
 Give the initial of the word that comes second.
 Take the first letter of the second word.
@@ -225,8 +234,8 @@ Name the letter at the beginning of the middle word.
 }
 FORMS = {
     "plain": Form(
-        "{x}",
-        """
+        answer="{x}",
+        text="""
 Answer with nothing else.
 Write the bare answer.
 No other words, please.
@@ -238,8 +247,8 @@ Without any decoration.
 """,
     ),
     "quoted": Form(
-        '"{x}"',
-        """
+        answer='"{x}"',
+        text="""
 Put it in quotation marks.
 Write the answer in double quotes.
 Quote it.
@@ -251,8 +260,8 @@ Open and close it with speech marks.
 """,
     ),
     "shouted": Form(
-        "{x}!",
-        """
+        answer="{x}!",
+        text="""
 Add an exclamation mark.
 Shout it.
 End with an exclamation mark.
@@ -264,8 +273,8 @@ Finish it as one ends a command.
 """,
     ),
     "sentence": Form(
-        "The answer is {x}.",
-        """
+        answer="The answer is {x}.",
+        text="""
 Answer in a whole sentence.
 Write a full sentence.
 Reply with a complete sentence.
@@ -277,8 +286,8 @@ Phrase it as a statement.
 """,
     ),
     "twice": Form(
-        "{x} {x}",
-        """
+        answer="{x} {x}",
+        text="""
 Say it twice.
 Repeat the answer once.
 Write it two times.
@@ -290,8 +299,8 @@ Duplicate what you say.
 """,
     ),
     "brackets": Form(
-        "[{x}]",
-        """
+        answer="[{x}]",
+        text="""
 Put it in square brackets.
 Write the answer inside brackets.
 Use square brackets around it.
@@ -303,8 +312,8 @@ Open and close it with bracket signs.
 """,
     ),
     "bullet": Form(
-        "- {x}",
-        """
+        answer="- {x}",
+        text="""
 Write it as a bullet point.
 Make it an item of a list.
 Put a dash before it.
@@ -318,8 +327,8 @@ Lead in with a dash.
 }
 NEW_FORMS = {
     "stars": Form(
-        "*{x}*",
-        """
+        answer="*{x}*",
+        text="""
 Put a star on each side.
 Write the answer between asterisks.
 Use asterisks around it.
@@ -328,8 +337,8 @@ Answer between two stars.
 """,
     ),
     "colon": Form(
-        "Answer: {x}",
-        """
+        answer="Answer: {x}",
+        text="""
 Write Answer and a colon before it.
 Label it as the answer, with a colon.
 Use the label Answer with a colon.
