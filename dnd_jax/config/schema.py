@@ -301,7 +301,7 @@ class Mesh:
     """Axis sizes; one of data, fsdp and tensor may be -1. `rules`: as in
     dnd_jax.parallel.rules.shard_by_rules."""
 
-    slices: int  # TPU slices, or groups of hosts, over a slower network; 0: as the devices report
+    slices: int  # TPU slices, or groups of hosts, over a slower network; 0: as TPUs report, or one
     data: int
     fsdp: int
     tensor: int

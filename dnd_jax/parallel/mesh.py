@@ -24,8 +24,9 @@ def make_mesh(
     """The mesh slice x data x fsdp x tensor of all devices, or of those given. Slices are connected
     by the data centre's network.
 
-    config.slices 0: as many slices as the devices report. More than one where they report none:
-    equal runs of processes, in order. One of data, fsdp and tensor may be -1: the rest. If the
+    config.slices 0: as many slices as TPUs report, else one. More than one where none are reported:
+    equal runs of processes, in order, so that what is split inside a slice stays inside a host of
+    GPUs where it fits one. One of data, fsdp and tensor may be -1: the rest. If the
     sizes do not fit the devices, raises InputError with the equation and a mesh that works.
     """
     devices = list(jax.devices() if device_list is None else device_list)
@@ -61,7 +62,9 @@ def make_mesh(
 
 
 def _slice(device: jax.Device) -> int:
-    return getattr(device, "slice_index", 0) or 0
+    """The number of its slice. Of GPUs each host reports to be one, which binds no mesh: several
+    hosts are one slice, or those that config.mesh.slices makes of them."""
+    return 0 if device.platform == "gpu" else getattr(device, "slice_index", 0) or 0
 
 
 def _counted(devices: Sequence[jax.Device]) -> str:

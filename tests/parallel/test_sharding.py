@@ -20,7 +20,7 @@ from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.step import shard_generation, shard_train_step
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.parallel.mesh import make_mesh, mesh_record
+from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record
 from dnd_jax.parallel.rules import bytes_per_device, path_name, shard_by_rules, sharding_table
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -289,6 +289,45 @@ def test_groups_of_hosts_make_slices():
     mesh = make_mesh(dataclasses.replace(settings().mesh, slices=2, data=-1, fsdp=2, tensor=1))
     assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
     assert [d.id for d in mesh.devices.flat] == list(range(8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """As JAX shows one of a cluster of hosts: each host calls itself a slice."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 8
+
+    slice_index = process_index
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ({"data": 16}, (1, 16, 1, 1)),
+        ({"data": 2, "fsdp": 8}, (1, 2, 8, 1)),
+        ({"data": 1, "fsdp": 16}, (1, 1, 16, 1)),
+        ({"slices": 1, "data": -1, "tensor": 4}, (1, 4, 1, 4)),
+        ({"slices": 2, "data": 1, "fsdp": 8}, (2, 1, 8, 1)),
+        ({"slices": 4, "data": -1, "fsdp": 2}, (4, 2, 2, 1)),
+    ],
+)
+def test_hosts_of_gpus_take_any_mesh_and_keep_the_inner_axes_together(asked, shape):
+    """Two hosts of eight; JAX lists them in any order."""
+    gpus = [Gpu(int(i)) for i in np.random.default_rng(0).permutation(16)]
+    mesh = make_mesh(
+        dataclasses.replace(settings().mesh, **{"slices": 0, "fsdp": 1, "tensor": 1} | asked), gpus
+    )
+    assert mesh.devices.shape == shape
+    inside = math.prod(shape[2:])  # fsdp x tensor
+    hosts = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(-1, inside)
+    assert inside > 8 or all(len({*row}) == 1 for row in hosts)
+    assert describe_mesh(mesh).endswith("over 16 devices (2 hosts x 8) (NVIDIA H100 80GB HBM3)")
 
 
 def test_slices_of_tpus_are_kept_together_and_their_order_is_recorded():
