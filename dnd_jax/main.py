@@ -135,8 +135,9 @@ def _run(name: str, words: list[str]) -> None:
         print(command.usage(name, stage, summary))
         return
     given = command.parse(name, stage, words)
-    packages.check(name, stage.packages(given))
-    environment.check_xla_flags()
+    needed = stage.packages(given)
+    packages.check(name, needed)
+    environment.settle(needed)
     if not stage.writes:
         stage.run(given)
         return

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 
 from dnd_jax.core.errors import CheckFailed, InputError, first_line
 
 XLA = "XLA_FLAGS"
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 # Of these alone, XLA_FLAGS is known to be right.
 _KNOWN = re.compile(r"(\s*--xla_force_host_platform_device_count=\d+)*\s*")
 
@@ -21,6 +23,15 @@ def prepare() -> None:
         # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def settle(needed: Collection[str]) -> None:
+    """What a stage with these modules wants of the environment, before JAX starts: beside PyTorch,
+    JAX takes the memory of a GPU as it needs it, unless the user has said otherwise. Raises
+    InputError as `check_xla_flags`."""
+    if "torch" in needed:
+        os.environ.setdefault(PREALLOCATE, "false")
+    check_xla_flags()
 
 
 def check_xla_flags() -> None:

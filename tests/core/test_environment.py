@@ -47,6 +47,23 @@ def test_what_xla_says_beside(said, why, monkeypatch):
         environment.check_xla_flags()
 
 
+@pytest.mark.parametrize(
+    ("needed", "given", "then"),
+    [
+        (("torch", "peft"), None, "false"),
+        (("torch",), "true", "true"),
+        (("matplotlib",), None, None),
+    ],
+)
+def test_beside_pytorch_jax_leaves_room_on_a_gpu(needed, given, then, monkeypatch):
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    environment.settle(needed)
+    assert os.environ.get(name) == then
+
+
 def test_flags_that_it_takes(monkeypatch):
     monkeypatch.setenv(environment.XLA, "--xla_cpu_enable_fast_math=false  --xla_dump_to=/tmp/x")
     environment.check_xla_flags()
