@@ -184,7 +184,7 @@ class Train:
     weight_decay: Amount
     clip: Rate
     warmup_steps: Count
-    average_decay: Below1  # of the mean of past parameters, the generator then; 0: the last ones
+    average_decay: Below1  # of a moving average of the parameters, the generator then; 0: none
     condition_dropout: Below1  # share of the prompts' tokens that a step does not show the decoder
     condition_noise: Amount  # standard deviation
     target_noise: Amount
