@@ -12,7 +12,7 @@ from dnd_jax.configs import smollm2_135m_skills
 
 
 def get_config():
-    """smollm2_135m_skills.py with the objective "answers", and the mean of the last parameters."""
+    """smollm2_135m_skills.py with the objective "answers", and a moving average of parameters."""
     config = smollm2_135m_skills.get_config()
     config.train.update(objective="answers", steps=1200, average_decay=0.99)
     return config

@@ -32,6 +32,7 @@ ROWS = {"train": 240, "test": 60}  # of a task
 NO_OPERATION, NO_FORM = "Do the usual task.", "Answer as always."
 
 
+Parts = tuple[Operation, Form]  # of a task
 Rows = dict[str, list[dict]]  # {split: rows}
 Lists = dict[str, list[tuple[str, ...]]]  # {split: lists of three words}
 
@@ -45,11 +46,8 @@ class Drawn(NamedTuple):
     wordings: dict[str, np.ndarray]  # {split: two numbers in [0, 1) a row, which choose them}
 
     def rows(self, task: Task) -> Rows:
-        operation, form = (
-            (OPERATIONS | NEW_OPERATIONS)[task.first],
-            (FORMS | NEW_FORMS)[task.second],
-        )
-        return rows_of(task, operation, form, self.lists, self.wordings)
+        parts = (OPERATIONS | NEW_OPERATIONS)[task.first], (FORMS | NEW_FORMS)[task.second]
+        return rows_of(task, parts, self.lists, self.wordings)
 
 
 def write_skills(out: str | os.PathLike, seed: int = 0, most: int = 0) -> None:
@@ -80,28 +78,18 @@ def draw_lists(rng: np.random.Generator, words: Sequence[str]) -> Lists:
     return {"train": lists[: ROWS["train"]], "test": lists[ROWS["train"] :]}
 
 
-def rows_of(
-    task: Task, operation: Operation, form: Form, lists: Lists, wordings: Mapping[str, np.ndarray]
-) -> Rows:
+def rows_of(task: Task, parts: Parts, lists: Lists, wordings: Mapping[str, np.ndarray]) -> Rows:
     """The questions of a task and their answers."""
     return {
         split: [
-            _row(
-                task, (operation, form), task.shows[i % len(task.shows)], words, wordings[split][i]
-            )
+            _row(task, parts, task.shows[i % len(task.shows)], words, wordings[split][i])
             for i, words in enumerate(lists[split])
         ]
         for split in ROWS
     }
 
 
-def _row(
-    task: Task,
-    parts: tuple[Operation, Form],
-    shown: str,
-    words: tuple[str, ...],
-    drawn: np.ndarray,
-) -> dict:
+def _row(task: Task, parts: Parts, shown: str, words: tuple[str, ...], drawn: np.ndarray) -> dict:
     """A question and its answer. drawn: two numbers in [0, 1) that choose the wordings."""
     operation, form = parts
     said = [part.said(task) for part in parts]

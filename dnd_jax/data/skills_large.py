@@ -17,8 +17,8 @@ import numpy as np
 
 from dnd_jax.data import skills_wordings
 from dnd_jax.data.composed import MIXED, Task, Tasks, named, suite_name, write_suite
-from dnd_jax.data.skills import Rows, draw, draw_lists, rows_of
-from dnd_jax.data.skills_words import FORMS, OPERATIONS, Form, Operation
+from dnd_jax.data.skills import Parts, Rows, draw, draw_lists, rows_of
+from dnd_jax.data.skills_words import FORMS, OPERATIONS, Operation
 
 NEW_TASKS = 4  # of the kind "domain"
 
@@ -129,15 +129,16 @@ def write_skills_large(out: str | os.PathLike, seed: int = 0, most: int = 0) -> 
         if domain in EVERY:
             operation, form = _in_more(name, task.second)
             asked = EVERY[domain].ask(operation)
-            return rows_of(task, asked, form, lists[domain], drawn.wordings)
+            return rows_of(task, (asked, form), lists[domain], drawn.wordings)
         if task.shows == MIXED:  # one that skills trains on
-            return rows_of(task, *_in_more(task.first, task.second), drawn.lists, drawn.wordings)
+            parts = _in_more(task.first, task.second)
+            return rows_of(task, parts, drawn.lists, drawn.wordings)
         return drawn.rows(task)
 
     write_suite(out, suite_name("skills_large", seed, most), train, unseen, rows, most)
 
 
-def _in_more(operation: str, form: str) -> tuple[Operation, Form]:
+def _in_more(operation: str, form: str) -> Parts:
     """Both in more wordings than `skills` has."""
     return (
         dataclasses.replace(OPERATIONS[operation], more=skills_wordings.OPERATIONS[operation]),

@@ -167,10 +167,10 @@ def test_the_large_form_has_the_same_unseen_tasks(tmp_path, monkeypatch):
     for dataset in small.unseen:
         assert asked_of[dataset.name] == [e[:3] for e in dataset.train + dataset.test]
     for dataset in small.train:  # the same in more wordings
-        here = [e[:3] for e in dataset.train + dataset.test]
-        lists, answers = zip(*((e[0].splitlines()[1:], e[1]) for e in here), strict=True)
-        there = asked_of[dataset.name]
-        assert [(e[0].splitlines()[1:], e[1]) for e in there] == [*zip(lists, answers, strict=True)]
+        here, there = dataset.train + dataset.test, asked_of[dataset.name]
+        assert [(e[0].splitlines()[1:], e[1]) for e in there] == [
+            (e.prompt.splitlines()[1:], e.response) for e in here
+        ]
     said = {e.prompt.splitlines()[0] for d in large.train for e in d.train}
     kept = {e.prompt.splitlines()[0] for d in small.every for e in d.train}
     more = [wording for of in MORE for wording in sum(map(lines, of.values()), [])]
