@@ -5,7 +5,8 @@ answers with those LoRAs, or several?
 
 The first five take as many steps as mini.py; the `_half` ones about its seconds, as a step on
 answers, in which each generated LoRA answers 8 questions through the base, costs twice as much
-(metrics.jsonl of each variant has the seconds).
+(metrics.jsonl of each variant has the seconds). The last three are regularisers, at values that
+nothing was chosen by.
 """
 
 from dnd_jax.configs import mini
@@ -20,7 +21,9 @@ def get_config():
     config.ablate.variants = (
         ("weights_then_answers", {**answers, "train.weights_first": 500}),
         ("answers_half", {**answers, "train.steps": 400}),
-        ("answers_dropout", {**answers, "train.condition_dropout": 0.1}),
         ("weights_then_answers_half", {**answers, "train.weights_first": 500, "train.steps": 650}),
+        ("answers_dropout", {**answers, "train.condition_dropout": 0.1}),
+        ("answers_wording", {**answers, "train.wording_weight": 0.03}),
+        ("size", {"train.size_weight": 0.1}),
     )
     return config

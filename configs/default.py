@@ -98,6 +98,8 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 1,
                 "average_decay": 0.0,
                 "condition_dropout": 0.0,
+                "size_weight": 0.0,
+                "wording_weight": 0.0,
                 "condition_noise": 1e-4,
                 "target_noise": 1e-5,
                 "dtype": "float32",

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dnd_jax.config.schema import ASKING, Config
+from dnd_jax.config.schema import Config
+from dnd_jax.config.training import ASKING
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
 from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
 from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.regularisers import squared_sizes
 from dnd_jax.generator.sizes import encoder_module, layout_of, spec_of
 from dnd_jax.generator.step import (
     check_batch,
@@ -31,7 +33,7 @@ from dnd_jax.generator.step import (
     shard_train_step,
 )
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.lora.targets import from_statistics
+from dnd_jax.lora.targets import Target, from_statistics
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
@@ -41,7 +43,7 @@ from dnd_jax.parallel.rules import held_bytes, shaped
 def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, what is frozen). answer:
     tokens of one where a base is asked, 0: all that have room."""
-    spec, encoder, answering = spec_of(config), None, None
+    spec, encoder, answering, beside = spec_of(config), None, None, {}
     if config.condition.in_graph:
         module = encoder_module(config)
         # The encoder's parameters know no length; texts longer than its window are cut.
@@ -50,8 +52,12 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
     taught = config.train.taught_at(config.train.weights_first)
     if ASKING & {*taught}:
         answering = _answering(config, mesh)
+    if config.train.size_weight:
+        target = _target(config)
+        tokens = jax.ShapeDtypeStruct((1, *spec.token_grid), jnp.float32)
+        beside = {"target": target, "sizes": jax.eval_shape(_sizes, target, tokens)}
     importance = np.ones(spec.token_grid[0], np.float32)
-    sharded = shard_train_step(config, spec, mesh, importance, encoder, answering)
+    sharded = shard_train_step(config, spec, mesh, importance, encoder, answering, beside)
     b, (n, length, _) = config.train.batch_size, spec.condition_shape
     if encoder:
         inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
@@ -70,22 +76,33 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
         batch["rows"] = of_rows
         if config.train.shots:  # as long as base.max_length too
             batch["shown"] = of_rows
-    frozen = {**({"encoder": encoder[1]} if encoder else {}), **(answering[1] if answering else {})}
+    frozen = {"encoder": encoder[1]} if encoder else {}
+    frozen |= {**(answering[1] if answering else {}), **beside}
     frozen = shaped(frozen, sharded.frozen) if frozen else None
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
+
+
+def _target(config: Config) -> Target:
+    """What the decoder learns to output, with the shapes of its statistics."""
+    layout = layout_of(config)
+    statistics = {
+        "mean": jax.ShapeDtypeStruct((layout.num_tokens, *layout.chunk_shape), jnp.float32),
+        "scale": jax.ShapeDtypeStruct((layout.num_tokens,), jnp.float32),
+    }
+    return from_statistics(config.generator.target, layout, statistics)
+
+
+def _sizes(target: Target, tokens: jax.Array) -> dict[str, jax.Array]:
+    """Of one LoRA, shaped as of `tuned_sizes`."""
+    return jax.tree.map(lambda x: x[0], squared_sizes(target, tokens))
 
 
 def _answering(config: Config, mesh: jax.sharding.Mesh) -> tuple[Answering, dict]:
     """The base that generated LoRAs are asked through, and the shapes of what is frozen."""
     module, params = collect_cost.base_shapes(config, mesh, collect_cost.sizes_of(config))
-    layout, over_tasks = layout_of(config), check_batch(config, mesh)
-    statistics = {
-        "mean": jax.ShapeDtypeStruct((layout.num_tokens, *layout.chunk_shape), jnp.float32),
-        "scale": jax.ShapeDtypeStruct((layout.num_tokens,), jnp.float32),
-    }
-    target = from_statistics(config.generator.target, layout, statistics)
+    over_tasks = check_batch(config, mesh)
     answering = Answering(module, config.lora.alpha / config.lora.rank, over_tasks)
-    return answering, {"base": params, "target": target}
+    return answering, {"base": params, "target": _target(config)}
 
 
 def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:

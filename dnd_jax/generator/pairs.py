@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
-from dnd_jax.config.schema import ASKING, FEWEST, OF_LORAS, Config
+from dnd_jax.config.schema import Config
+from dnd_jax.config.training import ASKING, FEWEST, OF_LORAS
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
@@ -53,7 +54,8 @@ class PairedDataset:
 
 class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
-    fewer different ones; rows: questions of each pair's dataset, as `rows_at`. pad: token id.
+    fewer different ones; wordings: so many pairs one after the other differ in their prompts alone;
+    rows: questions of each pair's dataset, as `rows_at`. pad: token id.
     taught_at: step -> the parts of its loss, as of `Train`; of_loras: as there. Raises InputError
     naming every dataset with fewer than N prompts."""
 
@@ -65,6 +67,7 @@ class Pairs:
         seed: int,
         pairing: str = "random",
         few_prompts: float = 0.0,
+        wordings: int = 1,
         rows: int = 0,
         pad: int = 0,
         taught_at: Callable[[int], Collection[str]] = lambda step: ("weights",),
@@ -76,7 +79,7 @@ class Pairs:
             num_prompts,
             seed,
         )
-        self.pairing, self.few_prompts = pairing, few_prompts
+        self.pairing, self.few_prompts, self.wordings = pairing, few_prompts, wordings
         self.rows, self.pad, self.taught_at, self._of_loras = rows, pad, taught_at, of_loras
         few = [
             f"{d.name} has {d.num_prompts} prompts"
@@ -99,7 +102,7 @@ class Pairs:
     def _draw(self, step: int) -> list[tuple[int, int, np.ndarray]]:
         rng = np.random.default_rng([self.seed, step])
         drawn = []
-        for _ in range(self.batch_size):
+        for _ in range(self.batch_size // self.wordings):
             d = int(rng.integers(len(self.datasets)))
             dataset = self.datasets[d]
             checkpoint = 0 if dataset.targets is None else int(rng.integers(len(dataset.targets)))
@@ -109,7 +112,8 @@ class Pairs:
                 if self.pairing == "random"
                 else np.random.default_rng([self.seed, d, checkpoint, 1])
             )
-            drawn.append((d, checkpoint, self._prompts(of_prompts, dataset.num_prompts)))
+            for _ in range(self.wordings):
+                drawn.append((d, checkpoint, self._prompts(of_prompts, dataset.num_prompts)))
         return drawn
 
     def _prompts(self, rng: np.random.Generator, pool: int) -> np.ndarray:
@@ -178,14 +182,16 @@ class Pairs:
 
     def _asked(self, step: int) -> list[np.ndarray]:
         """Which questions of its dataset each of the step's pairs is asked."""
-        index = []
-        for i, (d, _, prompts) in enumerate(self.draw(step)):
-            questions = self.datasets[d].questions
+        index, drawn = [], self.draw(step)
+        for i in range(len(drawn)):
+            first = i - i % self.wordings  # pairs that differ in their prompts are asked the same
+            shown = [prompts for *_, prompts in drawn[first : first + self.wordings]]
+            questions = self.datasets[drawn[i][0]].questions
             of = np.arange(len(questions)) if questions.of is None else questions.of
-            others = np.flatnonzero(~np.isin(of, prompts))
+            others = np.flatnonzero(~np.isin(of, np.concatenate(shown)))
             others = others if len(others) else np.arange(len(questions))
             # Another stream than that of the pairs, which so stay as they are.
-            rng = np.random.default_rng([self.seed, step, i, 3])
+            rng = np.random.default_rng([self.seed, step, first, 3])
             index.append(rng.choice(others, self.rows, replace=len(others) < self.rows))
         return index
 

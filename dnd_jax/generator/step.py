@@ -19,6 +19,7 @@ from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
 from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.regularisers import regularised
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.ops.cost_model import Problem, compiler_options
@@ -88,8 +89,8 @@ def make_train_step(
     answering: Answering | None = None,
 ):
     """step(state of `state_of`, batch of `Pairs`, frozen) -> (state, metrics); frozen: {"encoder",
-    "base"}, the parameters of those that there are, and "target", what the base takes the output
-    for; or None.
+    "base"}, the parameters of those that there are, "target", what the base takes the output for,
+    and "sizes" of `tuned_sizes`; or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`, and with
@@ -130,6 +131,9 @@ def make_train_step(
             if "rows" in part:
                 asked, more = of_answers(output, part, frozen, tasks)
                 loss, found = config.weights_share * loss + asked, {**more, **found}
+            if config.size_weight or config.wording_weight:
+                added_b, more = regularised(config, output, frozen)
+                loss, found = loss + jnp.sum(added_b) / tasks, found | more
             return loss, found
 
         (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -156,7 +160,7 @@ def make_train_step(
         # Gradient and update.
         part_of = functools.partial(gradient_of, state["params"], frozen=frozen, **sizes)
         (loss, gradient), of_samples = _in_parts(
-            part_of, parts, config.micro_batches, state["params"]
+            part_of, parts, config.micro_batches, state["params"], config.wordings
         )
         updates, opt = optimizer.update(gradient, state["opt"], state["params"])
         metrics = {
@@ -170,6 +174,8 @@ def make_train_step(
             kind = "distill_loss" if {"teacher", "shown"} & batch.keys() else "answers_loss"
             metrics[kind] = jnp.mean(of_samples["answers"])
             metrics["exact"] = jnp.mean(of_samples["exact"])
+        regular = ("size", "size_loss", "wording_loss")
+        metrics |= {key: jnp.mean(of_samples[key]) for key in regular if key in of_samples}
         metrics["sample_loss"] = sum(
             share * of_samples[part]
             for part, share in (("loss", weights_share), ("answers", 1.0))
@@ -210,16 +216,21 @@ def _noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:
     return x + deviation * jax.random.normal(key, x.shape, x.dtype)
 
 
-def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any):
+def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any, alike: int):
     """gradient_of(batch) -> ((loss, gradient), per sample {NAME: (b,)}) of a batch, computed in k
     parts: losses and gradients are added up, what is per sample is put back in the batch's order.
 
     Every k-th sample belongs to a part, so that each device finds its share among the samples it
-    has.
+    has; of samples of which so many are alike, every k-th group.
     """
     if k == 1:
         return gradient_of(batch)
-    parts = jax.tree.map(lambda x: x.reshape(len(x) // k, k, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def split(x):
+        groups = x.reshape(-1, k, alike, *x.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(k, -1, *x.shape[1:])
+
+    parts = jax.tree.map(split, batch)
 
     def add(total, part):
         found, per_sample = gradient_of(part)
@@ -227,7 +238,9 @@ def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any):
 
     nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     total, per_sample = jax.lax.scan(add, nothing, parts)
-    return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), per_sample)
+    return total, jax.tree.map(
+        lambda x: x.reshape(k, -1, alike).swapaxes(0, 1).reshape(-1), per_sample
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +251,7 @@ class ShardedStep:
     shapes: dict  # of the state
     shardings: dict  # of the state
     over_batch: jax.sharding.NamedSharding
-    # {"encoder", "base", "target"}: shardings of what the step takes of these; None of none
+    # of {"encoder", "base", "target", "sizes"}, what the step takes of these; None of none
     frozen: dict | None
     init: Callable  # key -> state, jitted
     # (state, batch, values as `frozen`) -> (state, metrics), jitted, the state donated
@@ -260,13 +273,15 @@ def shard_train_step(
     importance: np.ndarray,
     encoder: tuple[nn.Module, Any] | None = None,
     answering: tuple[Answering, Mapping] | None = None,
+    beside: Mapping | None = None,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests.
 
     encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
     step. answering: through which base LoRAs are asked, {"base": its parameters (or their shapes),
-    "target"}, where the objective asks for it. Raises InputError for a parameter without a rule and
-    for sizes that the mesh does not divide.
+    "target"}, where the objective asks for it. beside: of `tuned_sizes` (or shapes), where
+    config.train.size_weight asks for it. Raises InputError for a parameter without a rule and for
+    sizes that the mesh does not divide.
     """
     c, place = config.train, Placement(mesh)
     module = Generator(spec, place)
@@ -289,7 +304,8 @@ def shard_train_step(
         frozen["encoder"] = rules["encoder"]
     if answering:
         frozen["base"] = shard_by_rules(mesh, BASE_RULES, through["base"])
-        frozen["target"] = jax.tree.map(lambda _: replicated(mesh), through["target"])
+        beside = {"target": through["target"], **(beside or {})}
+    frozen |= jax.tree.map(lambda _: replicated(mesh), dict(beside or {}))
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
         make_train_step(module, *how),

@@ -35,6 +35,7 @@ from dnd_jax.generator.held_in import held_in
 from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
+from dnd_jax.generator.regularisers import tuned_sizes
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import (
@@ -130,7 +131,7 @@ def train(
         "encoder_fingerprint": encoder.fingerprint,
         "encoder_revision": encoder.revision,
     }
-    drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts
+    drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts, c.wordings
     taught_by_step = c.taught_at, c.of_loras
     pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, *taught_by_step)
 
@@ -142,8 +143,9 @@ def train(
         tune(device_problems(spec, mesh, c.batch_size, c.micro_batches).values())
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     answering = objective.answering(target, check_batch(config, mesh))
-    sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering)
-    frozen = dict(answering[1]) if answering else {}
+    beside = tuned_sizes(target, (d.targets[-1] for d in datasets)) if c.size_weight else {}
+    sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering, beside)
+    frozen = {**(answering[1] if answering else {}), **beside}
     if in_graph:
         frozen["encoder"] = encoder.params
     frozen = jax.device_put(frozen, sharded.frozen or {})

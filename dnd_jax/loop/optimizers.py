@@ -1,9 +1,9 @@
 """The optimizers of all trainings.
 
-A new one is an entry of `DIRECTIONS` and its name in config.schema.OPTIMIZERS. All share the order:
-clip the gradient, turn it into a direction, add the weight decay, multiply both by the learning
-rate. Decay is therefore decoupled, as AdamW's: without a gradient a step leaves 1 - rate x decay of
-a parameter.
+A new one is an entry of `DIRECTIONS` and its name in config.training.OPTIMIZERS. All share the
+order: clip the gradient, turn it into a direction, add the weight decay, multiply both by the
+learning rate. Decay is therefore decoupled, as AdamW's: without a gradient a step leaves 1 - rate x
+decay of a parameter.
 """
 
 import functools

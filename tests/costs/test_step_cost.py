@@ -179,6 +179,16 @@ def test_a_step_on_answers_is_planned_with_the_base():
     assert make_plan(half, jax.devices()[:1], answer=2).argument_bytes < plan.argument_bytes
 
 
+@pytest.mark.parametrize("objective", ["weights", "answers"])
+def test_a_step_that_looks_at_sizes_is_planned_with_them(objective):
+    """Beside the base or without one."""
+    plain, sizes = (
+        make_plan(asked(train__objective=objective, **more), jax.devices()[:1], answer=2)
+        for more in ({}, {"train__size_weight": 0.1, "train__wording_weight": 0.1})
+    )
+    assert sizes.flops > plain.flops
+
+
 def test_the_base_that_validates_is_beside_the_step():
     plain, validating = (
         make_plan(asked(train__objective="weights", train__validate_every=n), jax.devices()[:1])

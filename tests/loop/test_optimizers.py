@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dnd_jax.config.load import load_file
-from dnd_jax.config.schema import OPTIMIZERS
+from dnd_jax.config.training import OPTIMIZERS
 from dnd_jax.config.validate import freeze
 from dnd_jax.loop.optimizers import (
     DIRECTIONS,

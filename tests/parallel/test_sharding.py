@@ -123,6 +123,12 @@ def test_micro_batches_and_remat_change_nothing(mesh, change):
     assert_same(train(settings(mesh, **change)), on_one_device())
 
 
+def test_a_mesh_and_parts_keep_two_sets_of_prompts_together():
+    """Samples 2i and 2i + 1, one of which would else be in another part."""
+    run = train(settings((2, 2, 2), wording_weight=0.5, micro_batches=2), steps=5)
+    assert_same(run, train(settings(wording_weight=0.5), steps=5))
+
+
 def test_a_mesh_starts_as_one_device_and_fsdp_divides_its_state():
     config = settings((1, 8, 1))
     sharded = shard_train_step(
