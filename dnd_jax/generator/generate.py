@@ -20,6 +20,7 @@ from flax import traverse_util
 from dnd_jax.base.hub import check_repo_id, is_repo_id, kept_revision, push, resolve
 from dnd_jax.base.identity import other_weights
 from dnd_jax.config import schema
+from dnd_jax.config.training import FEWEST
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free
@@ -111,7 +112,7 @@ class TrainedGenerator:
         self._seed = description.seed
         # Only one that has met fewer different prompts in training knows what to make of them.
         few = description.settings.get("train", {}).get("few_prompts")
-        self.fewest = min(schema.FEWEST, self.condition.num_prompts) if few else 0
+        self.fewest = min(FEWEST, self.condition.num_prompts) if few else 0
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
         self.params = jax.device_put(
