@@ -107,6 +107,7 @@ def get_config() -> ConfigDict:
                 "optimizer": "adamw",
                 "validate_every": 0,
                 "save_every": 500,
+                "save_every_seconds": 600,
                 "keep_last": 2,
                 "keep_every": 0,
                 "checkpoint_dir": "",

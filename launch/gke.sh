@@ -24,7 +24,7 @@ delete    stop the run (SIGTERM: it saves) and remove it; apply with the same ar
 --chips         apply: TPU chips of one host (default 4, or all of a smaller slice)
 --slices        apply: how many slices, one node pool each (default 1)
 --spot          apply: on Spot node pools
---claim         apply: PersistentVolumeClaim mounted at /work (default: an empty folder on each host, lost with it)
+--claim         apply: PersistentVolumeClaim mounted at /work; one host alone may go without, on a folder that is lost with it
 --restarts      apply: how often to start again after a lost host or a preemption (default 100)
 --dry-run       print the commands, run none
 TEXT
@@ -82,6 +82,8 @@ fill() { # YAML list of dnd's arguments: sets `text` to the manifest
   [ -n "$chips" ] || chips=$((total < 4 ? total : 4))
   number --chips "$chips"
   [ $((total % chips)) = 0 ] || fail "--topology=$topology has $total chips: no multiple of $chips chips a host; give --chips=..."
+  [ -n "$claim" ] || [ $((slices * total / chips)) = 1 ] ||
+    fail "--claim=... is needed: the $((slices * total / chips)) hosts must see one folder (a PersistentVolumeClaim that many pods may mount)"
   [ -z "$claim" ] || volume=persistentVolumeClaim source="{claimName: $claim}"
   [ -z "$spot" ] || spot_line=$'\n                cloud.google.com/gke-spot: "true"'
   text=$(<"$here/gke_jobset.yaml")

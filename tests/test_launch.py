@@ -90,6 +90,7 @@ APPLY = (
     "--accelerator=tpu-v5p-slice",
     "--topology=2x2x4",
     "--slices=2",
+    "--claim=work",
 )
 
 
@@ -291,6 +292,11 @@ def test_tpu_vm_commands(stubs):
             "--topology=2x2x4 has 16 chips: no multiple of 3",
         ),
         ("gke.sh", (*APPLY, "--topology=16", "--", "train"), "--topology=16: expected such as 4x4"),
+        (
+            "gke.sh",
+            (*APPLY, "--claim=", "--slices=1", "--", "train"),
+            "--claim=... is needed: the 4 hosts must see one folder",
+        ),
         (
             "gke.sh",
             (*APPLY, "--accelerator=v5p", "--", "train"),
@@ -586,6 +592,7 @@ def manifest(*arguments: str) -> dict:
         (("--accelerator=tpu-v6e-slice", "--topology=16x16"), 64, 4),
         (("--accelerator=tpu-v5-lite-podslice", "--topology=2x4", "--chips=8", "--slices=1"), 1, 8),
         (("--accelerator=tpu-v5-lite-podslice", "--topology=1x1", "--spot"), 1, 1),
+        (("--topology=2x2x1", "--slices=1", "--claim="), 1, 4),  # a host by itself needs none
         (("--claim=shared", "--restarts=3", "--spot"), 4, 4),
     ],
 )
@@ -617,7 +624,7 @@ def test_jobset_fits_its_api(options, hosts, chips):
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == int(given.get("restarts", 100))
     volume = (
         {"persistentVolumeClaim": {"claimName": given["claim"]}}
-        if "claim" in given
+        if given["claim"]
         else {"emptyDir": {}}
     )
     assert pod["spec"]["volumes"] == [{"name": "work", **volume}]

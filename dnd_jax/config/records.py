@@ -35,6 +35,7 @@ SAME_NUMBERS = (
     "train.micro_batches",
     "train.remat",
     "train.save_every",
+    "train.save_every_seconds",
     "train.validate_every",
     "train.keep_last",
     "train.keep_every",

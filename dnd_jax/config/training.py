@@ -76,6 +76,7 @@ class Train:
     # base; nothing is chosen by them; 0: none
     validate_every: Annotated[int, Must(NOT_NEGATIVE.holds, "must not be negative (0 scores none)")]
     save_every: Positive
+    save_every_seconds: Count  # besides, so long after the last save; 0: by steps alone
     keep_last: Positive  # checkpoints of the run that stay
     # and every one at a multiple of this step
     keep_every: Annotated[int, Must(NOT_NEGATIVE.holds, "must not be negative (0 keeps none)")]

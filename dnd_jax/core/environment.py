@@ -2,14 +2,18 @@
 they would end in an abort or a stack."""
 
 import glob
+import importlib.util
 import os
+import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Collection
 
 from dnd_jax.core.errors import CheckFailed, InputError, first_line
+from dnd_jax.core.files import cache_folder
 
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 XLA = "XLA_FLAGS"
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 # Of these alone, XLA_FLAGS is known to be right.
@@ -23,6 +27,25 @@ def prepare() -> None:
         # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if accelerated():
+        os.environ.setdefault(PROGRAMS, str(programs_folder()))
+
+
+def programs_folder() -> pathlib.Path:
+    """Where compiled programs are kept, for the next start, unless the user names another place.
+    Of a run of several processes it is in the workdir, which all of them see."""
+    return cache_folder() / "programs"
+
+
+def accelerated() -> bool:
+    """Whether JAX will find a TPU or GPU, as far as is known before it starts. On CPUs no program
+    is kept: XLA writes errors about features of the CPU when it reads one."""
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return False
+    plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
+    if glob.glob("/dev/nvidia[0-9]*") and any(map(importlib.util.find_spec, plugins)):
+        return True
+    return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
 
 
 def settle(needed: Collection[str]) -> None:

@@ -30,6 +30,7 @@ RESULTS = "results.json"  # tables
 REPORT = "report.html"
 SECONDS = "seconds.json"  # of each stage
 HARNESS = "lm_eval.json"  # what `dnd lm-eval` found
+PROGRAMS = "programs"  # compiled ones, of a run of several processes
 METRICS = "metrics.jsonl"  # of a training, in its folder: written anew when it begins
 # The folders of trainings, groups of LoRAs and controls among them.
 TRAININGS = (PRETRAIN, COLLECT, f"{COLLECT}/group_*", GENERATOR)

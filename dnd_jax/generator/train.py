@@ -171,6 +171,7 @@ def train(
         batch_at=lambda i: pairs.placed(i, sharded.over_batch),
         steps=c.steps,
         save_every=c.save_every,
+        save_every_seconds=c.save_every_seconds,
         score_at=score_at,
         blame=lambda i: f", with pairs of {', '.join(sorted(set(pairs.names(i))))}",
         row_of=lambda done, values, seconds: _row(

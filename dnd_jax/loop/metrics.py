@@ -1,9 +1,11 @@
 """What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked
 for, and profiler traces."""
 
+import contextlib
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Collection, Mapping
 
 from dnd_jax.core import digests, packages
@@ -16,6 +18,10 @@ class Metrics:
     """metrics.jsonl of a run: one object a line; a resumed run first drops the lines that it will
     write again.
 
+    Each has "time" (seconds since 1970), "wall_seconds" since the run's first start, and "goodput",
+    the share of these that went into the steps whose lines are there: not what was compiled, saved,
+    scored, waited or done again.
+
     trackers: "tensorboard" and "wandb" get the numbers too, under the directory. Raises InputError
     when one is not installed.
     """
@@ -25,21 +31,40 @@ class Metrics:
     ):
         self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
         path = directory / paths.METRICS
-        rows = _rows(path) if path.exists() and step else []
-        kept = [line for line, row in rows if row["step"] <= step]
+        rows = []
+        if path.exists():
+            with contextlib.suppress(*[] if step else [InputError]):  # of one that is written anew
+                rows = _rows(path)
+        kept = [(line, row) for line, row in rows if row["step"] <= step]
+        self._start, good = _so_far((kept or rows)[-1][1] if kept or rows else {})
+        self._good = good if kept else 0.0  # seconds
         with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line, _ in kept))
         self._file = path.open("a", buffering=1)
 
-    def write(self, row: Mapping) -> None:
+    def write(self, row: Mapping, good: float = 0) -> None:
+        """good: seconds of the step that were not lost."""
+        now = time.time()
+        self._good += good
+        wall = max(now - self._start, 1e-6)
+        row = {**row, "time": round(now, 3), "wall_seconds": round(wall, 3)}
+        row["goodput"] = round(self._good / wall, 6)
         self._file.write(json.dumps(row) + "\n")
         for log, _ in self._trackers:
-            log(row["step"], {name: value for name, value in row.items() if name != "step"})
+            log(row["step"], {k: value for k, value in row.items() if k not in ("step", "time")})
 
     def close(self) -> None:
         self._file.close()
         for _, close in self._trackers:
             close()
+
+
+def _so_far(row: Mapping) -> tuple[float, float]:
+    """(time of the first start, good seconds since) by a run's line; of one without, that starts
+    now."""
+    if not {"time", "wall_seconds", "goodput"} <= row.keys():
+        return time.time(), 0.0
+    return row["time"] - row["wall_seconds"], row["goodput"] * row["wall_seconds"]
 
 
 def _tensorboard(

@@ -31,7 +31,7 @@ from dnd_jax.loop.checkpoints import CHECKPOINTS, FORMAT, address, open_checkpoi
 from dnd_jax.loop.metrics import Metrics
 from dnd_jax.loop.prefetch import ahead
 from dnd_jax.loop.profiler import Profiler
-from dnd_jax.parallel import hosts
+from dnd_jax.parallel import hosts, programs
 
 SHOWN = ("loss", "accuracy", "gradient_norm", "held_in_exact")  # beside the progress bar
 
@@ -58,6 +58,7 @@ class Training:
     batch_at: Callable[[int], Any]  # i from 0 -> the batch of that step; a thread calls it
     steps: int
     save_every: int
+    save_every_seconds: int = 0  # besides, after so many seconds without; 0: not by time
     # (steps done, state) -> whether nothing is left to train; asked where a state is saved
     ended: Callable[[int, Any], bool] = lambda done, state: False
     # (steps done, state), after each of them
@@ -117,6 +118,7 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             training.after_step(i + 1, state)
             stopping = _stopping(i + 1)
             saving = stopping or (i + 1) % training.save_every == 0 or i + 1 == training.steps
+            saving = saves.late(i + 1) or saving  # asked in every step: all processes look together
             if saving:
                 reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
                 saves.save(i + 1, state)
@@ -154,6 +156,8 @@ class _Saves:
             options.keep_every,
         )
         self._saved = 0
+        self._look, self._since = 0, time.perf_counter()  # a step, and the time of the last save
+        self._pace = 0, self._since  # a step, and the time after it
 
     @property
     def last(self) -> str:
@@ -170,8 +174,20 @@ class _Saves:
                 f"{t.title}: {self._manager.directory} holds {done} steps, {t.steps} are asked "
                 f"for; ask for {done} or more, or train fewer in another --workdir"
             )
-        self._saved = done
+        self._saved, self._look, self._pace = done, done + 1, (done, time.perf_counter())
         return (done, state) if done else (0, t.init())
+
+    def late(self, done: int) -> bool:
+        """Whether process 0 has saved nothing for `save_every_seconds`. It is asked for its clock
+        after 1 step, and then where half of what was left would be over."""
+        if not self._training.save_every_seconds or done < self._look:
+            return False
+        now, (step, then) = time.perf_counter(), self._pace
+        left = self._training.save_every_seconds - (now - self._since)
+        more = int(left / 2 * (done - step) / (now - then))
+        more = hosts.of_lead(max(1, more) if left > 0 else 0)
+        self._look, self._pace = done + max(1, more), (done, now)
+        return not more
 
     def save(self, done: int, state: Any) -> None:
         """Begins to write the state after so many steps, unless it is there already."""
@@ -183,7 +199,7 @@ class _Saves:
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
         self._manager.save(done, args=args)
-        self._saved = done
+        self._saved, self._since = done, time.perf_counter()
 
     @property
     def directory(self) -> os.PathLike:
@@ -220,6 +236,7 @@ class _Reports:
             disable=not hosts.lead(),
         )
         self._started = time.perf_counter()
+        self._compiling = True  # in the first step of a start
 
     def read(self, last_saved: str) -> None:
         """Waits for the pending metrics and writes them; raises InputError where they are not
@@ -235,7 +252,10 @@ class _Reports:
         row = self._training.row_of(done, row, seconds)
         if self._metrics is not None:
             times = {"seconds": round(seconds, 4), "input_seconds": round(waited, 4)}
-            self._metrics.write({"step": done, **row, **times})
+            self._metrics.write({"step": done, **row, **times}, 0 if self._compiling else seconds)
+            if self._compiling and (line := programs.from_cache()):
+                self._bar.write(line)
+        self._compiling = False
         self._bar.update(1)
         shown = {key: f"{row[key]:.3g}" for key in SHOWN if key in row}
         self._bar.set_postfix(shown, refresh=False)

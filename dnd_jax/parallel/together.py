@@ -3,14 +3,18 @@ folder, which process 0 holds for all."""
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
 from dnd_jax.config.remembered import remembering
+from dnd_jax.core import workdir as paths
+from dnd_jax.core.environment import PROGRAMS, programs_folder
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import Flag, Given
 from dnd_jax.core.workdir import held
 from dnd_jax.parallel import hosts, rendezvous
+from dnd_jax.parallel.programs import keep_in
 
 FLAGS = (
     Flag(
@@ -45,6 +49,8 @@ def together(
             stack.enter_context(held(workdir, stage))
             stack.enter_context(remembering(workdir, config))
         hosts.check_shared(workdir)
+        if hosts.several() and os.environ.get(PROGRAMS) == str(programs_folder()):
+            keep_in(workdir / paths.PROGRAMS)
         for folder, flag in folders:
             hosts.check_shared(pathlib.Path(folder), flag)
         yield

@@ -40,7 +40,7 @@ from dnd_jax.lora.controls import DONE as CONTROLS_DONE
 from dnd_jax.scoring.evaluate import FORMAT as EVALUATION_FORMAT
 from dnd_jax.scoring.evaluate import NOT_OF_A_SCORE, evaluation_settings
 from dnd_jax.studies import ablate_report
-from dnd_jax.studies.quickstart import needs, run_seed
+from dnd_jax.studies.quickstart import apart, needs, run_seed
 
 DEFAULT = "default"
 FORMAT = 1  # of run.json and ablation.json
@@ -212,6 +212,7 @@ def run(
             own = with_changes(dataclasses.replace(config, seed=seed), changes)
             if not variant.touches(LORAS_BY):
                 share_scores(own, folder, default, suite)
+        own = apart(own, f"{variant.folder}/seed_{seed}")
         with remembering(folder, own):
             # what else could be measured is the same
             result, _ = run_seed(own, folder, strict, allowed)

@@ -118,6 +118,8 @@ def quickstart(
         if len(seeds) > 1:
             print(f"seed {seed} in {folder}", flush=True)
         own = dataclasses.replace(config, seed=seed)
+        if seed != seeds[0]:
+            own = apart(own, folder.name)
         if share and seed != seeds[0]:
             own = _sharing(own, workdir)
         with held(folder, "quickstart"), remembering(folder, own):
@@ -128,6 +130,17 @@ def quickstart(
         names = ("agreement", "overhead")[: 2 if seed == seeds[0] else 1]
         runs[seed] |= measures[seed](names, again)
     return publish_measured(runs, config, workdir)
+
+
+def apart(config: Config, name: str) -> Config:
+    """The settings with the generator's checkpoints in a folder of this name, in the one that is
+    given for several runs, if one is."""
+    if not config.train.checkpoint_dir:
+        return config
+    folder = f"{config.train.checkpoint_dir.rstrip('/')}/{name}"
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, checkpoint_dir=folder)
+    )
 
 
 def _sharing(config: Config, first: pathlib.Path) -> Config:

@@ -1,6 +1,7 @@
 """Variables of the environment that JAX would abort on, or answer with a stack, are one line."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import subprocess
@@ -154,3 +155,31 @@ def test_a_platform_whose_plugin_is_not_installed(stage):
     said = ended.stderr.strip().splitlines()[-1].removeprefix("dnd: ")
     assert said.startswith("JAX cannot start: JAX_PLATFORMS=cuda: its plugin is not installed")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "devices, plugin, platforms, kept",
+    [
+        (["/dev/nvidia0"], True, "", True),
+        (["/dev/nvidia0"], False, "", False),  # a driver, and a JAX that runs on the CPU
+        (["/dev/nvidia0"], True, "cpu", False),
+        (["/dev/accel0"], False, "", True),
+        (["/dev/vfio/3"], False, "tpu,cpu", True),
+        ([], True, "", False),
+    ],
+)
+def test_programs_are_kept_where_a_tpu_or_gpu_is(monkeypatch, devices, plugin, platforms, kept):
+    def found(pattern):
+        return [name for name in devices if fnmatch.fnmatch(name, pattern)]
+
+    monkeypatch.setattr(environment.glob, "glob", found)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: plugin or None)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("DND_JAX_CACHE", "/x")
+    monkeypatch.setenv(environment.PROGRAMS, "")  # so that it is put back
+    monkeypatch.delenv(environment.PROGRAMS)
+    environment.prepare()
+    assert os.environ.get(environment.PROGRAMS) == ("/x/programs" if kept else None)
+    monkeypatch.setenv(environment.PROGRAMS, "gs://theirs")
+    environment.prepare()
+    assert os.environ[environment.PROGRAMS] == "gs://theirs"

@@ -2,8 +2,11 @@
 line."""
 
 import json
+import os
 import pathlib
+import re
 import struct
+import subprocess
 import sys
 import threading
 
@@ -20,6 +23,8 @@ from dnd_jax.loop.checkpoints import open_checkpoints, sums
 from dnd_jax.loop.metrics import Metrics, read_metrics
 from dnd_jax.loop.run import Options, Training, run_loop
 
+ROOT = pathlib.Path(__file__).parents[2]
+
 
 def run(directory, steps=6, batch_at=jnp.float32, options=Options(), **more):  # noqa: B008
     step = jax.jit(
@@ -29,9 +34,8 @@ def run(directory, steps=6, batch_at=jnp.float32, options=Options(), **more):  #
         )
     )
     state = more.pop("state", {"sum": jnp.float32(0)})
-    training = Training(
-        "toy", directory, {"seed": 0}, state, lambda: state, step, batch_at, steps, 2, **more
-    )
+    how = {"steps": steps, "save_every": 2} | more
+    training = Training("toy", directory, {"seed": 0}, state, lambda: state, step, batch_at, **how)
     return run_loop(training, options)
 
 
@@ -87,6 +91,8 @@ def test_numbers_go_to_the_file_and_to_tensorboard(tmp_path):
         "rate",
         "seconds",
         "input_seconds",
+        "wall_seconds",
+        "goodput",
     }
 
 
@@ -303,3 +309,67 @@ def test_metrics_that_are_none(line, tmp_path):
             read(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3, "lo')  # a power cut
     assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_state_is_saved_after_so_many_seconds_too(tmp_path, monkeypatch):
+    """Steps of 10 seconds: the clock is read where half of what was left would be over."""
+    clock = {"now": 0.0, "read": 0}
+
+    def read():
+        clock["read"] += 1
+        return clock["now"]
+
+    def pass_by(done, state):
+        clock["now"] += 10 if done < 25 else 40
+
+    monkeypatch.setattr("dnd_jax.loop.run.time.perf_counter", read)
+    how = {"after_step": pass_by, "save_every": 1000, "save_every_seconds": 100}
+    run(tmp_path, 30, options=Options(keep_last=9), **how)
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == [10, 20, 26, 29, 30]
+
+
+def test_goodput_counts_what_was_lost_over_all_starts(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dnd_jax.loop.metrics.time.time", lambda: now[0])
+
+    def start(step: int, *after: tuple[float, float]):
+        """Steps that end so many seconds later, of which the second number are good."""
+        metrics = Metrics(tmp_path, step)
+        for i, (seconds, good) in enumerate(after, step + 1):
+            now[0] += seconds
+            metrics.write({"step": i, "loss": 1.0}, good)
+        metrics.close()
+        return [row["goodput"] for row in read_metrics(tmp_path)]
+
+    assert start(0, (30, 0), (10, 10), (10, 10)) == [0, 0.25, 0.4]  # 30 s of compiling
+    now[0] += 40
+    found = start(2, (30, 0), (10, 10))  # the third step is done again
+    np.testing.assert_allclose(found, [0, 0.25, 10 / 120, 20 / 130], atol=1e-6)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["time"] == 230 and rows[-1]["wall_seconds"] == 130
+    assert start(0, (20, 10))[0] == pytest.approx(10 / 150, abs=1e-6)  # all of it again
+    (tmp_path / "metrics.jsonl").write_text("{}}\n")
+    assert start(0, (10, 10)) == [1]  # of what is written anew nothing is asked
+
+
+PROGRAM = """
+import sys, pathlib, jax, jax.numpy as jnp
+sys.path.insert(0, sys.argv[1])
+from tests.loop.test_run import run
+run(pathlib.Path(sys.argv[2]))
+"""
+
+
+def test_a_start_says_which_programs_it_has_read(tmp_path):
+    """A toy's, by processes of their own, which keep every program."""
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    said = []
+    for name in ("first", "second"):
+        words = [sys.executable, "-c", PROGRAM, str(ROOT), str(tmp_path / name)]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(re.search(r"programs: (\d+) of (\d+) read from (\S+),", done.stdout))
+    assert said[0][1] == "0" != said[1][1] == said[1][2]
+    assert said[1][3] == str(tmp_path / "programs")

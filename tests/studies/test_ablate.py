@@ -27,7 +27,7 @@ from dnd_jax.main import main
 from dnd_jax.scoring.draws import repeat_few
 from dnd_jax.scoring.evaluate import evaluation_settings
 from dnd_jax.scoring.results import rule
-from dnd_jax.studies import ablate, ablate_report
+from dnd_jax.studies import ablate, ablate_report, quickstart
 
 
 def settings(axes=(), variants=(), **changes) -> Config:
@@ -397,6 +397,26 @@ def test_a_hub_id_is_the_commit_that_the_default_took(tmp_path, monkeypatch):
     for name in ("default", "v"):
         pinned = read_json(workdir / name / "seed_0" / paths.REVISIONS)
         assert pinned == {"a/b": "1" * 40, "c/d": "1" * 40}, name
+
+
+def test_runs_that_are_given_one_folder_for_checkpoints_share_none(tmp_path, monkeypatch):
+    """Else a seed or variant would find the checkpoints of another."""
+    seen = []
+    monkeypatch.setattr(ablate, "run_seed", lambda c, *_: (seen.append(c) or {}, 0))
+    monkeypatch.setattr(ablate, "share_scores", lambda *_: None)
+    for root, folder in (("a", f"{tmp_path}/states"), ("b", "gs://bucket/states/")):
+        config = settings(condition__encoder="{base}", train__checkpoint_dir=folder)
+        for i, changes in enumerate(({}, {"train.steps": 7})):
+            variant = ablate.Variant(f"v{i}", changes)
+            for seed in (0, 1):
+                own = dataclasses.replace(config, seed=seed)
+                (tmp_path / root / variant.folder / f"seed_{seed}").mkdir(parents=True)
+                ablate.run(own, variant, tmp_path / root, seed, "print")
+    places = [config.train.checkpoint_dir for config in seen]
+    assert len(set(places)) == len(places) == 8
+    assert places[:2] == [f"{tmp_path}/states/default/seed_{n}" for n in (0, 1)]
+    assert places[-1] == "gs://bucket/states/v1/seed_1"
+    assert quickstart.apart(settings(), "seed_1") == settings()
 
 
 def test_other_controls_are_no_finished_run(tmp_path, monkeypatch):
