@@ -9,6 +9,7 @@ from jax import lax
 
 from dnd_jax.ops import dft, dft_tpu
 from dnd_jax.ops.cost_model import ConvPlan, Problem, arithmetic, choose, on_tpu
+from dnd_jax.ops.tiles import Axis
 
 
 def convolve(
@@ -78,8 +79,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: ConvPlan) -> jax
         return direct(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)
     h, w = (
-        dft.Axis(size, kernel.shape[0], n)
-        for size, n in zip(x.shape[1:3], plan.forward, strict=True)
+        Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True)
     )
     if on_tpu(x.dtype, plan.platform):
         y = dft_tpu.forward(x, kernel, h, w, plan.ordered)
@@ -100,8 +100,7 @@ def _backward(axis, plan, residuals, dy):
         return jax.vjp(functools.partial(direct, axis=axis), x, kernel)[1](dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
     h, w = (
-        dft.Axis(size, kernel.shape[0], n)
-        for size, n in zip(x.shape[1:3], plan.backward, strict=True)
+        Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True)
     )
     if on_tpu(x.dtype, plan.platform):
         dx, dkernel = dft_tpu.backward(x, kernel, dy, h, w, plan.ordered)

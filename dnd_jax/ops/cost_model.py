@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from dnd_jax.config.choices import METHODS
 from dnd_jax.core.files import cache_folder, read_object
 from dnd_jax.ops import dft_tpu
-from dnd_jax.ops.dft import Arithmetic, Axis
+from dnd_jax.ops.dft import Arithmetic
+from dnd_jax.ops.tiles import Axis
 
 Tiling = tuple[int, int]  # tiles along each grid axis
 MARGIN = 1.15  # predicted gain below which the direct method stays

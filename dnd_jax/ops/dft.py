@@ -21,39 +21,14 @@ channel.
 """
 
 import dataclasses
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """One grid axis cut into tiles. Each makes `step` outputs from `width` inputs by a transform of
-    t points."""
-
-    size: int
-    kernel: int
-    tiles: int
-
-    @property
-    def step(self) -> int:
-        return -(-self.size // self.tiles)
-
-    @property
-    def t(self) -> int:
-        return self.size + self.kernel // 2 if self.tiles == 1 else self.step + self.kernel - 1
-
-    @property
-    def width(self) -> int:
-        return self.size if self.tiles == 1 else self.t
-
-    @property
-    def first(self) -> int:
-        """Position of a tile's first input inside its transform."""
-        return self.kernel // 2 if self.tiles == 1 else 0
+from dnd_jax.ops.tiles import GAUSS, Axis, cut, matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,85 +42,7 @@ class Arithmetic:
     scaled: bool = False
 
 
-# How a complex product is made of real ones: three (Gauss), or four, with one factor's planes (re,
-# im) and the other, the kernel or the data, as the real 2 x 2 matrix of a complex number: a third
-# more work, fewer bytes, half the rounding error.
-GAUSS, WIDE_KERNEL, WIDE_DATA = "gauss", "wide kernel", "wide data"
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrices:
-    """The bilinear algorithm of a tile, float64: A = (x_rows, x_columns), K = (k_rows, k_columns),
-    S = (y_columns, y_rows)."""
-
-    x_rows: np.ndarray  # (f, p, width_h)
-    x_columns: np.ndarray  # ([o,] q, g, p, width_w)
-    k_rows: np.ndarray  # (f, p, k)
-    k_columns: np.ndarray  # ([o,] q, g, p, k)
-    y_columns: np.ndarray  # (p, step_w, o, g); o is q with Gauss
-    y_rows: np.ndarray  # (step_h, f, p)
-
-
-@functools.lru_cache(maxsize=256)
-def matrices(h: Axis, w: Axis, form: str) -> Matrices:
-    """The transforms of one tile size. Both ways are scaled by 1/sqrt(t_h t_w), so that planes stay
-    as large as the data."""
-    f, g = np.arange(h.t // 2 + 1), np.arange(w.t)
-    scale_h, scale_w = h.t**-0.5, w.t**-0.5
-
-    def rows(positions, sign):
-        angle = 2 * np.pi * np.outer(f, positions) / h.t
-        return np.stack([np.cos(angle), sign * np.sin(angle)], axis=1)
-
-    def columns(positions, sign):
-        angle = 2 * np.pi * np.outer(g, positions) / w.t
-        cos, sin = np.cos(angle), sign * np.sin(angle)
-        # real and imaginary part, each (g, p, position)
-        return np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)
-
-    out = np.arange(w.step)
-    angle = 2 * np.pi * np.outer(out, g) / w.t
-    cos, sin = np.cos(angle), np.sin(angle)
-    x_re, x_im = columns(w.first + np.arange(w.width), -1)
-    k_re, k_im = columns(np.arange(w.kernel), 1)
-    if form == GAUSS:  # re = product 0 - product 1, im = product 2 - product 0 - product 1
-        re, im = [cos + sin, sin - cos, -sin], [sin - cos, -sin - cos, cos]
-        x_columns, k_columns = [x_re, x_im, x_re + x_im], [k_re, k_im, k_re + k_im]
-    else:
-        re, im = [cos, -sin], [sin, cos]
-        x_columns, k_columns = [x_re, x_im], [k_re, k_im]
-        if form == WIDE_KERNEL:
-            k_columns = [[k_re, -k_im], [k_im, k_re]]
-        else:
-            x_columns = [[x_re, -x_im], [x_im, x_re]]
-    angle = 2 * np.pi * np.outer(np.arange(h.step), f) / h.t
-    twice = np.where((f == 0) | (2 * f == h.t), 1.0, 2.0)  # the conjugate half of row frequencies
-    return Matrices(
-        x_rows=rows(h.first + np.arange(h.width), -1) * scale_h,
-        x_columns=np.stack(x_columns) * scale_w,
-        k_rows=rows(np.arange(h.kernel), 1),
-        k_columns=np.stack(k_columns),
-        y_columns=np.stack([np.stack(re, axis=1), np.stack(im, axis=1)]) * scale_w,
-        y_rows=np.stack([np.cos(angle) * twice, -np.sin(angle) * twice], axis=2) * scale_h,
-    )
-
-
-def cut(x: jax.Array, axis: int, a: Axis) -> jax.Array:
-    """(..., size, ...) -> (..., tiles, width, ...), overlapping by k - 1 and padded with zeros
-    outside the grid."""
-    if a.tiles == 1:
-        return jnp.expand_dims(x, axis)
-    pieces = -(-a.t // a.step)  # of a tile: itself and what it borrows from those that follow
-    padding = [(0, 0)] * x.ndim
-    before = a.kernel // 2
-    padding[axis] = (before, (a.tiles + pieces - 1) * a.step - before - a.size)
-    x = jnp.pad(x, padding)
-    parts = []
-    for piece in range(pieces):
-        part = lax.slice_in_dim(x, piece * a.step, (piece + a.tiles) * a.step, axis=axis)
-        part = part.reshape(*x.shape[:axis], a.tiles, a.step, *x.shape[axis + 1 :])
-        parts.append(lax.slice_in_dim(part, 0, min(a.step, a.t - piece * a.step), axis=axis + 1))
-    return jnp.concatenate(parts, axis=axis + 1)
+LARGEST = float(jnp.finfo(jnp.float16).max)
 
 
 class Transforms:
@@ -156,14 +53,34 @@ class Transforms:
         self.h, self.w, self.arithmetic = h, w, arithmetic
         self._matrices = matrices(h, w, GAUSS)
 
-    def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
+    def shrinks(self, positions: int, channels: int) -> tuple[float, float]:
+        """Powers of two that (dx, dkernel) of sums over so many output channels and positions
+        (samples x tiles) are made smaller by while they are in the type between, where data, kernel
+        and dy are 1 at most: nothing is beyond float16's largest number then, however coherent the
+        data. 1 each, where nothing is scaled."""
+        if not self.arithmetic.scaled:
+            return 1.0, 1.0
+        m, most = self._matrices, lambda matrix, *axes: np.abs(matrix).sum(axes).max()
+        # The largest value of each linear map where its input is 1 at most.
+        dp = most(m.y_rows, 0) * most(m.y_columns, 0, 1)
+        x, k = (
+            most(m.x_rows, 2) * most(m.x_columns, 2, 3),
+            most(m.k_rows, 2) * most(m.k_columns, 2, 3),
+        )
+        overlaps = math.prod(-(-a.width // a.step) for a in (self.h, self.w))
+        dx = channels * dp * k * most(m.x_columns, 0, 1) * max(1, most(m.x_rows, 0, 1) * overlaps)
+        dk = positions * dp * x * most(m.k_columns, 0, 1) * max(1, most(m.k_rows, 0, 1))
+        return tuple(2.0 ** min(0, math.floor(math.log2(LARGEST / of))) for of in (dx, dk))
+
+    def _dot(
+        self, pattern: str, name: str, value: jax.Array, out: jnp.dtype, shrink: float = 1.0
+    ) -> jax.Array:
         """An einsum of a transform matrix with data, in the data's type but accumulated in at least
-        float32."""
+        float32; times `shrink`."""
         matrix = jnp.asarray(getattr(self._matrices, name), value.dtype)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        return jnp.einsum(
-            pattern, matrix, value, precision="highest", preferred_element_type=wide
-        ).astype(out)
+        found = jnp.einsum(pattern, matrix, value, precision="highest", preferred_element_type=wide)
+        return (found if shrink == 1 else found * shrink).astype(out)
 
     def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
@@ -190,15 +107,16 @@ class Transforms:
         """(p, width_w, B, tiles_h, tiles_w, C) -> (q, g, B, tiles_h, tiles_w, C)."""
         return self._dot("qgpj,pjbhwc->qgbhwc", "x_columns", z, self.arithmetic.spectrum)
 
-    def x_planes_transposed(self, planes: jax.Array) -> jax.Array:
-        return self._dot("qgpj,qgbhwc->pjbhwc", "x_columns", planes, self.arithmetic.between)
+    def x_planes_transposed(self, planes: jax.Array, shrink: float) -> jax.Array:
+        between = self.arithmetic.between
+        return self._dot("qgpj,qgbhwc->pjbhwc", "x_columns", planes, between, shrink)
 
     def k_planes(self, z: jax.Array) -> jax.Array:
         """(p, k, C, D) -> (q, g, C, D)."""
         return self._dot("qgpj,pjcd->qgcd", "k_columns", z, self.arithmetic.spectrum)
 
-    def k_planes_transposed(self, planes: jax.Array) -> jax.Array:
-        return self._dot("qgpj,qgcd->pjcd", "k_columns", planes, self.arithmetic.between)
+    def k_planes_transposed(self, planes: jax.Array, shrink: float) -> jax.Array:
+        return self._dot("qgpj,qgcd->pjcd", "k_columns", planes, self.arithmetic.between, shrink)
 
     def y_columns(self, products: jax.Array) -> jax.Array:
         """(q, g, B, tiles_h, tiles_w, D) -> (p, step_w, B, tiles_h, tiles_w, D)."""
@@ -235,7 +153,7 @@ def _scale(x: jax.Array, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
     return x / power, power
 
 
-def _unscale(y: jax.Array, *powers: jax.Array | None) -> jax.Array:
+def _unscale(y: jax.Array, *powers: jax.Array | float | None) -> jax.Array:
     for power in powers:
         if power is not None:
             y = y * power
@@ -304,6 +222,7 @@ def backward(
     x_scaled, x_power = _scale(x, arithmetic.scaled)
     k_scaled, k_power = _scale(kernel, arithmetic.scaled)
     dy, dy_power = _scale(dy.astype(arithmetic.product), arithmetic.scaled)
+    of_x, of_k = maps.shrinks(x.shape[0] * h.tiles * w.tiles, dy.shape[3])
     zx = maps.x_rows(x_scaled)
     part_shape = (*dy.shape[:3], dy.shape[3] // chunks)
     zy_shape = (h.t // 2 + 1, 2, w.step, x.shape[0], h.tiles, w.tiles, part_shape[3])
@@ -322,8 +241,8 @@ def backward(
 
     def one(zx, zk, zy):
         dp = maps.y_columns_transposed(zy)
-        dx = maps.x_planes_transposed(maps.product_to_x(dp, maps.k_planes(zk)))
-        return dx, maps.k_planes_transposed(maps.product_to_k(maps.x_planes(zx), dp))
+        dx = maps.x_planes_transposed(maps.product_to_x(dp, maps.k_planes(zk)), of_x)
+        return dx, maps.k_planes_transposed(maps.product_to_k(maps.x_planes(zx), dp), of_k)
 
     def part(i):
         (zy,) = y_rows_transposed(_part(dy, i, chunks, 3))
@@ -342,6 +261,6 @@ def backward(
         dzx, dk = lax.scan(accumulate, jnp.zeros_like(zx), jnp.arange(chunks))
         dk = jnp.moveaxis(dk, 0, 3).reshape(kernel.shape)
     (dx,) = x_rows_transposed(dzx)
-    return _unscale(dx, k_power, dy_power).astype(x.dtype), _unscale(dk, x_power, dy_power).astype(
-        kernel.dtype
-    )
+    dx = _unscale(dx, k_power, dy_power, 1 / of_x if arithmetic.scaled else None)
+    dk = _unscale(dk, x_power, dy_power, 1 / of_k if arithmetic.scaled else None)
+    return dx.astype(x.dtype), dk.astype(kernel.dtype)

@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from dnd_jax.ops.dft import WIDE_DATA, WIDE_KERNEL, Axis, matrices
+from dnd_jax.ops.tiles import WIDE_DATA, WIDE_KERNEL, Axis, matrices
 
 SPECTRUM = jnp.bfloat16  # type of everything that has planes
 BETWEEN = jnp.float32  # type of half-transformed arrays

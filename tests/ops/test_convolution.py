@@ -181,6 +181,26 @@ def test_float16_arithmetic_survives_any_scale(scale):
     assert all(relative(a, b) < 6e-3 for a, b in zip(ours, expected, strict=True))
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 3)])
+def test_float16_arithmetic_has_room_for_what_all_adds_up(tiles, chunks):
+    """All ones, a kernel of 9 x 9 and 1024 channels out: each number of dx is 82,944, beyond
+    float16, and so are the sums in the planes; of dkernel one is the number of positions."""
+    x = jnp.ones((4, 40, 60, 8), jnp.bfloat16)
+    kernel, dy = jnp.ones((9, 9, 8, 1024), jnp.bfloat16), jnp.ones((4, 40, 60, 1024), jnp.bfloat16)
+    plan = ConvPlan(tiles, tiles, "gpu", chunks=chunks)
+    found = value_and_gradients(lambda x, w: convolve(x, w, 3, plan), x, kernel, dy)
+    expected = value_and_gradients(functools.partial(direct, axis=3), *map(_wide, (x, kernel, dy)))
+    for actual, right in zip(found, expected, strict=True):
+        assert np.isfinite(np.asarray(actual, np.float32)).all()
+        assert relative(actual, right) < 6e-3
+    assert float(jnp.max(expected[1])) == 82_944
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
 def test_zeros_stay_zeros_in_every_arithmetic():
     for platform in ("cpu", "gpu", "tpu"):
         x, kernel = jnp.zeros((1, 6, 7, 3), jnp.bfloat16), jnp.zeros((3, 3, 3, 2), jnp.bfloat16)

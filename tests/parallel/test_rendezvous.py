@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -79,11 +80,12 @@ def start(
 
 
 def start_two(
-    inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1
+    inputs: pathlib.Path, workdir: pathlib.Path, *more: str, devices: int = 1, **variables: str
 ) -> list[subprocess.Popen]:
     address = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--start-timeout=120")
     return [
-        start(inputs, workdir, *more, *address, f"--process={i}", devices=devices) for i in range(2)
+        start(inputs, workdir, *more, *address, f"--process={i}", devices=devices, **variables)
+        for i in range(2)
     ]
 
 
@@ -173,7 +175,12 @@ def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_path):
-    first, second = start_two(inputs, tmp_path, *TWO)
+    """Where programs are kept, as with a TPU or GPU, each start but the first reads them from the
+    run's folder, which both processes see."""
+    cache = tmp_path / "cache"
+    kept = {"DND_JAX_CACHE": f"{cache}", "JAX_COMPILATION_CACHE_DIR": f"{cache}/programs"}
+    kept |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    first, second = start_two(inputs, tmp_path, *TWO, **kept)
     assert when(second, lambda: len(rows(tmp_path)) > 12), finish(first, second)
     second.kill()
     killed = time.monotonic()
@@ -183,7 +190,7 @@ def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_p
     assert "start every process again with the same command to resume" in out
 
     # The coordinator's end is noticed as well, and SIGTERM to one process stops both at one step.
-    first, second = start_two(inputs, tmp_path, *TWO)
+    first, second = start_two(inputs, tmp_path, *TWO, **kept)
     assert when(first, lambda: len(rows(tmp_path)) > 24), finish(first, second)
     first.kill()
     [_, (status, out)] = finish(first, second, timeout=60)
@@ -191,17 +198,20 @@ def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_p
         status == 3 and f"dnd: process 0 ({os.uname().nodename}, pid {first.pid}) is gone" in out
     ), out
 
-    first, second = start_two(inputs, tmp_path, *TWO)
+    first, second = start_two(inputs, tmp_path, *TWO, **kept)
     assert when(first, lambda: len(rows(tmp_path)) > 36), finish(first, second)
     second.send_signal(signal.SIGTERM)
     ended = finish(first, second, timeout=120)
     assert [status for status, _ in ended] == [0, 0], ended
     assert all("stopped by SIGTERM; resume with: dnd train" in out for _, out in ended), ended
 
-    ended = finish(*start_two(inputs, tmp_path, *TWO))
+    ended = finish(*start_two(inputs, tmp_path, *TWO, **kept))
     assert [status for status, _ in ended] == [0, 0], ended
     assert model(tmp_path) == model(uninterrupted)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+    said = re.search(r"programs: (\d+) of \d+ read from (\S+),", ended[0][1])
+    assert int(said[1]) > 0 and said[2] == str(tmp_path / "programs")
+    assert not (cache / "programs").exists()
 
 
 @pytest.mark.slow
