@@ -1,7 +1,10 @@
 """What accelerators can do, by their makers' data sheets: for shares of peak, limits and plans."""
 
 import dataclasses
+import os
 import re
+
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +20,15 @@ class Chip:
     link: float
     # Bytes a second to other slices or hosts, over the data centre's network.
     network: float = 6.25e9
+
+    @property
+    def room(self) -> float:
+        """Bytes that a program may take: of a GPU those that XLA takes, three quarters unless the
+        environment says otherwise."""
+        if self.platform != "gpu":
+            return self.memory
+        given = (share for name in FRACTIONS if (share := os.environ.get(name)))
+        return self.memory * float(next(given, 0.75))
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time for operations and bytes that overlap perfectly."""

@@ -116,7 +116,7 @@ def make_plan(config: Config, devices: list, measure: bool = False, answer: int 
         state_bytes=held,
         length=config.base.max_length,
         answer=arguments[2]["at"].shape[-1],
-        limit_bytes=int(chip.memory) if chip else None,
+        limit_bytes=int(chip.room) if chip else None,
     )
     plan = compiled_cost(plan, step, arguments, mesh, measure=measure)
 

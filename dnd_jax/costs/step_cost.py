@@ -213,7 +213,7 @@ def _plan(
             for plan in (choose(problem, method) for problem in problems)
         ),
         state_bytes=held_bytes(arguments[0]),
-        limit_bytes=int(chip.memory) if chip else None,
+        limit_bytes=int(chip.room) if chip else None,
         host_bytes=read_by_a_host(arguments[1]) if step == "train" else 0,
         direct_flops=(6 if step == "train" else 2) * batch * spec.forward_macs / len(devices),
     )

@@ -13,6 +13,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.bench import run
 from dnd_jax.costs.bench.case import COLLECTING, Case
+from dnd_jax.costs.bench.feed import feed_table, parts_of
 from dnd_jax.ops import convolution, cost_model, tune
 from dnd_jax.ops.cost_model import Problem, choose
 
@@ -181,3 +182,32 @@ def test_unknown_topology_or_backend(tmp_path):
         and len(done.stderr.strip().splitlines()[-1]) < 500
     )
     assert jax.default_backend() == "cpu"
+
+
+CONDITION, CHECKPOINT = 4 * 8 * 384 * 4, 6 * 4 * 4 * 4  # bytes
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        ({}, {"conditions": CONDITION, "LoRA checkpoints": CHECKPOINT}),
+        (
+            {"condition.in_graph": True},
+            {"conditions": 2 * 4 * 8 * 4, "LoRA checkpoints": CHECKPOINT},
+        ),
+        ({"train.objective": "answers"}, {"conditions": CONDITION}),
+    ],
+    ids=["weights", "in_graph", "answers"],
+)
+def test_what_a_host_gives_is_of_the_samples_of_training(tmp_path, changes, rows):
+    raw = load_file("tests/tiny.py")
+    raw.condition.update(num_prompts=4, max_text_length=8)
+    raw.generator.features = ((4, 8, 384), (6, 4, 4))
+    raw.update_from_flattened_dict(changes)
+    parts = {part.name: part for part in parts_of(freeze(raw), tmp_path)}
+    rows |= {"all": sum(rows.values())} if len(rows) > 1 else {}
+    assert {name: part.size for name, part in parts.items()} == rows
+    assert all(p.samples == raw.train.batch_size and 0 < p.warm < 9 for p in parts.values())
+    table = feed_table(freeze(raw), tmp_path / "run")
+    assert all(f"| {name} | " in table for name in rows) and "GB/s. A batch of 4, by" in table
+    assert not list((tmp_path / "run").iterdir())

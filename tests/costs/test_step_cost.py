@@ -18,6 +18,7 @@ from small_models import write_qwen
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
+from dnd_jax.core.chips import FRACTIONS, chip_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
 from dnd_jax.costs.compiled import StepCost, compile_for, topology_devices
@@ -391,6 +392,17 @@ def plan_of(**changes) -> StepCost:
 )
 def test_a_plan_fits_up_to_its_chips_memory(changes, fits):
     assert plan_of(**changes).fits is fits
+
+
+def test_of_a_gpu_xla_takes_three_quarters_unless_told(monkeypatch):
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    gpu, tpu = chip_of("NVIDIA H100 80GB HBM3"), chip_of("TPU v5p")
+    assert gpu.room == 60 * 2**30 and tpu.room == tpu.memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert gpu.room == pytest.approx(72 * 2**30) and tpu.room == tpu.memory
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    assert gpu.room == 40 * 2**30
 
 
 def test_scaling_compares_what_differs_in_the_number_of_devices_alone(tmp_path):

@@ -28,6 +28,7 @@ from dnd_jax.core.processes import finished, of_module
 from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.costs.bench.case import Case
+from dnd_jax.costs.bench.feed import feed_table
 from dnd_jax.costs.bench.layers import layers_table
 from dnd_jax.costs.bench.limits import limits_table
 from dnd_jax.costs.bench.tpu import estimate
@@ -163,12 +164,15 @@ FLAGS = (
     Flag("topology", str, "", "TPU chips to compile for, with --backend=tpu-aot"),
     Flag("layers", bool, False, "every convolution of the configuration by itself"),
     Flag("limits", bool, False, "what the hardware allows for the paper's settings, by counting"),
+    Flag("input", bool, False, "how many training samples a second this host can give"),
 )
 
 
 def _run(given: Given) -> None:
     if given["limits"]:
         print(limits_table())
+    elif given["input"]:
+        print(feed_table(given.config, given.workdir))
     elif given["layers"]:
         print(layers_table(given.config))
     elif given["backend"] not in ("", "tpu-aot"):
@@ -183,7 +187,7 @@ def _run(given: Given) -> None:
 
 
 def _needs(given: Given) -> tuple[str, ...]:
-    if given["limits"] or given["layers"]:
+    if given["limits"] or given["layers"] or given["input"]:
         return ()
     if given["backend"] == "tpu-aot":
         return ("libtpu",)

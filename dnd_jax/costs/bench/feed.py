@@ -1,0 +1,157 @@
+"""`dnd bench --input`: how many samples a second this host can give its devices, and of its own
+rate of copying how much that is.
+
+    dnd bench --input --config=configs/qwen2_5_0_5b_commonsense.py
+
+The batches are those of training (`Pairs.batch_at`) on files of the setting's sizes with random
+numbers; "warm" is read from memory, "cold" from the disk, whose pages were given back before.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from dnd_jax.config.schema import Config
+from dnd_jax.core.arrays import open_array, write_array
+from dnd_jax.core.files import need_space
+from dnd_jax.generator.pairs import THREADS, PairedDataset, Pairs
+from dnd_jax.generator.sizes import spec_of
+
+DATASETS, CHECKPOINTS, REPEATS = 2, 4, 5
+MOST = 1 << 30  # bytes of a batch here, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a sample is timed: bytes of it, seconds a batch of `samples`, warm and cold."""
+
+    name: str
+    size: int
+    samples: int
+    warm: float
+    cold: float
+
+
+def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
+    """The parts of a training sample that the host reads, and all of them, timed on files in a
+    folder. Raises InputError where it has no room."""
+    spec, n = spec_of(config), config.condition.num_prompts
+    _, length, _ = spec.condition_shape
+    if config.condition.in_graph:
+        prompts = {key: ((length,), np.int32) for key in ("ids", "valid")}
+    else:
+        prompts = {"condition": (spec.condition_shape[1:], np.float32)}
+    c = config.train
+    tokens = len(c.of_loras.keys() & {*c.taught_at(c.weights_first)})  # target, teacher, or none
+    sizes = {key: n * _bytes(*of) for key, of in prompts.items()}
+    sizes["checkpoints"] = tokens * _bytes(spec.token_grid, np.float32)
+    whole = sum(sizes.values())
+    samples = max(1, min(c.batch_size, MOST // whole))
+    pool = 2 * n
+    a_set = pool * sum(_bytes(*of) for of in prompts.values())
+    a_set += CHECKPOINTS * _bytes(spec.token_grid, np.float32)
+    need_space(folder, DATASETS * a_set, "the files of `dnd bench --input`", "free some space")
+    datasets = []
+    for k in range(DATASETS):
+        arrays = {
+            key: _file(folder / f"{k}_{key}.npy", (pool, *shape), dtype)
+            for key, (shape, dtype) in prompts.items()
+        }
+        targets = _file(folder / f"{k}_tokens.npy", (CHECKPOINTS, *spec.token_grid), np.float32)
+        datasets.append(PairedDataset(f"dataset_{k}", arrays, targets))
+
+    def timed(
+        name: str, size: int, of: list[PairedDataset], taught: tuple[str, ...], n: int
+    ) -> Part:
+        pairs = Pairs(
+            of, samples, n, config.seed, taught_at=lambda step: taught, of_loras=c.of_loras
+        )
+        warm = _seconds(lambda i: pairs.batch_at(0, memory=0))  # the same ones again
+        cold = _seconds(lambda i: pairs.batch_at(i, memory=0), lambda: _give_back(folder))
+        return Part(name, size, samples, warm, cold)
+
+    taught = c.taught_at(c.weights_first)
+    nothing = {"none": np.zeros((pool, 0), np.int8)}
+    found = [timed("conditions", whole - sizes["checkpoints"], datasets, (), n)]
+    if tokens:
+        alone = [dataclasses.replace(d, prompts=nothing) for d in datasets]
+        found.append(timed("LoRA checkpoints", sizes["checkpoints"], alone, taught, n))
+        found.append(timed("all", whole, datasets, taught, n))
+    return found
+
+
+def _bytes(shape: tuple[int, ...], dtype: type) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _file(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """A file of random numbers, mapped into memory."""
+    rng = np.random.default_rng(len(path.name))
+    one = rng.integers(0, 100, shape[1:]).astype(dtype)
+    write_array(path, shape, dtype, (one for _ in range(shape[0])))
+    return open_array(path)
+
+
+def _give_back(folder: pathlib.Path) -> None:
+    """Drops the files' pages from memory, where the system does that."""
+    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _seconds(take: Callable[[int], object], before: Callable[[], object] | None = None) -> float:
+    """The median over REPEATS calls, each after `before`; without that, after two that do not
+    count."""
+    found = []
+    for i in range(REPEATS + 2):
+        if before:
+            before()
+        started = time.perf_counter()
+        take(i)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[2:])
+
+
+def copy_rate(threads: int = THREADS) -> float:
+    """Bytes a second that as many threads as gather samples copy from memory to memory."""
+    count = min(threads, os.cpu_count() or 1)
+    pieces = np.array_split(np.ones(MOST // 4, np.float32), count)
+    places = [np.empty_like(piece) for piece in pieces]
+    with ThreadPoolExecutor(count) as pool:
+
+        def copy(_: int) -> None:
+            collections.deque(pool.map(np.copyto, places, pieces), maxlen=0)
+
+        return MOST / _seconds(copy)
+
+
+def feed_table(config: Config, workdir: pathlib.Path) -> str:
+    """The table and what it comes to. Raises InputError as `parts_of`."""
+    rate = copy_rate()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench_input_", dir=workdir) as folder:
+        parts = parts_of(config, pathlib.Path(folder))
+    lines = ["| part | MB a sample | samples a second, warm | GB/s | of copying | cold |"]
+    lines.append("|---|---|---|---|---|---|")
+    for part in parts:
+        a_second = part.size * part.samples / part.warm
+        lines.append(
+            f"| {part.name} | {part.size / 1e6:.3g} | {part.samples / part.warm:.4g} | "
+            f"{a_second / 1e9:.3g} | {a_second / rate:.2f} | {part.samples / part.cold:.4g} |"
+        )
+    last, batch = parts[-1], config.train.batch_size
+    warm, cold = (batch * seconds / last.samples for seconds in (last.warm, last.cold))
+    return "\n".join(lines) + (
+        f"\n\ncopying from memory to memory: {rate / 1e9:.3g} GB/s. A batch of {batch}, by this "
+        f"host alone: {warm:.3g} s warm, {cold:.3g} s cold; `dnd plan` says what the step takes."
+    )
