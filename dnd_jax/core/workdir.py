@@ -1,7 +1,9 @@
 """A run's folder: every path in it, by name; and who has it."""
 
 import contextlib
+import functools
 import pathlib
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -47,10 +49,30 @@ def held(workdir: pathlib.Path, stage: str) -> Iterator[None]:
     """The folder of a run, made if it is not there, for this process alone while the block lasts;
     a stage may hold it again inside. Readers need not.
 
-    Raises InputError that says who has it: stage, process, host and since when.
+    Raises InputError that says who has it: stage, process, host and since when; and as
+    `check_renames`.
     """
     with locked(workdir, stage):
+        check_renames(workdir)
         yield
+
+
+@functools.cache
+def check_renames(folder: pathlib.Path) -> None:
+    """Raises InputError where the file system does not rename folders with something in them: each
+    that a run writes gets its name when it is whole. Asked once."""
+    with tempfile.TemporaryDirectory(prefix=".renames_", dir=folder) as inside:
+        before = pathlib.Path(inside, "before")
+        before.mkdir()
+        (before / "file").touch()
+        try:
+            before.rename(pathlib.Path(inside, "after"))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: folders cannot be renamed there ({error.strerror}), as each that is "
+                "written must be; mount GCS FUSE with rename-dir-limit=200000, or take a bucket "
+                "with a hierarchical namespace, or another file system"
+            ) from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 exactly one."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -363,3 +364,23 @@ def test_which_stages_hold_their_workdir(name):
     writers = {"quickstart", "pretrain", "evaluate", "lm-eval", "ablate"}
     # Process 0 of `collect`, `controls` and `train` holds it for all.
     assert stage.writes == (name in writers)
+
+
+def test_a_folder_that_renames_no_folders_is_no_workdir(tmp_path, monkeypatch):
+    """As GCS FUSE without rename-dir-limit: files yes, folders with something in them no."""
+    rename = pathlib.Path.rename
+
+    def refuse(path, target):
+        if path.is_dir() and any(path.iterdir()):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return rename(path, target)
+
+    with held(tmp_path / "fine", "train"):
+        assert [path.name for path in (tmp_path / "fine").iterdir()] == [".lock"]
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with held(tmp_path / "fine", "train"):
+        pass  # asked once
+    said = "cannot be renamed there .*rename-dir-limit=200000"
+    with pytest.raises(InputError, match=said), held(tmp_path / "other", "train"):
+        pass
+    assert not list((tmp_path / "other").iterdir())
