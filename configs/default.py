@@ -128,6 +128,8 @@ def get_config() -> ConfigDict:
                 "train_adapters": 0,
                 "batch_size": 128,
                 "max_new_tokens": 32,
+                "dtype": "float32",
+                "device": "",
                 "free_form": False,
                 "agreement": True,
                 "overhead": True,

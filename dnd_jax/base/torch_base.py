@@ -16,6 +16,7 @@ from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.sequences import plain_pairs, token_pairs
+from dnd_jax.config.schema import Evaluate
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, NoRoom, first_line, is_no_room
 from dnd_jax.data.sources import Example
@@ -29,17 +30,20 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what stays of gene
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
-    """The transformers model of a folder, package or hub id: float32, on the GPU where there is
-    one. Vision-language models are asked for text alone. Of the folder's generation settings none
-    stays but its special tokens: greedy is greedy (Qwen2.5's own settings punish every token of the
-    prompt, others force a first or last one).
+def load_torch_base(
+    base: str | os.PathLike, dtype: str = "float32", device: str = ""
+) -> "torch.nn.Module":
+    """The transformers model of a folder, package or hub id. device: PyTorch's name of it; empty:
+    the GPU where there is one. Vision-language models are asked for text alone. Of the folder's
+    generation settings none stays but its special tokens: greedy is greedy (Qwen2.5's own settings
+    punish every token of the prompt, others force a first or last one).
 
-    Raises InputError when it has no usable configuration or weights, NoRoom when it does not fit.
+    Raises InputError when it has no usable configuration or weights and for a device that is not
+    there, NoRoom when it does not fit.
     """
-    folder, device = resolve(base), "cuda" if torch.cuda.is_available() else "cpu"
+    folder, device = resolve(base), _device(device)
     try:
-        model, missing = _from_pretrained(folder)
+        model, missing = _from_pretrained(folder, dtype)
         if not missing:
             return model.eval().to(device)
     # transformers, safetensors and the model's own code raise whatever a damaged folder makes of
@@ -47,9 +51,9 @@ def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     except Exception as error:
         if is_no_room(error):
             raise NoRoom(
-                f"{folder}: no room for it on the {'GPU' if device == 'cuda' else 'machine'} "
-                f"({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
-                "by CUDA_VISIBLE_DEVICES="
+                f"{folder}: no room for it on the {'machine' if device == 'cpu' else 'GPU'} "
+                f"({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, "
+                "config.evaluate.dtype=bfloat16 or config.evaluate.device=cpu"
             ) from None
         why = " ".join(str(error).split())[:300]
         raise InputError(
@@ -62,12 +66,27 @@ def load_torch_base(base: str | os.PathLike) -> "torch.nn.Module":
     )
 
 
-def _from_pretrained(folder: pathlib.Path) -> tuple["torch.nn.Module", list[str]]:
+def _device(name: str) -> str:
+    """A device that PyTorch has. Raises InputError for another one."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"config.evaluate.device = {name!r}: PyTorch has no such device here "
+            f"({first_line(error)[:200]}); give cpu, cuda or cuda:N, or nothing"
+        ) from None
+    return name
+
+
+def _from_pretrained(folder: pathlib.Path, dtype: str) -> tuple["torch.nn.Module", list[str]]:
     """(the model on the CPU, the names of its tensors that the files lack)."""
     config = transformers.AutoConfig.from_pretrained(folder)
     text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
-    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    own = getattr(torch, dtype)
+    model, report = kind.from_pretrained(folder, dtype=own, output_loading_info=True)
     settings = model.generation_config
     special = {key: getattr(settings, key) for key in SPECIAL}
     model.generation_config = transformers.GenerationConfig(**special)
@@ -77,11 +96,19 @@ def _from_pretrained(folder: pathlib.Path) -> tuple["torch.nn.Module", list[str]
 class TorchBase:
     """A base model in PyTorch whose LoRA adapter can be exchanged."""
 
-    def __init__(self, base: str | os.PathLike, batch_size: int, max_new_tokens: int):
+    def __init__(
+        self,
+        base: str | os.PathLike,
+        batch_size: int,
+        max_new_tokens: int,
+        dtype: str = "float32",
+        device: str = "",
+    ):
+        """As `load_torch_base`."""
         self.base = pathlib.Path(base)
         self.tokenizer = load_tokenizer(base)
         self.ends = ends_of(base, self.tokenizer)
-        self.model = load_torch_base(base)
+        self.model = load_torch_base(base, dtype, device)
         # The harness of `dnd lm-eval` generates with the model's own settings.
         self.model.generation_config.eos_token_id = list(self.ends)
         self.max_new_tokens = max_new_tokens
@@ -90,6 +117,11 @@ class TorchBase:
         self._device, self._batch_size = self.model.device, batch_size
         self._loaded = 0
         self._tried = 0, False  # tokens of a row, and whether so many are exact from drafts
+
+    @classmethod
+    def of(cls, base: str | os.PathLike, c: Evaluate) -> "TorchBase":
+        """As scores are asked for."""
+        return cls(base, c.batch_size, c.max_new_tokens, c.dtype, c.device)
 
     def use(self, adapter: str | os.PathLike | None) -> None:
         """Loads an adapter folder in place of the present one; None turns adapters off.

@@ -42,6 +42,7 @@ SAME_NUMBERS = (
     "train.checkpoint_dir",
     "train.trackers",
     "evaluate.batch_size",
+    "evaluate.device",
     "evaluate.free_form",
     "evaluate.agreement",
     "evaluate.overhead",

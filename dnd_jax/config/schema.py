@@ -169,6 +169,8 @@ class Evaluate:
     train_adapters: Annotated[int, Must(lambda n: n >= -1, "must be -1 (none), 0 (all) or more")]
     batch_size: Positive
     max_new_tokens: Positive
+    dtype: Annotated[str, one_of(*DTYPES)]  # of the base in PyTorch; adapters are float32
+    device: str  # PyTorch's name of the one that scores, cuda:1; empty: the GPU where there is one
     # answers are free text, such as chains of thought or programs: the tables say that exact match
     # means little, and name `dnd lm-eval`
     free_form: bool

@@ -261,7 +261,7 @@ def evaluate(
     if made_of.items() <= stored.items():
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
-    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    base = TorchBase.of(base_path, config.evaluate)
     candidates = with_room_for_shots(candidates, suite, base)
     scores = score_all(suite, candidates, keys, base, path, settings, stored)
     entries = {d.name: _entry(suite, candidates, d.name, scores, keys) for d in suite.unseen}

@@ -156,7 +156,7 @@ def lm_eval_stage(
     settings = evaluation_settings(config, suite.fingerprint) | {"lm_eval": lm_eval.__version__}
     own = {w.title for w in wanted if not w.task}
     scores = dict(read_kept(path, settings, allowed)["scores"])
-    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    base = TorchBase.of(base_path, config.evaluate)
 
     def scored(tasks: Mapping[str, object]) -> dict:
         return score(base, tasks, own, config.evaluate.batch_size, limit, unsafe_code)

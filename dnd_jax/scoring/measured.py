@@ -6,6 +6,7 @@ room, or that only PyTorch runs, leaves a note in the report. What was measured 
 scores; what failed is tried again only by `dnd evaluate --remeasure`.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,7 +115,8 @@ def _found(
 
 def _agreement(config: Config, suite: Suite, base_path, workdir: pathlib.Path) -> dict:
     """Of the first generated adapter of each unseen dataset."""
-    base = TorchBase(base_path, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    # In float32, whatever the scores are in: JAX is compared.
+    base = TorchBase.of(base_path, dataclasses.replace(config.evaluate, dtype="float32"))
 
     def asked(dataset) -> Asked:
         folder = workdir / paths.ADAPTERS / dataset.name

@@ -1,9 +1,11 @@
 """Scores of answers on small cases, and greedy decoding in JAX against transformers' own."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 from small_models import random_qwen2
@@ -13,6 +15,8 @@ from dnd_jax.base.folder import load_base
 from dnd_jax.base.greedy import make_greedy, pad_left
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.base.torch_base import TorchBase
+from dnd_jax.config.load import load_file
+from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, labels_of
@@ -219,3 +223,34 @@ def test_greedy_equals_transformers(tmp_path):
         make_greedy(module, new)(params, jax.device_put(lora), 4.0, ids, valid, np.array([end])),
         changed,
     )
+
+
+def test_a_base_is_asked_in_the_type_and_on_the_device_that_are_given(tmp_path):
+    """With an adapter, whose matrices stay float32; a device that is not there is named."""
+    examples = [Example(f"question number {i} ?", "yes") for i in range(6)]
+    tokenizer = build_tokenizer([e.prompt for e in examples], 300)
+    model = random_qwen2(len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "lora")
+    c = freeze(load_file("tests/tiny.py")).evaluate
+    asked = dataclasses.replace(c, dtype="bfloat16", device="cpu")
+    half, whole = (TorchBase.of(tmp_path / "base", settings) for settings in (asked, c))
+    for base, dtype in ((half, torch.bfloat16), (whole, torch.float32)):
+        base.use(tmp_path / "lora")
+        kinds = {x.dtype for name, x in base.model.named_parameters() if "lora_" not in name}
+        assert kinds == {dtype} and base.model.device.type == "cpu"
+        assert {x.dtype for name, x in base.model.named_parameters() if "lora_" in name} == {
+            torch.float32
+        }
+    rows = half.prompt_ids(examples)
+    for ours, theirs in zip(half.logits(rows), whole.logits(rows), strict=True):
+        np.testing.assert_allclose(ours[-1], theirs[-1], atol=0.05 * np.abs(theirs).max())
+    assert len(half.answer_ids(examples)) == 6
+    with pytest.raises(
+        InputError, match=r"evaluate\.device = 'cuda:9': PyTorch has no such device"
+    ):
+        TorchBase.of(tmp_path / "base", dataclasses.replace(c, device="cuda:9"))
+    with pytest.raises(InputError, match=r"evaluate\.device = 'gpu': .*give cpu, cuda or cuda:N"):
+        TorchBase.of(tmp_path / "base", dataclasses.replace(c, device="gpu"))
