@@ -129,7 +129,7 @@ def describe_plan(plan: StepCost) -> str:
             a_second = a_step * plan.samples_per_second / plan.batch
             lines.append(
                 f"each host reads {a_step:.3g} GB of samples a step: {a_second:.3g} GB a second, "
-                "to keep up"
+                "to keep up; `dnd bench --input` there says what it can"
             )
     if plan.tasks:
         lines.append(f"room for {plan.tasks} tasks at once, by what one of them takes")
