@@ -52,8 +52,9 @@ def load_torch_base(
         if is_no_room(error):
             raise NoRoom(
                 f"{folder}: no room for it on the {'machine' if device == 'cpu' else 'GPU'} "
-                f"({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, "
-                "config.evaluate.dtype=bfloat16 or config.evaluate.device=cpu"
+                f"({first_line(error)}); set XLA_PYTHON_CLIENT_PREALLOCATE=false, or use the CPU "
+                "by CUDA_VISIBLE_DEVICES= (scores also: --config.evaluate.dtype=bfloat16 or "
+                "--config.evaluate.device=cpu)"
             ) from None
         why = " ".join(str(error).split())[:300]
         raise InputError(

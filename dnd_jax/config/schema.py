@@ -7,6 +7,7 @@ length, C embedding width, T tokens, M checkpoints a dataset.
 """
 
 import dataclasses
+import re
 from typing import Annotated
 
 from dnd_jax.config.choices import AXES, DTYPES, METHODS
@@ -170,7 +171,14 @@ class Evaluate:
     batch_size: Positive
     max_new_tokens: Positive
     dtype: Annotated[str, one_of(*DTYPES)]  # of the base in PyTorch; adapters are float32
-    device: str  # PyTorch's name of the one that scores, cuda:1; empty: the GPU where there is one
+    # PyTorch's name of the one that scores; empty: the GPU where there is one
+    device: Annotated[
+        str,
+        Must(
+            lambda name: re.fullmatch(r"((cpu|cuda|mps|xpu)(:\d+)?)?", name) is not None,
+            "is no device of PyTorch, such as cpu or cuda:1",
+        ),
+    ]
     # answers are free text, such as chains of thought or programs: the tables say that exact match
     # means little, and name `dnd lm-eval`
     free_form: bool

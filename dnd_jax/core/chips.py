@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 
+from dnd_jax.core.errors import InputError
+
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -24,11 +26,16 @@ class Chip:
     @property
     def room(self) -> float:
         """Bytes that a program may take: of a GPU those that XLA takes, three quarters unless the
-        environment says otherwise."""
+        environment says otherwise. Raises InputError for a share that is no number."""
         if self.platform != "gpu":
             return self.memory
-        given = (share for name in FRACTIONS if (share := os.environ.get(name)))
-        return self.memory * float(next(given, 0.75))
+        for name in FRACTIONS:
+            if given := os.environ.get(name):
+                try:
+                    return self.memory * float(given)
+                except ValueError:
+                    raise InputError(f"{name}={given}: expected a share, such as 0.9") from None
+        return 0.75 * self.memory
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time for operations and bytes that overlap perfectly."""

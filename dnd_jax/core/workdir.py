@@ -7,8 +7,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_object, write_json
+from dnd_jax.core.errors import InputError, is_passing
+from dnd_jax.core.files import FULL, read_object, write_json
 from dnd_jax.core.lock import locked
 from dnd_jax.core.stopping import stop
 
@@ -41,7 +41,7 @@ TRAININGS += (f"{CONTROLS}/training/*", f"{CONTROLS}/training/*/group_*")
 MADE = (*[f"{folder}/{METRICS}" for folder in TRAININGS], EVALUATION, "lm_eval/*.json")
 # The folders among them: nothing else in a workdir may have such a name.
 NAMES = (SUITE, PRETRAIN, BASE, COLLECT, LORAS, CONTROLS, TARGETS, EMBEDDINGS, GENERATOR)
-NAMES += (ADAPTERS, COMPETITORS, "lm_eval", "plans", "profile")
+NAMES += (ADAPTERS, COMPETITORS, PROGRAMS, "lm_eval", "plans", "profile")
 
 
 @contextlib.contextmanager
@@ -68,6 +68,8 @@ def check_renames(folder: pathlib.Path) -> None:
         try:
             before.rename(pathlib.Path(inside, "after"))
         except OSError as error:
+            if is_passing(error) or error.errno in FULL:
+                raise
             raise InputError(
                 f"{folder}: folders cannot be renamed there ({error.strerror}), as each that is "
                 "written must be; mount GCS FUSE with rename-dir-limit=200000, or take a bucket "

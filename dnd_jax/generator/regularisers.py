@@ -13,6 +13,7 @@ from dnd_jax.generator.answers import loras_of
 from dnd_jax.lora.names import LORA_A, LORA_B
 from dnd_jax.lora.targets import Target
 
+UNTRAINED = 1e-3
 SMALL = 1e-6  # of a squared ratio: a root has no gradient at 0, where lora_B may start
 
 
@@ -30,13 +31,14 @@ def squared_sizes(target: Target, tokens_KxTxHxW: jax.Array) -> dict[str, jax.Ar
 
 def tuned_sizes(target: Target, checkpoints: Iterable[np.ndarray]) -> dict:
     """{"target", "sizes": of each module the mean norm of BA over LoRA checkpoints}, as a train
-    step takes them; of each checkpoint its tokens (T, h, w), read one at a time. No module's is 0.
+    step takes them; of each checkpoint its tokens (T, h, w), read one at a time. 0 for a module
+    whose norm is less than UNTRAINED of all modules' mean: it has none to come near to.
     """
     norms = jax.jit(lambda target, tokens: jax.tree.map(jnp.sqrt, squared_sizes(target, tokens)))
     of_each = [jax.device_get(norms(target, tokens[None])) for tokens in checkpoints]
     means = jax.tree.map(lambda *found: np.mean(np.concatenate(found), 0), *of_each)
-    least = np.finfo(np.float32).tiny ** 0.5
-    return {"target": target, "sizes": jax.tree.map(lambda x: np.maximum(x, least), means)}
+    least = UNTRAINED * np.mean(np.concatenate([x.ravel() for x in means.values()]))
+    return {"target": target, "sizes": jax.tree.map(lambda x: x * (x > least), means)}
 
 
 def regularised(
@@ -51,13 +53,14 @@ def regularised(
     output, found = output_bxTxHxW.astype(jnp.float32), {}
     added = jnp.zeros(len(output))
     if config.size_weight:
-        ratios = [
-            jnp.sqrt(squared / frozen["sizes"][module] ** 2 + SMALL).reshape(len(output), -1)
-            for module, squared in squared_sizes(frozen["target"], output).items()
-        ]
-        ratio = jnp.concatenate(ratios, axis=1)  # (b, modules)
-        found["size"] = jnp.mean(ratio, 1)
-        found["size_loss"] = jnp.mean((ratio - 1) ** 2, 1)
+        squared, sizes = squared_sizes(frozen["target"], output), frozen["sizes"]
+        modules = list(squared)
+        squared_bxM = jnp.concatenate([squared[m].reshape(len(output), -1) for m in modules], 1)
+        size_M = jnp.concatenate([jnp.ravel(sizes[m]) for m in modules])
+        known = size_M > 0
+        ratio = jnp.sqrt(squared_bxM / jnp.where(known, size_M, 1) ** 2 + SMALL)
+        found["size"] = jnp.mean(ratio, 1, where=known)
+        found["size_loss"] = jnp.mean((ratio - 1) ** 2, 1, where=known)
         added += config.size_weight * found["size_loss"]
     if config.wording_weight:
         pairs = output.reshape(-1, 2, *output.shape[1:])

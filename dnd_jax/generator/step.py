@@ -221,7 +221,7 @@ def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any, alike:
     parts: losses and gradients are added up, what is per sample is put back in the batch's order.
 
     Every k-th sample belongs to a part, so that each device finds its share among the samples it
-    has; of samples of which so many are alike, every k-th group.
+    has; of samples of which so many are alike, every k-th group, where k divides a device's groups.
     """
     if k == 1:
         return gradient_of(batch)

@@ -43,7 +43,7 @@ class Metrics:
         self._file = path.open("a", buffering=1)
 
     def write(self, row: Mapping, good: float = 0) -> None:
-        """good: seconds of the step that were not lost."""
+        """good: seconds of the step without what it waited for or compiled."""
         now = time.time()
         self._good += good
         wall = max(now - self._start, 1e-6)

@@ -8,6 +8,7 @@ of (seed, step), so a resumed run sees what it would have seen.
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def run_loop(training: Training, options: Options = Options()) -> Any:
             saving = saves.late(i + 1) or saving  # asked in every step: all processes look together
             if saving:
                 reports.read(saves.last)  # only a state whose loss was seen to be finite is saved
-                saves.save(i + 1, state)
+                reports.besides(functools.partial(saves.save, i + 1, state))
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM, stop.notice, agreed=True)
             if saving and training.ended(i + 1, state):
@@ -236,7 +237,8 @@ class _Reports:
             disable=not hosts.lead(),
         )
         self._started = time.perf_counter()
-        self._compiling = True  # in the first step of a start
+        self._compiled = programs.compiling()
+        self._begun = False
 
     def read(self, last_saved: str) -> None:
         """Waits for the pending metrics and writes them; raises InputError where they are not
@@ -252,10 +254,12 @@ class _Reports:
         row = self._training.row_of(done, row, seconds)
         if self._metrics is not None:
             times = {"seconds": round(seconds, 4), "input_seconds": round(waited, 4)}
-            self._metrics.write({"step": done, **row, **times}, 0 if self._compiling else seconds)
-            if self._compiling and (line := programs.from_cache()):
+            before, self._compiled = self._compiled, programs.compiling()
+            lost = waited + self._compiled - before
+            self._metrics.write({"step": done, **row, **times}, max(0.0, seconds - lost))
+            if not self._begun and (line := programs.from_cache()):
                 self._bar.write(line)
-        self._compiling = False
+        self._begun = True
         self._bar.update(1)
         shown = {key: f"{row[key]:.3g}" for key in SHOWN if key in row}
         self._bar.set_postfix(shown, refresh=False)
@@ -264,9 +268,15 @@ class _Reports:
         """Adds what takes a while to the pending numbers; its time is no step's."""
         done, values, waited = self.pending
         values = jax.device_get(dict(values))
+        more = self.besides(lambda: score(state))
+        self.pending = done, {**values, **more}, waited
+
+    def besides(self, work: Callable[[], Any]) -> Any:
+        """Does what is no step's: its time does not count as one's."""
         started = time.perf_counter()
-        self.pending = done, {**values, **score(state)}, waited
+        found = work()
         self._started += time.perf_counter() - started
+        return found
 
     def _check(self, done: int, row: Mapping, last_saved: str) -> None:
         for name in ("loss", "gradient_norm"):

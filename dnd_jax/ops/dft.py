@@ -21,11 +21,9 @@ channel.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from dnd_jax.ops.tiles import GAUSS, Axis, cut, matrices
@@ -42,9 +40,6 @@ class Arithmetic:
     scaled: bool = False
 
 
-LARGEST = float(jnp.finfo(jnp.float16).max)
-
-
 class Transforms:
     """The linear maps of one convolution; every one is written once, forwards, and transposed by
     JAX or by swapping indices."""
@@ -53,34 +48,14 @@ class Transforms:
         self.h, self.w, self.arithmetic = h, w, arithmetic
         self._matrices = matrices(h, w, GAUSS)
 
-    def shrinks(self, positions: int, channels: int) -> tuple[float, float]:
-        """Powers of two that (dx, dkernel) of sums over so many output channels and positions
-        (samples x tiles) are made smaller by while they are in the type between, where data, kernel
-        and dy are 1 at most: nothing is beyond float16's largest number then, however coherent the
-        data. 1 each, where nothing is scaled."""
-        if not self.arithmetic.scaled:
-            return 1.0, 1.0
-        m, most = self._matrices, lambda matrix, *axes: np.abs(matrix).sum(axes).max()
-        # The largest value of each linear map where its input is 1 at most.
-        dp = most(m.y_rows, 0) * most(m.y_columns, 0, 1)
-        x, k = (
-            most(m.x_rows, 2) * most(m.x_columns, 2, 3),
-            most(m.k_rows, 2) * most(m.k_columns, 2, 3),
-        )
-        overlaps = math.prod(-(-a.width // a.step) for a in (self.h, self.w))
-        dx = channels * dp * k * most(m.x_columns, 0, 1) * max(1, most(m.x_rows, 0, 1) * overlaps)
-        dk = positions * dp * x * most(m.k_columns, 0, 1) * max(1, most(m.k_rows, 0, 1))
-        return tuple(2.0 ** min(0, math.floor(math.log2(LARGEST / of))) for of in (dx, dk))
-
-    def _dot(
-        self, pattern: str, name: str, value: jax.Array, out: jnp.dtype, shrink: float = 1.0
-    ) -> jax.Array:
+    def _dot(self, pattern: str, name: str, value: jax.Array, out: jnp.dtype) -> jax.Array:
         """An einsum of a transform matrix with data, in the data's type but accumulated in at least
-        float32; times `shrink`."""
+        float32."""
         matrix = jnp.asarray(getattr(self._matrices, name), value.dtype)
         wide = jnp.promote_types(value.dtype, jnp.float32)
-        found = jnp.einsum(pattern, matrix, value, precision="highest", preferred_element_type=wide)
-        return (found if shrink == 1 else found * shrink).astype(out)
+        return jnp.einsum(
+            pattern, matrix, value, precision="highest", preferred_element_type=wide
+        ).astype(out)
 
     def x_rows(self, x_BxHxWxC: jax.Array) -> jax.Array:
         """-> (f, p, width_w, B, tiles_h, tiles_w, C)."""
@@ -107,16 +82,15 @@ class Transforms:
         """(p, width_w, B, tiles_h, tiles_w, C) -> (q, g, B, tiles_h, tiles_w, C)."""
         return self._dot("qgpj,pjbhwc->qgbhwc", "x_columns", z, self.arithmetic.spectrum)
 
-    def x_planes_transposed(self, planes: jax.Array, shrink: float) -> jax.Array:
-        between = self.arithmetic.between
-        return self._dot("qgpj,qgbhwc->pjbhwc", "x_columns", planes, between, shrink)
+    def x_planes_transposed(self, planes: jax.Array) -> jax.Array:
+        return self._dot("qgpj,qgbhwc->pjbhwc", "x_columns", planes, self.arithmetic.product)
 
     def k_planes(self, z: jax.Array) -> jax.Array:
         """(p, k, C, D) -> (q, g, C, D)."""
         return self._dot("qgpj,pjcd->qgcd", "k_columns", z, self.arithmetic.spectrum)
 
-    def k_planes_transposed(self, planes: jax.Array, shrink: float) -> jax.Array:
-        return self._dot("qgpj,qgcd->pjcd", "k_columns", planes, self.arithmetic.between, shrink)
+    def k_planes_transposed(self, planes: jax.Array) -> jax.Array:
+        return self._dot("qgpj,qgcd->pjcd", "k_columns", planes, self.arithmetic.product)
 
     def y_columns(self, products: jax.Array) -> jax.Array:
         """(q, g, B, tiles_h, tiles_w, D) -> (p, step_w, B, tiles_h, tiles_w, D)."""
@@ -153,7 +127,7 @@ def _scale(x: jax.Array, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
     return x / power, power
 
 
-def _unscale(y: jax.Array, *powers: jax.Array | float | None) -> jax.Array:
+def _unscale(y: jax.Array, *powers: jax.Array | None) -> jax.Array:
     for power in powers:
         if power is not None:
             y = y * power
@@ -222,7 +196,6 @@ def backward(
     x_scaled, x_power = _scale(x, arithmetic.scaled)
     k_scaled, k_power = _scale(kernel, arithmetic.scaled)
     dy, dy_power = _scale(dy.astype(arithmetic.product), arithmetic.scaled)
-    of_x, of_k = maps.shrinks(x.shape[0] * h.tiles * w.tiles, dy.shape[3])
     zx = maps.x_rows(x_scaled)
     part_shape = (*dy.shape[:3], dy.shape[3] // chunks)
     zy_shape = (h.t // 2 + 1, 2, w.step, x.shape[0], h.tiles, w.tiles, part_shape[3])
@@ -230,19 +203,21 @@ def backward(
         lambda y: maps.y_rows(y, part_shape, arithmetic.product),
         jax.ShapeDtypeStruct(zy_shape, arithmetic.product),
     )
-    # Transposed as maps of the type between, so that the gradients are rounded once, at the end.
+    # Transposed as maps of the products' type: the gradients are rounded once, at the end, and what
+    # all channels or positions add up to has room, which it may not have in float16.
+    wide = Transforms(h, w, dataclasses.replace(arithmetic, between=arithmetic.product))
     x_rows_transposed = jax.linear_transpose(
-        maps.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.between)
+        wide.x_rows, jax.ShapeDtypeStruct(x.shape, arithmetic.product)
     )
     k_part_shape = (*kernel.shape[:3], part_shape[3])
     k_rows_transposed = jax.linear_transpose(
-        maps.k_rows, jax.ShapeDtypeStruct(k_part_shape, arithmetic.between)
+        wide.k_rows, jax.ShapeDtypeStruct(k_part_shape, arithmetic.product)
     )
 
     def one(zx, zk, zy):
         dp = maps.y_columns_transposed(zy)
-        dx = maps.x_planes_transposed(maps.product_to_x(dp, maps.k_planes(zk)), of_x)
-        return dx, maps.k_planes_transposed(maps.product_to_k(maps.x_planes(zx), dp), of_k)
+        dx = maps.x_planes_transposed(maps.product_to_x(dp, maps.k_planes(zk)))
+        return dx, maps.k_planes_transposed(maps.product_to_k(maps.x_planes(zx), dp))
 
     def part(i):
         (zy,) = y_rows_transposed(_part(dy, i, chunks, 3))
@@ -258,9 +233,8 @@ def backward(
             more, dk = part(i)
             return dzx + more, dk
 
-        dzx, dk = lax.scan(accumulate, jnp.zeros_like(zx), jnp.arange(chunks))
+        dzx, dk = lax.scan(accumulate, jnp.zeros(zx.shape, arithmetic.product), jnp.arange(chunks))
         dk = jnp.moveaxis(dk, 0, 3).reshape(kernel.shape)
     (dx,) = x_rows_transposed(dzx)
-    dx = _unscale(dx, k_power, dy_power, 1 / of_x if arithmetic.scaled else None)
-    dk = _unscale(dk, x_power, dy_power, 1 / of_k if arithmetic.scaled else None)
+    dx, dk = _unscale(dx, k_power, dy_power), _unscale(dk, x_power, dy_power)
     return dx.astype(x.dtype), dk.astype(kernel.dtype)

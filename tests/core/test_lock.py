@@ -384,3 +384,10 @@ def test_a_folder_that_renames_no_folders_is_no_workdir(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=said), held(tmp_path / "other", "train"):
         pass
     assert not list((tmp_path / "other").iterdir())
+
+    def fail(path, target):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"), held(tmp_path / "third", "train"):
+        pass  # which may soon be well again

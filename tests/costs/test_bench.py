@@ -1,19 +1,25 @@
 """`dnd bench` as a user runs it, the measured plans, and a TPU compiler's estimates."""
 
+import ctypes
 import importlib.util
 import json
+import mmap
+import os
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
 import pytest
-from pipeline import dnd
+from pipeline import ROOT, dnd
 from small_models import write_qwen
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
+from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.costs.bench import run
 from dnd_jax.costs.bench.case import COLLECTING, Case
-from dnd_jax.costs.bench.feed import feed_table, parts_of
+from dnd_jax.costs.bench.feed import feed_table, give_back, parts_of
 from dnd_jax.ops import convolution, cost_model, tune
 from dnd_jax.ops.cost_model import Problem, choose
 
@@ -182,6 +188,30 @@ def test_unknown_topology_or_backend(tmp_path):
         and len(done.stderr.strip().splitlines()[-1]) < 500
     )
     assert jax.default_backend() == "cpu"
+
+
+def resident(path: pathlib.Path) -> float:
+    """The share of a file's pages that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as whole:
+        pages = (ctypes.c_ubyte * -(-len(whole) // mmap.PAGESIZE))()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+        libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(whole)), pages)
+        return np.mean(np.frombuffer(pages, np.uint8) & 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system keeps what was read")
+def test_what_is_called_cold_is_not_in_memory():
+    """Beside the checkout: a file system in memory has no disk to give pages back to."""
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".cold_") as folder:
+        path = pathlib.Path(folder, "a.npy")
+        write_array(path, (64, 1 << 16), np.float32, np.ones((64, 1 << 16), np.float32))
+        array = open_array(path)
+        float(array.sum())
+        assert resident(path) > 0.9
+        give_back(path.parent, [array])
+        assert resident(path) < 0.1
+        assert float(array.sum()) == 64 << 16
 
 
 CONDITION, CHECKPOINT = 4 * 8 * 384 * 4, 6 * 4 * 4 * 4  # bytes

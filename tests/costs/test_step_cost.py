@@ -403,6 +403,9 @@ def test_of_a_gpu_xla_takes_three_quarters_unless_told(monkeypatch):
     assert gpu.room == pytest.approx(72 * 2**30) and tpu.room == tpu.memory
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     assert gpu.room == 40 * 2**30
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "90%")
+    with pytest.raises(InputError, match="XLA_CLIENT_MEM_FRACTION=90%: expected a share"):
+        print(gpu.room)
 
 
 def test_scaling_compares_what_differs_in_the_number_of_devices_alone(tmp_path):

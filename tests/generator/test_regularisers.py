@@ -90,8 +90,26 @@ def test_a_lora_that_adds_nothing_has_a_size_of_0_and_a_gradient():
     config = train_settings(size_weight=1.0)
     gradient = jax.grad(lambda x: jnp.sum(regularised(config, x, frozen)[0]))(tokens)
     assert np.isfinite(gradient).all()
-    nothing = tuned_sizes(target, [target.encode(zero)])
-    assert np.isfinite(regularised(config, tokens, nothing)[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["element", "chunk"])
+def test_modules_that_no_checkpoint_has_trained_are_left_out(kind):
+    """lora_B of one is 0 in all: whatever is made of it has no size to come near to."""
+    target = target_of(kind)
+    tuned = [
+        {k: x * (k != "lm_head.lora_B.weight") for k, x in lora.items()}
+        for lora in checkpoints(target)
+    ]
+    frozen = tuned_sizes(target, [target.encode(lora) for lora in tuned])
+    assert frozen["sizes"]["lm_head"] == 0 < frozen["sizes"]["self_attn.q_proj"].min()
+    config = train_settings(size_weight=1.0)
+    output = jnp.nan_to_num(target.encode(checkpoints(target)[0]))[None]
+    loss, numbers = regularised(config, output, frozen)
+    ratios = [norms_of(checkpoints(target)[0])[m] / np.mean([norms_of(t)[m] for t in tuned])
+              for m in MODULES if m != "lm_head"]  # fmt: skip
+    np.testing.assert_allclose(numbers["size"], [np.mean(ratios)], rtol=1e-3)
+    gradient = jax.grad(lambda x: jnp.sum(regularised(config, x, frozen)[0]))(output)
+    assert np.isfinite(loss).all() and np.isfinite(gradient).all()
 
 
 def test_two_sets_of_prompts_are_to_lead_to_one_lora():

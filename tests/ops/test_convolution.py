@@ -197,6 +197,22 @@ def test_float16_arithmetic_has_room_for_what_all_adds_up(tiles, chunks):
     assert float(jnp.max(expected[1])) == 82_944
 
 
+@pytest.mark.parametrize("unequal", ["samples", "outlier"])
+def test_float16_arithmetic_keeps_small_gradients_beside_large_ones(unequal):
+    """Of samples that differ tenfold each, and beside one number a thousand times as large."""
+    x, kernel, dy = (jnp.asarray(v, jnp.bfloat16) for v in arrays((4, 20, 30, 4), 3, 9, 96))
+    if unequal == "samples":
+        dy = dy * jnp.asarray([1, 0.1, 0.01, 0.001], jnp.bfloat16)[:, None, None, None]
+    else:
+        dy = dy.at[0, 3, 3, 3].mul(1000)
+    plan = ConvPlan((2, 3), (2, 3), "gpu")
+    found = value_and_gradients(lambda x, w: convolve(x, w, 3, plan), x, kernel, dy)
+    expected = value_and_gradients(functools.partial(direct, axis=3), *map(_wide, (x, kernel, dy)))
+    for ours, right in zip(found[1], expected[1], strict=True):  # of each sample by itself
+        assert relative(ours, right) < 6e-3
+    assert relative(found[2], expected[2]) < 6e-3
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 

@@ -10,12 +10,13 @@ numbers; "warm" is read from memory, "cold" from the disk, whose pages were give
 import collections
 import dataclasses
 import math
+import mmap
 import os
 import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -60,7 +61,7 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
     a_set = pool * sum(_bytes(*of) for of in prompts.values())
     a_set += CHECKPOINTS * _bytes(spec.token_grid, np.float32)
     need_space(folder, DATASETS * a_set, "the files of `dnd bench --input`", "free some space")
-    datasets = []
+    datasets, mapped = [], []
     for k in range(DATASETS):
         arrays = {
             key: _file(folder / f"{k}_{key}.npy", (pool, *shape), dtype)
@@ -68,6 +69,7 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
         }
         targets = _file(folder / f"{k}_tokens.npy", (CHECKPOINTS, *spec.token_grid), np.float32)
         datasets.append(PairedDataset(f"dataset_{k}", arrays, targets))
+        mapped += [*arrays.values(), targets]
 
     def timed(
         name: str, size: int, of: list[PairedDataset], taught: tuple[str, ...], n: int
@@ -76,7 +78,7 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
             of, samples, n, config.seed, taught_at=lambda step: taught, of_loras=c.of_loras
         )
         warm = _seconds(lambda i: pairs.batch_at(0, memory=0))  # the same ones again
-        cold = _seconds(lambda i: pairs.batch_at(i, memory=0), lambda: _give_back(folder))
+        cold = _seconds(lambda i: pairs.batch_at(i, memory=0), lambda: give_back(folder, mapped))
         return Part(name, size, samples, warm, cold)
 
     taught = c.taught_at(c.weights_first)
@@ -101,9 +103,14 @@ def _file(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray
     return open_array(path)
 
 
-def _give_back(folder: pathlib.Path) -> None:
-    """Drops the files' pages from memory, where the system does that."""
-    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+def give_back(folder: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
+    """Drops the pages of the files from memory, where the system does that: first those that the
+    arrays have mapped, which it would keep."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for array in arrays:
+        array.base.madvise(mmap.MADV_DONTNEED)
+    for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
