@@ -41,7 +41,7 @@ def load_torch_base(
     Raises InputError when it has no usable configuration or weights and for a device that is not
     there, NoRoom when it does not fit.
     """
-    folder, device = resolve(base), _device(device)
+    folder, device = resolve(base), device_of(device)
     try:
         model, missing = _from_pretrained(folder, dtype)
         if not missing:
@@ -67,8 +67,9 @@ def load_torch_base(
     )
 
 
-def _device(name: str) -> str:
-    """A device that PyTorch has. Raises InputError for another one."""
+def device_of(name: str) -> str:
+    """The device of config.evaluate.device. Raises InputError for one that PyTorch does not have
+    here."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

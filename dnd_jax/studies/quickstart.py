@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 
 from dnd_jax.base.pretrain import make_base
+from dnd_jax.base.torch_base import device_of
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
@@ -62,6 +63,7 @@ def _stages(
     base_name: str,
     begin: Callable[[Config, Suite], None],
 ) -> tuple[dict, Callable[..., dict]]:
+    device_of(config.evaluate.device)  # before the hours until it is asked
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
     begin(config, suite)

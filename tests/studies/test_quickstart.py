@@ -20,6 +20,7 @@ from dnd_jax.generator.generate import TrainedGenerator, generate_adapter
 from dnd_jax.generator.step import ONE_DEVICE
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import LoraLayout
+from dnd_jax.main import main
 from dnd_jax.scoring.results import METHODS
 
 pytestmark = pytest.mark.xdist_group("quickstart")  # one process builds what they share
@@ -48,6 +49,13 @@ def finished(suite, tmp_path_factory):
     done = dnd("quickstart", TINY, f"--suite={suite}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr[-2000:]
     return workdir, done.stdout
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_made(suite, tmp_path, capsys):
+    words = TINY, f"--suite={suite}", f"--workdir={tmp_path}", "--config.evaluate.device=cuda:9"
+    assert main(["quickstart", *words]) == 2
+    assert "evaluate.device = 'cuda:9': PyTorch has no such device" in capsys.readouterr().err
+    assert not {path.name for path in tmp_path.iterdir()} & {*STAGES, "config.json"}
 
 
 def numbers(workdir: pathlib.Path) -> dict:
