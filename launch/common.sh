@@ -36,6 +36,14 @@ need() { # --option value
   [ -n "$2" ] || fail "$1=... is needed; see $program --help"
 }
 
+# The stage that several hosts share; the others are one process, on whatever devices it has.
+stage() {
+  case $1 in
+    train | collect | controls) ;;
+    *) fail "STAGE=$1: only train, collect and controls run on several hosts; the others on one, as dnd $1" ;;
+  esac
+}
+
 number() { # --option value
   case $2 in
     '' | *[!0-9]* | 0*) fail "$1=$2: expected a whole number, 1 or more" ;;

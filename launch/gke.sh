@@ -110,6 +110,7 @@ apply() {
   need --accelerator "$accelerator"
   need --topology "$topology"
   [ $# -gt 0 ] || fail "apply: the arguments of dnd are missing; give them after --, such as: -- train --config=... --workdir=/work/run"
+  stage "$1"
   [[ $image =~ ^[A-Za-z0-9._:/@-]+$ ]] || fail "--image=$image: not an image's name"
   [[ $accelerator =~ ^tpu[-a-z0-9]+$ ]] || fail "--accelerator=$accelerator: expected a GKE label such as tpu-v5p-slice"
   [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "--topology=$topology: expected such as 4x4 or 2x2x4"

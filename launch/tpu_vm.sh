@@ -113,6 +113,7 @@ done
 [ $# = 0 ] || shift # the --
 if [ "$command" = run ]; then
   [ $# -gt 0 ] || fail "run: the arguments of dnd are missing; give them after --, such as: -- train --config=... --workdir=..."
+  stage "$1"
 else
   [ $# = 0 ] || fail "$command takes no arguments after --"
 fi

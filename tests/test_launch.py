@@ -308,6 +308,8 @@ def test_tpu_vm_commands(stubs):
             "an argument of dnd has a control character",
         ),
         ("gke.sh", ("logs", *KUBE, "--", "train"), "logs takes no arguments after --"),
+        ("gke.sh", (*APPLY, "--", "evaluate"), "STAGE=evaluate: only train, collect and controls"),
+        ("tpu_vm.sh", ("run", *TPU, "--", "generate"), "STAGE=generate: only train, collect"),
         ("slurm.sbatch", (), "the stage is missing"),
         (
             "slurm.sbatch",
