@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
 # The part of launch/tpu_vm.sh that runs on a TPU worker; it arrives with the code.
-# Beside the code: dnd.sh is the command, dnd.pid its process, dnd.log what it prints. A TPU serves one process at a time.
+# Beside the code: dnd.sh is the command, dnd.pid its process and when that began, dnd.log what it prints. A TPU serves one process at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-running() {
-  [ -f dnd.pid ] && kill -0 "$(cat dnd.pid)" 2>/dev/null
+# When a process began: another one may have its number, after a restart of the machine above all.
+begun() { # PID
+  printf '%s-%s' "$(cat /proc/sys/kernel/random/boot_id)" "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)"
+}
+
+running() { # sets pid
+  local since=''
+  pid=''
+  [ -f dnd.pid ] || return 1
+  read -r pid since <dnd.pid || true
+  kill -0 "$pid" 2>/dev/null && [ "$(begun "$pid" 2>/dev/null)" = "$since" ]
 }
 
 start() {
   nohup bash dnd.sh >>dnd.log 2>&1 </dev/null &
-  echo $! >dnd.pid
+  echo "$! $(begun $!)" >dnd.pid
   echo "$(hostname): started $(tail -n 1 dnd.sh)"
 }
 
 stop() {
   if running; then
-    kill -TERM "$(cat dnd.pid)" || true # it may end just now
+    kill -TERM "$pid" || true # it may end just now
     while running; do sleep 1; done
     echo "$(hostname): $(tail -n 1 dnd.log)"
   fi

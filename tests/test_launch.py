@@ -398,7 +398,7 @@ def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
         return script("tpu_vm.sh", command, *TPU, *arguments, env=env)
 
     def process() -> int:
-        return int(pid.read_text())
+        return int(pid.read_text().split()[0])
 
     def logged(count: int) -> list[str]:
         deadline = time.monotonic() + 20
@@ -429,9 +429,17 @@ def test_run_stop_and_resume_on_a_worker(tmp_path, stubs):
             and not alive(second)
             and not pid.exists()
         )
+        # After a restart of the machine another process has the number: this one.
+        pid.write_text(f"{os.getpid()} 0-1\n")
+        assert tpu("stop").returncode == 0 and not pid.exists()
+        pid.write_text(f"{os.getpid()} 0-1\n")
+        assert tpu("run", "--", *AWKWARD).returncode == 0
+        third = process()
+        assert third != os.getpid() and alive(third)
+        assert tpu("stop").returncode == 0 and not alive(third)
         assert tpu("stop").returncode == 0
     finally:
-        if pid.exists() and alive(process()):
+        if pid.exists() and process() != os.getpid() and alive(process()):
             os.kill(process(), signal.SIGKILL)
 
 
