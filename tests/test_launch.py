@@ -108,7 +108,7 @@ def test_shellcheck():
             *SHELL,
         ]
     )
-    assert done.returncode == 0 and len(SHELL) == 5
+    assert done.returncode == 0 and len(SHELL) == 6
 
 
 def test_quote_survives_a_shell(tmp_path):
@@ -136,6 +136,7 @@ def test_quote_survives_a_shell(tmp_path):
         *[("gke.sh", (c, *KUBE)) for c in ("status", "logs", "delete")],
         ("gke.sh", (*APPLY, "--", *AWKWARD)),
         ("slurm.sbatch", tuple(AWKWARD)),
+        ("again.sh", ("--", "srun", *AWKWARD)),
     ],
 )
 def test_dry_run_prints_what_is_run_and_runs_nothing(name, arguments, stubs):
@@ -308,6 +309,10 @@ def test_tpu_vm_commands(stubs):
             "an argument of dnd has a control character",
         ),
         ("gke.sh", ("logs", *KUBE, "--", "train"), "logs takes no arguments after --"),
+        ("again.sh", ("--times=2",), "the command is missing"),
+        ("again.sh", ("--times=2", "--"), "the command is missing"),
+        ("again.sh", ("--wait=x", "--", "true"), "--wait=x: expected a whole number"),
+        ("again.sh", ("true",), "unexpected argument 'true'"),
         ("gke.sh", (*APPLY, "--", "evaluate"), "STAGE=evaluate: only train, collect and controls"),
         ("tpu_vm.sh", ("run", *TPU, "--", "generate"), "STAGE=generate: only train, collect"),
         ("slurm.sbatch", (), "the stage is missing"),
@@ -328,11 +333,11 @@ def test_bad_arguments_of_scripts(name, arguments, message, stubs):
     assert calls() == [] and not done.stdout
 
 
-@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "slurm.sbatch", "again.sh"])
 def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: ") and "--dry-run" in done.stdout
-    if name != "slurm.sbatch":
+    if name not in ("slurm.sbatch", "again.sh"):
         nothing = script(name)
         assert (nothing.returncode, nothing.stderr) == (2, done.stdout)
 
@@ -449,6 +454,56 @@ def alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return "\nState:\tZ" not in pathlib.Path(f"/proc/{process}/status").read_text()
+
+
+# ----------------------------------------------------------------------------------- without either
+
+
+# Appends a line to its first argument and ends with the status that its next argument says, the
+# last of them ever after; 0 at SIGTERM.
+ENDS = """
+import pathlib, signal, sys, time
+log, *statuses = sys.argv[1:]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+count = len(pathlib.Path(log).read_text().splitlines()) if pathlib.Path(log).exists() else 0
+with open(log, "a") as file:
+    file.write("started\\n")
+status = statuses[min(count, len(statuses) - 1)]
+time.sleep(60 if status == "wait" else 0)
+sys.exit(int(status))
+"""
+
+
+def again(log: pathlib.Path, *statuses: str, times: int = 2) -> subprocess.Popen:
+    words = [LAUNCH / "again.sh", f"--times={times}", "--wait=1", "--", sys.executable, "-c", ENDS]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*words, log, *statuses], **pipe)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ends", "starts"),
+    [(("0",), 0, 1), (("2",), 2, 1), (("3", "0"), 0, 2), (("3", "1"), 1, 2), (("3",), 3, 3)],
+)
+def test_a_lost_peer_alone_is_started_again(tmp_path, statuses, ends, starts):
+    log = tmp_path / "log"
+    process = again(log, *statuses)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == ends and len(log.read_text().splitlines()) == starts
+    assert said.count("ended with status 3; start") == starts - 1
+    assert ("after 2 new starts" in said) == (ends == 3)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_stopped_is_not_started_again(tmp_path, signum):
+    log = tmp_path / "log"
+    process = again(log, "wait", "3")
+    deadline = time.monotonic() + 20
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and log.read_text() == "started\n"
 
 
 # ------------------------------------------------------------------------------------------- SLURM
