@@ -7,8 +7,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from dnd_jax.core import files
 from dnd_jax.core.errors import InputError, is_passing
-from dnd_jax.core.files import FULL, read_object, write_json
 from dnd_jax.core.lock import locked
 from dnd_jax.core.stopping import stop
 
@@ -68,7 +68,7 @@ def check_renames(folder: pathlib.Path) -> None:
         try:
             before.rename(pathlib.Path(inside, "after"))
         except OSError as error:
-            if is_passing(error) or error.errno in FULL:
+            if is_passing(error) or error.errno in files.FULL:
                 raise
             raise InputError(
                 f"{folder}: folders cannot be renamed there ({error.strerror}), as each that is "
@@ -88,8 +88,8 @@ def timed(workdir: pathlib.Path, stage: str) -> Iterator[None]:
             path = workdir / SECONDS
             seconds: dict = {}
             with contextlib.suppress(InputError):  # absent, or damaged: it is only told
-                seconds = read_object(path)
+                seconds = files.read_object(path)
             before = seconds.get(stage)
             before = before if isinstance(before, int | float) else 0.0
             seconds[stage] = round(before + time.perf_counter() - started, 2)
-            write_json(path, seconds)
+            files.write_json(path, seconds)

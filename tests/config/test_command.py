@@ -392,7 +392,9 @@ def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside,
     monkeypatch.setattr(run, "run_case", lambda case, config: cases.append(case))
     monkeypatch.setattr(run, "table", lambda results: "")
     run.STAGE.run(
-        dataclasses.replace(given, flags=dict.fromkeys(("limits", "layers", "backend"), ""))
+        dataclasses.replace(
+            given, flags=dict.fromkeys(("limits", "layers", "input", "backend"), "")
+        )
     )
     assert [case.what for case in cases] == ["forward", "train", "generate"]
     assert all(case.load().generator == given.config.generator for case in cases)

@@ -479,7 +479,7 @@ def test_the_harness_refuses_other_settings_before_it_loads_a_base(
     config, _, _ = made
     workdir = shutil.copytree(scored, tmp_path / "w")
     write_numbered(workdir / "lm_eval/scores.json", 1, {"settings": {"seed": 9}, "scores": {}})
-    monkeypatch.setattr("dnd_jax.scoring.lm_eval.TorchBase", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dnd_jax.scoring.lm_eval.TorchBase.of", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match="seed: 9 -> 0"):
         lm_eval_stage(config, suite, config.base.path, workdir)
 

@@ -181,7 +181,7 @@ def test_a_result_is_of_the_training_adapters_that_are_scored(config, tmp_path, 
     }
     made = []
     monkeypatch.setattr(evaluation, "score_keys", lambda *_: {label: label for label in scores})
-    monkeypatch.setattr(evaluation, "TorchBase", lambda *_: made.append(1))
+    monkeypatch.setattr(evaluation.TorchBase, "of", lambda *_: made.append(1))
     monkeypatch.setattr(evaluation, "with_room_for_shots", lambda candidates, *_: candidates)
     monkeypatch.setattr(evaluation, "score_all", lambda *_: packed)
 
