@@ -23,7 +23,7 @@ _KNOWN = re.compile(r"(\s*--xla_force_host_platform_device_count=\d+)*\s*")
 def prepare() -> None:
     """Sets what is not set."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+    if not _has_tpu():
         # libtpu without a TPU: no questions to a metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -45,6 +45,11 @@ def accelerated() -> bool:
     plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
     if glob.glob("/dev/nvidia[0-9]*") and any(map(importlib.util.find_spec, plugins)):
         return True
+    return _has_tpu()
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has one, by its devices' files."""
     return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
 
 

@@ -31,7 +31,7 @@ from dnd_jax.generator.objective import Objective
 from dnd_jax.lora.targets import Target
 from dnd_jax.parallel import hosts
 
-THREADS = 8  # that gather samples, at most
+THREADS = min(8, os.cpu_count() or 1)  # that gather samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Pairs:
         ]
         if few:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
-        self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "gather")
+        self._threads = ThreadPoolExecutor(THREADS, "gather")
         self._buffers: dict[tuple, np.ndarray] = {}
         self._sent, self._turn = None, 0  # the last batch on a mesh, and which buffers it has
         # Every part of a batch asks for it, and the names of its datasets a few steps later.

@@ -13,6 +13,7 @@ from dnd_jax.generator.answers import loras_of
 from dnd_jax.lora.names import LORA_A, LORA_B
 from dnd_jax.lora.targets import Target
 
+NUMBERS = ("size", "size_loss", "wording_loss")  # that are written
 UNTRAINED = 1e-3
 SMALL = 1e-6  # of a squared ratio: a root has no gradient at 0, where lora_B may start
 

@@ -19,7 +19,7 @@ from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
 from dnd_jax.generator.model import Generator, param_shapes
-from dnd_jax.generator.regularisers import regularised
+from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.ops.cost_model import Problem, compiler_options
@@ -174,8 +174,7 @@ def make_train_step(
             kind = "distill_loss" if {"teacher", "shown"} & batch.keys() else "answers_loss"
             metrics[kind] = jnp.mean(of_samples["answers"])
             metrics["exact"] = jnp.mean(of_samples["exact"])
-        regular = ("size", "size_loss", "wording_loss")
-        metrics |= {key: jnp.mean(of_samples[key]) for key in regular if key in of_samples}
+        metrics |= {key: jnp.mean(of_samples[key]) for key in NUMBERS if key in of_samples}
         metrics["sample_loss"] = sum(
             share * of_samples[part]
             for part, share in (("loss", weights_share), ("answers", 1.0))

@@ -1,7 +1,6 @@
 """What a run writes about itself: metrics.jsonl always, TensorBoard and Weights & Biases when asked
 for, and profiler traces."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -31,10 +30,12 @@ class Metrics:
     ):
         self._trackers = [_TRACKERS[name](directory, step, title) for name in trackers]
         path = directory / paths.METRICS
-        rows = []
-        if path.exists():
-            with contextlib.suppress(*[] if step else [InputError]):  # of one that is written anew
-                rows = _rows(path)
+        try:
+            rows = _rows(path) if path.exists() else []
+        except InputError:
+            if step:
+                raise
+            rows = []  # all of it is written anew
         kept = [(line, row) for line, row in rows if row["step"] <= step]
         self._start, good = _so_far((kept or rows)[-1][1] if kept or rows else {})
         self._good = good if kept else 0.0  # seconds

@@ -31,7 +31,8 @@ from dnd_jax.ops.tiles import GAUSS, Axis, cut, matrices
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Types inside: of half-transformed arrays, of the planes, of their products."""
+    """Types inside: of half-transformed arrays on the way to the planes, of the planes, of their
+    products and all that follows these."""
 
     between: jnp.dtype
     spectrum: jnp.dtype

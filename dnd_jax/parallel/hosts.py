@@ -26,8 +26,8 @@ def lead() -> bool:
 
 
 def several() -> bool:
-    """Whether the run has more than one process."""
-    return jax.process_count() > 1
+    """Whether the run has more than one process. Asked as `lead` is, it takes no device either."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager

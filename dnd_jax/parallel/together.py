@@ -7,8 +7,6 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import jax
-
 from dnd_jax.config.remembered import remembering
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.environment import PROGRAMS, programs_folder
@@ -51,8 +49,7 @@ def together(
             stack.enter_context(held(workdir, stage))
             stack.enter_context(remembering(workdir, config))
         hosts.check_shared(workdir)
-        kept = os.environ.get(PROGRAMS) == str(programs_folder())
-        if kept and jax.distributed.is_initialized() and hosts.several():
+        if hosts.several() and os.environ.get(PROGRAMS) == str(programs_folder()):
             keep_in(workdir / paths.PROGRAMS)
         for folder, flag in folders:
             hosts.check_shared(pathlib.Path(folder), flag)

@@ -71,23 +71,20 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
         datasets.append(PairedDataset(f"dataset_{k}", arrays, targets))
         mapped += [*arrays.values(), targets]
 
-    def timed(
-        name: str, size: int, of: list[PairedDataset], taught: tuple[str, ...], n: int
-    ) -> Part:
-        pairs = Pairs(
-            of, samples, n, config.seed, taught_at=lambda step: taught, of_loras=c.of_loras
-        )
+    def timed(name: str, size: int, of: list[PairedDataset], taught: tuple[str, ...]) -> Part:
+        how = {"taught_at": lambda step: taught, "of_loras": c.of_loras}
+        pairs = Pairs(of, samples, n, config.seed, **how)
         warm = _seconds(lambda i: pairs.batch_at(0, memory=0))  # the same ones again
         cold = _seconds(lambda i: pairs.batch_at(i, memory=0), lambda: give_back(folder, mapped))
         return Part(name, size, samples, warm, cold)
 
     taught = c.taught_at(c.weights_first)
     nothing = {"none": np.zeros((pool, 0), np.int8)}
-    found = [timed("conditions", whole - sizes["checkpoints"], datasets, (), n)]
+    found = [timed("conditions", whole - sizes["checkpoints"], datasets, ())]
     if tokens:
         alone = [dataclasses.replace(d, prompts=nothing) for d in datasets]
-        found.append(timed("LoRA checkpoints", sizes["checkpoints"], alone, taught, n))
-        found.append(timed("all", whole, datasets, taught, n))
+        found.append(timed("LoRA checkpoints", sizes["checkpoints"], alone, taught))
+        found.append(timed("all", whole, datasets, taught))
     return found
 
 
@@ -117,8 +114,7 @@ def give_back(folder: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
 
 
 def _seconds(take: Callable[[int], object], before: Callable[[], object] | None = None) -> float:
-    """The median over REPEATS calls, each after `before`; without that, after two that do not
-    count."""
+    """The median over REPEATS calls, each after `before`, and all after two that do not count."""
     found = []
     for i in range(REPEATS + 2):
         if before:
@@ -129,12 +125,11 @@ def _seconds(take: Callable[[int], object], before: Callable[[], object] | None 
     return statistics.median(found[2:])
 
 
-def copy_rate(threads: int = THREADS) -> float:
+def copy_rate() -> float:
     """Bytes a second that as many threads as gather samples copy from memory to memory."""
-    count = min(threads, os.cpu_count() or 1)
-    pieces = np.array_split(np.ones(MOST // 4, np.float32), count)
+    pieces = np.array_split(np.ones(MOST // 4, np.float32), THREADS)
     places = [np.empty_like(piece) for piece in pieces]
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
 
         def copy(_: int) -> None:
             collections.deque(pool.map(np.copyto, places, pieces), maxlen=0)
