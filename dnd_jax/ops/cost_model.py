@@ -186,14 +186,17 @@ def dft_cost(problem: Problem, tiling: Tiling, gradient: bool) -> Cost:
     between, spectrum, product = (t.itemsize for t in (a.between, a.spectrum, a.product))
     lanes = RATES[problem.platform].lanes
     padded_c, padded_d = (-(-n // lanes) * lanes / n for n in (c, d))
-    bytes_x = (2 * (x_tiles + zx) * between + 2 * px * spectrum) * padded_c
-    bytes_k = ((k * k * c * d * 4) + 2 * zk * between + 2 * pk * spectrum) * padded_d
+
+    def moved(half: int) -> float:  # of data and kernel one way; half: bytes of a number of zx, zk
+        of_data = (2 * (x_tiles + zx) * half + 2 * px * spectrum) * padded_c
+        return of_data + ((k * k * c * d * 4) + 2 * zk * half + 2 * pk * spectrum) * padded_d
+
     bytes_y = 2 * (y_tiles + zy + py) * product * padded_d
     every = 2 if gradient else 1
     return Cost(
         products=every * 3 * frequencies * tiles * c * d,
         transforms=every * (of_x + of_k) + of_y,
-        bytes=every * (bytes_x + bytes_k) + bytes_y,
+        bytes=moved(between) + (moved(product) if gradient else 0) + bytes_y,
         planes=(px + pk) * spectrum + py * product,
         kernel_rows=zk * between,
         turns=f,
