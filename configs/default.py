@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
                 "objective": "weights",
                 "weights_first": 0,
                 "weights_share": 1.0,
+                "targets_on": "auto",
                 "shots": 0,
                 "answer_rows": 8,
                 "steps": 4000,

@@ -32,6 +32,7 @@ SAME_NUMBERS = (
     "condition.too_long",
     "generator.convolution",
     "train.checkpoints",
+    "train.targets_on",
     "train.micro_batches",
     "train.remat",
     "train.save_every",

@@ -22,6 +22,7 @@ FEWEST = 2  # different prompts of a pair by train.few_prompts
 OBJECTIVES = ("weights", "answers", "distill", "weights+answers", "weights+distill")
 ASKING = {"answers", "distill"}  # of these: through the base
 OF_LORAS = {"weights": "target", "distill": "teacher"}  # and of checkpoints: a batch's tokens
+TARGETS_ON = ("auto", "devices", "host")
 OPTIMIZERS = ("adamw", "adamw_bfloat16_moment", "adafactor")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -48,6 +49,10 @@ class Train:
     shots: Count  # of "distill": answered examples that the base reads, in place of a checkpoint
     weights_first: Count  # steps on weights alone, before those on the objective
     weights_share: Amount  # factor of the loss on weights in a sum
+    # where LoRA checkpoints are read from in a step: they stay on the "devices", each with its part
+    # of all, or the "host" reads and sends them; "auto": on devices where they take an eighth of
+    # their room at most
+    targets_on: Annotated[str, one_of(*TARGETS_ON)]
     answer_rows: Positive  # questions of its task that each generated LoRA is asked in a step
     steps: Positive
     batch_size: Positive

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from dnd_jax.core.errors import first_line
@@ -24,17 +25,17 @@ _RECORD = struct.Struct("<8sQI")  # _MAGIC, bytes before the record, checksum
 
 
 def write_array(
-    path: str | os.PathLike, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
+    path: str | os.PathLike, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[np.ndarray]
 ) -> None:
     """A .npy file of this shape from its parts along axis 0, held one at a time, with its record;
-    NumPy reads it as any other."""
+    NumPy reads it as any other, of a type that is not its own the bytes."""
     dtype = np.dtype(dtype).newbyteorder("<")
     with open(path, "w+b") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": dtype.str, "fortran_order": False, "shape": shape}
         )
         for part in parts:
-            file.write(np.ascontiguousarray(part, dtype).data)
+            file.write(np.ascontiguousarray(part, dtype).view(np.uint8).data)
         size = file.tell()
         file.flush()
         record = _RECORD.pack(_MAGIC, size, _checksum(file.fileno(), size))

@@ -124,13 +124,6 @@ def describe_plan(plan: StepCost) -> str:
     if plan.samples_per_second:
         what = {"train": "samples", "generate": "adapters", "collect": "LoRAs a step further"}
         lines.append(f"all devices: {plan.samples_per_second:.4g} {what[plan.step]} a second")
-        if plan.host_bytes:
-            a_step = plan.host_bytes / 1e9
-            a_second = a_step * plan.samples_per_second / plan.batch
-            lines.append(
-                f"each host reads {a_step:.3g} GB of samples a step: {a_second:.3g} GB a second, "
-                "to keep up; `dnd bench --input` there says what it can"
-            )
     if plan.tasks:
         lines.append(f"room for {plan.tasks} tasks at once, by what one of them takes")
     least = " with the compiler's least effort" if "TPU" in plan.devices else ""

@@ -15,7 +15,8 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.config.studies import STEPS
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
-from dnd_jax.costs import compiled, describe, step_cost, sweep
+from dnd_jax.costs import compiled, describe, feeding, step_cost, sweep
+from dnd_jax.parallel.mesh import make_mesh
 
 FLAGS = (
     WORKDIR,
@@ -40,6 +41,18 @@ FLAGS = (
         "of the longest answer, where the base is asked (default: all that config.base.max_length "
         "leaves)",
     ),
+    Flag(
+        "lora-checkpoints",
+        int,
+        0,
+        "of all training datasets, counted if they stay on the devices (config.train.targets_on)",
+    ),
+    Flag(
+        "host-rate",
+        float,
+        feeding.HOST_RATE,
+        "GB/s that a host is taken to give its devices, which `dnd bench --input` measures",
+    ),
     Flag("measure", bool, False, "run the steps on this machine's devices as well"),
 )
 
@@ -62,6 +75,8 @@ def _run(given: Given) -> None:
         )
     if given["answer-tokens"] and swept:
         raise InputError("--answer-tokens is of a single plan; leave out --sweep")
+    if not given["host-rate"]:
+        raise InputError("--host-rate=0: expected GB/s of a host, such as 10")
     if given["devices"]:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = (
@@ -83,9 +98,14 @@ def _run(given: Given) -> None:
         )
     else:
         devices = compiled.devices_of(topology, config.mesh.slices)
-        how = given["measure"], given["answer-tokens"]
+        how = given["measure"], given["answer-tokens"], given["lora-checkpoints"]
         plans = [step_cost.make_plan(config, devices, step, *how) for step in steps]
-        print("\n\n".join(map(describe.describe_plan, plans)), flush=True)
+        texts = [describe.describe_plan(plan) for plan in plans]
+        if steps[0] == "train":
+            mesh, known = make_mesh(config.mesh, devices), given["lora-checkpoints"]
+            fed = config, mesh, plans[0], known, given["host-rate"]
+            texts[0] += f"\n{feeding.describe_feeding(*fed)}"
+        print("\n\n".join(texts), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))
 

@@ -9,7 +9,6 @@ collectives, and the compiler's time.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -23,9 +22,11 @@ from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
 from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
+from dnd_jax.costs.feeding import read_by_a_host
 from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.inputs import kept_shape, stay
 from dnd_jax.generator.regularisers import squared_sizes
-from dnd_jax.generator.sizes import encoder_module, layout_of, spec_of
+from dnd_jax.generator.sizes import encoder_module, layout_of, sample_shapes, spec_of
 from dnd_jax.generator.step import (
     check_batch,
     device_problems,
@@ -37,12 +38,15 @@ from dnd_jax.lora.targets import Target, from_statistics
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import held_bytes, shaped
+from dnd_jax.parallel.rules import batch_shapes, held_bytes, shaped
 
 
-def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) -> tuple[Any, tuple]:
+def train_arguments(
+    config: Config, mesh: jax.sharding.Mesh, answer: int = 0, checkpoints: int = 0
+) -> tuple[Any, tuple]:
     """(the jitted train step, the shapes of its arguments: state, batch, what is frozen). answer:
-    tokens of one where a base is asked, 0: all that have room."""
+    tokens of one where a base is asked, 0: all that have room. checkpoints: of all datasets, which
+    may `stay` on the devices; 0: the host reads them."""
     spec, encoder, answering, beside = spec_of(config), None, None, {}
     if config.condition.in_graph:
         module = encoder_module(config)
@@ -57,19 +61,12 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
         tokens = jax.ShapeDtypeStruct((1, *spec.token_grid), jnp.float32)
         beside = {"target": target, "sizes": jax.eval_shape(_sizes, target, tokens)}
     importance = np.ones(spec.token_grid[0], np.float32)
-    sharded = shard_train_step(config, spec, mesh, importance, encoder, answering, beside)
-    b, (n, length, _) = config.train.batch_size, spec.condition_shape
-    if encoder:
-        inputs = {key: ((b, n, length), jnp.int32) for key in ("ids", "valid")}
-    else:
-        inputs = {"condition": ((b, *spec.condition_shape), jnp.float32)}
-    for part, key in config.train.of_loras.items():
-        if part in taught:
-            inputs[key] = (b, *spec.token_grid), jnp.float32
-    batch = {
-        key: jax.ShapeDtypeStruct(shape, kind, sharding=sharded.over_batch)
-        for key, (shape, kind) in inputs.items()
-    }
+    all_kept = kept_shape(checkpoints, spec.token_grid, mesh)
+    kept = checkpoints > 0 and stay(config.train, all_kept)
+    given = encoder, answering, beside, kept
+    sharded = shard_train_step(config, spec, mesh, importance, *given)
+    b = config.train.batch_size
+    batch = batch_shapes(sample_shapes(config, kept), b, sharded.over_batch)
     if answering:
         rows = config.train.answer_rows
         of_rows = collect_cost.row_shapes(config, b, rows, answer, sharded.over_batch)
@@ -78,6 +75,8 @@ def train_arguments(config: Config, mesh: jax.sharding.Mesh, answer: int = 0) ->
             batch["shown"] = of_rows
     frozen = {"encoder": encoder[1]} if encoder else {}
     frozen |= {**(answering[1] if answering else {}), **beside}
+    if kept:
+        frozen["checkpoints"] = all_kept
     frozen = shaped(frozen, sharded.frozen) if frozen else None
     return sharded.step, (shaped(sharded.shapes, sharded.shardings), batch, frozen)
 
@@ -116,11 +115,15 @@ def generate_arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, tu
 
 
 def make_plan(
-    config: Config, devices: list, step: str = "train", measure: bool = False, answer: int = 0
+    config: Config,
+    devices: list,
+    step: str = "train",
+    measure: bool = False,
+    answer: int = 0,
+    checkpoints: int = 0,
 ) -> StepCost:
     """Compiles a step of a configuration for devices. measure: also run it on them, which must be
-    this machine's. answer: tokens of the longest answer where a base is asked; 0: all that have
-    room.
+    this machine's. answer, checkpoints: as of `train_arguments`.
 
     The batch of "generate" is one adapter for each part of the mesh. A step on answers is counted
     through the base's layers as `collect_cost` does, and beside it stands the same step on weights,
@@ -133,12 +136,14 @@ def make_plan(
         return _plan(config, mesh, step, generate_arguments(config, mesh), measure)
     c = config.train
     if not c.through_base:
-        plan = _plan(config, mesh, step, train_arguments(config, mesh), measure)
+        made = train_arguments(config, mesh, checkpoints=checkpoints)
+        plan = _plan(config, mesh, step, made, measure)
         return _beside_the_base(plan, config, mesh) if c.asks_base else plan
 
     alone = dataclasses.replace(c, objective="weights", weights_first=0)
-    decoder = make_plan(dataclasses.replace(config, train=alone), devices, step, measure)
-    function, arguments = train_arguments(config, mesh, answer)
+    alone = dataclasses.replace(config, train=alone)
+    decoder = make_plan(alone, devices, step, measure, checkpoints=checkpoints)
+    function, arguments = train_arguments(config, mesh, answer, checkpoints)
     rows = arguments[1]["rows"]
     plan = _plan(config, mesh, step, (function, arguments), measure)
     program_of = functools.partial(_through_base, config, mesh, answer)
@@ -219,21 +224,6 @@ def _plan(
     )
     once = functools.partial(_update_cost, config, arguments[0])
     return compiled_cost(plan, function, arguments, mesh, once, measure)
-
-
-def read_by_a_host(batch: Any) -> int:
-    """Bytes of a batch's samples that the devices of one host hold, of the host that has most."""
-    hosts: dict[int, int] = {}
-    for leaf in jax.tree.leaves(batch):
-        parts: dict[int, set] = {}  # replicas share what was read
-        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
-            part = index[0].indices(leaf.shape[0])[:2]
-            parts.setdefault(device.process_index, set()).add(part)
-        of_sample = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
-        for host, read in parts.items():
-            samples = sum(last - first for first, last in read)
-            hosts[host] = hosts.get(host, 0) + of_sample * samples
-    return max(hosts.values())
 
 
 def _update_cost(config: Config, state: Any, platform: str) -> dict:

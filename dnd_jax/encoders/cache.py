@@ -13,8 +13,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike
 
 from dnd_jax.base.hub import resolve
 from dnd_jax.config import schema
@@ -118,13 +120,17 @@ class PromptEncoder:
         """Prompts -> float32 (n, L, C)."""
         return np.concatenate([states for states, _ in self._batches(prompts)])
 
-    def cached(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
-        """`encode`, kept in a file under `cache` that is mapped into memory; its name is a hash of
-        encoder and prompts. Raises InputError when the disk has no room for it."""
-        parts = (states for states, _ in self._batches(prompts))
-        return self._cached(
-            prompts, cache, "states", (self.max_text_length, self.width), np.float32, parts
-        )
+    def cached(
+        self, prompts: Sequence[str], cache: str | os.PathLike, dtype: str = "float32"
+    ) -> np.ndarray:
+        """`encode` in a type, kept in a file under `cache` that is mapped into memory, named by a
+        hash of encoder and prompts. Raises InputError when the disk has no room for it."""
+        kind = jnp.dtype(dtype)
+        what = "states" if kind == np.float32 else f"states_{kind}"
+        of_one = self.max_text_length, self.width
+        parts = (states.astype(kind) for states, _ in self._batches(prompts))
+        # NumPy's files know no bfloat16, only that a number has two bytes.
+        return self._cached(prompts, cache, what, of_one, kind, parts).view(kind)
 
     def cached_means(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
         """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way. The
@@ -179,11 +185,11 @@ class PromptEncoder:
 
     def _cached(
         self,
-        prompts,
-        cache,
+        prompts: Sequence[str],
+        cache: str | os.PathLike,
         what: str,
         of_one: tuple[int, ...],
-        dtype: type,
+        dtype: DTypeLike,
         parts: Iterator[np.ndarray],
     ) -> np.ndarray:
         """The array (n, *of_one) of the parts, which are only made when there is no file of it."""
@@ -192,7 +198,7 @@ class PromptEncoder:
         if array is None:
             shape = len(prompts), *of_one
             size, instead = np.dtype(dtype).itemsize * math.prod(shape), "use another --workdir"
-            if what == "states":
+            if what.startswith("states"):
                 instead += ", or --config.condition.in_graph=true, which keeps none of them"
             need_space(path.parent, size, f"the {what} of {len(prompts)} prompts", instead)
             with replacing(path) as temporary:

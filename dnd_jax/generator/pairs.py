@@ -56,8 +56,9 @@ class Pairs:
     """Batches of B pairs with N prompts each; few_prompts: the share of pairs whose prompts are of
     fewer different ones; wordings: so many pairs one after the other differ in their prompts alone;
     rows: questions of each pair's dataset, as `rows_at`. pad: token id.
-    taught_at: step -> the parts of its loss, as of `Train`; of_loras: as there. Raises InputError
-    naming every dataset with fewer than N prompts."""
+    taught_at: step -> the parts of its loss, as of `Train`; of_loras: as there. kept: the targets
+    are `kept_checkpoints`, and a batch has numbers of them. Raises InputError naming every dataset
+    with fewer than N prompts."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Pairs:
         pad: int = 0,
         taught_at: Callable[[int], Collection[str]] = lambda step: ("weights",),
         of_loras: Mapping[str, str] = OF_LORAS,
+        kept: bool = False,
     ):
         self.datasets, self.batch_size, self.num_prompts, self.seed = (
             tuple(datasets),
@@ -81,6 +83,7 @@ class Pairs:
         )
         self.pairing, self.few_prompts, self.wordings = pairing, few_prompts, wordings
         self.rows, self.pad, self.taught_at, self._of_loras = rows, pad, taught_at, of_loras
+        self._kept = kept
         few = [
             f"{d.name} has {d.num_prompts} prompts"
             for d in self.datasets
@@ -88,6 +91,11 @@ class Pairs:
         ]
         if few:
             raise listed(f"condition.num_prompts = {num_prompts} prompts a pair are needed", few)
+        before = np.cumsum([0, *(0 if d.targets is None else len(d.targets) for d in datasets)])
+        self._first = before[:-1].tolist()  # number of a dataset's first checkpoint
+        self._prompts_of = [
+            {key: _plain(values) for key, values in d.prompts.items()} for d in self.datasets
+        ]
         self._threads = ThreadPoolExecutor(THREADS, "gather")
         self._buffers: dict[tuple, np.ndarray] = {}
         self._sent, self._turn = None, 0  # the last batch on a mesh, and which buffers it has
@@ -129,8 +137,9 @@ class Pairs:
     def batch_at(
         self, step: int, first: int = 0, last: int | None = None, memory: int | None = None
     ) -> dict[str, np.ndarray]:
-        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), if the step
-        is on weights; "teacher", the same, if it distills}, or its samples first..last - 1.
+        """{"condition" (B, N, L, C) or "ids", "valid" (B, N, L); "target" (B, T, h, w), of kept
+        checkpoints their numbers (B,), if the step is on weights; "teacher", the same, if it
+        distills}, or its samples first..last - 1.
         memory: a number, of the arrays that these samples of another step may stand in and that are
         written again; None: new ones."""
         drawn, tokens = self.draw(step)[first:last], self._tokens_at(step)
@@ -143,11 +152,13 @@ class Pairs:
         def gather(i: int) -> None:
             """Reads a sample into its place: each number is copied once."""
             d, checkpoint, prompts = drawn[i]
-            for key, values in self.datasets[d].prompts.items():
-                for place, prompt in zip(batch[key][i], np.sort(prompts), strict=True):
+            prompts = np.sort(prompts).tolist()
+            for key, values in self._prompts_of[d].items():
+                for place, prompt in zip(batch[key][i], prompts, strict=True):
                     np.copyto(place, values[prompt])
             for key in tokens:
-                np.copyto(batch[key][i], self.datasets[d].targets[checkpoint])
+                number = self._first[d] + checkpoint
+                batch[key][i] = number if self._kept else self.datasets[d].targets[checkpoint]
 
         for _ in self._threads.map(gather, range(len(drawn))):
             pass  # raises what a thread did
@@ -157,7 +168,9 @@ class Pairs:
         """{key: (shape, dtype) of a sample}; tokens: the keys of checkpoints."""
         one = self.datasets[0]
         found = {k: ((self.num_prompts, *v.shape[1:]), v.dtype) for k, v in one.prompts.items()}
-        return found | {key: (one.targets.shape[1:], one.targets.dtype) for key in tokens}
+        numbers = (), np.dtype(np.int32)
+        of_one = numbers if self._kept or not tokens else (one.targets.shape[1:], one.targets.dtype)
+        return found | dict.fromkeys(tokens, of_one)
 
     def _tokens_at(self, step: int) -> list[str]:
         """What a batch calls the tokens of its checkpoints."""
@@ -243,6 +256,12 @@ class Pairs:
         return [self.datasets[d].name for d, _, _ in self.draw(step)]
 
 
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Without NumPy's class for mapped files, which looks at each row for longer than a short one
+    takes to read."""
+    return values.view(np.ndarray) if isinstance(values, np.memmap) else values
+
+
 def paired_datasets(
     config: Config,
     suite: Suite,
@@ -267,7 +286,8 @@ def paired_datasets(
             ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
             inputs = {"ids": ids, "valid": valid}
         else:
-            inputs = {"condition": encoder.cached(prompts, workdir / "embeddings")}
+            states = encoder.cached(prompts, workdir / "embeddings", config.train.dtype)
+            inputs = {"condition": states}
         questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
         targets = tokens and tokens.targets
         shown = objective.shown(dataset, questions)

@@ -1,6 +1,8 @@
 """The sizes of a run from its configuration alone, without a suite, weights or a network: for
 plans, benchmarks and training."""
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from dnd_jax.base.architecture import sizes_to_pretrain
@@ -87,6 +89,21 @@ def features_of(config: schema.Config) -> tuple[Features, ...]:
         (condition.num_prompts, condition.max_text_length, width),
         token_grid(config.generator.target, layout),
     )
+
+
+def sample_shapes(config: schema.Config, kept: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a host gives of a training sample, beside questions: its prompts, and the tokens of its
+    LoRA checkpoint, of kept ones the number. Raises InputError as `features_of`."""
+    spec, c = spec_of(config), config.train
+    if config.condition.in_graph:
+        texts = jax.ShapeDtypeStruct(spec.condition_shape[:2], jnp.int32)
+        found = {"ids": texts, "valid": texts}
+    else:
+        found = {"condition": jax.ShapeDtypeStruct(spec.condition_shape, jnp.dtype(c.dtype))}
+    of_grid = jax.ShapeDtypeStruct(spec.token_grid, jnp.float32)
+    tokens = jax.ShapeDtypeStruct((), jnp.int32) if kept else of_grid
+    taught = c.taught_at(c.weights_first)
+    return found | {key: tokens for part, key in c.of_loras.items() if part in taught}
 
 
 def spec_of(config: schema.Config) -> DecoderSpec:

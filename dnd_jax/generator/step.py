@@ -15,9 +15,9 @@ from flax import linen as nn
 from dnd_jax.base.architecture import RULES as BASE_RULES
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
-from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
+from dnd_jax.generator.inputs import condition_of, noisy, over_tokens, with_gaps, with_tokens
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
@@ -90,7 +90,8 @@ def make_train_step(
 ):
     """step(state of `state_of`, batch of `Pairs`, frozen) -> (state, metrics); frozen: {"encoder",
     "base"}, the parameters of those that there are, "target", what the base takes the output for,
-    and "sizes" of `tuned_sizes`; or None.
+    "sizes" of `tuned_sizes`, and "checkpoints" of `kept_checkpoints`, of which the batch then has
+    numbers; or None.
 
     The loss is what the batch has: "target", the weights of LoRA checkpoints; "rows", questions and
     answers, of which the generated LoRAs are asked through the base of `answering`, and with
@@ -144,15 +145,16 @@ def make_train_step(
     def step(state, batch, frozen=None):
         frozen = frozen or {}
         # Inputs.
+        batch = with_tokens(batch, frozen.get("checkpoints"), len(importance), place.mesh)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
-        condition = _condition(batch, encoder, frozen.get("encoder"), place)
-        condition = _with_gaps(condition, config.condition_dropout, on_condition)
-        parts = {"condition": _noisy(condition, config.condition_noise, on_condition)}
+        condition = condition_of(batch, encoder, frozen.get("encoder"), place)
+        condition = with_gaps(condition, config.condition_dropout, on_condition)
+        parts = {"condition": noisy(condition, config.condition_noise, on_condition)}
         sizes = {"cells": None, "tasks": len(condition)}
         weights_share = config.weights_share if "rows" in batch else 1.0
         if "target" in batch:
-            target = _noisy(batch["target"], config.target_noise, on_target)
+            target = noisy(batch["target"], config.target_noise, on_target)
             parts["target"] = target
             sizes["cells"] = jnp.sum(~jnp.isnan(target), dtype=jnp.float32)
         parts |= {key: batch[key] for key in ("rows", "teacher", "shown") if key in batch}
@@ -191,30 +193,6 @@ def make_train_step(
     return step
 
 
-def _condition(
-    batch: Mapping, encoder: nn.Module | None, encoder_params: Any, place: Placement
-) -> jax.Array:
-    """The condition (B, N, L, C) of a batch: as it is, or made here by the text encoder."""
-    if encoder is None:
-        return batch["condition"]
-    b, n, length = batch["ids"].shape
-    ids, valid = (place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid"))
-    flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
-    return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
-
-
-def _with_gaps(x_BxNxLxC: jax.Array, share: float, key: jax.Array) -> jax.Array:
-    """The condition with zeros in place of a share of its token vectors, drawn one by one."""
-    if not share:
-        return x_BxNxLxC
-    kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - share, x_BxNxLxC.shape[:-1])
-    return jnp.where(kept[..., None], x_BxNxLxC, 0)
-
-
-def _noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:
-    return x + deviation * jax.random.normal(key, x.shape, x.dtype)
-
-
 def _in_parts(gradient_of: Callable, batch: Mapping, k: int, params: Any, alike: int):
     """gradient_of(batch) -> ((loss, gradient), per sample {NAME: (b,)}) of a batch, computed in k
     parts: losses and gradients are added up, what is per sample is put back in the batch's order.
@@ -250,7 +228,7 @@ class ShardedStep:
     shapes: dict  # of the state
     shardings: dict  # of the state
     over_batch: jax.sharding.NamedSharding
-    # of {"encoder", "base", "target", "sizes"}, what the step takes of these; None of none
+    # of {"encoder", "base", "target", "sizes", "checkpoints"}, what the step takes; None of none
     frozen: dict | None
     init: Callable  # key -> state, jitted
     # (state, batch, values as `frozen`) -> (state, metrics), jitted, the state donated
@@ -273,14 +251,15 @@ def shard_train_step(
     encoder: tuple[nn.Module, Any] | None = None,
     answering: tuple[Answering, Mapping] | None = None,
     beside: Mapping | None = None,
+    kept: bool = False,
 ) -> ShardedStep:
     """The one train step of a configuration, for training, ahead-of-time compilation and tests.
 
     encoder: module and parameters (or their shapes) of the text encoder, when it runs inside the
     step. answering: through which base LoRAs are asked, {"base": its parameters (or their shapes),
     "target"}, where the objective asks for it. beside: of `tuned_sizes` (or shapes), where
-    config.train.size_weight asks for it. Raises InputError for a parameter without a rule and for
-    sizes that the mesh does not divide.
+    config.train.size_weight asks for it. kept: LoRA checkpoints stay on the devices. Raises
+    InputError for a parameter without a rule and for sizes that the mesh does not divide.
     """
     c, place = config.train, Placement(mesh)
     module = Generator(spec, place)
@@ -305,6 +284,8 @@ def shard_train_step(
         frozen["base"] = shard_by_rules(mesh, BASE_RULES, through["base"])
         beside = {"target": through["target"], **(beside or {})}
     frozen |= jax.tree.map(lambda _: replicated(mesh), dict(beside or {}))
+    if kept:
+        frozen["checkpoints"] = over_tokens(mesh)
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
         make_train_step(module, *how),
@@ -315,7 +296,7 @@ def shard_train_step(
     )
 
     def generated(params, batch, frozen=None):
-        condition = _condition(batch, encoder_module, (frozen or {}).get("encoder"), place)
+        condition = condition_of(batch, encoder_module, (frozen or {}).get("encoder"), place)
         condition = place.activation(condition)
         return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
 

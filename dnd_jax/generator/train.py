@@ -32,6 +32,7 @@ from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import initial_params, write_generator
 from dnd_jax.generator.held_in import held_in
+from dnd_jax.generator.inputs import kept_checkpoints
 from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
@@ -127,13 +128,11 @@ def train(
         datasets, importance = paired_datasets(config, suite, workdir, encoder, objective, target)
     hosts.check_alike({"the text encoder's files": encoder.fingerprint})
     record["encoder"] = encoder.fingerprint
-    of_encoder = {
-        "encoder_fingerprint": encoder.fingerprint,
-        "encoder_revision": encoder.revision,
-    }
+    of_encoder = {"encoder_fingerprint": encoder.fingerprint, "encoder_revision": encoder.revision}
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts, c.wordings
     taught_by_step = c.taught_at, c.of_loras
-    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, *taught_by_step)
+    kept = kept_checkpoints(c, [d.targets for d in datasets], mesh)
+    pairs = Pairs(datasets, c.batch_size, *drawn, *objective.asked, *taught_by_step, bool(kept))
 
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length
@@ -144,8 +143,9 @@ def train(
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     answering = objective.answering(target, check_batch(config, mesh))
     beside = tuned_sizes(target, (d.targets[-1] for d in datasets)) if c.size_weight else {}
-    sharded = shard_train_step(config, spec, mesh, importance, in_graph, answering, beside)
-    frozen = {**(answering[1] if answering else {}), **beside}
+    given = in_graph, answering, beside, bool(kept)
+    sharded = shard_train_step(config, spec, mesh, importance, *given)
+    frozen = {**(answering[1] if answering else {}), **beside, **kept}
     if in_graph:
         frozen["encoder"] = encoder.params
     frozen = jax.device_put(frozen, sharded.frozen or {})

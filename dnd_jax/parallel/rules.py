@@ -3,6 +3,7 @@ data axes."""
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -107,6 +108,14 @@ def leading(mesh: jax.sharding.Mesh, size: int, what: str) -> NamedSharding:
             f"{what} = {size} is not divisible by slice x data x fsdp = {ways}; {fits} is"
         )
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shapes(samples: Mapping, size: int, over_batch: NamedSharding) -> dict:
+    """Of a batch of `size` samples, one of which has these shapes."""
+    return {
+        key: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=over_batch)
+        for key, x in samples.items()
+    }
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

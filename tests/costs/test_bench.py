@@ -226,14 +226,13 @@ CONDITION, CHECKPOINT = 4 * 8 * 384 * 4, 6 * 4 * 4 * 4  # bytes
 @pytest.mark.parametrize(
     "changes, rows",
     [
-        ({}, {"conditions": CONDITION, "LoRA checkpoints": CHECKPOINT}),
-        (
-            {"condition.in_graph": True},
-            {"conditions": 2 * 4 * 8 * 4, "LoRA checkpoints": CHECKPOINT},
-        ),
-        ({"train.objective": "answers"}, {"conditions": CONDITION}),
+        ({}, {"prompts": CONDITION, "LoRA checkpoints": CHECKPOINT}),
+        ({"train.dtype": "bfloat16"}, {"prompts": CONDITION // 2, "LoRA checkpoints": CHECKPOINT}),
+        ({"condition.in_graph": True}, {"prompts": 2 * 4 * 8 * 4, "LoRA checkpoints": CHECKPOINT}),
+        ({"train.targets_on": "devices"}, {"prompts": CONDITION + 4}),
+        ({"train.objective": "answers"}, {"prompts": CONDITION}),
     ],
-    ids=["weights", "in_graph", "answers"],
+    ids=["weights", "bfloat16", "in_graph", "devices", "answers"],
 )
 def test_what_a_host_gives_is_of_the_samples_of_training(tmp_path, changes, rows):
     raw = load_file("tests/tiny.py")

@@ -23,7 +23,8 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.costs import hlo, sweep
 from dnd_jax.costs.compiled import StepCost, compile_for, topology_devices
 from dnd_jax.costs.describe import describe_plan, what_would_help
-from dnd_jax.costs.step_cost import make_plan, read_by_a_host, train_arguments
+from dnd_jax.costs.feeding import read_by_a_host
+from dnd_jax.costs.step_cost import make_plan, train_arguments
 from dnd_jax.generator.sizes import features_of
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading
@@ -248,7 +249,7 @@ def test_a_plan_of_virtual_devices_is_measured_and_adds_up():
     )
     batch = train_arguments(config, make_mesh(config.mesh))[1][1]
     assert train.host_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) > 0
-    assert "each host reads" in describe_plan(train) and not generate.host_bytes
+    assert not generate.host_bytes
     assert make_plan(config, jax.devices()).hash == train.hash
     assert (
         make_plan(

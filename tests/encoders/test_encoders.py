@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -570,6 +571,17 @@ def test_states_go_to_the_disk_batch_by_batch(tmp_path):
     tracemalloc.stop()
     assert states.nbytes > 2e6 and peak < states.nbytes / 2, peak
     np.testing.assert_array_equal(states[-6:], encoder.encode(PROMPTS))
+
+
+def test_states_in_the_compute_type_take_half_the_room(tmp_path):
+    encoder = PromptEncoder(condition_by(write_vectors(tmp_path)))
+    whole = encoder.cached(PROMPTS, tmp_path / "cache")
+    for _ in range(2):  # made, and read
+        half = encoder.cached(PROMPTS, tmp_path / "cache", "bfloat16")
+        assert isinstance(half, np.memmap) and half.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(half, whole.astype(ml_dtypes.bfloat16))
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert len(sizes) == 2 and whole.nbytes / 2 == half.nbytes < sizes[0] < sizes[1]
 
 
 def test_embeddings_that_a_power_cut_left_are_made_again(tmp_path, capsys):

@@ -90,6 +90,20 @@ def test_each_dataset_has_its_loss_and_their_mean_is_the_loss(run, pairs_and_imp
     assert len(count) > 1 and len({row[f"loss/{name}"] for name in count}) > 1
 
 
+def test_checkpoints_that_stay_on_the_devices_train_the_same_generator(run, tmp_path, capsys):
+    """Over two groups of devices, each of which has them all; where they are read is no other
+    run."""
+    config, suite, root = run
+    c = dataclasses.replace(config.train, targets_on="devices")
+    there = dataclasses.replace(config, train=c)
+    train(there, suite, tmp_path)
+    assert "LoRA checkpoints stay on the devices" in capsys.readouterr().out
+    ours, theirs = (load_tensors(at / "generator/model.safetensors") for at in (tmp_path, root))
+    for key in theirs:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    assert is_finished(root / "generator", there, suite, root, ())
+
+
 def test_the_numbers_of_a_step_are_those_of_its_data(run, pairs_and_importance):
     config, (pairs, importance) = run[0], pairs_and_importance
     rows = read_metrics(run[2] / "generator")

@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from dnd_jax.config.schema import Config
+from dnd_jax.config.training import OF_LORAS
 from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.core.files import need_space
 from dnd_jax.generator.pairs import THREADS, PairedDataset, Pairs
-from dnd_jax.generator.sizes import spec_of
+from dnd_jax.generator.sizes import sample_shapes, spec_of
 
 DATASETS, CHECKPOINTS, REPEATS = 2, 4, 5
 MOST = 1 << 30  # bytes of a batch here, about
@@ -45,21 +46,15 @@ class Part:
 def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
     """The parts of a training sample that the host reads, and all of them, timed on files in a
     folder. Raises InputError where it has no room."""
-    spec, n = spec_of(config), config.condition.num_prompts
-    _, length, _ = spec.condition_shape
-    if config.condition.in_graph:
-        prompts = {key: ((length,), np.int32) for key in ("ids", "valid")}
-    else:
-        prompts = {"condition": (spec.condition_shape[1:], np.float32)}
-    c = config.train
-    tokens = len(c.of_loras.keys() & {*c.taught_at(c.weights_first)})  # target, teacher, or none
-    sizes = {key: n * _bytes(*of) for key, of in prompts.items()}
-    sizes["checkpoints"] = tokens * _bytes(spec.token_grid, np.float32)
-    whole = sum(sizes.values())
+    grid, n, c = spec_of(config).token_grid, config.condition.num_prompts, config.train
+    kept = c.targets_on == "devices"
+    shapes = sample_shapes(config, kept)
+    prompts = {k: (x.shape[1:], x.dtype) for k, x in shapes.items() if k not in OF_LORAS.values()}
+    of_prompts = n * sum(_bytes(*of) for of in prompts.values())
+    whole = sum(_bytes(x.shape, x.dtype) for x in shapes.values())
     samples = max(1, min(c.batch_size, MOST // whole))
     pool = 2 * n
-    a_set = pool * sum(_bytes(*of) for of in prompts.values())
-    a_set += CHECKPOINTS * _bytes(spec.token_grid, np.float32)
+    a_set = 2 * of_prompts + CHECKPOINTS * _bytes(grid, np.float32)
     need_space(folder, DATASETS * a_set, "the files of `dnd bench --input`", "free some space")
     datasets, mapped = [], []
     for k in range(DATASETS):
@@ -67,12 +62,12 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
             key: _file(folder / f"{k}_{key}.npy", (pool, *shape), dtype)
             for key, (shape, dtype) in prompts.items()
         }
-        targets = _file(folder / f"{k}_tokens.npy", (CHECKPOINTS, *spec.token_grid), np.float32)
+        targets = _file(folder / f"{k}_tokens.npy", (CHECKPOINTS, *grid), np.float32)
         datasets.append(PairedDataset(f"dataset_{k}", arrays, targets))
         mapped += [*arrays.values(), targets]
 
     def timed(name: str, size: int, of: list[PairedDataset], taught: tuple[str, ...]) -> Part:
-        how = {"taught_at": lambda step: taught, "of_loras": c.of_loras}
+        how = {"taught_at": lambda step: taught, "of_loras": c.of_loras, "kept": kept}
         pairs = Pairs(of, samples, n, config.seed, **how)
         warm = _seconds(lambda i: pairs.batch_at(0, memory=0))  # the same ones again
         cold = _seconds(lambda i: pairs.batch_at(i, memory=0), lambda: give_back(folder, mapped))
@@ -80,10 +75,12 @@ def parts_of(config: Config, folder: pathlib.Path) -> list[Part]:
 
     taught = c.taught_at(c.weights_first)
     nothing = {"none": np.zeros((pool, 0), np.int8)}
-    found = [timed("conditions", whole - sizes["checkpoints"], datasets, ())]
-    if tokens:
+    if kept:  # numbers, which are drawn with the prompts
+        return [timed("prompts", whole, datasets, taught)]
+    found = [timed("prompts", of_prompts, datasets, ())]
+    if whole > of_prompts:
         alone = [dataclasses.replace(d, prompts=nothing) for d in datasets]
-        found.append(timed("LoRA checkpoints", sizes["checkpoints"], alone, taught))
+        found.append(timed("LoRA checkpoints", whole - of_prompts, alone, taught))
         found.append(timed("all", whole, datasets, taught))
     return found
 
@@ -97,7 +94,7 @@ def _file(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray
     rng = np.random.default_rng(len(path.name))
     one = rng.integers(0, 100, shape[1:]).astype(dtype)
     write_array(path, shape, dtype, (one for _ in range(shape[0])))
-    return open_array(path)
+    return open_array(path).view(dtype)
 
 
 def give_back(folder: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
@@ -106,7 +103,9 @@ def give_back(folder: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for array in arrays:
-        array.base.madvise(mmap.MADV_DONTNEED)
+        while not isinstance(array, mmap.mmap):
+            array = array.base
+        array.madvise(mmap.MADV_DONTNEED)
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
