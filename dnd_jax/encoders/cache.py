@@ -144,7 +144,7 @@ class PromptEncoder:
         self, prompts: Sequence[str], cache: str | os.PathLike
     ) -> tuple[np.ndarray, np.ndarray]:
         """`tokenize`, kept in the same way: texts are tokenised once, ahead of training."""
-        size = self._batch_size(prompts)
+        size = self._at_once(len(prompts), self.max_text_length)
         parts = (
             np.stack(self.tokenize(prompts[i : i + size]), axis=1)
             for i in range(0, len(prompts), size)
@@ -152,20 +152,17 @@ class PromptEncoder:
         both = self._cached(prompts, cache, "ids", (2, self.max_text_length), np.int32, parts)
         return both[:, 0], both[:, 1]
 
-    def _batch_size(self, prompts: Sequence[str]) -> int:
-        """How many texts are encoded at once: a multiple of the parts that the mesh splits them
-        into."""
-        of_one = min(
-            -(-len(prompts) // self._ways), max(1, TOKENS_PER_BATCH // self.max_text_length)
-        )
-        return of_one * self._ways
+    def _at_once(self, rows: int, length: int) -> int:
+        """How many rows of tokens, of so many, are encoded at once: a multiple of the parts that
+        the mesh splits them into."""
+        return self._ways * min(-(-rows // self._ways), max(1, TOKENS_PER_BATCH // length))
 
     def _batches(
         self, prompts: Sequence[str], states: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(states (b, L, C), valid (b, L)), batch after batch of the prompts; states: those of all,
         if they are known."""
-        size = self._batch_size(prompts)
+        size = self._at_once(len(prompts), self.max_text_length)
         for first in range(0, len(prompts), size):
             stop.check()
             texts = prompts[first : first + size]
@@ -173,10 +170,40 @@ class PromptEncoder:
             if states is not None:
                 yield states[first : first + size], valid
                 continue
+            yield self._states(ids, valid, size), valid
+
+    def _states(self, ids_bxL: np.ndarray, valid_bxL: np.ndarray, texts: int) -> np.ndarray:
+        """States (b, L, C) of at most so many texts, cut into windows as `encode_windows` does."""
+        batch, length = ids_bxL.shape
+        window = min(self.module.window or length, length)
+        whole = length // window * window
+        both = np.stack((ids_bxL, valid_bxL), axis=-1)
+        parts = both[:, :whole].reshape(-1, window, 2), both[:, whole:]
+        states = [
+            self._of_rows(part, self._at_once(texts * len(part) // batch, part.shape[1]), of_text)
+            for part, of_text in zip(parts, (whole // window, 1), strict=True)
+            if part.size
+        ]
+        return np.concatenate([x.reshape(batch, -1, self.width) for x in states], axis=1)
+
+    def _of_rows(self, rows_RxLx2: np.ndarray, size: int, of_text: int) -> np.ndarray:
+        """States (R, L, C) of rows (ids, valid), so many of a text, at most `size` at once. Equal
+        ones, such as windows of padding alone, are encoded once."""
+        count, length, _ = rows_RxLx2.shape
+        different, at = np.unique(rows_RxLx2.reshape(count, -1), axis=0, return_inverse=True)
+        states = []
+        # Of long texts little may be left; of halves there are few shapes to compile.
+        half = -(-size // self._ways // 2) * self._ways
+        while of_text > 1 and len(different) <= half < size:
+            size, half = half, -(-half // self._ways // 2) * self._ways
+        for first in range(0, len(different), size):
+            stop.check()
+            some = different[first : first + size].reshape(-1, length, 2)
             # The last batch is filled up: one shape, one compilation.
-            rows = np.arange(size) % len(texts)
-            values = self._encode(self.params, ids[rows], valid[rows])
-            yield np.asarray(values[: len(texts)], np.float32), valid
+            rows = some[np.arange(size) % len(some)]
+            values = self._encode(self.params, rows[..., 0], rows[..., 1])
+            states.append(np.asarray(values[: len(some)], np.float32))
+        return np.concatenate(states)[at.ravel()]
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
         texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))

@@ -24,7 +24,7 @@ from dnd_jax.config.training import ASKING, FEWEST, OF_LORAS
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import listed
 from dnd_jax.data.condition_text import condition_texts
-from dnd_jax.data.suite import Suite
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.encoders import cut
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.objective import Objective
@@ -271,28 +271,39 @@ def paired_datasets(
     target: Target,
 ) -> tuple[list[PairedDataset], np.ndarray]:
     """(every training dataset with its encoded prompts and what they are paired with, the
-    importance weights of the tokens (T,)); what was encoded before is read. Raises InputError where
-    the encoder cuts too much of a task's prompts, of an unseen one's too."""
+    importance weights of the tokens (T,)); what was encoded before is read. Each process encodes
+    its share of the datasets, and where they share no workdir then the others too; every process
+    must call it. Raises InputError where the encoder cuts too much of a task's prompts, of an
+    unseen one's too."""
     kept = workdir / paths.PROMPTS_CUT
-    lost = cut.of_suite(suite, encoder.tokens, config, kept, encoder.fingerprint)
-    say = functools.partial(print, flush=True) if hosts.lead() else lambda line: None
-    cut.check(lost, config.condition.too_long, cut.RAISE, say)
-    datasets, weights = [], []
-    for dataset in tqdm(
-        suite.train, desc="encode", unit="dataset", dynamic_ncols=True, disable=not hosts.lead()
-    ):
+    with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
+        lost = cut.of_suite(suite, encoder.tokens, config, kept, encoder.fingerprint)
+        say = functools.partial(print, flush=True) if hosts.lead() else lambda line: None
+        cut.check(lost, config.condition.too_long, cut.RAISE, say)
+
+    def prompts_of(dataset: Dataset) -> dict[str, np.ndarray]:
         prompts = condition_texts(dataset.train, config.condition.form, config.seed)
         if config.condition.in_graph:
             ids, valid = encoder.cached_tokens(prompts, workdir / "embeddings")
-            inputs = {"ids": ids, "valid": valid}
-        else:
-            states = encoder.cached(prompts, workdir / "embeddings", config.train.dtype)
-            inputs = {"condition": states}
-        questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
-        targets = tokens and tokens.targets
-        shown = objective.shown(dataset, questions)
-        datasets.append(PairedDataset(dataset.name, inputs, targets, questions, shown))
-        weights += [tokens.importance] if tokens and config.generator.importance else []
+            return {"ids": ids, "valid": valid}
+        states = encoder.cached(prompts, workdir / "embeddings", config.train.dtype)
+        return {"condition": states}
+
+    def progress(datasets: Sequence[Dataset], doing: str) -> tqdm:
+        off = not hosts.lead()
+        return tqdm(datasets, desc=doing, unit="dataset", dynamic_ncols=True, disable=off)
+
+    for dataset in progress(hosts.share(suite.train), "encode"):
+        prompts_of(dataset)
+    hosts.lead_waits()
+    datasets, weights = [], []
+    with hosts.lead_first():
+        for dataset in progress(suite.train, "pair"):
+            questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
+            targets = tokens and tokens.targets
+            beside = questions, objective.shown(dataset, questions)
+            datasets.append(PairedDataset(dataset.name, prompts_of(dataset), targets, *beside))
+            weights += [tokens.importance] if tokens and config.generator.importance else []
     if not weights:
         return datasets, np.ones(target.shape[0], np.float32)
     return datasets, np.mean(weights, axis=0).astype(np.float32)

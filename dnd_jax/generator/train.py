@@ -53,7 +53,7 @@ from dnd_jax.loop.run import Options, Training, run_loop
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, together
-from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record
+from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record, own_mesh
 from dnd_jax.parallel.rules import bytes_per_device, shaped
 
 
@@ -125,8 +125,8 @@ def train(
         check_given(config)
         encoder = _open_encoder(config, workdir, mesh)
         target = objective.target()
-        datasets, importance = paired_datasets(config, suite, workdir, encoder, objective, target)
     hosts.check_alike({"the text encoder's files": encoder.fingerprint})
+    datasets, importance = paired_datasets(config, suite, workdir, encoder, objective, target)
     record["encoder"] = encoder.fingerprint
     of_encoder = {"encoder_fingerprint": encoder.fingerprint, "encoder_revision": encoder.revision}
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts, c.wordings
@@ -195,11 +195,10 @@ def train(
 
 
 def _open_encoder(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> PromptEncoder:
-    """The text encoder, of the revision that this run took first. Of several processes each encodes
-    by itself."""
+    """The text encoder, of the revision that this run took first, on this process' devices."""
     name = config.condition.encoder
-    alone = None if hosts.several() else mesh
-    encoder = PromptEncoder(config.condition, alone, kept_revision(name, workdir))
+    own = None if hosts.several() and config.condition.in_graph else own_mesh(mesh)
+    encoder = PromptEncoder(config.condition, own, kept_revision(name, workdir))
     if hosts.lead():
         keep_revision(name, encoder.revision, workdir)
     return encoder

@@ -5,8 +5,8 @@ import contextlib
 import functools
 import pathlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.parallel import peers
 
+Item = TypeVar("Item")
 _in_turn = False  # whether this process is within `lead_first`
 
 
@@ -99,6 +100,17 @@ def check_writes(path: pathlib.Path) -> None:
             f"({socket.gethostname()}) reads other "
             "files: share the folder of the LoRA checkpoints, or copy it again"
         )
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """This process' share of a list that every process has: every item is some process'."""
+    return items[jax.process_index() :: jax.process_count()] if several() else items
+
+
+def lead_waits() -> None:
+    """Process 0 waits until all others have come here too, however long that takes; these go on."""
+    if peers.present is not None:
+        peers.present.come_by()
 
 
 def all_of(flag: bool) -> bool:

@@ -61,6 +61,16 @@ def make_mesh(
     )
 
 
+def own_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The mesh, or where other processes have a part of it, one of this process' own devices alone:
+    as much of fsdp as they divide, data the rest."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    if len(mine) == mesh.size:
+        return mesh
+    fsdp = math.gcd(len(mine), mesh.shape["fsdp"])
+    return make_mesh(schema.Mesh(slices=1, data=-1, fsdp=fsdp, tensor=1, rules=()), mine)
+
+
 def _slice(device: jax.Device) -> int:
     """The number of its slice. Of GPUs each host reports to be one, which binds no mesh: several
     hosts are one slice, or those that config.mesh.slices makes of them."""

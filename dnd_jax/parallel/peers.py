@@ -125,9 +125,18 @@ class Peers:
         self._tell(turn=True)
 
     def wait_turn(self) -> None:
-        """Any other process: waits until process 0 calls `pass_turn`, however long that takes."""
+        """Waits until another process, which is process 0 for all but itself, passes its turn,
+        however long that takes."""
         while not self._turn.acquire(timeout=1.0):
             stop.check()
+
+    def come_by(self) -> None:
+        """Process 0: waits until every other process has called this; these do not wait."""
+        if self.process:
+            self._tell(turn=True)
+            return
+        for _ in self._lines:
+            self.wait_turn()
 
     def leave(self, why: str = "", status: int = LOST) -> None:
         """Ends this process' part. Without `why`: it is done, and the others go on. With it: it

@@ -46,7 +46,7 @@ from dnd_jax.config.schema import Mesh
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.encoders import bert as bert_model
-from dnd_jax.encoders import t5, word_vectors
+from dnd_jax.encoders import cache, t5, word_vectors
 from dnd_jax.encoders.cache import (
     PromptEncoder,
     fingerprint,
@@ -571,6 +571,29 @@ def test_states_go_to_the_disk_batch_by_batch(tmp_path):
     tracemalloc.stop()
     assert states.nbytes > 2e6 and peak < states.nbytes / 2, peak
     np.testing.assert_array_equal(states[-6:], encoder.encode(PROMPTS))
+
+
+def test_windows_of_all_texts_share_batches_and_padding_is_encoded_once(monkeypatch):
+    """Texts of 2, 1 and 1 windows, of three each and a rest: 4 different ones in all."""
+    how = condition_by(MINILM, max_text_length=3 * 512 + 20)
+    encoder, texts = PromptEncoder(how), ["sea " * 600, "ship " * 300, "ship " * 300]
+    encoded, passes = encoder._encode, []
+
+    def counted(params, ids, valid):
+        passes.append(ids.shape)
+        return encoded(params, ids, valid)
+
+    monkeypatch.setattr(encoder, "_encode", counted)
+    states = encoder.encode(texts)
+    assert passes == [(5, 512), (3, 20)]  # half of the nine that there are
+    both = encoder.tokenize(texts)
+    expected = encode_windows(encoder.module, encoder.params, *both)
+    np.testing.assert_allclose(states, expected, atol=TOLERANCE)
+    monkeypatch.setattr(cache, "TOKENS_PER_BATCH", 2 * 512)
+    passes.clear()
+    np.testing.assert_allclose(encoder.encode(texts), states, atol=TOLERANCE)
+    # A text at once, two windows a pass, of one window a text once: its padding is the same twice.
+    assert passes == [(2, 512), (2, 512), (1, 20), *[(2, 512), (1, 20)] * 2]
 
 
 def test_states_in_the_compute_type_take_half_the_room(tmp_path):

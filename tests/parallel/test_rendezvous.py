@@ -160,8 +160,16 @@ def uninterrupted(inputs, tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
-    ended = finish(*start_two(inputs, tmp_path, *TWO))
+    ended = finish(*start_two(inputs, tmp_path, *TWO, "--config.train.targets_on=devices"))
     assert [status for status, _ in ended] == [0, 0], ended
+    assert "LoRA checkpoints stay on the devices" in ended[0][1]
+    # Each has encoded its share of the datasets, and none another's.
+    assert re.search(r"encode: 100%\S* 2/2 ", ended[0][1]) and " 3/3 " in ended[0][1]
+    encoded = [
+        sorted(path.name for path in (folder / "embeddings").iterdir())
+        for folder in (tmp_path, uninterrupted)
+    ]
+    assert encoded[0] == encoded[1] and len(encoded[0]) == 3
     assert model(tmp_path) == model(uninterrupted)
     losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
