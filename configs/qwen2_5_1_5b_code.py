@@ -6,7 +6,7 @@
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 80 of each of 7 datasets.
 4508 tokens of 18 x 258; a generator of 1715.3M parameters; 27.31 TFLOP a sample forward by the
-direct method; 2500 steps of 48. The embeddings of one text take 41 MB on the disk: with thousands
+direct method; 2500 steps of 48. The embeddings of one text take 20 MB on the disk: with thousands
 of texts add --config.condition.in_graph=True, which encodes them inside the train step and keeps
 none (the operations above, and docs/SCALING.md, are without the encoder).
 """

@@ -6,7 +6,7 @@
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 100 of one dataset: a
 warning says that from one the generator cannot learn what prompts mean. The embeddings of one text
-take 2.4 MB on the disk. 7308 tokens of 18 x 258; a generator of 2409.6M parameters; 28.90 TFLOP a
+take 1.2 MB on the disk. 7308 tokens of 18 x 258; a generator of 2409.6M parameters; 28.90 TFLOP a
 sample forward by the direct method; 5000 steps of 64.
 """
 
