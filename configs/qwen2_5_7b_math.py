@@ -6,9 +6,9 @@
 
 LORAS holds DATASET/*/ PEFT folders of rank 16 on all seven projections, 80 of each of 6 datasets.
 4928 tokens of 18 x 514; a generator of 1936.5M parameters; 52.77 TFLOP a sample forward by the
-direct method; 5000 steps of 48. The embeddings of one text take 3.5 MB on the disk: with thousands of
-texts add --config.condition.in_graph=True, which encodes them inside the train step and keeps none
-(the operations above, and docs/SCALING.md, are without the encoder).
+direct method; 5000 steps of 48. The embeddings of one text take 3.5 MB on the disk: with thousands
+of texts add --config.condition.in_graph=True, which encodes them inside the train step and keeps
+none (the operations above, and docs/SCALING.md, are without the encoder).
 """
 
 from dnd_jax.configs import qwen2_5_7b_code
