@@ -2,7 +2,7 @@
 noise, and the tokens of LoRA checkpoints, where these stay on the devices (docs/METHOD.md section
 6)."""
 
-import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from dnd_jax.parallel import hosts
 from dnd_jax.parallel.placement import BATCH_AXES, Placement
 from dnd_jax.parallel.rules import held_bytes
 
+SUBLANES, LANES = 8, 128  # of a tile of a TPU's memory, in float32
 WITHIN_A_SLICE = ("data", "fsdp")  # which checkpoints lie over; each slice has them all
 SHARE = 1 / 8  # of a device's room, at most, that they take unasked
 
@@ -29,8 +30,8 @@ SHARE = 1 / 8  # of a device's room, at most, that they take unasked
 def condition_of(
     batch: Mapping, encoder: nn.Module | None, encoder_params: Any, place: Placement
 ) -> jax.Array:
-    """The condition (B, N, L, C) of a batch, float32: as it is, or made here by the text encoder.
-    Noise of 1e-4 would be lost in the type that it is stored in."""
+    """The condition (B, N, L, C) of a batch, float32, as noise is added: as it is, or made here
+    by the text encoder."""
     if encoder is None:
         return batch["condition"].astype(jnp.float32)
     b, n, length = batch["ids"].shape
@@ -58,14 +59,15 @@ def noisy(x: jax.Array, deviation: float, key: jax.Array) -> jax.Array:
 def kept_shape(
     checkpoints: int, grid: tuple[int, int, int], mesh: jax.sharding.Mesh
 ) -> jax.ShapeDtypeStruct:
-    """Of the tokens (M, T, h, w) of all checkpoints, with T filled up so that the devices of a
-    slice divide it."""
+    """Of the tokens (T, h, w) of all checkpoints: (M, rows, LANES), a checkpoint's cells one behind
+    the other and filled up so that each device of a slice has as many rows of it, by SUBLANES: as a
+    TPU keeps an array, it then reads one checkpoint without a copy of all."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    shape = checkpoints, -(-grid[0] // ways) * ways, *grid[1:]
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_tokens(mesh))
+    rows = -(-math.prod(grid) // (ways * SUBLANES * LANES)) * ways * SUBLANES
+    return jax.ShapeDtypeStruct((checkpoints, rows, LANES), jnp.float32, sharding=over_cells(mesh))
 
 
-def over_tokens(mesh: jax.sharding.Mesh) -> NamedSharding:
+def over_cells(mesh: jax.sharding.Mesh) -> NamedSharding:
     """How they lie: every device has its part of each checkpoint, so that picking some of them
     needs no other device."""
     return NamedSharding(mesh, PartitionSpec(None, WITHIN_A_SLICE))
@@ -97,42 +99,51 @@ def kept_checkpoints(
     if hosts.lead():
         held = held_bytes(kept)
         print(f"LoRA checkpoints stay on the devices: {held / 1e9:.3g} GB of each", flush=True)
-
-    @functools.cache  # devices of other slices and of `tensor` have the same
-    def part(first: int, last: int) -> np.ndarray:
-        found = np.zeros((count, last - first, *grid[1:]), kept.dtype)
-        known = min(last, grid[0]) - first
-        if known > 0:
-            np.concatenate([x[:, first : first + known] for x in targets], out=found[:, :known])
-        return found
-
-    def of_device(index: tuple[slice, ...]) -> np.ndarray:
-        return part(*index[1].indices(kept.shape[1])[:2])
-
-    return {"checkpoints": jax.make_array_from_callback(kept.shape, kept.sharding, of_device)}
+    cells, flat = math.prod(grid), [x.reshape(len(x), -1) for x in targets]
+    places: dict[tuple[int, int], list] = {}  # of other slices and of `tensor` some have the same
+    for device, (_, rows, _) in kept.sharding.addressable_devices_indices_map(kept.shape).items():
+        places.setdefault(rows.indices(kept.shape[1])[:2], []).append(device)
+    arrays = []
+    for (first, last), devices in places.items():  # one part at a time in the host's memory
+        part = np.zeros((count, (last - first) * LANES), kept.dtype)
+        known = max(0, min(last * LANES, cells) - first * LANES)
+        for_some = [x[:, first * LANES : first * LANES + known] for x in flat]
+        np.concatenate(for_some, out=part[:, :known])
+        part = part.reshape(count, -1, LANES)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    whole = jax.make_array_from_single_device_arrays(kept.shape, kept.sharding, arrays)
+    return {"checkpoints": whole}
 
 
 def with_tokens(
-    batch: Mapping, kept: jax.Array | None, tokens: int, mesh: jax.sharding.Mesh | None
+    batch: Mapping,
+    kept: jax.Array | None,
+    grid: tuple[int, int, int],
+    mesh: jax.sharding.Mesh | None,
 ) -> Mapping:
     """The batch with the tokens (B, T, h, w) of its checkpoints in place of their numbers (B,)
-    among those that are kept, if any are; tokens: T."""
+    among those that are kept, if any are; grid: (T, h, w)."""
     if kept is None:
         return batch
     picked = {key: batch[key] for key in OF_LORAS.values() if key in batch}
-    return {**batch, **{key: _pick(kept, at, tokens, mesh) for key, at in picked.items()}}
+    return {**batch, **{key: _pick(kept, at, grid, mesh) for key, at in picked.items()}}
 
 
-def _pick(kept: jax.Array, at_B: jax.Array, tokens: int, mesh: jax.sharding.Mesh) -> jax.Array:
+def _pick(
+    kept: jax.Array, at_B: jax.Array, grid: tuple[int, int, int], mesh: jax.sharding.Mesh
+) -> jax.Array:
     """Every device picks its part of all samples of its slice, and the parts change hands: the
     bytes of the batch travel once."""
 
     def local(kept, at):
-        parts = kept[jax.lax.all_gather(at, WITHIN_A_SLICE, tiled=True)]
+        every = jax.lax.all_gather(at, WITHIN_A_SLICE, tiled=True)
+        # One after the other: a gather would first copy all that is kept.
+        parts = jax.lax.map(lambda i: jax.lax.dynamic_index_in_dim(kept, i, keepdims=False), every)
         return jax.lax.all_to_all(parts, WITHIN_A_SLICE, 0, 1, tiled=True)
 
-    specs = over_tokens(mesh).spec, PartitionSpec(BATCH_AXES)
+    specs = over_cells(mesh).spec, PartitionSpec(BATCH_AXES)
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(BATCH_AXES), check_vma=False
     )
-    return mapped(kept, at_B)[:, :tokens]
+    cells = mapped(kept, at_B).reshape(len(at_B), -1)[:, : math.prod(grid)]
+    return cells.reshape(-1, *grid)

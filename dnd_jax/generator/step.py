@@ -17,7 +17,7 @@ from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
-from dnd_jax.generator.inputs import condition_of, noisy, over_tokens, with_gaps, with_tokens
+from dnd_jax.generator.inputs import condition_of, noisy, over_cells, with_gaps, with_tokens
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
@@ -145,7 +145,7 @@ def make_train_step(
     def step(state, batch, frozen=None):
         frozen = frozen or {}
         # Inputs.
-        batch = with_tokens(batch, frozen.get("checkpoints"), len(importance), place.mesh)
+        batch = with_tokens(batch, frozen.get("checkpoints"), module.spec.token_grid, place.mesh)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
         condition = condition_of(batch, encoder, frozen.get("encoder"), place)
@@ -285,7 +285,7 @@ def shard_train_step(
         beside = {"target": through["target"], **(beside or {})}
     frozen |= jax.tree.map(lambda _: replicated(mesh), dict(beside or {}))
     if kept:
-        frozen["checkpoints"] = over_tokens(mesh)
+        frozen["checkpoints"] = over_cells(mesh)
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     step = jax.jit(
         make_train_step(module, *how),

@@ -252,7 +252,8 @@ def test_few_prompts_fill_the_generators_input(different, seed):
     ],
 )
 def test_a_variant_links_what_its_keys_leave_as_it_is(tmp_path, keys, shared):
-    default, folder = tmp_path / "default" / "seed_0", tmp_path / "v" / "seed_0"
+    root = tmp_path / "ablation"
+    default, folder = root / "default" / "seed_0", root / "v" / "seed_0"
     for name in (
         "suite",
         "base",
@@ -271,7 +272,7 @@ def test_a_variant_links_what_its_keys_leave_as_it_is(tmp_path, keys, shared):
         ablate.link(folder, default, ablate.Variant("v", dict.fromkeys(keys.split())))
     assert {p.name for p in folder.iterdir()} == set(shared.split())
     # Relative links move with the workdir.
-    moved = tmp_path.rename(tmp_path.parent / f"{tmp_path.name}_moved")
+    moved = root.rename(tmp_path / "moved")
     assert all(
         (moved / "v" / "seed_0" / name / "file").read_text() == name for name in shared.split()
     )
