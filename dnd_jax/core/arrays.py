@@ -28,7 +28,7 @@ def write_array(
     path: str | os.PathLike, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[np.ndarray]
 ) -> None:
     """A .npy file of this shape from its parts along axis 0, held one at a time, with its record;
-    NumPy reads it as any other, of a type that is not its own the bytes."""
+    NumPy reads it as any other; of a type that it lacks, such as bfloat16, raw bytes."""
     dtype = np.dtype(dtype).newbyteorder("<")
     with open(path, "w+b") as file:
         np.lib.format.write_array_header_1_0(

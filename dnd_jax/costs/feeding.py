@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from dnd_jax.config.schema import Config
 from dnd_jax.config.training import OF_LORAS
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.compiled import StepCost
+from dnd_jax.encoders.lm import LmEncoder
 from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.inputs import kept_shape, stay
 from dnd_jax.generator.sizes import encoder_module, sample_shapes, spec_of
@@ -48,9 +50,18 @@ def encoder_flops(config: Config) -> float | None:
         return None
     window = min(length, module.window or length)
     ids = jax.ShapeDtypeStruct((n, window), jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    encode = jax.jit(lambda params, *texts: encode_windows(module, params, *texts))
-    return encode.lower(params, ids, ids).cost_analysis()["flops"] * length / window
+
+    def counted(module: nn.Module) -> float:
+        params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+        encode = jax.jit(lambda params, *texts: encode_windows(module, params, *texts))
+        return encode.lower(params, ids, ids).cost_analysis()["flops"]
+
+    flops = counted(module)
+    if isinstance(module, LmEncoder) and module.layer > 1:  # a loop, whose body is counted once
+        flops += (module.layer - 1) * (
+            counted(module.clone(layer=1)) - counted(module.clone(layer=0))
+        )
+    return flops * length / window
 
 
 def describe_feeding(

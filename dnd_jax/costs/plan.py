@@ -73,8 +73,17 @@ def _run(given: Given) -> None:
             "--measure runs on this machine's devices; leave --topology and "
             "config.sweep.topologies empty"
         )
-    if given["answer-tokens"] and swept:
-        raise InputError("--answer-tokens is of a single plan; leave out --sweep")
+    for name in ("answer-tokens", "lora-checkpoints"):
+        if given[name] and swept:
+            raise InputError(f"--{name} is of a single plan; leave out --sweep")
+    if given["lora-checkpoints"] and steps[0] != "train":
+        raise InputError("--lora-checkpoints is of train steps; leave out --step")
+    kept = config.train.targets_on == "devices" and config.train.from_loras
+    if kept and steps[0] == "train" and not swept and not given["lora-checkpoints"]:
+        raise InputError(
+            "config.train.targets_on = devices: say by --lora-checkpoints how many LoRA "
+            "checkpoints all training datasets have together"
+        )
     if not given["host-rate"]:
         raise InputError("--host-rate=0: expected GB/s of a host, such as 10")
     if given["devices"]:

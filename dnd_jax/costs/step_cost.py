@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from dnd_jax.config.schema import Config
-from dnd_jax.config.training import ASKING
+from dnd_jax.config.training import ASKING, OF_LORAS
 from dnd_jax.core import digests
 from dnd_jax.core.chips import chip_of
 from dnd_jax.costs import collect_cost
@@ -146,6 +146,7 @@ def make_plan(
     function, arguments = train_arguments(config, mesh, answer, checkpoints)
     rows = arguments[1]["rows"]
     plan = _plan(config, mesh, step, (function, arguments), measure)
+    plan = _beside_unused(plan, arguments)
     program_of = functools.partial(_through_base, config, mesh, answer)
     layers = collect_cost.sizes_of(config).num_hidden_layers
     return dataclasses.replace(
@@ -190,6 +191,16 @@ def _beside_the_base(plan: StepCost, config: Config, mesh: jax.sharding.Mesh) ->
         for name in ("state_bytes", "argument_bytes", "peak_bytes")
     }
     return dataclasses.replace(plan, **more)
+
+
+def _beside_unused(plan: StepCost, arguments: tuple) -> StepCost:
+    """With the LoRA checkpoints that earlier steps, on weights, keep on the devices and this one
+    does not take."""
+    _, batch, frozen = arguments
+    unused = (frozen or {}).get("checkpoints") if not batch.keys() & {*OF_LORAS.values()} else None
+    if unused is None or plan.peak_bytes is None:
+        return plan
+    return dataclasses.replace(plan, peak_bytes=plan.peak_bytes + held_bytes(unused))
 
 
 def _plan(

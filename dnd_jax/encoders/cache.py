@@ -2,8 +2,8 @@
 cached by content.
 
 docs/METHOD.md section 4; padding positions included, texts truncated and padded to L =
-max_text_length, dropout off. States of many long texts are large (6 MB a text for L = 4096, C =
-384): they go to disk batch by batch and are mapped into memory from there.
+max_text_length, dropout off. States of many long texts are large (3 MB a text for L = 4096, C =
+384, in bfloat16): they go to disk batch by batch and are mapped into memory from there.
 """
 
 import itertools
@@ -128,14 +128,21 @@ class PromptEncoder:
         kind = jnp.dtype(dtype)
         what = "states" if kind == np.float32 else f"states_{kind}"
         of_one = self.max_text_length, self.width
-        parts = (states.astype(kind) for states, _ in self._batches(prompts))
-        # NumPy's files know no bfloat16, only that a number has two bytes.
-        return self._cached(prompts, cache, what, of_one, kind, parts).view(kind)
+        means = []
+
+        def parts() -> Iterator[np.ndarray]:
+            for states, valid in self._batches(prompts):
+                means.append(mean_pooled(states, valid))
+                yield states.astype(kind)
+
+        found = self._cached(prompts, cache, what, of_one, kind, parts())
+        if means and kind != np.float32:  # which could not be made of rounded states
+            self._cached(prompts, cache, "means", (self.width,), np.float32, iter(means))
+        return found.view(kind)  # NumPy's files know no bfloat16, only that it has two bytes
 
     def cached_means(self, prompts: Sequence[str], cache: str | os.PathLike) -> np.ndarray:
-        """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way. The
-        states are read where `cached` has kept them; else only one batch of them is held at a
-        time."""
+        """The mean of `encode` over each prompt's real tokens, (n, C), kept in the same way. What
+        `cached` has kept of these texts is read; else one batch of states is held at a time."""
         states = open_array(self._path(prompts, cache, "states"))
         parts = (mean_pooled(*batch) for batch in self._batches(prompts, states))
         return self._cached(prompts, cache, "means", (self.width,), np.float32, parts)
@@ -190,8 +197,10 @@ class PromptEncoder:
         """States (R, L, C) of rows (ids, valid), so many of a text, at most `size` at once. Equal
         ones, such as windows of padding alone, are encoded once."""
         count, length, _ = rows_RxLx2.shape
-        different, at = np.unique(rows_RxLx2.reshape(count, -1), axis=0, return_inverse=True)
-        states = []
+        whole = np.ascontiguousarray(rows_RxLx2).reshape(count, -1)
+        as_bytes = whole.view(f"V{whole.shape[1] * whole.itemsize}")[:, 0]  # fast to compare
+        _, which, at = np.unique(as_bytes, return_index=True, return_inverse=True)
+        different, states = whole[which], []
         # Of long texts little may be left; of halves there are few shapes to compile.
         half = -(-size // self._ways // 2) * self._ways
         while of_text > 1 and len(different) <= half < size:
@@ -202,8 +211,8 @@ class PromptEncoder:
             # The last batch is filled up: one shape, one compilation.
             rows = some[np.arange(size) % len(some)]
             values = self._encode(self.params, rows[..., 0], rows[..., 1])
-            states.append(np.asarray(values[: len(some)], np.float32))
-        return np.concatenate(states)[at.ravel()]
+            states.append(np.asarray(values, np.float32)[: len(some)])
+        return np.concatenate(states)[at]
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
         texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))

@@ -116,15 +116,10 @@ def kept_checkpoints(
 
 
 def with_tokens(
-    batch: Mapping,
-    kept: jax.Array | None,
-    grid: tuple[int, int, int],
-    mesh: jax.sharding.Mesh | None,
+    batch: Mapping, kept: jax.Array, grid: tuple[int, int, int], mesh: jax.sharding.Mesh
 ) -> Mapping:
     """The batch with the tokens (B, T, h, w) of its checkpoints in place of their numbers (B,)
-    among those that are kept, if any are; grid: (T, h, w)."""
-    if kept is None:
-        return batch
+    among those that are kept; grid: (T, h, w)."""
     picked = {key: batch[key] for key in OF_LORAS.values() if key in batch}
     return {**batch, **{key: _pick(kept, at, grid, mesh) for key, at in picked.items()}}
 

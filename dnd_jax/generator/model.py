@@ -2,7 +2,7 @@
 tokens (B, T, h, w).
 
 The frozen text encoder stays outside: its output is computed once and cached, or in the same jitted
-step (see pairs.py).
+step (see inputs.py).
 """
 
 import jax

@@ -272,9 +272,8 @@ def paired_datasets(
 ) -> tuple[list[PairedDataset], np.ndarray]:
     """(every training dataset with its encoded prompts and what they are paired with, the
     importance weights of the tokens (T,)); what was encoded before is read. Each process encodes
-    its share of the datasets, and where they share no workdir then the others too; every process
-    must call it. Raises InputError where the encoder cuts too much of a task's prompts, of an
-    unseen one's too."""
+    its share of the datasets into the workdir, and every process must call this. Raises InputError
+    where the encoder cuts too much of a task's prompts, of an unseen one's too."""
     kept = workdir / paths.PROMPTS_CUT
     with hosts.lead_first():  # who finds its files made by process 0 where the workdir is shared
         lost = cut.of_suite(suite, encoder.tokens, config, kept, encoder.fingerprint)

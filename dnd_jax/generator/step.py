@@ -145,7 +145,9 @@ def make_train_step(
     def step(state, batch, frozen=None):
         frozen = frozen or {}
         # Inputs.
-        batch = with_tokens(batch, frozen.get("checkpoints"), module.spec.token_grid, place.mesh)
+        if "checkpoints" in frozen:
+            of_all = frozen["checkpoints"]
+            batch = with_tokens(batch, of_all, module.spec.token_grid, place.mesh)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         on_condition, on_target = jax.random.split(key)
         condition = condition_of(batch, encoder, frozen.get("encoder"), place)

@@ -125,8 +125,8 @@ class Peers:
         self._tell(turn=True)
 
     def wait_turn(self) -> None:
-        """Waits until another process, which is process 0 for all but itself, passes its turn,
-        however long that takes."""
+        """Waits until process 0, or in process 0 any other, passes its turn, however long that
+        takes."""
         while not self._turn.acquire(timeout=1.0):
             stop.check()
 

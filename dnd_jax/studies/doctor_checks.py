@@ -244,7 +244,8 @@ def room(case: Case) -> Found:
     loras = sum(map(len, source.folders.values())) if isinstance(source, Checkpoints) else 0
     tokens = 4 * math.prod(grid) * loras
     texts = sum(len(d.train) for d in case.suite.train) if config.suite else 0
-    states = 0 if condition.in_graph else 4 * texts * condition.max_text_length * width
+    of_text = jnp.dtype(c.dtype).itemsize * condition.max_text_length * width
+    states = 0 if condition.in_graph else texts * of_text
     kept = ON_DISK * params * (c.keep_last + 1)
     disk, free = tokens + states + kept, shutil.disk_usage(_there(case.workdir)).free
     yield (

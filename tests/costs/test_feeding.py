@@ -4,14 +4,15 @@ import dataclasses
 import re
 
 import jax
-import numpy as np
 import pytest
+from small_models import write_qwen
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.feeding import describe_feeding, encoder_flops, read_by_a_host
-from dnd_jax.costs.step_cost import train_arguments
-from dnd_jax.generator.sizes import encoder_module, sample_shapes
+from dnd_jax.costs.step_cost import make_plan, train_arguments
+from dnd_jax.generator.inputs import kept_shape
+from dnd_jax.generator.sizes import encoder_module, sample_shapes, spec_of
 from dnd_jax.main import main
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import batch_shapes, held_bytes, leading
@@ -85,10 +86,10 @@ def test_a_host_that_cannot_feed_its_devices_is_named():
 
 def test_there_is_room_for_so_many_checkpoints():
     config = settings()
-    of_one = 96 * 4 / np.prod([make_mesh(config.mesh).shape[a] for a in ("data", "fsdp")])
+    of_one = held_bytes(kept_shape(1, spec_of(config).token_grid, make_mesh(config.mesh)))
     text = described(config, limit_bytes=int(1000 * of_one), peak_bytes=int(900 * of_one))
     room = int(re.search(r"a checkpoint, with room for (\d+)\)", text)[1])
-    assert 60 <= room <= 100  # tokens are filled up, so that the devices divide them
+    assert room == 100
     over = described(config, 5000, limit_bytes=int(1000 * of_one), peak_bytes=int(900 * of_one))
     assert f"with room for {room}, and not for 5000)" in over
 
@@ -105,6 +106,32 @@ def test_encoding_is_counted_by_the_compiler_window_by_window():
     )
 
 
+def test_each_layer_of_a_decoder_only_encoder_is_counted(tmp_path):
+    folder = write_qwen(tmp_path / "lm", num_hidden_layers=3, max_position_embeddings=64)
+
+    def flops(layer: int) -> float:
+        return encoder_flops(settings(condition__encoder=str(folder), condition__layer=layer))
+
+    none, one, two, three = map(flops, range(4))
+    assert two - one == pytest.approx(one - none) and three - two == pytest.approx(
+        one - none, rel=0.1
+    )
+    assert flops(-1) == three and one > 1.5 * none
+
+
+def test_kept_checkpoints_that_a_step_on_answers_does_not_take_are_counted(tmp_path):
+    base = write_qwen(tmp_path / "base", max_position_embeddings=256)
+    how = {"base__path": str(base), "train__objective": "answers", "train__weights_first": 1}
+    how |= {"train__answer_rows": 1, "generator__features": ((0, 0, 0), (0, 0, 0))}
+    config = settings(**how, train__targets_on="devices")
+    (plain, kept) = (
+        make_plan(config, jax.devices(), answer=4, checkpoints=count) for count in (0, 5000)
+    )
+    grid = spec_of(config).token_grid
+    held = held_bytes(kept_shape(5000, grid, make_mesh(config.mesh)))
+    assert kept.peak_bytes - plain.peak_bytes == pytest.approx(held, rel=0.05)
+
+
 def test_shapes_are_split_as_a_batch_is():
     config = settings(train__batch_size=16)
     mesh = make_mesh(config.mesh)
@@ -112,10 +139,16 @@ def test_shapes_are_split_as_a_batch_is():
     assert read_by_a_host(shapes) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def test_no_rate_is_refused(capsys):
-    assert main(["plan", "--config=tests/tiny.py", "--host-rate=0", "--devices=1"]) == 2
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .endswith("--host-rate=0: expected GB/s of a host, such as 10")
-    )
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--host-rate=0"], "--host-rate=0: expected GB/s of a host, such as 10"),
+        (["--lora-checkpoints=3", "--sweep"], "--lora-checkpoints is of a single plan"),
+        (["--lora-checkpoints=3", "--step=generate"], "is of train steps; leave out --step"),
+        (["--config.train.targets_on=devices"], "say by --lora-checkpoints how many"),
+    ],
+    ids=str,
+)
+def test_what_a_plan_cannot_use_is_refused(flags, said, capsys):
+    assert main(["plan", "--config=tests/tiny.py", "--devices=1", *flags]) == 2
+    assert said in capsys.readouterr().err

@@ -603,8 +603,16 @@ def test_states_in_the_compute_type_take_half_the_room(tmp_path):
         half = encoder.cached(PROMPTS, tmp_path / "cache", "bfloat16")
         assert isinstance(half, np.memmap) and half.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(half, whole.astype(ml_dtypes.bfloat16))
-    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("states*"))
     assert len(sizes) == 2 and whole.nbytes / 2 == half.nbytes < sizes[0] < sizes[1]
+
+
+def test_means_are_kept_beside_rounded_states_and_are_not_made_of_them(tmp_path, monkeypatch):
+    encoder = PromptEncoder(condition_by(write_vectors(tmp_path)))
+    expected = np.array(encoder.cached_means(PROMPTS, tmp_path / "alone"))
+    encoder.cached(PROMPTS, tmp_path / "cache", "bfloat16")
+    monkeypatch.setattr(encoder, "_encode", None)  # nothing is encoded again
+    np.testing.assert_array_equal(encoder.cached_means(PROMPTS, tmp_path / "cache"), expected)
 
 
 def test_embeddings_that_a_power_cut_left_are_made_again(tmp_path, capsys):

@@ -163,7 +163,7 @@ def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
     ended = finish(*start_two(inputs, tmp_path, *TWO, "--config.train.targets_on=devices"))
     assert [status for status, _ in ended] == [0, 0], ended
     assert "LoRA checkpoints stay on the devices" in ended[0][1]
-    # Each has encoded its share of the datasets, and none another's.
+    # Process 0 has encoded its share of the datasets, and has found the other's.
     assert re.search(r"encode: 100%\S* 2/2 ", ended[0][1]) and " 3/3 " in ended[0][1]
     encoded = [
         sorted(path.name for path in (folder / "embeddings").iterdir())
