@@ -119,6 +119,7 @@ def test_each_layer_of_a_decoder_only_encoder_is_counted(tmp_path):
     assert flops(-1) == three and one > 1.5 * none
 
 
+@pytest.mark.slow
 def test_kept_checkpoints_that_a_step_on_answers_does_not_take_are_counted(tmp_path):
     base = write_qwen(tmp_path / "base", max_position_embeddings=256)
     how = {"base__path": str(base), "train__objective": "answers", "train__weights_first": 1}

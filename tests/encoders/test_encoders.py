@@ -573,6 +573,7 @@ def test_states_go_to_the_disk_batch_by_batch(tmp_path):
     np.testing.assert_array_equal(states[-6:], encoder.encode(PROMPTS))
 
 
+@pytest.mark.slow
 def test_windows_of_all_texts_share_batches_and_padding_is_encoded_once(monkeypatch):
     """Texts of 2, 1 and 1 windows, of three each and a rest: 4 different ones in all."""
     how = condition_by(MINILM, max_text_length=3 * 512 + 20)

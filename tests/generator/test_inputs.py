@@ -118,6 +118,7 @@ def test_a_batch_has_the_numbers_of_the_checkpoints_that_it_would_have():
     assert seen == {*range(sum(COUNTS))}
 
 
+@pytest.mark.slow
 def test_a_tpu_picks_without_a_copy_of_all_that_is_kept():
     """What it needs beside its arguments, by its compiler, is the same for ten times as many."""
     mesh = make_mesh(Mesh(1, 4, 1, 1, rules=()), topology_devices("v5e:2x2"))

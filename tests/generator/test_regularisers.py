@@ -158,6 +158,7 @@ def test_what_contradicts_two_sets_of_prompts(changes, said):
         freeze(raw)
 
 
+@pytest.mark.slow
 def test_a_run_writes_both_and_its_sizes_come_nearer_to_the_checkpoints(tmp_path):
     raw = load_file("tests/tiny.py")
     raw.train.update(steps=8, batch_size=8, learning_rate=1e-2)

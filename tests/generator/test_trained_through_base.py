@@ -70,6 +70,7 @@ def test_it_learns_to_answer(inputs, tmp_path):
         assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
 
 
+@pytest.mark.slow
 def test_held_in_questions_are_scored_and_change_nothing(inputs, one_device, tmp_path):
     assert main(command(inputs, tmp_path, "--config.train.validate_every=4")) == 0
     rows = read_metrics(tmp_path / "generator")
@@ -256,7 +257,10 @@ def test_it_learns_what_the_base_answers_behind_examples(inputs, tmp_path):
 
 @pytest.mark.parametrize(
     ("shots", "said"),
-    [(500, "config.train.shots = 500 others are to stand before each"), (11, "lower config.train")],
+    [
+        (500, "config.train.shots = 500 others are to stand before each"),
+        pytest.param(11, "lower config.train", marks=pytest.mark.slow),
+    ],
 )
 def test_more_examples_than_there_are_or_have_room(inputs, tmp_path, shots, said):
     words = command(inputs, tmp_path, f"--config.train.shots={shots}")

@@ -112,6 +112,7 @@ def test_what_is_missing_is_named_and_made_and_what_is_off_is_left_out(made, tmp
     assert list(found) == ["multi_task_tenth", "multi_task"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_on_record_before_the_next_part(made, tmp_path, monkeypatch):
     """So that a failure of the second, such as a full device, does not take the first away."""
     suite, base, workdir = made

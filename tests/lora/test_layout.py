@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch_reference
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_sets import BLOCK, qwen_shapes
 
@@ -367,6 +367,7 @@ def test_targets_encode_and_decode(lora, checkpoints, moving):
         np.testing.assert_allclose(spread, 1, rtol=1e-2)
 
 
+@settings(max_examples=6)
 @given(loras(), st.sampled_from(["element", "chunk"]), st.integers(0, 2**32 - 1))
 def test_weights_in_jax_are_those_that_are_exported(lora, kind, seed):
     tensors, width = lora
@@ -386,6 +387,7 @@ def test_weights_in_jax_are_those_that_are_exported(lora, kind, seed):
     assert seen == exported.keys()
 
 
+@settings(max_examples=6)  # each compiles a program
 @given(loras(), st.integers(0, 2**32 - 1))
 def test_gradient_of_a_matrix_goes_to_its_own_cells(lora, seed):
     """The transpose of `join` is `cut`, and cells beyond a matrix's end get nothing."""
