@@ -80,9 +80,9 @@ def describe_feeding(
         condition = dataclasses.replace(config.condition, in_graph=in_graph)
         return sample_shapes(dataclasses.replace(config, condition=condition))
 
-    def line(name: str, size: float, other: str) -> str:
-        a_second = f", {size / seconds:.3g} GB/s" if seconds else ""
-        return f"  {name:<31} {size:>10.4g} GB{a_second}{other}"
+    def line(name: str, a_step: float, other: str) -> str:
+        a_second = f", {a_step / seconds:.3g} GB/s" if seconds else ""
+        return f"  {name:<31} {a_step:>10.4g} GB{a_second}{other}"
 
     of_loras = {key: x for key, x in samples(True).items() if key in OF_LORAS.values()}
     prompts = {
@@ -93,7 +93,7 @@ def describe_feeding(
     lines = [f"each host, a step{f' of {seconds:.3g} s' if seconds else ''}:"]
 
     # Conditions, or the tokens of their texts.
-    encoding = _encoding(config, mesh, plan)
+    encoding = _encoding(config, mesh)
     if config.condition.in_graph:
         given += prompts[True]
         lines.append(line("tokens of the prompts", prompts[True], f" (in_graph: {encoding})"))
@@ -119,7 +119,7 @@ def describe_feeding(
     return "\n".join([*lines, _verdict(total, seconds, rate)])
 
 
-def _encoding(config: Config, mesh: jax.sharding.Mesh, plan: StepCost) -> str:
+def _encoding(config: Config, mesh: jax.sharding.Mesh) -> str:
     """What encoding takes of a device in a step."""
     flops = encoder_flops(config)
     if flops is None:

@@ -132,11 +132,12 @@ class PromptEncoder:
 
         def parts() -> Iterator[np.ndarray]:
             for states, valid in self._batches(prompts):
-                means.append(mean_pooled(states, valid))
-                yield states.astype(kind)
+                if kind != np.float32:  # of rounded states they could not be made later
+                    means.append(mean_pooled(states, valid))
+                yield states.astype(kind, copy=False)
 
         found = self._cached(prompts, cache, what, of_one, kind, parts())
-        if means and kind != np.float32:  # which could not be made of rounded states
+        if means:
             self._cached(prompts, cache, "means", (self.width,), np.float32, iter(means))
         return found.view(kind)  # NumPy's files know no bfloat16, only that it has two bytes
 

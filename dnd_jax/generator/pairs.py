@@ -292,8 +292,7 @@ def paired_datasets(
         off = not hosts.lead()
         return tqdm(datasets, desc=doing, unit="dataset", dynamic_ncols=True, disable=off)
 
-    for dataset in progress(hosts.share(suite.train), "encode"):
-        prompts_of(dataset)
+    inputs = {d.name: prompts_of(d) for d in progress(hosts.share(suite.train), "encode")}
     hosts.lead_waits()
     datasets, weights = [], []
     with hosts.lead_first():
@@ -301,7 +300,8 @@ def paired_datasets(
             questions, tokens = objective.questions(dataset), objective.tokens(dataset.name, target)
             targets = tokens and tokens.targets
             beside = questions, objective.shown(dataset, questions)
-            datasets.append(PairedDataset(dataset.name, prompts_of(dataset), targets, *beside))
+            mine = inputs.get(dataset.name) or prompts_of(dataset)  # or what another has encoded
+            datasets.append(PairedDataset(dataset.name, mine, targets, *beside))
             weights += [tokens.importance] if tokens and config.generator.importance else []
     if not weights:
         return datasets, np.ones(target.shape[0], np.float32)
