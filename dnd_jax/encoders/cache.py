@@ -94,17 +94,14 @@ class PromptEncoder:
         self.tokens = encoder.tokens
         self.max_text_length = config.max_text_length
         self.fingerprint = fingerprint(encoder.files, config)
-        self._ways, over_texts = 1, None
+        self._ways, self._over_texts = 1, None
         if mesh is not None:
-            self._ways, over_texts = (
-                batch_ways(mesh),
-                NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
-            )
+            self._ways = batch_ways(mesh)
+            self._over_texts = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         # Parameters are an argument, not a constant that XLA would fold into the program.
         self._encode = jax.jit(
             lambda params, ids, valid: encode_windows(self.module, params, ids, valid),
-            in_shardings=(None, over_texts, over_texts),
-            out_shardings=over_texts,
+            out_shardings=self._over_texts,
         )
 
     @property
@@ -211,7 +208,9 @@ class PromptEncoder:
             some = different[first : first + size].reshape(-1, length, 2)
             # The last batch is filled up: one shape, one compilation.
             rows = some[np.arange(size) % len(some)]
-            values = self._encode(self.params, rows[..., 0], rows[..., 1])
+            # Put, as jit takes no NumPy arrays to split where there are several processes.
+            ids_valid = jax.device_put((rows[..., 0], rows[..., 1]), self._over_texts)
+            values = self._encode(self.params, *ids_valid)
             states.append(np.asarray(values, np.float32)[: len(some)])
         return np.concatenate(states)[at]
 
