@@ -50,10 +50,10 @@ class HyperConvStage(nn.Module):
         plan = choose(
             Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.spec.convolution
         )
-        if plan.direct:
-            kernel = kernel.astype(x_BxNxLxC.dtype)  # before it is gathered: half the bytes
+        # Rounded before it is gathered, half the bytes travel.
+        dtype = x_BxNxLxC.dtype if plan.direct else kernel.dtype
         y = place.convolve(
-            lambda x, kernel: convolve(x, kernel, axis, plan), x_BxNxLxC, kernel, axis
+            lambda x, kernel: convolve(x, kernel, axis, plan), x_BxNxLxC, kernel, axis, dtype
         )
         return checkpoint_name(y, CONVOLUTION)
 
@@ -78,11 +78,12 @@ class HyperConvStage(nn.Module):
         height_first = self.convolve(x, "conv2h", 2, length_out)
         height_first = jnp.tanh(self.convolve(height_first, "conv2w", 3, c_out))
         bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
-        y = (width_first + height_first + bias.astype(dtype)) / 3
+        # Biases are added in float32, and so their gradients summed.
+        y = ((width_first + height_first + bias) / 3).astype(dtype)
 
         y = self.convolve(y, "conv_n", 1, n_out)
         bias_n = self.param("bias_n", torch_uniform(n * k**2), (n_out,))
-        y = y + bias_n.astype(dtype)[:, None, None]
+        y = (y + bias_n[:, None, None]).astype(dtype)
         return x_BxNxLxC + y if self.features_in == self.features_out else y
 
 

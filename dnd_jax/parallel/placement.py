@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike
 
 BATCH_AXES = ("slice", "data", "fsdp")
 
@@ -22,11 +23,11 @@ class Placement:
     """The constraints on activations and kernels. Without a mesh there are none.
 
     A batch is split over slice x data x fsdp. A convolution gathers its kernel from fsdp when it
-    needs it, and scatters the sum of its gradient back there; each part of `tensor` computes its
-    share of the output channels, which are then gathered: the next convolution slides over that
-    axis. A dimension that does not divide stays whole. Each device convolves what it has by itself
-    (shard_map): left to the partitioner, gradients of kernels would be summed over the batch as
-    spectra, several times as large.
+    needs it, once forwards and once backwards, and scatters the sum of its gradient back there;
+    each part of `tensor` computes its share of the output channels, which are then gathered: the
+    next convolution slides over that axis. A dimension that does not divide stays whole. Each
+    device convolves what it has by itself (shard_map): left to the partitioner, gradients of
+    kernels would be summed over the batch as spectra, several times as large.
     """
 
     mesh: jax.sharding.Mesh | None = None
@@ -59,28 +60,44 @@ class Placement:
         )
 
     def convolve(
-        self, function: Callable, x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int
+        self,
+        function: Callable,
+        x_BxNxLxC: jax.Array,
+        kernel: jax.Array,
+        axis: int,
+        dtype: DTypeLike = None,
     ) -> jax.Array:
         """Runs function(x, kernel) on every device's own parts. The result's output channels, on
-        `axis`, are gathered again."""
+        `axis`, are gathered again.
+
+        dtype: what the kernel is rounded to before it is gathered (default: its own type). Its
+        gradient is summed over the devices in the kernel's own type.
+        """
+        dtype = dtype or kernel.dtype
         if self.mesh is None or self.mesh.size == 1:
-            return function(x_BxNxLxC, kernel)
+            return function(x_BxNxLxC, kernel.astype(dtype))
         batch = BATCH_AXES if self.batch_ways(len(x_BxNxLxC)) > 1 else None
         channels = "tensor" if self.channel_ways(kernel.shape[3]) > 1 else None
         kernel_axes, gathered = self._kept(kernel.shape, channels)
+        summed = tuple(axis for axis in batch or () if self.mesh.shape[axis] > 1)
+        local = _Local(function, dtype, gathered, summed, channels)
+        y_axes = [batch, None, None, None]
+        y_axes[axis] = channels
+        of_x, of_kernel = PartitionSpec(batch), PartitionSpec(*kernel_axes)
+        of_y = PartitionSpec(*y_axes)
 
-        def local(x, kernel):
-            if gathered is not None:
-                kernel = jax.lax.all_gather(kernel, "fsdp", axis=gathered, tiled=True)
-            return function(x, kernel)
+        def mapped(function, given, made):
+            return jax.shard_map(
+                function, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False
+            )
 
-        split = [batch, None, None, None]
-        split[axis] = channels
-        specs = PartitionSpec(batch), PartitionSpec(*kernel_axes)
-        mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(*split), check_vma=False
+        forward = jax.custom_vjp(mapped(local.forward, (of_x, of_kernel), of_y))
+        backward = mapped(local.backward, (of_x, of_kernel, of_y), (of_x, of_kernel))
+        forward.defvjp(
+            lambda x, kernel: (forward(x, kernel), (x, kernel)),
+            lambda kept, dy: backward(*kept, dy),
         )
-        return self.activation(mapped(x_BxNxLxC, kernel))
+        return self.activation(forward(x_BxNxLxC, kernel))
 
     def _kept(self, shape: tuple[int, ...], channels: str | None) -> tuple[tuple, int | None]:
         """The mesh axes of a kernel's dimensions (k, k, in, out) while fsdp still splits it, and
@@ -105,6 +122,52 @@ class Placement:
         if self.mesh is None or self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """A convolution and its gradients as one device computes them, inside shard_map.
+
+    Both passes are written out. Of a derived one the gathered kernel would be kept until the
+    backward pass, and gradients be summed over axes of one member and over equal parts.
+    """
+
+    function: Callable  # of x and a whole kernel
+    dtype: DTypeLike  # of a kernel when it is gathered
+    gathered: int | None  # the kernel's dimension that is gathered from fsdp
+    summed: tuple[str, ...]  # the axes over which the batch is split
+    channels: str | None  # the axis that splits the output channels
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return self.function(x, self._whole(kernel))
+
+    def backward(
+        self, x: jax.Array, kernel: jax.Array, dy: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.gathered is not None:  # again, and not before dy is there
+            kernel, dy = jax.lax.optimization_barrier((kernel, dy))
+        _, gradients_of = jax.vjp(self.function, x, self._whole(kernel))
+        dx, dkernel = gradients_of(dy)
+        if self.channels:
+            dx = jax.lax.psum(dx, self.channels)
+        return dx, self._summed(dkernel.astype(kernel.dtype), kernel.shape)
+
+    def _whole(self, kernel: jax.Array) -> jax.Array:
+        kernel = kernel.astype(self.dtype)
+        if self.gathered is None:
+            return kernel
+        return jax.lax.all_gather(kernel, "fsdp", axis=self.gathered, tiled=True)
+
+    def _summed(self, dkernel: jax.Array, kept: tuple[int, ...]) -> jax.Array:
+        """The part of that shape of a whole kernel's gradient, summed over the batch."""
+        over, axis = self.summed, self.gathered
+        if axis is not None and "fsdp" in over:
+            dkernel = jax.lax.psum_scatter(dkernel, "fsdp", scatter_dimension=axis, tiled=True)
+            over = tuple(a for a in over if a != "fsdp")
+        elif axis is not None:  # each device has the whole batch
+            start = kept[axis] * jax.lax.axis_index("fsdp")
+            dkernel = jax.lax.dynamic_slice_in_dim(dkernel, start, kept[axis], axis)
+        return jax.lax.psum(dkernel, over) if over else dkernel
 
 
 ANYWHERE = Placement()  # no mesh
