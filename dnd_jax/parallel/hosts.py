@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
@@ -130,9 +132,63 @@ def agreed(flag: bool) -> bool:
 
 def to_host(x: jax.Array) -> np.ndarray | None:
     """A sharded array as NumPy in process 0, None in all others. Every process must call it: the
-    devices exchange their parts, one array at a time."""
-    x = _whole(x)
-    return np.asarray(x) if lead() else None
+    parts that process 0 lacks go to all devices, one after the other, so that none ever holds the
+    whole."""
+    if not several() or x.is_fully_replicated:
+        return np.asarray(x) if lead() else None
+    whole = np.empty(x.shape, x.dtype) if lead() else None
+    mine = {str(shard.index): shard.data for shard in x.addressable_shards}
+    for number, (index, processes) in parts_of(x).items():
+        part = mine.get(str(index)) if 0 in processes else part_on_all(x.sharding)(x, number)
+        if whole is not None:
+            whole[index] = part
+    return whole
+
+
+def _split_over(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes that split some dimension."""
+    return tuple(
+        axis
+        for entry in sharding.spec
+        for axis in (entry if isinstance(entry, tuple) else (entry,))
+        if axis is not None
+    )
+
+
+def parts_of(x: jax.Array) -> dict[int, tuple[tuple[slice, ...], set[int]]]:
+    """{number of a part: (where it lies in the whole, processes that have it)}; the number counts
+    along the axes of `_split_over`."""
+    mesh, axes = x.sharding.mesh, _split_over(x.sharding)
+    where, found = x.sharding.devices_indices_map(x.shape), {}
+    for at in np.ndindex(mesh.devices.shape):
+        on = dict(zip(mesh.axis_names, at, strict=True))
+        number = int(np.ravel_multi_index([on[a] for a in axes], [mesh.shape[a] for a in axes]))
+        device = mesh.devices[at]
+        found.setdefault(number, (where[device], set()))[1].add(device.process_index)
+    return found
+
+
+@functools.cache
+def part_on_all(sharding: NamedSharding) -> Callable[[jax.Array, int], jax.Array]:
+    """(an array of that sharding, number of a part) -> the part on every device: as bits, of which
+    the others add zeros."""
+    axes = _split_over(sharding)
+
+    def local(x, number):
+        bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
+        only = jnp.where(jax.lax.axis_index(axes) == number, bits, jnp.zeros_like(bits))
+        return jax.lax.bitcast_convert_type(jax.lax.psum(only, axes), x.dtype)
+
+    specs = sharding.spec, PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=sharding.mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
 
 
 def to_all_hosts(tree: Any) -> Any:
@@ -146,7 +202,7 @@ def _whole(x: jax.Array) -> jax.Array:
     """The whole array on every device, where it is not wholly within this process."""
     if not several() or x.is_fully_replicated:
         return x
-    return _copied_to(jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec()))(x)
+    return _copied_to(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
 
 
 @functools.cache
