@@ -108,3 +108,30 @@ def when(process: subprocess.Popen, condition, timeout: float = 300) -> bool:
         assert time.monotonic() < deadline, "the process never reached the awaited state"
         time.sleep(0.01)
     return True
+
+
+def two_processes(script: str, *arguments: str) -> list[str]:
+    """What a script prints in each of two joined processes of four devices."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    runs = []
+    for i in range(2):
+        joined = f"import jax\njax.distributed.initialize({address!r}, 2, {i})\n{script}"
+        command = [sys.executable, "-c", joined, *arguments]
+        runs.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outs
+    return outs

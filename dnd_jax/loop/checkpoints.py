@@ -20,6 +20,7 @@ from dnd_jax.config.records import Older, check_same_run
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.formats import check_format
 from dnd_jax.parallel import hosts
+from dnd_jax.parallel.rules import finest
 
 CHECKPOINTS = "checkpoints"
 FORMAT = 1  # of a checkpoint's record
@@ -139,12 +140,14 @@ def restore(
     shapes that have one); (0, None) when there is none.
 
     A newer one that cannot be read, or whose numbers have changed since, is moved aside to
-    "STEP.damaged". Several processes agree on the step. Raises InputError when its record
+    "STEP.damaged". Several processes agree on the step. Each reads its devices' shares, also of
+    what all have, which the devices then exchange. Raises InputError when its record
     (settings) differs from `record` in what is not allowed to, or when checkpoints exist and none
     can be read.
     """
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), shapes
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=finest(x.sharding, x.shape)),
+        shapes,
     )
     faults, reader, same = [], _reader(manager), True
     for step in sorted(manager.all_steps(), reverse=True):
@@ -173,6 +176,7 @@ def restore(
                 if "RESOURCE_EXHAUSTED" in str(fault):
                     raise
         readable = hosts.all_of(error is None)
+        state = _exchanged(state, shapes) if readable else None
         if readable and stored.get("sums", now := sums(state)) != now:
             readable, error = False, ValueError("its numbers are not those that were saved")
         if not readable:
@@ -196,6 +200,22 @@ def restore(
             f"{_reason(faults[0][1])}); {MEND if same else RESTORE}"
         )
     return 0, None
+
+
+def _exchanged(state: Any, wanted: Any) -> Any:
+    """The state, on the shardings of `wanted`."""
+    leaves, tree = jax.tree.flatten(state)
+    where = [x.sharding for x in jax.tree.leaves(wanted)]
+    moved = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(where[i], x.ndim)
+    ]
+    if moved:
+        program = jax.jit(lambda some: some, out_shardings=[where[i] for i in moved])
+        for i, x in zip(moved, program([leaves[i] for i in moved]), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _free(path: epath.Path) -> epath.Path:

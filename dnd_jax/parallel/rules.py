@@ -118,6 +118,46 @@ def batch_shapes(samples: Mapping, size: int, over_batch: NamedSharding) -> dict
     }
 
 
+def finest(where: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding whose parts are those of `where`, equal ones split among the devices that have
+    them as far as the array's dimensions divide. Its mesh has the same devices in the same order,
+    and an axis for each prime factor of an axis' size."""
+    if not isinstance(where, NamedSharding) or where.mesh.size == 1 or not shape:
+        return where
+    of_axis = {
+        axis: [(f"{axis}_{i}", prime) for i, prime in enumerate(_primes(size))]
+        for axis, size in where.mesh.shape.items()
+    }
+    every = [axis for axes in of_axis.values() for axis in axes]
+    left = list(where.shard_shape(shape))
+    entries = [*where.spec, *(None,) * (len(shape) - len(where.spec))]
+    split = [
+        [name for a in (e if isinstance(e, tuple) else (e,)) if a for name, _ in of_axis.pop(a)]
+        for e in entries
+    ]
+    for name, prime in (axis for axes in of_axis.values() for axis in axes):
+        fitting = [i for i, size in enumerate(left) if size % prime == 0]
+        if fitting:
+            largest = max(fitting, key=left.__getitem__)
+            left[largest] //= prime
+            split[largest].append(name)
+    mesh = jax.sharding.Mesh(
+        where.mesh.devices.reshape([prime for _, prime in every]), [name for name, _ in every]
+    )
+    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in split)))
+
+
+def _primes(number: int) -> list[int]:
+    """Its prime factors."""
+    found, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            found.append(factor)
+            number //= factor
+        factor += 1
+    return found
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

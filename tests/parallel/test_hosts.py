@@ -1,16 +1,11 @@
 """How arrays that lie over several processes come to one of them."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from pipeline import ROOT, free_port
+from pipeline import two_processes
 
 from dnd_jax.config import schema
 from dnd_jax.parallel import hosts
@@ -45,14 +40,13 @@ def test_each_part_comes_to_all_devices_and_never_the_whole(spec):
 
 
 SCRIPT = """
-import sys, jax, numpy as np
+import jax, sys
 from jax.sharding import NamedSharding
 from dnd_jax.config import schema
 from dnd_jax.parallel import hosts
 from dnd_jax.parallel.mesh import make_mesh
 sys.path.insert(0, "tests/parallel")
 from test_hosts import SPECS, values
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 mesh = make_mesh(schema.Mesh(1, 1, 4, 2, ()))
 sent = []
 of = hosts.part_on_all
@@ -66,25 +60,7 @@ print("sent", len(sent))
 """
 
 
-def test_process_0_has_all_of_an_array_of_two_processes(tmp_path: pathlib.Path):
+def test_process_0_has_all_of_an_array_of_two_processes():
     """Of 4, 8 and 8 parts the other process alone has half."""
-    address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, address, str(i)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for run in runs:
-        out, _ = run.communicate(timeout=120)
-        assert run.returncode == 0 and "sent 10" in out, out
+    for out in two_processes(SCRIPT):
+        assert "sent 10" in out, out
