@@ -112,6 +112,8 @@ def get_config() -> ConfigDict:
                 "keep_last": 2,
                 "keep_every": 0,
                 "checkpoint_dir": "",
+                "local_dir": "",
+                "local_every_seconds": 60,
                 "trackers": (),
             },
             "controls": {

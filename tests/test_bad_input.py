@@ -30,7 +30,8 @@ from dnd_jax.data.sources import read_jsonl, read_prompts
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.load import load_module
 from dnd_jax.generator.generate import draw_prompts
-from dnd_jax.loop.run import Training, run_loop
+from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.training import Training
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
 from dnd_jax.main import STAGES, main

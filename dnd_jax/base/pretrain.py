@@ -30,7 +30,8 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.loop.optimizers import base_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import Options, Training, run_loop
+from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.training import Options, Training
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import leading, replicated, shaped, shard_by_rules
 

@@ -41,6 +41,8 @@ SAME_NUMBERS = (
     "train.keep_last",
     "train.keep_every",
     "train.checkpoint_dir",
+    "train.local_dir",
+    "train.local_every_seconds",
     "train.trackers",
     "evaluate.batch_size",
     "evaluate.device",

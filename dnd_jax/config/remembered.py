@@ -68,8 +68,8 @@ def absolute(section: Any) -> Any:
 
 
 def _is_local(name: str, value: str) -> bool:
-    """Whether a setting is a path of this machine; the loop makes its checkpoint_dir itself."""
-    to_be_made = name == "checkpoint_dir" and bool(value) and "://" not in value
+    """Whether a setting is a path of this machine; the loop makes its folders itself."""
+    to_be_made = name in ("checkpoint_dir", "local_dir") and bool(value) and "://" not in value
     return to_be_made or os.path.exists(value)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from dnd_jax.config.choices import DTYPES, REMAT
 from dnd_jax.config.constraints import (
     NOT_NEGATIVE,
+    PATH,
     Amount,
     Below1,
     Count,
@@ -86,6 +87,10 @@ class Train:
     # and every one at a multiple of this step
     keep_every: Annotated[int, Must(NOT_NEGATIVE.holds, "must not be negative (0 keeps none)")]
     checkpoint_dir: Path  # a folder or gs:// address; empty: in the workdir
+    # a folder on each host's own disk or in its memory, for copies of the state between
+    # checkpoints; empty: none
+    local_dir: Annotated[str, PATH, Must(lambda x: "://" not in x, "must be a folder of each host")]
+    local_every_seconds: Positive  # so long after the last save or copy
     trackers: Annotated[tuple[str, ...], some_of(*TRACKERS)]  # beside metrics.jsonl
 
     def taught_at(self, step: int) -> tuple[str, ...]:

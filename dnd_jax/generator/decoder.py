@@ -34,6 +34,22 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
+@jax.custom_vjp
+def with_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias, broadcast and in x's type. The bias's gradient is summed in its own type, in which
+    devices exchange it: in bfloat16, sums over many would be off by parts in a hundred."""
+    return x + bias.astype(x.dtype)
+
+
+def _bias_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (1,) * (dy.ndim - bias.ndim) + bias.shape
+    over = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    return dy, jnp.sum(dy, over, dtype=bias.dtype).reshape(bias.shape)
+
+
+with_bias.defvjp(lambda x, bias: (with_bias(x, bias), bias), _bias_backward)
+
+
 class HyperConvStage(nn.Module):
     """One stage (N, L, C) -> (N', L', C')."""
 
@@ -78,12 +94,11 @@ class HyperConvStage(nn.Module):
         height_first = self.convolve(x, "conv2h", 2, length_out)
         height_first = jnp.tanh(self.convolve(height_first, "conv2w", 3, c_out))
         bias = self.param("bias", symmetric_uniform(1 / (length_out * c_out)), (length_out, c_out))
-        # Biases are added in float32, and so their gradients summed.
-        y = ((width_first + height_first + bias) / 3).astype(dtype)
+        y = with_bias(width_first + height_first, bias) / 3
 
         y = self.convolve(y, "conv_n", 1, n_out)
         bias_n = self.param("bias_n", torch_uniform(n * k**2), (n_out,))
-        y = (y + bias_n[:, None, None]).astype(dtype)
+        y = with_bias(y, bias_n[:, None, None])
         return x_BxNxLxC + y if self.features_in == self.features_out else y
 
 

@@ -49,7 +49,8 @@ from dnd_jax.generator.step import (
 from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.loop.run import Options, Training, run_loop
+from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.training import ALSO_SETTINGS, Options, Training
 from dnd_jax.ops.cost_model import describe
 from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, together
@@ -239,10 +240,7 @@ def _options(
 ) -> Options:
     c = config.train
     return Options(
-        keep_last=c.keep_last,
-        keep_every=c.keep_every,
-        checkpoint_dir=c.checkpoint_dir,
-        trackers=c.trackers,
+        **{name: getattr(c, name) for name in ALSO_SETTINGS},
         allowed=allowed if allowed is None else tuple(allowed),
         older=older,
         profile=profile,

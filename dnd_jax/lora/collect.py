@@ -27,7 +27,7 @@ from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.workdir import COLLECT, LORAS
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.data.suite_file import SPLITS
-from dnd_jax.loop.run import Options
+from dnd_jax.loop.training import Options
 from dnd_jax.lora.adapter import check_called, is_ours
 from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS

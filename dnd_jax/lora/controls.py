@@ -26,7 +26,8 @@ from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.workdir import CONTROLS
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
-from dnd_jax.loop.run import Diverged, Options
+from dnd_jax.loop.run import Diverged
+from dnd_jax.loop.training import Options
 from dnd_jax.lora.adapter import check_called
 from dnd_jax.lora.found import CONFIG as ADAPTER
 from dnd_jax.lora.tuning import Task, Tuning, stage_of

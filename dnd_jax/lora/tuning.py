@@ -28,7 +28,8 @@ from dnd_jax.data.opened import open_suite
 from dnd_jax.data.sources import Example
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.loop.run import Options, Training, run_loop
+from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.training import Options, Training
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, adapter_of
 from dnd_jax.lora.scores import Score, score_loras

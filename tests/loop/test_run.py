@@ -21,7 +21,8 @@ from dnd_jax.core.errors import InputError, Lost
 from dnd_jax.core.stopping import stop
 from dnd_jax.loop.checkpoints import open_checkpoints, sums
 from dnd_jax.loop.metrics import Metrics, read_metrics
-from dnd_jax.loop.run import Options, Training, run_loop
+from dnd_jax.loop.run import run_loop
+from dnd_jax.loop.training import Options, Training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -322,7 +323,7 @@ def test_a_state_is_saved_after_so_many_seconds_too(tmp_path, monkeypatch):
     def pass_by(done, state):
         clock["now"] += 10 if done < 25 else 40
 
-    monkeypatch.setattr("dnd_jax.loop.run.time.perf_counter", read)
+    monkeypatch.setattr("dnd_jax.loop.saves.time.perf_counter", read)
     how = {"after_step": pass_by, "save_every": 1000, "save_every_seconds": 100}
     run(tmp_path, 30, options=Options(keep_last=9), **how)
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())

@@ -12,7 +12,7 @@ from small_models import write_qwen
 from dnd_jax.base.sequences import Sequences
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
-from dnd_jax.loop.run import Options
+from dnd_jax.loop.training import Options
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.tuning import Task, Tuning
 from dnd_jax.main import main
