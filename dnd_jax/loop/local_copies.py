@@ -47,14 +47,14 @@ class LocalCopies:
         instead = "give another --config.train.local_dir"
         need_space(folder, size - there, "two copies of the state", instead)
 
-    def newest(self) -> int:
-        """The newest step of which every process has a whole copy; 0 when there is none."""
+    def steps(self) -> list[int]:
+        """The steps of which every process has a whole copy, the newest first."""
         mine = sorted({self._step(path) for path in self._files.values()} | {0})[-2:]
         every = np.asarray([*mine, 0][:2])[None]
         if hosts.several():
             every = multihost_utils.process_allgather(every[0])
-        common = set.intersection(*(set(row.tolist()) | {0} for row in every))
-        return max(common)
+        common = set.intersection(*(set(row.tolist()) for row in every)) - {0}
+        return sorted(common, reverse=True)
 
     def record(self, step: int) -> Mapping:
         """What stands beside the copy of a step."""

@@ -72,23 +72,21 @@ class Saves:
 
     def _copied(self) -> tuple[int, Any] | None:
         """What all hosts have a copy of, where it is newer than the newest checkpoint."""
-        saved = hosts.of_lead(self._manager.latest_step() or 0)
-        done = self._copies.newest() if self._copies is not None else 0
-        if done <= saved:
+        if self._copies is None:
             return None
-        stored, where = self._copies.record(done), f"the copy of step {done} in local_dir"
-        o = self._options
-        check_same_run(where, stored["settings"], self._record, o.allowed, o.older)
-        state = self._copies.read(done)
-        if state is None or stored["sums"] != sums(state):
-            found = "of another mesh" if state is None else "damaged"
+        saved, o = hosts.of_lead(self._manager.latest_step() or 0), self._options
+        for done in [step for step in self._copies.steps() if step > saved]:
+            stored, where = self._copies.record(done), f"the copy of step {done} in local_dir"
+            check_same_run(where, stored["settings"], self._record, o.allowed, o.older)
+            state = self._copies.read(done)
+            sound = state is not None and hosts.all_of(stored["sums"] == sums(state))
             if hosts.lead():
-                tqdm.write(f"{where} is {found}; going on from the checkpoint of step {saved}")
-            return None
-        self._saved = saved
-        if hosts.lead():
-            tqdm.write(f"going on from {where}; the newest checkpoint is of step {saved}")
-        return done, state
+                found = "is of another mesh" if state is None else "is damaged"
+                tqdm.write(f"going on from {where}" if sound else f"{where} {found}")
+            if sound:
+                self._saved = saved
+                return done, state
+        return None
 
     def late(self, done: int) -> bool:
         """Whether nothing was saved for `save_every_seconds`, in all processes alike."""

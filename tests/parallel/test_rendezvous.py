@@ -223,6 +223,26 @@ def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_p
 
 
 @pytest.mark.slow
+def test_killed_processes_go_on_from_copies_on_their_hosts(inputs, uninterrupted, tmp_path):
+    """No checkpoint was due: of sharded parameters each process has its part, and its own file."""
+    local, sharded = tmp_path / "local", ("--config.mesh.data=1", "--config.mesh.fsdp=2")
+    rarely = ("--config.train.save_every=1000", "--config.train.save_every_seconds=0")
+    every = (f"--config.train.local_dir={local}", "--config.train.local_every_seconds=1")
+    runs = start_two(inputs, tmp_path, *sharded, *rarely, *every)
+    copied = lambda: len(rows(tmp_path)) > 20 and len(list(local.glob("*of_2.?.safetensors"))) == 4
+    assert when(runs[0], copied), finish(*runs)
+    for run in runs:
+        run.kill()
+    finish(*runs)
+    ended = finish(*start_two(inputs, tmp_path, *sharded, *rarely, *every))
+    assert [status for status, _ in ended] == [0, 0], ended
+    step = int(re.search(r"going on from the copy of step (\d+)", ended[0][1])[1])
+    assert 0 < step < STEPS and not list(local.iterdir())
+    losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, uninterrupted)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_what_only_one_process_cannot_read_sends_both_to_the_step_before(inputs, tmp_path):
     """Files of the newest checkpoint that hold what process 1 keeps alone are cut short."""
