@@ -104,6 +104,8 @@ def get_config() -> ConfigDict:
                 "condition_noise": 1e-4,
                 "target_noise": 1e-5,
                 "dtype": "float32",
+                "precision": "default",
+                "deterministic": False,
                 "remat": "none",
                 "optimizer": "adamw",
                 "validate_every": 0,

@@ -34,6 +34,7 @@ SAME_NUMBERS = (
     "train.checkpoints",
     "train.targets_on",
     "train.micro_batches",
+    "train.deterministic",
     "train.remat",
     "train.save_every",
     "train.save_every_seconds",

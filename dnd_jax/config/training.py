@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from dnd_jax.config.choices import DTYPES, REMAT
+from dnd_jax.config.choices import DTYPES, PRECISIONS, REMAT
 from dnd_jax.config.constraints import (
     NOT_NEGATIVE,
     PATH,
@@ -73,6 +73,10 @@ class Train:
     condition_noise: Amount  # standard deviation
     target_noise: Amount
     dtype: Annotated[str, one_of(*DTYPES)]  # of the computation; parameters stay float32
+    precision: Annotated[str, one_of(*PRECISIONS)]  # of products of float32, by the chip's units
+    # on a GPU, the same bits from the same steps and batches, at the price of slower operations; a
+    # CPU and a TPU give them anyway
+    deterministic: bool
     # what the backward pass computes again: nothing; all but the convolutions' outputs; all of a
     # stage but its input
     remat: Annotated[str, one_of(*REMAT)]

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import safe_open
 
 from dnd_jax.config import schema, validate
+from dnd_jax.config.choices import PRECISIONS
 from dnd_jax.config.schema import Features
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, replacing, sync
@@ -68,6 +69,7 @@ class Description:
     condition: schema.Condition
     generator: schema.Generator
     dtype: str  # of the computation
+    precision: str  # of products of float32
     features: tuple[Features, ...]  # (N, L, C) of each stage, no zeros
     layout: LoraLayout
     adapter: AdapterConfig
@@ -77,7 +79,16 @@ class Description:
     @property
     def spec(self) -> DecoderSpec:
         """The decoder that the parameters are of."""
-        return DecoderSpec.of(self.generator, self.condition, self.dtype, features=self.features)
+        how = {"features": self.features, "precision": self.precision}
+        return DecoderSpec.of(self.generator, self.condition, self.dtype, **how)
+
+
+def _precision(train: Mapping) -> str:
+    """Of a record of any version. Raises ValueError for one that is none."""
+    found = train.get("precision", PRECISIONS[0])
+    if found not in PRECISIONS:
+        raise ValueError(f"train.precision {found!r} is none of {', '.join(PRECISIONS)}")
+    return found
 
 
 def read_record(folder: pathlib.Path) -> dict:
@@ -106,6 +117,7 @@ def read_description(folder: pathlib.Path) -> Description:
             condition=validate.section(schema.Condition, condition, "condition"),
             generator=validate.section(schema.Generator, settings["generator"], "generator"),
             dtype=str(np.dtype(settings["train"]["dtype"])),
+            precision=_precision(settings["train"]),
             features=_features(raw["features"]),
             layout=LoraLayout.from_json(raw["layout"]),
             adapter=validate.section(AdapterConfig, raw["adapter"], "adapter"),

@@ -109,4 +109,6 @@ def sample_shapes(config: schema.Config, kept: bool = False) -> dict[str, jax.Sh
 def spec_of(config: schema.Config) -> DecoderSpec:
     """The configured decoder as it is trained. Raises InputError as `features_of`."""
     c = config.train
-    return DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features_of(config))
+    return DecoderSpec.of(
+        config.generator, config.condition, c.dtype, c.remat, features_of(config), c.precision
+    )

@@ -23,6 +23,7 @@ class DecoderSpec:
     dtype: str = "float32"  # of the computation; parameters are float32
     convolution: str = "auto"  # of config.choices.METHODS
     remat: str = "none"  # of config.choices.REMAT: what the backward pass computes again
+    precision: str = "default"  # of config.choices.PRECISIONS
 
     @classmethod
     def of(
@@ -32,6 +33,7 @@ class DecoderSpec:
         dtype: str,
         remat: str = "none",
         features: Sequence[Features] | None = None,
+        precision: str = "default",
     ) -> "DecoderSpec":
         """From the sections of a configuration. features: those of `generator` with their zeros
         filled in, None where it has no zeros."""
@@ -44,6 +46,7 @@ class DecoderSpec:
             dtype=dtype,
             convolution=generator.convolution,
             remat=remat,
+            precision=precision,
         )
 
     @property

@@ -60,12 +60,24 @@ def shard_generation(
         return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
 
     step = jax.jit(
-        generate,
+        _in_precision(spec, generate),
         in_shardings=(shardings, over_batch),
         out_shardings=over_batch,
         compiler_options=compiler_options(place.platform),
     )
     return ShardedGeneration(module, shapes, shardings, over_batch, step)
+
+
+def _in_precision(spec: DecoderSpec, function: Callable) -> Callable:
+    """The function, whose products of float32 have the spec's precision, those of its gradients
+    too."""
+
+    @functools.wraps(function)
+    def computed(*arguments):
+        with jax.default_matmul_precision(spec.precision):
+            return function(*arguments)
+
+    return computed
 
 
 def device_problems(
@@ -289,12 +301,13 @@ def shard_train_step(
     if kept:
         frozen["checkpoints"] = over_cells(mesh)
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
+    options = compiler_options(place.platform, c.deterministic)
     step = jax.jit(
-        make_train_step(module, *how),
+        _in_precision(spec, make_train_step(module, *how)),
         in_shardings=(shardings, over_batch, frozen or None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(place.platform),
+        compiler_options=options,
     )
 
     def generated(params, batch, frozen=None):
@@ -303,10 +316,10 @@ def shard_train_step(
         return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
 
     tokens = jax.jit(
-        generated,
+        _in_precision(spec, generated),
         in_shardings=(shardings["params"], over_batch, frozen or None),
         out_shardings=replicated(mesh),
-        compiler_options=compiler_options(place.platform),
+        compiler_options=options,
     )
     return ShardedStep(
         shapes,

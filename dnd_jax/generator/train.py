@@ -138,7 +138,9 @@ def train(
     # The step.
     n, length = config.condition.num_prompts, config.condition.max_text_length
     features = resolve_features(config.generator, (n, length, encoder.width), target.shape)
-    spec = DecoderSpec.of(config.generator, config.condition, c.dtype, c.remat, features)
+    spec = DecoderSpec.of(
+        config.generator, config.condition, c.dtype, c.remat, features, c.precision
+    )
     if tuned:
         tune(device_problems(spec, mesh, c.batch_size, c.micro_batches).values())
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None

@@ -25,12 +25,13 @@ def convolve(
     kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the
     order of x. Returns x's layout and type with `axis` of size `out`. method: "direct" (the
     compiler's convolution), "dft" (tile by tile in the Fourier domain, dnd_jax/ops/dft.py), "auto"
-    (the cheaper one by the cost model of dnd_jax/ops/cost_model.py), "tuned" (the fastest one
-    measured here, else as "auto"), or a `ConvPlan`. platform: the one it is compiled for, "cpu",
-    "gpu" or "tpu" (default: the present one). On a mesh it is meant for each device's own part
-    (shard_map, as dnd_jax/parallel/placement.py does); it works without, too. A kernel of higher
-    precision than x is kept by "dft" and rounded to x's type by "direct". Raises ValueError for an
-    even or oblong kernel, channels that differ, an axis that is none, or an empty dimension.
+    (the cheaper one by the cost model of dnd_jax/ops/cost_model.py; on a GPU, whose rates were not
+    measured, "direct"), "tuned" (the fastest one measured here, else as "auto"), or a `ConvPlan`.
+    platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one). On a
+    mesh it is meant for each device's own part (shard_map, as dnd_jax/parallel/placement.py does);
+    it works without, too. A kernel of higher precision than x is kept by "dft" and rounded to x's
+    type by "direct". Raises ValueError for an even or oblong kernel, channels that differ, an axis
+    that is none, or an empty dimension.
     """
     if x_BxNxLxC.ndim != 4 or kernel.ndim != 4 or axis not in (1, 2, 3):
         raise ValueError(

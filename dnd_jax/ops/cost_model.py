@@ -14,6 +14,7 @@ import itertools
 import pathlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +108,10 @@ class Rates:
 
 
 # cpu: two cores of a Zen 4 server, fitted to `dnd bench` and, for 3 x 3 kernels on small grids, to
-# `dnd bench --layers` of mini and smollm2_135m_skills; only ratios matter. gpu: H100. tpu: v5p,
-# by the compiler's estimate.
+# `dnd bench --layers` of mini and smollm2_135m_skills; only ratios matter, which are those of
+# float32, in which a CPU computes 16-bit data too. tpu: v5p, bfloat16, by the compiler's estimate.
+# gpu: guessed from an H100's data sheet, bfloat16; "auto" does not go by them.
+GUESSED = ("gpu",)
 RATES = {
     "cpu": Rates(170e9, 33e9, 110e9, 60e9, 10e9, 40, 20, turn=1e-4),
     "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, 64, 64),
@@ -116,15 +119,14 @@ RATES = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
     """Options for jax.jit of a program made of convolutions. A CPU runs them one after the other:
     each uses all cores anyway, and side by side their arrays took half as much memory again (`dnd
-    bench`)."""
-    return (
-        {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-        if platform == "cpu"
-        else None
-    )
+    bench`). deterministic: a GPU then adds in one order, and chooses no algorithm by measuring."""
+    return {
+        "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+        "gpu": {"xla_gpu_deterministic_ops": True} if deterministic else None,
+    }.get(platform)
 
 
 def arithmetic(dtype, platform: str) -> Arithmetic:
@@ -258,12 +260,8 @@ def _tile_counts(size: int, kernel: int) -> list[int]:
 
 def tilings(problem: Problem) -> list[Tiling]:
     """All tilings worth considering."""
-    return list(
-        itertools.product(
-            _tile_counts(problem.height, problem.kernel),
-            _tile_counts(problem.width, problem.kernel),
-        )
-    )
+    counts = (_tile_counts(size, problem.kernel) for size in (problem.height, problem.width))
+    return list(itertools.product(*counts))
 
 
 def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
@@ -288,7 +286,7 @@ def _by_model(problem: Problem, method: str) -> ConvPlan:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if problem.platform not in RATES:
         raise ValueError(f"platform {problem.platform!r} is none of {', '.join(RATES)}")
-    if method == "direct":
+    if method == "direct" or (method == "auto" and problem.platform in GUESSED):
         return ConvPlan(None, None, problem.platform)
     found = {}
     for gradient in (False, True):
@@ -317,8 +315,8 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
 
 
 def describe(problems: Iterable[Problem], method: str) -> str:
-    """How many convolutions a method computes which way, output / gradients: "3 dft / dft, 2 direct
-    / dft"."""
+    """How many convolutions are computed which way, output / gradients: "3 dft / dft, 2 direct /
+    dft"."""
     names = {True: "dft", False: "direct"}
     plans = [choose(problem, method) for problem in problems]
     counts = Counter(

@@ -268,3 +268,19 @@ def test_a_finished_run_keeps_the_name_of_its_base(run):
     assert is_finished(folder, config, suite, root, None, called)
     with pytest.raises(InputError, match="its adapters call their base .* --base-name=org/other"):
         is_finished(folder, config, suite, root, None, "org/other")
+
+
+@pytest.mark.parametrize("recorded", ["highest", None, "float8"])
+def test_a_generator_is_computed_with_the_precision_that_it_was_trained_with(
+    run, recorded, tmp_path
+):
+    """None: of a version that did not record one."""
+    description = json.loads((run[2] / "generator/generator.json").read_text())
+    assert description["settings"]["train"].pop("precision") == "default"
+    description["settings"]["train"] |= {"precision": recorded} if recorded else {}
+    (tmp_path / "generator.json").write_text(json.dumps(description))
+    if recorded == "float8":
+        with pytest.raises(InputError, match="train.precision 'float8' is none of default"):
+            read_description(tmp_path)
+    else:
+        assert read_description(tmp_path).spec.precision == (recorded or "default")

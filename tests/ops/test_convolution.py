@@ -1,6 +1,7 @@
 """The Fourier method against the direct one: values and gradients on random shapes, every type,
 chunks, meshes, bad input."""
 
+import dataclasses
 import functools
 
 import jax
@@ -347,3 +348,11 @@ def test_cost_counts_what_the_compiler_counts(platform, dtype):
             2 * sum(macs for macs, _ in dft_work(problem, tiling, gradient)), rel=0.1
         )
         assert counted < 2 * problem.macs * (2 if gradient else 1) / (4 if platform == "cpu" else 2)
+
+
+def test_auto_does_not_go_by_rates_that_nobody_measured():
+    """A GPU convolves directly, unless it is told otherwise or has measured itself."""
+    large = Problem(8, 256, 256, 300, 300, 9, "bfloat16", "gpu")
+    assert choose(large).direct and choose(large, "tuned").direct
+    assert not choose(large, "dft").direct
+    assert not choose(dataclasses.replace(large, platform="tpu")).direct

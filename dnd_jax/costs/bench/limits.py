@@ -12,7 +12,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.chips import CHIPS, Chip
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.ops.cost_model import choose, dft_work
+from dnd_jax.ops.cost_model import GUESSED, choose, dft_work
 
 DEVICES = 8
 SETTINGS = (
@@ -28,7 +28,7 @@ def limits(setting: str, chip: Chip) -> dict[str, float]:
     spec, batch = spec_of(config), config.train.batch_size / DEVICES
     operations = moved = 0.0
     for problem in spec.convolutions(round(batch), chip.platform).values():
-        plan = choose(problem, "auto")
+        plan = choose(problem, "dft" if problem.platform in GUESSED else "auto")
         for gradient, tiling in ((False, plan.forward), (True, plan.backward)):
             if tiling is None:
                 operations += 2 * problem.macs * (2 if gradient else 1)
