@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
                 "form": "prompt",
                 "in_graph": False,
                 "too_long": "refuse",
+                "dtype": "float32",
             },
             "generator": {
                 "features": ((0, 0, 0), (0, 0, 0)),

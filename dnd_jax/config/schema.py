@@ -115,6 +115,7 @@ class Condition:
     # prompts of more than max_text_length tokens lose their end, and how many do is said; a set
     # that loses what tells tasks apart (dnd_jax/encoders/cut.py) is refused, or taken ("cut")
     too_long: Annotated[str, one_of("refuse", "cut")] = "refuse"
+    dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of the encoder's parameters and states
 
 
 TARGETS = ("chunk", "element")

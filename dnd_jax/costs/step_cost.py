@@ -52,7 +52,12 @@ def train_arguments(
         module = encoder_module(config)
         # The encoder's parameters know no length; texts longer than its window are cut.
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        encoder = module, jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+        params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+        kind = module.dtype
+        encoder = (
+            module,
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), params),
+        )
     taught = config.train.taught_at(config.train.weights_first)
     if ASKING & {*taught}:
         answering = _answering(config, mesh)

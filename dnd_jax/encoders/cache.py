@@ -38,9 +38,11 @@ def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(files: Mapping[str, pathlib.Path], config: schema.Condition) -> str:
-    """What an encoder's output depends on: its files (`Encoder.files`), layer and text length."""
+    """What an encoder's output depends on: its files (`Encoder.files`), layer, text length and
+    type."""
     of_model = digests.of_files(files)
-    return digests.of_json([VERSION, of_model, config.layer, config.max_text_length])
+    kind = [config.dtype] if config.dtype != "float32" else []  # once all were
+    return digests.of_json([VERSION, of_model, config.layer, config.max_text_length, *kind])
 
 
 def identify(config: schema.Condition) -> str:
@@ -51,7 +53,9 @@ def identify(config: schema.Condition) -> str:
 def is_encoder(wanted: str, config: schema.Condition) -> bool:
     """Whether an encoder has the fingerprint that a generator's description of any version wants;
     it is not loaded."""
-    return wanted == identify(config) or wanted == fingerprint_of_format_0(config)
+    return wanted == identify(config) or (
+        config.dtype == "float32" and wanted == fingerprint_of_format_0(config)
+    )
 
 
 def fingerprint_of_format_0(config: schema.Condition) -> str:
@@ -88,7 +92,7 @@ class PromptEncoder:
         mesh: jax.sharding.Mesh | None = None,
         revision: str = "",
     ):
-        encoder = load_encoder(config.encoder, config.layer, mesh, revision)
+        encoder = load_encoder(config.encoder, config.layer, mesh, revision, config.dtype)
         self.revision = encoder.revision
         self.module, self.params, self._tokenize = encoder.module, encoder.params, encoder.tokenize
         self.tokens = encoder.tokens

@@ -71,20 +71,24 @@ def load_encoder(
     layer: int = LAST,
     mesh: jax.sharding.Mesh | None = None,
     revision: str = "",
+    dtype: str = "float32",
 ) -> Encoder:
-    """The encoder of a folder, GGUF or vector file, package or hub id, float32, on the mesh by its
-    rules where one is given; a parameter that the mesh does not divide is whole on every device.
+    """The encoder of a folder, GGUF or vector file, package or hub id, in a type, on the mesh by
+    its rules where one is given; a parameter that the mesh does not divide is whole on every
+    device.
 
     layer: of a decoder-only LM, 0 for its embeddings. revision: of a hub id, the commit. Raises
     InputError for an architecture or layer that does not exist.
     """
     if is_vectors(name):
-        return _load_vectors(pathlib.Path(name), layer, mesh)
+        return _load_vectors(pathlib.Path(name), layer, mesh, dtype)
     folder = resolve(name, revision=revision)
     module, rules, table, names = _architecture(folder, layer)
+    module = module.clone(dtype=jnp.dtype(dtype))
     ids = np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    params = load_params(StoredWeights(folder, names), table, shapes, (*rules, WHOLE), mesh)
+    stored = StoredWeights(folder, names)
+    params = load_params(stored, table, shapes, (*rules, WHOLE), mesh, module.dtype)
     tokenizer = load_tokenizer(folder)
     _check_case(folder, tokenizer)
     tokenize = functools.partial(_tokenize, tokenizer)
@@ -107,11 +111,11 @@ def encoder_files(name: str | os.PathLike) -> dict[str, pathlib.Path]:
     return model_files(resolve(name), (CONFIG,))
 
 
-def load_module(name: str | os.PathLike, layer: int = LAST) -> nn.Module:
+def load_module(name: str | os.PathLike, layer: int = LAST, dtype: str = "float32") -> nn.Module:
     """The module of a folder, package, hub id or vector file without its weights, for its sizes."""
     if is_vectors(name):
-        return _load_vectors(pathlib.Path(name), layer, None).module
-    return _architecture(resolve(name, (CONFIG,)), layer)[0]
+        return _load_vectors(pathlib.Path(name), layer, None, dtype).module
+    return _architecture(resolve(name, (CONFIG,)), layer)[0].clone(dtype=jnp.dtype(dtype))
 
 
 def encode_windows(
@@ -203,13 +207,16 @@ def _lm(folder: pathlib.Path, layer: int) -> tuple[nn.Module, tuple, Table, Name
     return LmEncoder(config, layer), base_lm.RULES, table, names
 
 
-def _load_vectors(path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None) -> Encoder:
+def _load_vectors(
+    path: pathlib.Path, layer: int, mesh: jax.sharding.Mesh | None, dtype: str
+) -> Encoder:
     _only_last(path, layer)
     if path.suffix in OF_MODELS:
         raise InputError(f"{path}: {not_a_folder(path)}")
     vocabulary, vectors = word_vectors.read_vectors(path)
-    module = word_vectors.WordVectors(word_vectors.WordVectorsConfig(*vectors.shape))
-    params = {"vectors": vectors}
+    config = word_vectors.WordVectorsConfig(*vectors.shape)
+    module = word_vectors.WordVectors(config, jnp.dtype(dtype))
+    params = {"vectors": vectors.astype(module.dtype)}
     params = jax.device_put(
         params, mesh and shard_by_rules(mesh, (*word_vectors.RULES, WHOLE), params)
     )

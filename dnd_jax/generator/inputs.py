@@ -37,7 +37,7 @@ def condition_of(
     b, n, length = batch["ids"].shape
     ids, valid = (place.activation(batch[key].reshape(b * n, length)) for key in ("ids", "valid"))
     flat = place.activation(encode_windows(encoder, encoder_params, ids, valid))
-    return jax.lax.stop_gradient(flat).reshape(b, n, length, -1)
+    return jax.lax.stop_gradient(flat).astype(jnp.float32).reshape(b, n, length, -1)
 
 
 def with_gaps(x_BxNxLxC: jax.Array, share: float, key: jax.Array) -> jax.Array:

@@ -57,7 +57,9 @@ def encoder_module(config: schema.Config) -> nn.Module:
     """The text encoder without its weights. Raises InputError when neither its folder nor, by its
     id, the hub is within reach."""
     c = config.condition
-    return MINILM_L12 if c.encoder == MINILM_L12_ID else load_module(c.encoder, c.layer)
+    if c.encoder == MINILM_L12_ID:
+        return MINILM_L12.clone(dtype=jnp.dtype(c.dtype))
+    return load_module(c.encoder, c.layer, c.dtype)
 
 
 def layout_of(config: schema.Config) -> LoraLayout:

@@ -1,6 +1,7 @@
 """Every text encoder against transformers, padding included; word vectors; the one interface to
 conditions and the train step."""
 
+import dataclasses
 import json
 import shutil
 import tracemalloc
@@ -51,9 +52,12 @@ from dnd_jax.encoders.cache import (
     PromptEncoder,
     fingerprint,
     fingerprint_of_format_0,
+    identify,
+    is_encoder,
     mean_pooled,
 )
 from dnd_jax.encoders.load import encode_windows, load_encoder
+from dnd_jax.generator.inputs import condition_of
 from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.parallel.mesh import make_mesh
@@ -559,6 +563,27 @@ def test_every_encoder_serves_prompts(kind, tmp_path):
     )
     lengths = valid.sum(axis=1)
     assert 1 <= min(lengths) < max(lengths) == 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_in_bfloat16_takes_half_the_memory_and_is_near(kind, tmp_path):
+    how = condition_by(KINDS[kind](tmp_path), layer=2 if kind == "lm" else -1)
+    half = dataclasses.replace(how, dtype="bfloat16")
+    whole, rounded = PromptEncoder(how), PromptEncoder(half)
+    assert {x.dtype for x in jax.tree.leaves(rounded.params)} == {jnp.dtype(jnp.bfloat16)}
+    states, near = (encoder.encode(PROMPTS) for encoder in (whole, rounded))
+    error = np.linalg.norm(near - states) / np.linalg.norm(states)
+    assert error < 0.02 and (error > 0 or kind == "vectors") and near.dtype == np.float32
+    # Another encoder, for all that is kept of it; in the train step it is the same, and its noise
+    # is not rounded away.
+    assert whole.fingerprint != rounded.fingerprint == identify(half)
+    assert not is_encoder(whole.fingerprint, half) and is_encoder(whole.fingerprint, how)
+    ids, valid = rounded.tokenize(PROMPTS)
+    inside = condition_of(
+        {"ids": ids[None], "valid": valid[None]}, rounded.module, rounded.params, ANYWHERE
+    )
+    assert inside.dtype == jnp.float32
+    np.testing.assert_allclose(inside[0], near, atol=0.02 * np.abs(near).max())
 
 
 def test_states_go_to_the_disk_batch_by_batch(tmp_path):
