@@ -221,10 +221,6 @@ def backward(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, h: Axis, w: Axis, ordered: bool
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, dkernel) of `forward` for dy (B, H, W, D)."""
-    # The kernel's planes may be those of the forward pass: without a barrier the compiler keeps
-    # these of all convolutions until here, a fifth of the memory for 4% of the time. Those of x are
-    # smaller and cost more to make again (docs/PERFORMANCE.md).
-    kernel, dy = lax.optimization_barrier((kernel, dy))
     turned, kernel, h, w = _turned(kernel, h, w)
     maps = Transforms(h, w, x.shape[0], kernel.shape[2:], ordered)
     x, dy = _grid_first(x, turned), _grid_first(dy, turned)
@@ -232,10 +228,15 @@ def backward(
     dy = dy.reshape(h.size, w.tiles, w.step, *dy.shape[2:])
     dz = maps.order(maps.apply("y_rows", dy, BETWEEN, transposed=True), "fpjstbd", "tjbspfd")
     dp = written(maps.apply("y_columns", dz, SPECTRUM, transposed=True))
-    dx_planes = maps.product_to_x(dp, maps.planes_of_kernel(kernel))
     dk_planes = maps.product_to_kernel(maps.planes_of_x(x), dp)
     dkernel = maps.apply("kernel", dk_planes, kernel.dtype, transposed=True)
+    # The kernel's gradient first, then its planes, made anew, then the next convolution: a compiler
+    # that is free would hold both sets of planes, those of all forward passes, and gradients put
+    # off (docs/PERFORMANCE.md). The planes of x are smaller and cost more to make again.
+    dkernel, dp, kernel = lax.optimization_barrier((dkernel, dp, kernel))
+    dx_planes = maps.product_to_x(dp, maps.planes_of_kernel(kernel))
     dx = maps.planes_of_x_transposed(dx_planes, x.dtype)
+    dx, dkernel = lax.optimization_barrier((dx, dkernel))
     return _batch_first(dx, turned), dkernel.swapaxes(0, 1) if turned else dkernel
 
 
