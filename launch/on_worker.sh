@@ -36,7 +36,7 @@ case ${1:-} in
   install) # the runtime images bring Python 3.10; uv brings one that we support. requirements.txt: the versions tested together
     python3 -m pip install --user --quiet uv
     python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python --constraint requirements.txt --editable '.[tpu]'
+    python3 -m uv pip install --quiet --python .venv/bin/python --constraint requirements.txt --editable '.[tpu,demo,trackers]'
     .venv/bin/dnd --help >/dev/null
     echo "$(hostname): installed"
     ;;

