@@ -181,7 +181,7 @@ def test_a_step_on_answers_is_planned_with_the_base():
     assert make_plan(half, jax.devices()[:1], answer=2).argument_bytes < plan.argument_bytes
 
 
-@pytest.mark.parametrize("objective", ["weights", "answers"])
+@pytest.mark.parametrize("objective", ["weights", pytest.param("answers", marks=pytest.mark.slow)])
 def test_a_step_that_looks_at_sizes_is_planned_with_them(objective):
     """Beside the base or without one."""
     plain, sizes = (
@@ -201,6 +201,7 @@ def test_the_base_that_validates_is_beside_the_step():
     assert more >= 4 * (512 * 32 + 5 * layer) and validating.flops == plain.flops
 
 
+@pytest.mark.slow
 def test_a_step_on_answers_over_a_mesh_keeps_parts_of_the_base():
     whole, parts = (
         make_plan(asked(mesh__fsdp=n, mesh__data=8 // n), jax.devices(), answer=2) for n in (1, 8)

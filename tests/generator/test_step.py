@@ -32,24 +32,29 @@ def products(text: str, precision: str) -> tuple[int, int]:
     return sum(bool(twice.search(line)) for line in lines), len(lines)
 
 
-@pytest.mark.parametrize("convolution", ["direct", "dft"])
-def test_the_products_of_all_passes_have_the_precision_that_is_set(convolution):
+@pytest.mark.parametrize(
+    ("convolution", "precision", "written"),
+    [
+        ("direct", "highest", "HIGHEST"),
+        ("direct", "tensorfloat32", "HIGH"),
+        ("dft", "tensorfloat32", "HIGHEST"),
+    ],
+)
+def test_the_products_of_all_passes_have_the_precision_that_is_set(convolution, precision, written):
     """Those of the forward pass, and of its gradients; in the Fourier domain always float32's."""
-    for precision, written in (("highest", "HIGHEST"), ("tensorfloat32", "HIGH")):
-        config = settings(precision=precision)
-        config = dataclasses.replace(
-            config, generator=dataclasses.replace(config.generator, convolution=convolution)
-        )
-        mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
-        step, arguments = train_arguments(config, mesh)
-        written = "HIGHEST" if convolution == "dft" else written
-        some, every = products(step.lower(*arguments).as_text(), written)
-        assert some == every >= 3 * 5 * len(list(spec_of(config).stages))
-        generation = shard_generation(spec_of(config), mesh, ONE_DEVICE.rules)
-        condition = jax.ShapeDtypeStruct((1, *spec_of(config).condition_shape), np.float32)
-        params = shaped(generation.shapes, generation.shardings)
-        some, every = products(generation.step.lower(params, condition).as_text(), written)
-        assert some == every > 0
+    config = settings(precision=precision)
+    config = dataclasses.replace(
+        config, generator=dataclasses.replace(config.generator, convolution=convolution)
+    )
+    mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+    step, arguments = train_arguments(config, mesh)
+    some, every = products(step.lower(*arguments).as_text(), written)
+    assert some == every >= 3 * 5 * len(list(spec_of(config).stages))
+    generation = shard_generation(spec_of(config), mesh, ONE_DEVICE.rules)
+    condition = jax.ShapeDtypeStruct((1, *spec_of(config).condition_shape), np.float32)
+    params = shaped(generation.shapes, generation.shardings)
+    some, every = products(generation.step.lower(params, condition).as_text(), written)
+    assert some == every > 0
 
 
 def test_options_are_known_to_the_compiler():

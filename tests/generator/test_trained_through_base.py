@@ -100,7 +100,12 @@ LONG = pytest.mark.slow, pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    "sizes", [pytest.param((8, 1, 1), marks=LONG), (2, 2, 2), pytest.param((1, 4, 2), marks=LONG)]
+    "sizes",
+    [
+        pytest.param((8, 1, 1), marks=LONG),
+        pytest.param((2, 2, 2), marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), marks=LONG),
+    ],
 )
 def test_any_mesh_trains_the_same_generator(inputs, one_device, tmp_path, sizes):
     assert main(command(inputs, tmp_path, *on(*sizes))) == 0
