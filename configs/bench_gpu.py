@@ -17,5 +17,6 @@ def get_config():
         ("0.5B, generation of many", COMMON_SENSE, "generate", 0, "bfloat16"),
         ("0.5B, generation of one", COMMON_SENSE, "generate", 1, "bfloat16"),
     )
+    config.bench.methods = ("direct", "dft")  # auto is direct, until it knows a GPU's rates
     config.bench.torch = ("eager bf16", "channels_last bf16", "compile bf16")
     return config

@@ -78,8 +78,8 @@ def _blocks(path: pathlib.Path) -> Iterator[bytes]:
 
 
 class PromptEncoder:
-    """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer
-    and text length.
+    """The text encoder with its tokenizer; `fingerprint` identifies its weights, tokenizer, layer,
+    text length and type.
 
     `module` and `params` are what `encode_windows` takes, `tokens` gives those of texts. mesh:
     of this process' devices, to split parameters and texts over. revision: of an encoder from the

@@ -10,7 +10,7 @@ from dnd_jax.config.schema import Condition, Config
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import Suite
-from dnd_jax.encoders.cache import fingerprint_of_format_0, identify
+from dnd_jax.encoders.cache import identify, is_encoder
 from dnd_jax.generator.folder import (
     DESCRIPTION,
     MODEL,
@@ -39,7 +39,7 @@ def older_values(config: Config, source: Source) -> Older:
     known = isinstance(source, Checkpoints)
     return {
         "checkpoints": lambda then: known and then == source.digest_of_format_0(),
-        "encoder": lambda then: then == fingerprint_of_format_0(config.condition),
+        "encoder": lambda then: is_encoder(then, config.condition),
         "train.init_from": lambda then: then == config.train.init_from,
     }
 

@@ -71,6 +71,8 @@ def shard_generation(
 def _in_precision(spec: DecoderSpec, function: Callable) -> Callable:
     """The function, whose products of float32 have the spec's precision, those of its gradients
     too."""
+    if spec.precision == "default":
+        return function
 
     @functools.wraps(function)
     def computed(*arguments):

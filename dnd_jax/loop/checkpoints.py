@@ -206,11 +206,7 @@ def _exchanged(state: Any, wanted: Any) -> Any:
     """The state, on the shardings of `wanted`."""
     leaves, tree = jax.tree.flatten(state)
     where = [x.sharding for x in jax.tree.leaves(wanted)]
-    moved = [
-        i
-        for i, x in enumerate(leaves)
-        if isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(where[i], x.ndim)
-    ]
+    moved = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and x.sharding != where[i]]
     if moved:
         program = jax.jit(lambda some: some, out_shardings=[where[i] for i in moved])
         for i, x in zip(moved, program([leaves[i] for i in moved]), strict=True):

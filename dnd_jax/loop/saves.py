@@ -36,7 +36,7 @@ class Saves:
         self._copies, self._copy_clock = None, _Clock(0)
         if options.local_dir:
             folder = pathlib.Path(options.local_dir)
-            self._copies = LocalCopies(folder, training.directory, training.shapes)
+            self._copies = LocalCopies(folder, self._manager.directory, training.shapes)
             self._copy_clock = _Clock(options.local_every_seconds)
 
     @property
@@ -51,8 +51,15 @@ class Saves:
 
     def resume(self) -> tuple[int, Any]:
         """(steps done, state): of the newest checkpoint or copy, or a first state."""
-        t = self._training
-        done, state = self._copied() or self._restored()
+        t, newest = self._training, hosts.of_lead(self._manager.latest_step() or 0)
+        found = self._copied(newest)
+        if found is None:
+            found = self._restored()
+            if found[0] < newest:  # which could not be read
+                found = self._copied(found[0]) or found
+        done, state = found
+        if self._copies is not None:
+            self._copies.keep_until(done)
         if done > t.steps:
             raise InputError(
                 f"{t.title}: {self._manager.directory} holds {done} steps, {t.steps} are asked "
@@ -70,12 +77,12 @@ class Saves:
         self._saved = done
         return done, state
 
-    def _copied(self) -> tuple[int, Any] | None:
-        """What all hosts have a copy of, where it is newer than the newest checkpoint."""
-        if self._copies is None:
-            return None
-        saved, o = hosts.of_lead(self._manager.latest_step() or 0), self._options
-        for done in [step for step in self._copies.steps() if step > saved]:
+    def _copied(self, saved: int) -> tuple[int, Any] | None:
+        """What all hosts have a copy of, where it is newer than a checkpoint and has steps before
+        it still."""
+        o, last = self._options, self._training.steps
+        steps = self._copies.steps() if self._copies is not None else ()
+        for done in [step for step in steps if saved < step < last]:
             stored, where = self._copies.record(done), f"the copy of step {done} in local_dir"
             check_same_run(where, stored["settings"], self._record, o.allowed, o.older)
             state = self._copies.read(done)
@@ -118,16 +125,14 @@ class Saves:
     def close(self, ended: bool) -> None:
         """Waits for what is being written. ended: nothing is left to train, so that the copies can
         go."""
-        if self._copies is not None:
-            self._copies.wait()
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise disk_error(error, self._training.directory, self.directory) from error
         finally:
             self._manager.close()
-        if self._copies is not None and ended:
-            self._copies.clear()
+            if self._copies is not None:
+                self._copies.clear() if ended else self._copies.wait()
 
 
 class _Clock:

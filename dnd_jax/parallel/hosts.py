@@ -139,7 +139,10 @@ def to_host(x: jax.Array) -> np.ndarray | None:
     whole = np.empty(x.shape, x.dtype) if lead() else None
     mine = {str(shard.index): shard.data for shard in x.addressable_shards}
     for number, (index, processes) in parts_of(x).items():
-        part = mine.get(str(index)) if 0 in processes else part_on_all(x.sharding)(x, number)
+        if 0 in processes:
+            part = mine.get(str(index))
+        else:  # waited for: else all would be on their way at once
+            part = jax.block_until_ready(part_on_all(x.sharding)(x, number))
         if whole is not None:
             whole[index] = part
     return whole

@@ -144,7 +144,8 @@ def finest(where: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding
     mesh = jax.sharding.Mesh(
         where.mesh.devices.reshape([prime for _, prime in every]), [name for name, _ in every]
     )
-    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in split)))
+    fine = NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in split)))
+    return where if fine.is_equivalent_to(where, len(shape)) else fine
 
 
 def _primes(number: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import shutil
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -48,7 +50,7 @@ def test_the_newest_two_are_kept_and_come_back(folders):
     assert copies.steps() == []
     for step in (3, 5, 9):
         copies.save(step, state_on(2, 4, step), {"sums": [step]})
-    copies.wait()
+        copies.wait()
     again = LocalCopies(*folders, state_on(2, 4, 0))
     assert again.steps() == [9, 5] and again.record(9) == {"sums": [9]}
     assert_same(again.read(9), state_on(2, 4, 9))
@@ -66,7 +68,7 @@ def test_a_copy_is_of_the_state_that_it_was_given(folders):
     for done in range(1, 4):
         state = step(state)
         copies.save(done, state, {})
-    copies.wait()
+        copies.wait()
     assert_same(copies.read(3), state_on(8, 1, 3))
     assert_same(copies.read(2), state_on(8, 1, 2))
 
@@ -75,13 +77,55 @@ def test_what_was_cut_short_or_is_of_another_mesh_or_run_is_passed_over(folders,
     copies = LocalCopies(*folders, state_on(2, 4, 0))
     for step in (3, 5):
         copies.save(step, state_on(2, 4, step), {})
-    copies.wait()
+        copies.wait()
     assert LocalCopies(*folders, state_on(4, 2, 0)).read(5) is None
+    other = {**state_on(2, 4, 0), "norm": jax.device_put(np.zeros(4), jax.devices()[0])}
+    assert LocalCopies(*folders, other).read(5) is None
     newest = copies._path(5)
     newest.write_bytes(newest.read_bytes()[:-7])
     assert copies.steps() == [3]
     (tmp_path / "other").mkdir()
     assert LocalCopies(folders[0], tmp_path / "other", state_on(2, 4, 0)).steps() == []
+
+
+def test_the_newest_copy_of_all_processes_stays(folders, monkeypatch):
+    """Another process has no copy of 5: this one writes 7 over it, not over 3, which both have."""
+    copies = LocalCopies(*folders, state_on(2, 4, 0))
+    for step in (3, 5):
+        copies.save(step, state_on(2, 4, step), {})
+        copies.wait()
+    monkeypatch.setattr(copies, "steps", lambda: [3])
+    copies.save(7, state_on(2, 4, 7), {})
+    copies.wait()
+    assert sorted(map(copies._step, copies._files.values())) == [3, 7]
+
+
+def test_a_copy_is_left_out_where_one_is_still_being_written(folders, monkeypatch):
+    copies, through = LocalCopies(*folders, state_on(2, 4, 0)), threading.Event()
+    monkeypatch.setattr("dnd_jax.loop.local_copies.sync", lambda path: through.wait(60))
+    copies.save(3, state_on(2, 4, 3), {})
+    copies.save(5, state_on(2, 4, 5), {})
+    through.set()
+    copies.wait()
+    assert copies.steps() == [3]
+    copies.save(7, state_on(2, 4, 7), {})
+    copies.wait()
+    assert copies.steps() == [7, 3]
+    copies.keep_until(3)
+    assert copies.steps() == [3]
+
+
+def test_what_a_killed_process_and_another_number_of_them_left_is_removed(folders):
+    copies = LocalCopies(*folders, state_on(2, 4, 0))
+    copies.save(3, state_on(2, 4, 3), {})
+    copies.wait()
+    (copy,) = folders[0].iterdir()
+    for name in (copies._partial.name, copy.name.replace("0_of_1", "1_of_2")):
+        (folders[0] / name).write_bytes(bytes(9))
+    (folders[0] / "of_another_run").write_bytes(bytes(9))
+    again = LocalCopies(*folders, state_on(2, 4, 0))
+    assert again.steps() == [3]
+    assert {path.name for path in folders[0].iterdir()} == {copy.name, "of_another_run"}
 
 
 def test_a_folder_without_room_is_named(folders, monkeypatch):
@@ -107,6 +151,12 @@ def test_a_disk_that_fills_up_leaves_the_run_its_checkpoints(folders, capfd, mon
     assert "no local copy of step 2" in capfd.readouterr().err and copies.steps() == [1]
 
 
+def write_at_once(monkeypatch) -> None:
+    """Steps of a toy are faster than a thread."""
+    save = LocalCopies.save
+    monkeypatch.setattr(LocalCopies, "save", lambda self, *how: (save(self, *how), self.wait()))
+
+
 def trained(run: pathlib.Path, local: pathlib.Path, steps: int, until: int = 99, **more):
     """(state, steps that were taken) of a sum over steps, with a copy after each of them."""
     taken = []
@@ -123,7 +173,7 @@ def trained(run: pathlib.Path, local: pathlib.Path, steps: int, until: int = 99,
     zero = {"sum": jnp.float32(0)}
     training = Training(
         "toy", run, {"seed": 0}, zero, lambda: {"sum": jnp.float32(0)}, step, jnp.float32,
-        steps=steps, save_every=1000, after_step=after, **more,
+        steps=steps, after_step=after, **({"save_every": 1000} | more),
     )  # fmt: skip
     options = Options(local_dir=str(local), local_every_seconds=1)
     try:
@@ -133,6 +183,7 @@ def trained(run: pathlib.Path, local: pathlib.Path, steps: int, until: int = 99,
 
 
 def test_a_run_goes_on_from_the_newer_of_checkpoint_and_copy(tmp_path, monkeypatch, capsys):
+    write_at_once(monkeypatch)
     clock = [0.0]
 
     def passing():
@@ -149,16 +200,34 @@ def test_a_run_goes_on_from_the_newer_of_checkpoint_and_copy(tmp_path, monkeypat
     assert not list(local.iterdir())  # which has ended, and has its checkpoint
     # Deleted and begun anew, a run does not find what the one before had copied.
     trained(tmp_path / "again", local, 12, until=7)
-    (tmp_path / "again" / "local_copies").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
     assert trained(tmp_path / "again", local, 12, until=3)[1] == [1, 2, 3]
+    # Nor does a copy of a run's folder.
+    shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/checkpoints/12")
+    assert trained(tmp_path / "other", local, 12, until=2)[1] == [1, 2]
+
+
+def test_copies_newer_than_the_checkpoint_that_can_be_read(tmp_path, monkeypatch, capsys):
+    """The checkpoint of 10 is damaged, that of 5 is not, and of 8 and 9 there are copies."""
+    write_at_once(monkeypatch)
+    monkeypatch.setattr("dnd_jax.loop.saves.time.perf_counter", iter(range(0, 9999, 10)).__next__)
+    run, local = tmp_path / "run", tmp_path / "local"
+    trained(run, local, 40, until=11, save_every=5)
+    for path in (run / "checkpoints/10/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert trained(run, local, 40, until=12, save_every=5)[1] == [10, 11, 12]
+    out = capsys.readouterr().out
+    assert "10 is damaged" in out and "going on from the copy of step 9" in out
 
 
 def test_a_copy_of_other_settings_or_with_changed_numbers(tmp_path, monkeypatch, capsys):
+    write_at_once(monkeypatch)
     monkeypatch.setattr("dnd_jax.loop.saves.time.perf_counter", iter(range(0, 9999, 10)).__next__)
     run, local = tmp_path / "run", tmp_path / "local"
     trained(run, local, 12, until=7)
-    token = (run / "local_copies").read_text()
-    newest = max(local.glob(f"{token}*"), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(local.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)

@@ -46,6 +46,7 @@ def test_the_finest_sharding_splits_parts_among_those_that_have_them(case):
     same = 8 * math.prod(part) // math.prod(shape)
     assert same == 1 or all(size % 2 for size in part)
     assert list(fine.mesh.devices.flat) == list(where.mesh.devices.flat)
+    assert fine == where or not fine.is_equivalent_to(where, len(shape))
 
 
 SCRIPT = """
@@ -77,7 +78,7 @@ before = read()
 step, found = checkpoints.restore(manager, state, {})
 assert step == 7
 for name, x in state.items():
-    assert found[name].sharding.is_equivalent_to(x.sharding, x.ndim), name
+    assert found[name].sharding == x.sharding, name  # mesh included: the step is compiled once
     for mine, was in zip(found[name].addressable_shards, x.addressable_shards, strict=True):
         assert np.array_equal(mine.data, was.data), name
 total = sum(x.nbytes for name, x in state.items() if name != "odd")
