@@ -38,25 +38,34 @@ def random_loras(
     return root
 
 
-def start(*arguments: str, devices: int = 1, cwd: pathlib.Path = ROOT) -> subprocess.Popen:
-    """`dnd ARGUMENTS` in a process of its own with so many virtual devices, output piped as
-    text."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def python(
+    *arguments: str,
+    devices: int,
+    cwd: pathlib.Path = ROOT,
+    stderr: int = subprocess.PIPE,
+    **variables: str,
+) -> subprocess.Popen:
+    """Python in a process of its own with so many virtual devices, output piped as text."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}",
+        **variables,
     }
-    command = [sys.executable, "-m", "dnd_jax", *map(str, arguments)]
     return subprocess.Popen(
-        command,
+        [sys.executable, *arguments],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
+
+
+def start(*arguments: str, devices: int = 1, cwd: pathlib.Path = ROOT) -> subprocess.Popen:
+    """`dnd ARGUMENTS` in a process of its own."""
+    return python("-m", "dnd_jax", *map(str, arguments), devices=devices, cwd=cwd)
 
 
 def on(data: int, fsdp: int, tensor: int) -> list[str]:
@@ -112,26 +121,12 @@ def when(process: subprocess.Popen, condition, timeout: float = 300) -> bool:
 
 def two_processes(script: str, *arguments: str) -> list[str]:
     """What a script prints in each of two joined processes of four devices."""
-    address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
+    address, path = f"127.0.0.1:{free_port()}", f"{ROOT}:{ROOT / 'tests'}"
     runs = []
     for i in range(2):
         joined = f"import jax\njax.distributed.initialize({address!r}, 2, {i})\n{script}"
-        command = [sys.executable, "-c", joined, *arguments]
-        runs.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outs = [run.communicate(timeout=120)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outs
-    return outs
+        how = {"devices": 4, "stderr": subprocess.STDOUT, "PYTHONPATH": path}
+        runs.append(python("-c", joined, *arguments, **how))
+    outs = [(run.communicate(timeout=120)[0], run.returncode) for run in runs]
+    assert [status for _, status in outs] == [0, 0], outs
+    return [out for out, _ in outs]

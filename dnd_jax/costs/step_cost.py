@@ -53,11 +53,7 @@ def train_arguments(
         # The encoder's parameters know no length; texts longer than its window are cut.
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-        kind = module.dtype
-        encoder = (
-            module,
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), params),
-        )
+        encoder = module, jax.tree.map(lambda x: x.update(dtype=module.dtype), params)
     taught = config.train.taught_at(config.train.weights_first)
     if ASKING & {*taught}:
         answering = _answering(config, mesh)

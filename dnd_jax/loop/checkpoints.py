@@ -208,8 +208,8 @@ def _exchanged(state: Any, wanted: Any) -> Any:
     where = [x.sharding for x in jax.tree.leaves(wanted)]
     moved = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and x.sharding != where[i]]
     if moved:
-        program = jax.jit(lambda some: some, out_shardings=[where[i] for i in moved])
-        for i, x in zip(moved, program([leaves[i] for i in moved]), strict=True):
+        program = hosts.copied_to(tuple(where[i] for i in moved))
+        for i, x in zip(moved, program(tuple(leaves[i] for i in moved)), strict=True):
             leaves[i] = x
     return jax.tree.unflatten(tree, leaves)
 

@@ -205,10 +205,11 @@ def _whole(x: jax.Array) -> jax.Array:
     """The whole array on every device, where it is not wholly within this process."""
     if not several() or x.is_fully_replicated:
         return x
-    return _copied_to(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return copied_to(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
 
 
 @functools.cache
-def _copied_to(where: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    """The program that copies an array to a sharding, one for all arrays of a shape."""
+def copied_to(where: Any) -> Callable[[Any], Any]:
+    """The program that copies an array to a sharding, or a tuple of them to as many: one for all of
+    a shape."""
     return jax.jit(lambda x: x, out_shardings=where)

@@ -9,14 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from metadata_server import address as metadata_host
 from metadata_server import serving
-from pipeline import ROOT, TINY, dnd, free_port, random_loras, tiny_suite, when
+from pipeline import ROOT, TINY, dnd, free_port, python, random_loras, tiny_suite, when
 
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
@@ -53,10 +52,6 @@ def start(
     """`dnd train` in a process of its own with so many devices and environment variables, its
     output in one pipe."""
     environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         **variables,
@@ -68,15 +63,8 @@ def start(
     )
     given = {word.partition("=")[0] for word in more}  # each flag is given once
     usual = [word for word in (*ARGUMENTS, *data) if word.partition("=")[0] not in given]
-    command = [sys.executable, "-m", "dnd_jax", "train", *usual, *more]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = ("-m", "dnd_jax", "train", *usual, *more)
+    return python(*words, devices=devices, cwd=cwd, stderr=subprocess.STDOUT, **environment)
 
 
 def start_two(
