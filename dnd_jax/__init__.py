@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from dnd_jax.data.suite import load_suite as load_suite
     from dnd_jax.encoders.cache import PromptEncoder as PromptEncoder
     from dnd_jax.generator.decoder import weighted_loss as weighted_loss
-    from dnd_jax.generator.generate import TrainedGenerator as TrainedGenerator
     from dnd_jax.generator.generate import generate_adapter as generate_adapter
-    from dnd_jax.generator.generate import load_generator as load_generator
     from dnd_jax.generator.model import Generator as Generator
     from dnd_jax.generator.released import load_reference_generator as load_reference_generator
     from dnd_jax.generator.released import save_reference_generator as save_reference_generator
     from dnd_jax.generator.sizes import layout_of as layout_of
     from dnd_jax.generator.spec import DecoderSpec as DecoderSpec
+    from dnd_jax.generator.trained import TrainedGenerator as TrainedGenerator
+    from dnd_jax.generator.trained import load_generator as load_generator
     from dnd_jax.lora.adapter import load_adapter as load_adapter
     from dnd_jax.lora.adapter import save_adapter as save_adapter
     from dnd_jax.lora.layout import LoraLayout as LoraLayout
@@ -50,7 +50,7 @@ _HOME = {
     "InputError": "core.errors",
     "LoraLayout": "lora.layout",
     "PromptEncoder": "encoders.cache",
-    "TrainedGenerator": "generator.generate",
+    "TrainedGenerator": "generator.trained",
     "convolve": "ops.convolution",
     "freeze": "config.validate",
     "generate_adapter": "generator.generate",
@@ -59,7 +59,7 @@ _HOME = {
     "load_adapter_config": "lora.peft_settings",
     "load_base": "base.folder",
     "load_config": "config.load:load_file",
-    "load_generator": "generator.generate",
+    "load_generator": "generator.trained",
     "load_reference_generator": "generator.released",
     "load_suite": "data.suite",
     "merge_adapter": "lora.merge",

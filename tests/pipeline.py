@@ -10,8 +10,11 @@ import numpy as np
 from other_world import write_other_world
 
 from dnd_jax.base.architecture import sizes_to_pretrain
+from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
+from dnd_jax.config.validate import freeze
 from dnd_jax.data.suite import load_suite
+from dnd_jax.generator.train import train
 from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 
@@ -35,6 +38,18 @@ def random_loras(
         for checkpoint in range(checkpoints):
             tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
             save_adapter(root / dataset.name / f"step_{checkpoint}", tensors, adapter)
+    return root
+
+
+def tiny_generator(root: pathlib.Path) -> pathlib.Path:
+    """A workdir with a generator trained for two steps on random LoRAs of the tiny suite's tasks,
+    which lies in root/suite."""
+    raw = load_file(str(ROOT / "tests/tiny.py"))
+    raw.train.update(steps=2, batch_size=8, checkpoints=str(root / "loras"))
+    raw.generator.features = ((0, 0, 0), (0, 0, 0))  # one stage: quick to compile
+    config, folder = freeze(raw), tiny_suite(root / "suite")
+    random_loras(root / "loras", folder, config)
+    train(config, load_suite(folder, config.condition.num_prompts), root)
     return root
 
 

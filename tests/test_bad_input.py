@@ -29,7 +29,7 @@ from dnd_jax.core.files import replacing
 from dnd_jax.data.sources import read_jsonl, read_prompts
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.load import load_module
-from dnd_jax.generator.generate import draw_prompts
+from dnd_jax.generator.trained import draw_prompts
 from dnd_jax.loop.run import run_loop
 from dnd_jax.loop.training import Training
 from dnd_jax.lora.adapter import load_adapter, save_adapter

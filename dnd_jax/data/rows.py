@@ -24,7 +24,15 @@ from typing import Any
 
 from dnd_jax.core import digests, packages
 from dnd_jax.core.errors import InputError, first_line
-from dnd_jax.core.files import json_of, once_each, read_text, text_of, why_no_json
+from dnd_jax.core.files import (
+    is_of_system,
+    json_of,
+    once_each,
+    read_text,
+    text_of,
+    why_no_json,
+)
+from dnd_jax.core.names import name_fault, twin_faults
 from dnd_jax.data.tables import cell_rows, shortest, table_rows, unlabeled
 
 datasets = packages.deferred("datasets")
@@ -55,6 +63,38 @@ def unknown_kind(path: str | os.PathLike, *also: str) -> InputError:
         f"as one of {', '.join((*also, *FILES))}; the first {len(also) + len(TEXTS)} may be packed "
         f"({', '.join(PACKED)})"
     )
+
+
+def prompt_files(path: str | os.PathLike) -> dict[str, pathlib.Path]:
+    """{"": a file of prompts}, or of a folder {NAME: the file NAME.jsonl, NAME.txt.gz, ... in it},
+    hidden ones and files of systems left out.
+
+    Raises InputError for a folder without any, with others in it, and for names that cannot be
+    those of folders or are there twice.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        return {"": path}
+    found: dict[str, pathlib.Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.name.startswith(".") or is_of_system(file.name):
+            continue
+        if file.is_dir():
+            raise InputError(f"{file}: a folder among the files of prompts; give one of both")
+        kind, packing = kind_of(file, ".txt")
+        if not kind:
+            raise unknown_kind(file, ".txt")
+        name = file.name[: len(file.name) - len(kind + packing)]
+        if fault := name_fault(name):
+            raise InputError(f"{file}: {fault}; rename the file")
+        if name in found:
+            raise InputError(f"{file}: {found[name].name} has the same name; rename one")
+        found[name] = file
+    if not found:
+        raise InputError(f"{path}: no files of prompts in this folder")
+    if faults := twin_faults(found):
+        raise InputError(f"{path}: {faults[0]}")
+    return found
 
 
 def file_rows(path: str | os.PathLike, faults: list[str], field: str = "") -> Iterable[Row]:

@@ -31,8 +31,9 @@ VERSION = 1  # of the fingerprint, by which files of states are named
 TOKENS_PER_BATCH = 8192  # of a device
 
 
-def mean_pooled(condition: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Embeddings (n, L, C) and masks (n, L) -> (n, C), the mean over each prompt's real tokens."""
+def mean_pooled(condition, valid):
+    """Embeddings (n, L, C) and masks (n, L) of NumPy or JAX -> (n, C), the mean over each prompt's
+    real tokens."""
     weight = valid[..., None].astype(np.float32)
     return (condition * weight).sum(axis=1) / weight.sum(axis=1)
 
@@ -121,6 +122,11 @@ class PromptEncoder:
         """Prompts -> float32 (n, L, C)."""
         return np.concatenate([states for states, _ in self._batches(prompts)])
 
+    def on_devices(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
+        """(`encode` in the encoder's type, on its devices; the masks (n, L))."""
+        states, valid = zip(*self._computed(prompts), strict=True)
+        return jnp.concatenate(states), np.concatenate(valid)
+
     def cached(
         self, prompts: Sequence[str], cache: str | os.PathLike, dtype: str = "float32"
     ) -> np.ndarray:
@@ -169,19 +175,26 @@ class PromptEncoder:
     def _batches(
         self, prompts: Sequence[str], states: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(states (b, L, C), valid (b, L)), batch after batch of the prompts; states: those of all,
-        if they are known."""
+        """(float32 states (b, L, C), valid (b, L)), batch after batch of the prompts; states: those
+        of all, if they are known."""
+        if states is None:
+            for computed, valid in self._computed(prompts):
+                yield np.asarray(computed, np.float32), valid
+            return
+        size = self._at_once(len(prompts), self.max_text_length)
+        for first in range(0, len(prompts), size):
+            _, valid = self.tokenize(prompts[first : first + size])
+            yield states[first : first + size], valid
+
+    def _computed(self, prompts: Sequence[str]) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """(states (b, L, C), valid (b, L)), batch after batch of the prompts."""
         size = self._at_once(len(prompts), self.max_text_length)
         for first in range(0, len(prompts), size):
             stop.check()
-            texts = prompts[first : first + size]
-            ids, valid = self.tokenize(texts)
-            if states is not None:
-                yield states[first : first + size], valid
-                continue
+            ids, valid = self.tokenize(prompts[first : first + size])
             yield self._states(ids, valid, size), valid
 
-    def _states(self, ids_bxL: np.ndarray, valid_bxL: np.ndarray, texts: int) -> np.ndarray:
+    def _states(self, ids_bxL: np.ndarray, valid_bxL: np.ndarray, texts: int) -> jax.Array:
         """States (b, L, C) of at most so many texts, cut into windows as `encode_windows` does."""
         batch, length = ids_bxL.shape
         window = min(self.module.window or length, length)
@@ -193,9 +206,9 @@ class PromptEncoder:
             for part, of_text in zip(parts, (whole // window, 1), strict=True)
             if part.size
         ]
-        return np.concatenate([x.reshape(batch, -1, self.width) for x in states], axis=1)
+        return jnp.concatenate([x.reshape(batch, -1, self.width) for x in states], axis=1)
 
-    def _of_rows(self, rows_RxLx2: np.ndarray, size: int, of_text: int) -> np.ndarray:
+    def _of_rows(self, rows_RxLx2: np.ndarray, size: int, of_text: int) -> jax.Array:
         """States (R, L, C) of rows (ids, valid), so many of a text, at most `size` at once. Equal
         ones, such as windows of padding alone, are encoded once."""
         count, length, _ = rows_RxLx2.shape
@@ -214,9 +227,8 @@ class PromptEncoder:
             rows = some[np.arange(size) % len(some)]
             # Put, as jit takes no NumPy arrays to split where there are several processes.
             ids_valid = jax.device_put((rows[..., 0], rows[..., 1]), self._over_texts)
-            values = self._encode(self.params, *ids_valid)
-            states.append(np.asarray(values, np.float32)[: len(some)])
-        return np.concatenate(states)[at]
+            states.append(self._encode(self.params, *ids_valid))
+        return jnp.concatenate(states)[at]
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
         texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))

@@ -6,11 +6,13 @@ generator.json            settings, what it was taught by (the digest of LoRA ch
                           encoder_fingerprint; removed first and written last: a folder with it is
                           whole
 model.safetensors         parameters by path, "decoder/stage_0/conv1w", ...
-statistics.safetensors    importance weights (T,) and the statistics of the target
+statistics.safetensors    importance weights (T,), the statistics of the target, and the training
+                          tasks' mean embeddings (D, C)
 """
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -33,6 +35,7 @@ from dnd_jax.core.tensors import (
     write_safetensors,
     write_tensors,
 )
+from dnd_jax.generator.nearest import TrainedTasks
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora import targets
 from dnd_jax.lora.layout import LoraLayout
@@ -44,6 +47,7 @@ LARGEST = 1 << 20  # N, L or C of a stage
 # Keys of generator.json beside its settings: generator/objective.py.
 TAUGHT_BY = ("checkpoints", "base", "answer", "max_length", "lora", "spread")
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
+TASK_MEANS = "task_means"  # of the statistics: `TrainedTasks.means`
 
 
 def find_generator(run_dir: str | os.PathLike) -> pathlib.Path:
@@ -75,12 +79,20 @@ class Description:
     adapter: AdapterConfig
     encoder_fingerprint: str
     encoder_revision: str  # the commit of an encoder from the hub
+    task_names: tuple[str, ...] = ()  # of the training tasks, where it says so
+    far_from: float | None = None  # of `TrainedTasks`
 
     @property
     def spec(self) -> DecoderSpec:
         """The decoder that the parameters are of."""
         how = {"features": self.features, "precision": self.precision}
         return DecoderSpec.of(self.generator, self.condition, self.dtype, **how)
+
+    def tasks(self, statistics: Mapping[str, np.ndarray]) -> TrainedTasks | None:
+        """The training tasks, where the folder says what they are."""
+        if not self.task_names:
+            return None
+        return TrainedTasks(self.task_names, statistics[TASK_MEANS], self.far_from)
 
 
 def _precision(train: Mapping) -> str:
@@ -123,6 +135,7 @@ def read_description(folder: pathlib.Path) -> Description:
             adapter=validate.section(AdapterConfig, raw["adapter"], "adapter"),
             encoder_fingerprint=str(raw["encoder_fingerprint"]),
             encoder_revision=str(raw.get("encoder_revision", "")),
+            **_tasks(raw.get("tasks")),
         )
         grid = token_grid(description.generator.target, description.layout)
         if description.features[-1] != grid:
@@ -133,6 +146,19 @@ def read_description(folder: pathlib.Path) -> Description:
         raise InputError(
             f"{file}: not a generator of this version ({why}); train or import it again"
         ) from None
+
+
+def _tasks(raw: object) -> dict:
+    """What a description says of the training tasks; nothing of an imported or older one. Raises
+    ValueError for what cannot be."""
+    if raw is None:
+        return {}
+    names, far = raw["names"], raw["far_from"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("tasks.names are no names")
+    if far is not None and not (isinstance(far, float) and 0 < far < math.inf):
+        raise ValueError(f"tasks.far_from {far!r} is no distance")
+    return {"task_names": tuple(names), "far_from": far}
 
 
 def _features(raw: object) -> tuple[Features, ...]:
@@ -284,6 +310,8 @@ def read_statistics(folder: pathlib.Path, description: Description) -> dict[str,
     wanted = {"importance": grid[:1]}
     if description.generator.target == "element":
         wanted |= {"mean": grid, "scale": grid[:1]}
+    if description.task_names:
+        wanted[TASK_MEANS] = len(description.task_names), description.features[0][2]
     found = read_safetensors(path)
     shapes = {key: value.shape for key, value in found.items() if value.dtype in DTYPES.values()}
     wrong = [

@@ -1,18 +1,93 @@
-"""Which training tasks a set of prompts is close to."""
+"""Which training tasks a set of prompts is close to, by the cosine of mean embeddings after
+centring on the training tasks', and whether it is far from all of them, by their distance."""
 
+import dataclasses
+import os
 from collections.abc import Mapping
 
 import numpy as np
 
+from dnd_jax.config.schema import Config
+from dnd_jax.data.condition_text import condition_texts
+from dnd_jax.data.suite import Suite
+from dnd_jax.encoders.cache import PromptEncoder
 
-def nearest(prompts: np.ndarray, datasets: Mapping[str, np.ndarray]) -> str:
-    """The dataset whose mean embedding (of n_d, C) has the highest cosine with that of the prompts
-    (n, C), after centring."""
-    means = {name: pooled.mean(axis=0) for name, pooled in datasets.items()}
-    centre = np.mean(list(means.values()), axis=0)
+DRAWS = 16  # of a training task's prompts, by which sets are judged to be far
+FAR = 0.95  # so many of those are nearer to another task than what is far from all
+LISTED = 3  # tasks that are named
+READ = 256  # prompts of a task, at most, where none are encoded for training
 
-    def cosine(a, b):
-        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b) + 1e-12)
 
-    query = prompts.mean(axis=0) - centre
-    return max(means, key=lambda name: cosine(query, means[name] - centre))
+@dataclasses.dataclass(frozen=True)
+class TrainedTasks:
+    """The training tasks of a generator: names, mean embeddings (D, C), and the distance from all
+    of them beyond which N prompts are far; None where there are too few tasks to tell."""
+
+    names: tuple[str, ...]
+    means: np.ndarray
+    far_from: float | None = None
+
+    @classmethod
+    def of(cls, pooled: Mapping[str, np.ndarray], num_prompts: int, seed: int) -> "TrainedTasks":
+        """Of mean-pooled embeddings (n_d, C) of each training task's prompts.
+
+        A new task is far when it is farther from all than the training tasks are from each other:
+        N prompts of each, drawn DRAWS times, have a distance from the nearest other task, of which
+        FAR are below that.
+        """
+        tasks = cls(tuple(pooled), np.stack([x.mean(axis=0) for x in pooled.values()]))
+        if len(tasks.names) < 3:
+            return tasks
+        rng, nearest_other = np.random.default_rng(seed), []
+        for own, x in enumerate(pooled.values()):
+            for _ in range(DRAWS):
+                drawn = x[rng.choice(len(x), min(num_prompts, len(x)), replace=False)]
+                nearest_other.append(np.delete(tasks.distances(drawn), own).min())
+        return dataclasses.replace(tasks, far_from=float(np.quantile(nearest_other, FAR)))
+
+    def to_json(self) -> dict:
+        """All but the means."""
+        return {"names": list(self.names), "far_from": self.far_from}
+
+    def distances(self, prompts: np.ndarray) -> np.ndarray:
+        """Embeddings (n, C) of a set of prompts -> the distance of its mean from each task's
+        (D,)."""
+        return np.linalg.norm(self.means - prompts.mean(axis=0), axis=1)
+
+    def how_far(self, prompts: np.ndarray) -> float:
+        """The distance of a set of prompts (n, C) from the nearest task in units of what is far: 1
+        or more is; 0 where it is not known."""
+        return float(self.distances(prompts).min() / self.far_from) if self.far_from else 0.0
+
+    def cosines(self, prompts: np.ndarray) -> np.ndarray:
+        """Embeddings (n, C) of a set of prompts -> its cosine with each task (D,)."""
+        centre = self.means.mean(axis=0)
+        query, tasks = prompts.mean(axis=0) - centre, self.means - centre
+        norms = np.linalg.norm(query) * np.linalg.norm(tasks, axis=1) + 1e-12
+        return tasks @ query / norms
+
+    def closest(self, prompts: np.ndarray) -> tuple[tuple[str, float], ...]:
+        """(name, cosine) of the LISTED tasks closest to a set of prompts (n, C), the closest
+        first."""
+        cosines = self.cosines(prompts)
+        order = np.argsort(-cosines, kind="stable")[:LISTED]
+        return tuple((self.names[i], float(cosines[i])) for i in order)
+
+
+def trained_tasks(
+    config: Config, suite: Suite, encoder: PromptEncoder, cache: str | os.PathLike
+) -> TrainedTasks:
+    """Of a suite's training tasks, by their condition texts; `cache`: where those are that were
+    encoded before. With condition.in_graph by READ of each task."""
+    pooled = {}
+    for dataset in suite.train:
+        texts = condition_texts(dataset.train, config.condition.form, config.seed)
+        some = texts[:READ] if config.condition.in_graph else texts
+        pooled[dataset.name] = encoder.cached_means(some, cache)
+    return TrainedTasks.of(pooled, config.condition.num_prompts, config.seed)
+
+
+def nearest(prompts: np.ndarray, tasks: Mapping[str, np.ndarray]) -> str:
+    """The task, of those with mean-pooled embeddings (n_d, C), closest to prompts (n, C)."""
+    means = np.stack([pooled.mean(axis=0) for pooled in tasks.values()])
+    return TrainedTasks(tuple(tasks), means).closest(prompts)[0][0]

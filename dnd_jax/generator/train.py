@@ -24,15 +24,17 @@ from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_given, check_reading
 from dnd_jax.config.records import Older
 from dnd_jax.config.schema import Config
+from dnd_jax.core import workdir as paths
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Flag, Given, Stage
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
-from dnd_jax.generator.folder import initial_params, write_generator
+from dnd_jax.generator.folder import TASK_MEANS, initial_params, write_generator
 from dnd_jax.generator.held_in import held_in
 from dnd_jax.generator.inputs import kept_checkpoints
+from dnd_jax.generator.nearest import trained_tasks
 from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
 from dnd_jax.generator.record import is_finished, older_values, settings_of
@@ -128,6 +130,7 @@ def train(
         target = objective.target()
     hosts.check_alike({"the text encoder's files": encoder.fingerprint})
     datasets, importance = paired_datasets(config, suite, workdir, encoder, objective, target)
+    tasks = trained_tasks(config, suite, encoder, workdir / paths.EMBEDDINGS)
     record["encoder"] = encoder.fingerprint
     of_encoder = {"encoder_fingerprint": encoder.fingerprint, "encoder_revision": encoder.revision}
     drawn = config.condition.num_prompts, config.seed, c.pairing, c.few_prompts, c.wordings
@@ -191,8 +194,9 @@ def train(
         "layout": source.layout.to_json(),
         "adapter": source.adapter.to_json(),
         **of_encoder,
+        "tasks": tasks.to_json(),
     }
-    statistics = {"importance": importance, **target.statistics()}
+    statistics = {"importance": importance, TASK_MEANS: tasks.means, **target.statistics()}
     _write(folder, state.get("average", state["params"]), statistics, description)
     return folder
 
@@ -331,15 +335,10 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
 
 
 def needs(config: Config) -> tuple[str, ...]:
-    """The modules beyond a plain install that training needs: of trackers, of the encoder, of a
-    bucket."""
-    asked = config.train.asks_base
+    """The modules beyond a plain install that training needs."""
+    of_models = config.base.path if config.train.asks_base else "", config.condition.encoder
     bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
-    return (
-        *tracker_packages(config.train.trackers),
-        *packages_of(config.base.path if asked else "", config.condition.encoder),
-        *bucket,
-    )
+    return *tracker_packages(config.train.trackers), *packages_of(*of_models), *bucket
 
 
 STAGE = Stage(

@@ -36,11 +36,12 @@ def card(
     prompts: Sequence[str],
     seed: int,
     merged: bool = False,
+    notes: Sequence[str] = (),
 ) -> str:
     """The card of a generated adapter, or of a base with one merged into it.
 
     generator: its fingerprint; config_hash: of the settings that it was trained with;
-    prompts: those drawn by `seed`.
+    prompts: those drawn by `seed`; notes: what else is to be said.
     """
     front = {
         **({"base_model": adapter.base} if names_hub_model(adapter.base) else {}),
@@ -89,6 +90,8 @@ def card(
         f"- generator: sha256 {generator}; its configuration: sha256 {config_hash[:16]}\n"
         f"- prompts: {len(prompts)}, drawn with seed {seed} "
         f"(sha256 {digests.of_texts(prompts)[:16]})\n"
-        f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n\n"
+        f"- rank {adapter.rank}, alpha {adapter.alpha:g} (scale {adapter.scale:g})\n"
+        + "".join(f"- {note}\n" for note in notes)
+        + "\n"
         f"```python\n{peft}from transformers import AutoModelForCausalLM\n\n{load}```\n\n{served}"
     )

@@ -18,8 +18,8 @@ from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.generator.folder import read_record
-from dnd_jax.generator.generate import TrainedGenerator, draw_prompts
 from dnd_jax.generator.nearest import nearest
+from dnd_jax.generator.trained import Generated, TrainedGenerator, draw_prompts
 from dnd_jax.lora.adapter import as_folder, is_made_from, save_adapter
 from dnd_jax.lora.checkpoints import Checkpoints
 from dnd_jax.lora.collect import DONE as COLLECTED
@@ -198,7 +198,8 @@ class _Maker:
         for seed, path in folders.items():
             self._of_prompts("the training datasets", self._random(seed), {seed: path})
         empty = [""] * self._n
-        card, path = generator.card(empty, 0), self._competitors / "empty_prompts"
+        card = generator.card(Generated(tuple(empty), {}), 0)
+        path = self._competitors / "empty_prompts"
         self._saved(path, card, lambda: generator.tensors(empty))
         return {"random_prompts": list(folders.values()), "empty_prompts": [path]}
 
@@ -298,7 +299,8 @@ class _Maker:
         generator, source = self._generator, f"prompts of {name}"
         for seed, folder in folders.items():
             prompts = repeat_few(pool, self._different, self._n, seed)
-            card = generator.card(generator.draw(prompts, seed, source), seed)
+            drawn = generator.draw(prompts, seed, source)
+            card = generator.card(Generated(tuple(drawn), {}), seed)
             write = functools.partial(generator.write, prompts, folder, seed, source)
             self._kept(folder, card, write)
         return list(folders.values())

@@ -6,7 +6,7 @@ import numpy as np
 
 from dnd_jax.core import digests
 from dnd_jax.data.suite import Dataset, Suite
-from dnd_jax.generator.generate import draw_prompts
+from dnd_jax.generator.trained import draw_prompts
 
 
 def seeds_of_draws(name: str, seed: int, samples: int) -> range:

@@ -24,10 +24,9 @@ from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Suite
 from dnd_jax.generator.folder import find_generator, read_description
-from dnd_jax.generator.generate import TrainedGenerator
+from dnd_jax.generator.trained import Generated, TrainedGenerator
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
-from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.collect import DONE
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.task_step import first_state, make_collect_step
@@ -76,13 +75,8 @@ def measure_generation(
         )
 
         def write():
-            folder = save_adapter(
-                pathlib.Path(scratch, "adapter"),
-                made["tensors"],
-                generator.adapter,
-                generator.card(drawn, seed),
-            )
-            verify_adapter(folder, made["tensors"])
+            generated = Generated(tuple(drawn), made["tensors"])
+            generator.save(generated, pathlib.Path(scratch, "adapter"), seed)
 
         return encoding, decoding, _seconds(write)
 

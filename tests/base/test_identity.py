@@ -12,7 +12,8 @@ import pytest
 from dnd_jax.base.hub import keep_revision, kept_revision, resolve, revision_of
 from dnd_jax.base.identity import base_digest, base_name, means_base, one_name
 from dnd_jax.core.errors import InputError
-from dnd_jax.generator.generate import TrainedGenerator, base_to_merge
+from dnd_jax.generator.generate import base_to_merge
+from dnd_jax.generator.trained import TrainedGenerator
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "cfc09d1" / "run" / "base"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -99,7 +100,7 @@ def test_generation_takes_the_commits_of_the_training(tmp_path, monkeypatch):
         asked.append((condition.encoder, revision))
         raise InterruptedError
 
-    monkeypatch.setattr("dnd_jax.generator.generate.PromptEncoder", prompt_encoder)
+    monkeypatch.setattr("dnd_jax.generator.trained.PromptEncoder", prompt_encoder)
     for name in ("", "moved/elsewhere"):
         generator = TrainedGenerator(GOLDEN.parent / "generator", encoder=name)
         known = dataclasses.replace(generator._description, encoder_revision=COMMIT)

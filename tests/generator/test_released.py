@@ -19,8 +19,8 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.folder import initial_params, read_description
-from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.generator.state_dict import read_state_dict
+from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.layout import MODULE_ORDER
 from dnd_jax.lora.peft_settings import AdapterConfig

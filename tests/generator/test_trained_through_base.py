@@ -11,7 +11,7 @@ from pipeline import ROOT, dnd, finish, on, start, start_two, tiny_suite, when
 from safetensors.numpy import load_file as tensors_of
 from small_models import write_qwen
 
-from dnd_jax.generator.generate import load_generator
+from dnd_jax.generator.trained import load_generator
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.task_step import init_lora
 from dnd_jax.main import main

@@ -34,7 +34,7 @@ from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core.digests import of_texts
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import torch_generator
-from dnd_jax.generator.generate import TrainedGenerator
+from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter, verify_adapter
 from dnd_jax.lora.card import VLLM_RANKS, card
 from dnd_jax.lora.layout import MODULE_ORDER

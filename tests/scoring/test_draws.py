@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dnd_jax.generator.generate import draw_prompts
+from dnd_jax.generator.trained import draw_prompts
 from dnd_jax.scoring.draws import seeds_of_draws
 
 NAMES = [f"task_{i}" for i in range(40)]

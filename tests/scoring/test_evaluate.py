@@ -33,8 +33,8 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.data.suite import load_suite
-from dnd_jax.generator.generate import TrainedGenerator
 from dnd_jax.generator.train import train
+from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
