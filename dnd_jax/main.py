@@ -30,6 +30,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "controls": ("lora.controls", "LoRAs to compare with: one for all tasks, few-shot tuned ones"),
     "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
     "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
+    "serve": ("serving.serve", "a trained generator over HTTP: prompts in, adapters out"),
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
     "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
     "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
@@ -48,11 +49,10 @@ def usage() -> str:
     """The stages."""
     width = max(map(len, STAGES))
     rows = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in STAGES.items())
+    form = "dnd STAGE [--config=SETTINGS] [--workdir=DIR] [--config.KEY=VALUE ...]"
     return (
-        "usage: dnd STAGE [--config=SETTINGS] [--workdir=DIR] [--config.KEY=VALUE "
-        f"...]\n\n{rows}\n\n"
-        "dnd STAGE --help lists a stage's flags. SETTINGS: a file, or the name of shipped ones "
-        "such as mini."
+        f"usage: {form}\n\n{rows}\n\ndnd STAGE --help lists a stage's flags. "
+        "SETTINGS: a file, or the name of shipped ones such as mini."
     )
 
 

@@ -20,7 +20,8 @@ TREES = {
 # Packages that take longer than 0.2 s to import. core/packages.py imports them, when one of their
 # names is used; the exceptions are what runs in a process of its own, as PyTorch's side.
 SLOW = (
-    "torch peft transformers datasets matplotlib lm_eval huggingface_hub pyarrow wandb tensorboardX"
+    "torch peft transformers datasets matplotlib lm_eval huggingface_hub pyarrow wandb "
+    "tensorboardX fastapi uvicorn prometheus_client pydantic starlette"
 )
 OPPONENT = {
     "costs.bench.torch_collecting": {"torch", "transformers"},
@@ -78,7 +79,7 @@ def test_slow_packages_are_imported_in_one_place():
 
 def test_rooms_say_what_they_are_for():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"configs"}
-    assert folders | {"serving"} == set(ROOMS)  # serving comes with the first server
+    assert folders == set(ROOMS)
     assert all(ast.get_docstring(tree) for tree in TREES.values())
     for room in folders:
         assert len(TREES[f"{room}.__init__"].body) == 1, "a room's __init__ imports nothing"

@@ -191,7 +191,7 @@ def _example(where: str, row: Mapping, system: str, answers: bool, asked: str) -
     if bad:
         raise InputError(f"{where}: {' and '.join(bad)} must be given as text{_hint(row, bad)}")
     for text in (prompt, response, system, asked):
-        if fault := _text_fault(text):
+        if fault := text_fault(text):
             raise InputError(f"{where}: {fault}")
     return Example(prompt, response, system, where, asked)
 
@@ -241,7 +241,7 @@ def _is_text(value: object) -> bool:
     return type(value) is str and value != "" and not value.isspace()
 
 
-def _text_fault(text: str) -> str:
+def text_fault(text: str) -> str:
     """Why a text is none that can be written; empty when it can."""
     if "\0" in text:
         return f"{text[:40]!r} ... holds a NUL character, which is no text; remove it"
@@ -299,7 +299,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
             if not _is_text(text):
                 hint = _hint(row, ["prompt"], "call the one of the prompts so")
                 raise InputError(f'{where}: expected an object with a "prompt" text{hint}')
-            if fault := _text_fault(text):
+            if fault := text_fault(text):
                 raise InputError(f"{where}: {fault}")
             prompts.append(text)
         except InputError as error:

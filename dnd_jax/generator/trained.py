@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -98,6 +98,10 @@ def draw_prompts(
     return [prompts[i] for i in np.sort(chosen)]
 
 
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 class TrainedGenerator:
     """A generator folder loaded for use: prompts -> LoRA tensors."""
 
@@ -179,20 +183,26 @@ class TrainedGenerator:
             return read_prompts(path)
         return condition_texts(read_jsonl(path), self.condition.form, self._seed)
 
-    def check(self, prompts: Sequence[str], source: str, too_long: str = "") -> None:
-        """Warns on stderr of prompts that the encoder cuts, and of fewer than N.
+    def check(
+        self,
+        prompts: Sequence[str],
+        source: str,
+        too_long: str = "",
+        say: Callable[[str], None] = _warn,
+    ) -> None:
+        """Says of prompts that the encoder cuts, and of fewer than N.
 
         Raises InputError for too few, and where too much is lost, unless the generator's
         condition.too_long, or this one, is "cut".
         """
         self.draw(prompts, 0, source)
         if len(prompts) < (n := self.condition.num_prompts):
-            print(f"note: {source}: {len(prompts)} prompts, repeated to {n}", file=sys.stderr)
+            say(f"{source}: {len(prompts)} prompts, repeated to {n}")
         limit = self.condition.max_text_length
         lost = cut.count({source: prompts}, self.encoder.tokens, limit)
         allowed = "cut" if "cut" in (too_long, self.condition.too_long) else "refuse"
         fix = "shorten them, take a generator of longer texts"
-        cut.check(lost, allowed, fix, lambda line: print(f"warning: {line}", file=sys.stderr))
+        cut.check(lost, allowed, fix, say)
 
     def tokens(self, condition: np.ndarray) -> np.ndarray:
         """Condition embeddings (N, L, C) -> predicted token grid, float32 (T, h, w)."""

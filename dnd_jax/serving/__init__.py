@@ -1,0 +1,1 @@
+"""What answers requests: generated adapters over HTTP, kept in a folder of limited size."""

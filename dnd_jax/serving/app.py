@@ -1,0 +1,199 @@
+"""The service's HTTP side: routes, and what a client is told of every error in one line.
+
+POST /v1/adapters                    {"prompts", "seed", "strength", "name"} -> an adapter
+GET /v1/adapters                     all that are kept
+GET, DELETE /v1/adapters/KEY         one, by its id or its name
+GET /v1/adapters/KEY/download        its PEFT folder as a zip; that of a name is made again
+GET /healthz, /metrics, /docs
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from dnd_jax import __version__
+from dnd_jax.core import packages
+from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.serving.guard import Guard, Limits, refusal
+from dnd_jax.serving.metrics import Metrics
+from dnd_jax.serving.service import Busy, Closed, DiskFull, Order, Service
+from dnd_jax.serving.store import Entry, InUse, NoRoom
+
+fastapi = packages.deferred("fastapi")
+pydantic = packages.deferred("pydantic")
+exceptions = packages.deferred("fastapi.exceptions")
+responses = packages.deferred("fastapi.responses")
+of_starlette = packages.deferred("starlette.exceptions")
+
+BLOCK = 1 << 18  # bytes of a download at a time
+
+
+def make_app(service: Service, limits: Limits, metrics: Metrics):
+    """The application, a `fastapi.FastAPI`."""
+    generator = service.generator
+
+    class AdapterRequest(pydantic.BaseModel, extra="forbid"):
+        """prompts: unlabeled, of one task. seed: draws those that are used, where there are more.
+        strength: of the adapter's effect. name: to call the adapter by, beside its id."""
+
+        prompts: Annotated[list[str], pydantic.Field(min_length=1, max_length=limits.prompts)]
+        seed: Annotated[int, pydantic.Field(ge=0)] = 0
+        strength: Annotated[float, pydantic.Field(gt=0)] = 1.0
+        name: str = ""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = fastapi.FastAPI(
+        title="dnd_jax",
+        version=__version__,
+        description="Prompts of a task in, a LoRA adapter out (Drag-and-Drop LLMs).",
+        lifespan=lifespan,
+    )
+
+    def shown(entry: Entry, request: fastapi.Request) -> dict[str, Any]:
+        """What a client is told of an adapter."""
+        fields = dataclasses.asdict(entry)
+        fields["closest"] = [{"task": task, "cosine": cosine} for task, cosine in entry.closest]
+        return fields | {"url": f"{request.base_url}v1/adapters/{entry.id}/download"}
+
+    @app.post("/v1/adapters")
+    async def create(
+        order: AdapterRequest, request: fastapi.Request, response: fastapi.Response
+    ) -> dict:
+        """Generates an adapter, or finds it where the same order was made before (status 200)."""
+        wanted = Order(tuple(order.prompts), order.seed, order.strength)
+        future = await asyncio.to_thread(service.order, wanted, order.name)
+        response.status_code = 200 if future.done() else 201
+        metrics.orders.labels("found" if future.done() else "made").inc()
+        entry = await asyncio.wrap_future(future)
+        return shown(entry, request)
+
+    @app.get("/v1/adapters")
+    async def every(request: fastapi.Request) -> dict:
+        """The adapters that are kept, the last used first, and the names."""
+        names = await asyncio.to_thread(service.store.names)
+        return {"adapters": [shown(x, request) for x in service.store.entries()], "names": names}
+
+    async def found(key: str) -> str:
+        """The id of an adapter that is kept."""
+        id = await asyncio.to_thread(service.find, key)
+        if not id or service.store.get(id) is None:
+            raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
+        return id
+
+    @app.get("/v1/adapters/{key}")
+    async def one(key: str, request: fastapi.Request) -> dict:
+        """What an adapter was made from, and its card."""
+        with service.store.hold(await found(key)) as entry:
+            card = await asyncio.to_thread(_card, entry)
+            return shown(entry, request) | {"card": card}
+
+    @app.get("/v1/adapters/{key}/download", response_class=responses.StreamingResponse)
+    async def download(key: str):
+        """The PEFT folder as a zip."""
+        again = await asyncio.to_thread(service.again, key)
+        id = (await asyncio.wrap_future(again)).id if again else await found(key)
+        headers = {"Content-Disposition": f'attachment; filename="{id}.zip"', "ETag": f'"{id}"'}
+        return responses.StreamingResponse(
+            _zipped(service, id), media_type="application/zip", headers=headers
+        )
+
+    @app.delete("/v1/adapters/{key}", status_code=204)
+    async def delete(key: str) -> None:
+        """Deletes an adapter and its names."""
+        await asyncio.to_thread(service.delete, await found(key))
+
+    @app.get("/healthz")
+    async def healthz() -> dict:
+        """That the service answers, and what it generates with."""
+        return {
+            "status": "ok",
+            "base": generator.adapter.base,
+            "generator": generator.fingerprint[:16],
+            "prompts": {"fewest": generator.fewest or generator.condition.num_prompts},
+        }
+
+    @app.get("/metrics", response_class=responses.PlainTextResponse)
+    async def prometheus():
+        """Prometheus' text format."""
+        text, kind = await asyncio.to_thread(metrics.text, service)
+        return responses.Response(text, media_type=kind)
+
+    statuses = {InputError: 422, Busy: 429, Closed: 503, NoRoom: 507, DiskFull: 507, InUse: 409}
+    lines = {
+        Busy: f"{limits.waiting} orders wait already; try again in a moment",
+        Closed: "the service is stopping",
+        NoRoom: "the adapters in use fill the cache; delete some or give it more by --cache-gb",
+        DiskFull: "the disk of the cache is full; nothing was kept",
+        InUse: "the adapter is in use; try again in a moment",
+    }
+
+    def answer(request: fastapi.Request, error: Exception):
+        return refusal(statuses[type(error)], lines.get(type(error)) or first_line(error))
+
+    for kind in statuses:
+        app.add_exception_handler(kind, answer)
+
+    @app.exception_handler(exceptions.RequestValidationError)
+    async def invalid(request: fastapi.Request, error):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return refusal(422, f"{where}: {first['msg']}" if where else first["msg"])
+
+    @app.exception_handler(of_starlette.HTTPException)
+    async def plain(request: fastapi.Request, error):
+        return refusal(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: fastapi.Request, error):
+        return refusal(500, "an error of the service; its log says which")
+
+    app.add_middleware(Guard, limits=limits, metrics=metrics)
+    return app
+
+
+def _card(entry: Entry) -> str:
+    """The README.md of an adapter."""
+    return pathlib.Path(entry.path, "README.md").read_text(encoding="utf-8")
+
+
+class _Sink:
+    """Where a zip is written that is sent at once: what was written since the last look."""
+
+    def __init__(self):
+        self._parts: list[bytes] = []
+
+    def write(self, part: bytes) -> int:
+        self._parts.append(bytes(part))
+        return len(part)
+
+    def flush(self) -> None:
+        pass
+
+    def take(self) -> bytes:
+        parts, self._parts = b"".join(self._parts), []
+        return parts
+
+
+def _zipped(service: Service, id: str) -> Iterator[bytes]:
+    """A zip of an adapter's folder, block by block; the adapter stays meanwhile."""
+    with service.store.hold(id) as entry:
+        if entry is None:
+            raise InputError(f"adapter {id} has gone meanwhile; order it again")
+        sink = _Sink()
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for path in sorted(pathlib.Path(entry.path).iterdir()):
+                info = zipfile.ZipInfo(path.name)  # one date: the same adapter is the same zip
+                info.external_attr = 0o644 << 16
+                with path.open("rb") as file, archive.open(info, "w", force_zip64=True) as part:
+                    while block := file.read(BLOCK):
+                        part.write(block)
+                        yield sink.take()
+        yield sink.take()

@@ -1,0 +1,128 @@
+"""What stands before every request: who may ask, how large and how slow a body may be, and the
+count of all."""
+
+import asyncio
+import dataclasses
+import hmac
+import time
+
+from dnd_jax.core import packages
+from dnd_jax.serving.metrics import Metrics
+
+responses = packages.deferred("fastapi.responses")
+
+OPEN = {"/healthz"}  # without a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of a service. hosts: names that a request may call it by; empty: any. token: what every
+    request has to bear; empty: nothing."""
+
+    prompts: int = 1000  # of an order
+    waiting: int = 1000  # orders
+    body: int = 8 << 20  # bytes
+    seconds: float = 30.0  # until a body has come
+    hosts: tuple[str, ...] = ()
+    token: str = ""
+
+
+def refusal(status: int, message: str, headers: dict[str, str] | None = None):
+    """An error as every client is told of it, in one line."""
+    if status in (429, 503):
+        headers = {"Retry-After": "1", **(headers or {})}
+    line = " ".join(message.split())
+    return responses.JSONResponse({"error": {"message": line, "code": status}}, status, headers)
+
+
+class _TooLarge(Exception):
+    """A body is larger than may be."""
+
+
+class Guard:
+    """An ASGI middleware around the application."""
+
+    def __init__(self, app, limits: Limits, metrics: Metrics):
+        self._app, self._limits, self._metrics = app, limits, metrics
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def counted(message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, counted)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # no path of a client's making
+            seconds = time.perf_counter() - started
+            self._metrics.requests.labels(scope["method"], route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+
+    async def _answer(self, scope, receive, send) -> None:
+        headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        if refused := self._refused(scope, headers):
+            await refused(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._body(receive), self._limits.seconds)
+        except TimeoutError:
+            slow = f"the body has not come within {self._limits.seconds:g} s"
+            await refusal(408, slow, {"Connection": "close"})(scope, receive, send)
+            return
+        except _TooLarge:
+            large = f"the body is larger than {self._limits.body} bytes"
+            await refusal(413, large, {"Connection": "close"})(scope, receive, send)
+            return
+        if body is None:  # the client has gone
+            return
+        given = False
+
+        async def again():
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self._app(scope, again, send)
+
+    def _refused(self, scope, headers: dict):
+        """Why a request is not answered, by its head alone; None: it is."""
+        limits = self._limits
+        host = headers.get(b"host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        # A page of the web whose name points here would otherwise speak for whoever opens it.
+        if limits.hosts and name.lower() not in limits.hosts:
+            return refusal(421, f"Host {host[:80]!r} is not this service's; use 127.0.0.1")
+        if limits.token and scope["path"] not in OPEN:
+            given = headers.get(b"authorization", "")
+            wanted = f"Bearer {limits.token}"
+            if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
+                need = {"WWW-Authenticate": "Bearer"}
+                return refusal(401, "a bearer token is needed: Authorization: Bearer TOKEN", need)
+        length = headers.get(b"content-length", "0")
+        if not length.isdecimal() or int(length) > limits.body:
+            large = f"the body is larger than {limits.body} bytes"
+            return refusal(413, large, {"Connection": "close"})
+        return None
+
+    async def _body(self, receive) -> bytes | None:
+        """The whole body; None where the client has gone. Raises _TooLarge."""
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._limits.body:
+                raise _TooLarge
+            if not message.get("more_body"):
+                return b"".join(parts)

@@ -1,0 +1,139 @@
+"""Stage `serve`: a trained generator over HTTP (docs/SERVE.md).
+
+dnd serve --generator=RUN [--port=8000] [--cache=FOLDER] [--cache-gb=10]
+          [--host=0.0.0.0 --token-file=FILE] [--config.mesh.fsdp=8]
+"""
+
+import ipaddress
+import pathlib
+import socket
+
+from dnd_jax.core import packages
+from dnd_jax.core.errors import InputError
+from dnd_jax.core.files import read_text
+from dnd_jax.core.stage import BASE_NAME, DEFAULT, Flag, Given, Stage
+from dnd_jax.core.stopping import stop
+from dnd_jax.core.workdir import held
+from dnd_jax.generator.trained import TrainedGenerator
+from dnd_jax.lora.adapter import DTYPES
+from dnd_jax.serving.app import make_app
+from dnd_jax.serving.guard import Limits
+from dnd_jax.serving.metrics import Metrics
+from dnd_jax.serving.service import Service
+from dnd_jax.serving.store import AdapterStore
+
+uvicorn = packages.deferred("uvicorn")
+
+LAST_PORT = 65535
+SHORTEST_TOKEN = 16  # characters
+GRACE = 30  # seconds that requests have to end after SIGTERM
+
+FLAGS = (
+    Flag("generator", str, "", "a trained or imported generator's folder"),
+    Flag(
+        "host", str, "127.0.0.1", "address to listen at; any but this machine's own needs a token"
+    ),
+    Flag("port", int, 8000, "0: a free one"),
+    Flag("token-file", str, "", "a file with the token that every request has to bear"),
+    Flag("cache", str, "runs/served", "folder of the adapters that are kept"),
+    Flag("cache-gb", float, 10.0, "what they may take; the longest unused go first"),
+    Flag("dtype", str, "float32", "of the adapters' tensors, float32 or bfloat16"),
+    Flag("max-prompts", int, 1000, "of a request"),
+    Flag("max-waiting", int, 1000, "requests for adapters; more are told to come again"),
+    Flag("max-body-mb", float, 8.0, "of a request"),
+    BASE_NAME,
+)
+
+
+def _run(given: Given) -> None:
+    given.need("generator", "cache")
+    if given["dtype"] not in DTYPES:
+        raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
+    limits = _limits(given)
+    listening = _listen(given["host"], given["port"])
+    with listening, held(pathlib.Path(given["cache"]), "serve"):
+        metrics = Metrics()
+        generator = TrainedGenerator(
+            given["generator"], given.config.mesh, base_name=given["base-name"]
+        )
+        store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
+        service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)
+        service.warm(lambda line: print(line, flush=True))
+        stop.check()
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {generator.folder} at http://{shown}:{port} (/docs)", flush=True)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service, limits, metrics),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
+        server.run([listening])
+        service.close()
+        print("all requests are answered", flush=True)
+    stop.check()  # the signal that ended the server
+
+
+def _limits(given: Given) -> Limits:
+    """Raises InputError for limits that cannot be, and where anybody on the network might ask."""
+    for flag in ("max-prompts", "max-waiting", "max-body-mb"):
+        if not given[flag] > 0:
+            raise InputError(f"--{flag}={given[flag]:g}: more than 0")
+    token, local = "", _is_local(given["host"])
+    if given["token-file"]:
+        token = read_text(given["token-file"]).strip()
+        if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
+            raise InputError(
+                f"{given['token-file']}: a token is one line of {SHORTEST_TOKEN} or more ASCII "
+                "characters, such as `openssl rand -hex 32` gives"
+            )
+    elif not local:
+        raise InputError(
+            f"--host={given['host']}: the network can ask there; give --token-file=FILE, or "
+            "--host=127.0.0.1 for this machine alone"
+        )
+    hosts = ("127.0.0.1", "localhost", "[::1]", given["host"].lower()) if local else ()
+    body = int(given["max-body-mb"] * (1 << 20))
+    return Limits(given["max-prompts"], given["max-waiting"], body, hosts=hosts, token=token)
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine can ask at an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that a port in use is said before a generator is loaded. Raises
+    InputError."""
+    if port > LAST_PORT:
+        raise InputError(f"--port={port}: at most {LAST_PORT}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--host={host} --port={port}: cannot listen there ({why}); choose another --port"
+        ) from None
+    return listening
+
+
+STAGE = Stage(
+    _run,
+    FLAGS,
+    ("fastapi", "uvicorn", "prometheus_client"),
+    settings=DEFAULT,
+    reads=("mesh",),
+)
