@@ -158,14 +158,18 @@ class Transforms:
         return x[:, before : before + w.size]
 
     def planes_of_kernel(self, kernel: jax.Array) -> jax.Array:
-        return self.like_kernel(self.apply("kernel", kernel, SPECTRUM))
+        planes = self.apply("kernel", self.packed(kernel, "ij"), SPECTRUM)
+        return self.packed(planes, f"f{self._v}g")
 
-    def like_kernel(self, planes: jax.Array) -> jax.Array:
-        """Planes (..., C, D) in the memory order of the kernel itself, the one that pads least."""
+    def gradient_of_kernel(self, planes: jax.Array, out: jnp.dtype) -> jax.Array:
+        return self.packed(self.apply("kernel", planes, out, transposed=True), "ij")
+
+    def packed(self, value: jax.Array, letters: str) -> jax.Array:
+        """A kernel or its planes, (`letters`, C, D), with the channels innermost, in the order that
+        pads least. A compiler would put taps innermost, where it pads 9 to 16."""
         c, d = self._channels
         turned = padded(d, 8) * padded(c, 128) < padded(c, 8) * padded(d, 128)
-        letters = f"f{self._v}gcd"
-        return self.order(planes, letters, letters[:-2] + ("dc" if turned else "cd"))
+        return self.order(value, letters + "cd", letters + ("dc" if turned else "cd"))
 
     def order(self, value: jax.Array, letters: str, memory: str) -> jax.Array:
         """The array, whose dimensions are `letters`, written in the order `memory`, the innermost
@@ -185,9 +189,8 @@ class Transforms:
         return written(multiply(f"f{self._p}gstbd,f{self._v}gcd->f{self._x}gstbc", dp, k_planes))
 
     def product_to_kernel(self, x_planes: jax.Array, dp: jax.Array) -> jax.Array:
-        return self.like_kernel(
-            multiply(f"f{self._x}gstbc,f{self._p}gstbd->f{self._v}gcd", x_planes, dp)
-        )
+        planes = multiply(f"f{self._x}gstbc,f{self._p}gstbd->f{self._v}gcd", x_planes, dp)
+        return self.packed(planes, f"f{self._v}g")
 
 
 def _grid_first(x_BxHxWxC: jax.Array, turned: bool) -> jax.Array:
@@ -229,7 +232,7 @@ def backward(
     dz = maps.order(maps.apply("y_rows", dy, BETWEEN, transposed=True), "fpjstbd", "tjbspfd")
     dp = written(maps.apply("y_columns", dz, SPECTRUM, transposed=True))
     dk_planes = maps.product_to_kernel(maps.planes_of_x(x), dp)
-    dkernel = maps.apply("kernel", dk_planes, kernel.dtype, transposed=True)
+    dkernel = maps.gradient_of_kernel(dk_planes, kernel.dtype)
     # The kernel's gradient first, then its planes, made anew, then the next convolution: a compiler
     # that is free would hold both sets of planes, those of all forward passes, and gradients put
     # off (docs/PERFORMANCE.md). The planes of x are smaller and cost more to make again.
