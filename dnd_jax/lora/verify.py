@@ -2,6 +2,7 @@
 what its matrices say.
 
     dnd verify-adapter ADAPTER [--base=FOLDER]
+    dnd verify-adapter ADAPTER --server=URL --model=NAME    by a running server
 
 PEFT only warns when names do not match: such an adapter loads and changes nothing. Here every
 stored tensor is looked up in the loaded model, and the logits are compared with those of W + scale
@@ -17,15 +18,18 @@ import numpy as np
 
 from dnd_jax.base.hub import is_hub_id, packages_of, resolve
 from dnd_jax.base.identity import other_weights
+from dnd_jax.base.served import Served
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
+from dnd_jax.core.files import read_text
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.core.workdir import BASE as OWN
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.names import PEFT_PREFIX, canonical_name
 from dnd_jax.lora.peft_settings import CONFIG, WEIGHTS, load_adapter_config, weights_file
+from dnd_jax.lora.verify_served import verify_served
 
 torch, peft = packages.deferred("torch"), packages.deferred("peft")
 ROWS, LENGTH = 2, 32  # of the random tokens that both models read
@@ -183,7 +187,17 @@ def _merge_by_hand(model, tensors: Mapping[str, np.ndarray], scale: float) -> di
 
 
 def _run(given: Given) -> None:
-    print(verify_on_base(given.argument, given["base"]))
+    if not given["server"]:
+        if of_server := [name for name in ("model", "served-base", "token-file") if given[name]]:
+            raise InputError(f"--{of_server[0]} is for --server=URL")
+        print(verify_on_base(given.argument, given["base"]))
+        return
+    given.need("model")
+    token = read_text(given["token-file"]).strip() if given["token-file"] else ""
+    server = Served(given["server"], token)
+    print(
+        verify_served(given.argument, server, given["model"], given["base"], given["served-base"])
+    )
 
 
 BASE = Flag(
@@ -191,7 +205,13 @@ BASE = Flag(
 )
 STAGE = Stage(
     _run,
-    (BASE,),
+    (
+        BASE,
+        Flag("server", str, "", "ask a running server, such as http://127.0.0.1:8000 of vLLM"),
+        Flag("model", str, "", "what the server calls the adapter"),
+        Flag("served-base", str, "", "what it calls its base (default: as it says itself)"),
+        Flag("token-file", str, "", "a file with the token that it asks for"),
+    ),
     lambda given: ("torch", "peft", *packages_of(given["base"])),
     argument="ADAPTER",
     settings=NONE,

@@ -109,9 +109,9 @@ class Fetcher:
     def _unpack(self, answer, folder: pathlib.Path) -> None:
         """Under another name first, so that a folder of this name is whole."""
         temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-        temporary.mkdir(parents=True)
+        packed = temporary / "adapter.zip"
         try:
-            packed = temporary / "adapter.zip"
+            temporary.mkdir(parents=True)
             with packed.open("wb") as file:
                 shutil.copyfileobj(answer, file)
             with zipfile.ZipFile(packed) as archive:

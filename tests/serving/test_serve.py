@@ -11,15 +11,14 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 
 import httpx
 import numpy as np
 import pytest
-from pipeline import ROOT, tiny_generator, when
+from pipeline import tiny_generator, when
+from serve import order, prompts, serving
 
 from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter
@@ -34,31 +33,6 @@ def run(tmp_path_factory):
     return tiny_generator(tmp_path_factory.mktemp("run"))
 
 
-@contextlib.contextmanager
-def serving(run, folder: pathlib.Path, *flags: str, before=None):
-    """(URL, process) of `dnd serve` while the block lasts."""
-    folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = ""
-    words = f"--generator={run}", f"--cache={folder / 'cache'}", "--port=0", *flags
-    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dnd_jax", "serve", *words],
-            cwd=folder,
-            env=environment,
-            stdout=out,
-            stderr=err,
-            preexec_fn=before,
-        )
-    try:
-        said = folder / "out"
-        assert when(process, lambda: "serving" in said.read_text()), (folder / "err").read_text()
-        yield re.search(r"at (http://\S+)", said.read_text())[1], process
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def service(run, tmp_path_factory):
     """(URL, cache) of one for all tests that end nothing."""
@@ -66,14 +40,6 @@ def service(run, tmp_path_factory):
     limits = "--max-prompts=20", "--max-body-mb=0.1"
     with serving(run, folder, *limits) as (url, _):
         yield url, folder / "cache"
-
-
-def prompts(of: object, count: int = 4) -> list[str]:
-    return [f"where is town {i} of {of} ?" for i in range(count)]
-
-
-def order(url: str, of: object, **more) -> httpx.Response:
-    return httpx.post(f"{url}/v1/adapters", json={"prompts": prompts(of), **more}, timeout=60)
 
 
 def unzipped(content: bytes, folder: pathlib.Path) -> pathlib.Path:
