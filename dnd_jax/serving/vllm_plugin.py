@@ -6,6 +6,8 @@ Python's own modules and vLLM. What it reads:
 
 DND_SERVER      the service, such as http://127.0.0.1:8000; without it the plug-in does nothing
 DND_TOKEN       the token that the service asks for, if any
+DND_BASE        what the service's adapters call vLLM's model, where that is another name than its
+                --model (a folder, say): their base_model_name_or_path
 DND_ADAPTERS    a folder for the adapters that were fetched (default: ~/.cache/dnd_jax/vllm)
 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1    without which vLLM asks no plug-in
 """
@@ -72,6 +74,7 @@ class Fetcher:
     def __init__(self, server: str, token: str = "", folder: str = ""):
         self._server = server.rstrip("/")
         self._token = token or os.environ.get("DND_TOKEN", "")
+        self._base = os.environ.get("DND_BASE", "")
         kept = folder or os.environ.get("DND_ADAPTERS", "~/.cache/dnd_jax/vllm")
         self._folder = pathlib.Path(kept).expanduser()
 
@@ -86,10 +89,10 @@ class Fetcher:
             if not folder.is_dir():
                 self._unpack(answer, folder)
         named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        if named != base:
+        if named not in (base, self._base):
             raise Refused(
-                f"is an adapter of {named!r}, vLLM serves {base!r}: start `dnd serve` with "
-                f"--base-name={base}, or vLLM with --served-model-name={named}"
+                f"is an adapter of {named!r}, vLLM serves {base!r}: where both are one model, set "
+                f"DND_BASE={named} for vLLM, or start `dnd serve` with --base-name={base}"
             )
         return folder
 
