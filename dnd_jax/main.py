@@ -1,5 +1,4 @@
-"""The console command: dnd STAGE [--config=SETTINGS] [--workdir=DIR] [--config.KEY=VALUE ...].
-`dnd` alone lists the stages."""
+"""The console command, dnd STAGE [--config.KEY=VALUE ...]; `dnd` alone lists the stages."""
 
 import importlib
 import os
@@ -30,6 +29,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "controls": ("lora.controls", "LoRAs to compare with: one for all tasks, few-shot tuned ones"),
     "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
     "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
+    "ask": ("serving.ask", "one question, answered without and with an adapter of prompts"),
     "serve": ("serving.serve", "a trained generator over HTTP: prompts in, adapters out"),
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
     "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),

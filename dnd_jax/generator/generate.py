@@ -20,6 +20,7 @@ from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.data.rows import prompt_files
 from dnd_jax.generator.trained import (
     AT_ONCE,
+    STRENGTH,
     TrainedGenerator,
     check_strength,
     load_generator,
@@ -48,28 +49,22 @@ def generate_adapter(
     return generator.write(list(prompts), out_dir, seed, source)
 
 
+_FILE = 'file of prompts: JSONL or a table with "prompt", or .txt, one a line'
+PROMPTS = Flag("prompts", str, "", _FILE)
+OF_TRAINED_BASE = Flag(
+    "base", str, "", "the base's folder, GGUF file or hub id (default: the one the adapter names)"
+)
 FLAGS = (
     Flag("generator", str, "", "a trained or imported generator's folder"),
-    Flag(
-        "prompts",
-        str,
-        "",
-        'file of prompts: JSONL or a table with "prompt", or .txt, one a line; or a folder of '
-        "such, NAME.jsonl -> OUT/NAME",
-    ),
+    dataclasses.replace(PROMPTS, meaning=f"{_FILE}; or a folder of such, NAME.jsonl -> OUT/NAME"),
     OUT,
     BASE_NAME,
     Flag("seed", int, 0, "draws the prompts"),
     Flag("samples", int, 1, "adapters, from as many draws"),
-    Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha"),
+    STRENGTH,
     Flag("dtype", str, "float32", "of the adapter's tensors, float32 or bfloat16"),
     Flag("merge", str, "", "a folder for the whole model, base + adapter, in the base's dtype"),
-    Flag(
-        "base",
-        str,
-        "",
-        "for --merge, the base's folder, GGUF file or hub id (default: the one the adapter names)",
-    ),
+    dataclasses.replace(OF_TRAINED_BASE, meaning=f"for --merge, {OF_TRAINED_BASE.meaning}"),
     Flag(
         "push-to-hub",
         str,
@@ -101,7 +96,7 @@ def _run(given: Given) -> None:
     prompts = {one.source: generator.read(one.source) for one in wanted}
     for source, of_source in prompts.items():
         generator.check(of_source, str(source), given.config.condition.too_long)
-    base = _base_to_merge(given, generator) if given["merge"] else None
+    base = trained_base(given["base"], generator, "--merge") if given["merge"] else None
     for first in range(0, len(wanted), AT_ONCE):
         some = wanted[first : first + AT_ONCE]
         drawn = [generator.draw(prompts[one.source], one.seed, str(one.source)) for one in some]
@@ -119,15 +114,16 @@ def _run(given: Given) -> None:
         print(f"pushed: {push(folder, given['push-to-hub'], given['public'])}")
 
 
-def _base_to_merge(given: Given, generator: TrainedGenerator) -> pathlib.Path:
-    """The base's folder. Raises InputError where the generator's LoRAs were trained on other
-    weights than its name means, unless --base says which are meant; as `resolve`."""
-    if generator.adapter.weights and not given["base"]:
+def trained_base(name: str, generator: TrainedGenerator, what: str) -> pathlib.Path:
+    """The folder of the base of that name; empty: the one that a generator's adapters name. what
+    needs it, for messages. Raises InputError where the generator's LoRAs were trained on other
+    weights than their base's name means, unless a name is given; as `resolve`."""
+    if generator.adapter.weights and not name:
         raise InputError(
-            f"--merge: the LoRAs were trained on {generator.adapter.weights}; give that file by "
+            f"{what}: the LoRAs were trained on {generator.adapter.weights}; give that file by "
             f"--base, or --base={generator.base} for the hub's own weights, which are other numbers"
         )
-    base = base_to_merge(given["base"] or generator.base, generator.folder)
+    base = base_to_merge(name or generator.base, generator.folder)
     if note := other_weights(generator.adapter.weights, base):
         print(f"note: {base}: the generator's LoRAs were {note}", file=sys.stderr)
     return base

@@ -16,6 +16,7 @@ from dnd_jax.config import schema
 from dnd_jax.config.training import FEWEST
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
+from dnd_jax.core.stage import Flag
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import read_jsonl, read_prompts
@@ -42,6 +43,7 @@ from dnd_jax.parallel.mesh import make_mesh
 _mean_pooled = jax.jit(mean_pooled)
 
 STRONGEST = 100  # times what a generator makes
+STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
 AT_ONCE = 8  # adapters of one batch; smaller ones are filled up to a power of two
 
 
