@@ -31,6 +31,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
     "ask": ("serving.ask", "one question, answered without and with an adapter of prompts"),
     "serve": ("serving.serve", "a trained generator over HTTP: prompts in, adapters out"),
+    "push-generator": ("generator.push", "a generator to the hub, for --generator=USER/NAME"),
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
     "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
     "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
@@ -144,7 +145,3 @@ def _run(name: str, words: list[str]) -> None:
     seeds = given.seeds() if "seeds" in given.flags else ()
     with held(given.workdir, name), remembering(given.workdir, given.config, seeds):
         stage.run(given)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,10 +22,10 @@ def is_repo_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def check_repo_id(repo: str) -> None:
+def check_repo_id(repo: str, flag: str = "--push-to-hub") -> None:
     """Raises InputError unless `repo` is USER/NAME: asked before anything is computed for it."""
     if not is_repo_id(repo):
-        raise InputError(f"--push-to-hub={repo}: expected USER/NAME")
+        raise InputError(f"{flag}={repo}: expected USER/NAME")
 
 
 def push(folder: str | os.PathLike, repo: str, public: bool = False) -> str:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
+from dnd_jax.base.hub import PACKAGE, is_repo_id, resolve
 from dnd_jax.config import schema, validate
 from dnd_jax.config.choices import PRECISIONS
 from dnd_jax.config.schema import Features
@@ -47,13 +48,17 @@ LARGEST = 1 << 20  # N, L or C of a stage
 # Keys of generator.json beside its settings: generator/objective.py.
 TAUGHT_BY = ("checkpoints", "base", "answer", "max_length", "lora", "spread")
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
+FILES = (DESCRIPTION, MODEL, STATISTICS)
 TASK_MEANS = "task_means"  # of the statistics: `TrainedTasks.means`
 
 
 def find_generator(run_dir: str | os.PathLike) -> pathlib.Path:
-    """The generator folder that run_dir is, or that the workdir run_dir has. Raises InputError when
-    there is none."""
-    folder = pathlib.Path(run_dir)
+    """The generator folder that run_dir is, or that the workdir run_dir has; of "package:NAME/REST"
+    the one in an installed package, of USER/NAME, if there is no such folder here, the hub's.
+    Raises InputError when there is none."""
+    name, folder = os.fspath(run_dir), pathlib.Path(run_dir)
+    if name.startswith(PACKAGE) or (is_repo_id(name) and not folder.exists()):
+        folder = resolve(name, FILES)
     if not (folder / DESCRIPTION).is_file() and (folder / "generator" / DESCRIPTION).is_file():
         folder = folder / "generator"
     if not (folder / DESCRIPTION).is_file():

@@ -1,21 +1,19 @@
 """What leaves the library: adapters, their cards, merged models, uploads, and the proof in numbers
 that they work."""
 
-import http.server
 import json
-import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import yaml
+from hub_server import running_hub, sent_files
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -788,64 +786,8 @@ def test_verify_needs_a_base_that_is_there(made, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as an upload of small files needs; what arrives is kept in
-    `server.got`."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.got.append((self.path, body))
-        if self.path == "/api/repos/create":
-            answer = {"url": f"{self.server.url}/me/mine", "name": "me/mine"}
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {
-                "files": [
-                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                    for f in files
-                ]
-            }
-        elif "/commit/" in self.path:
-            answer = {
-                "commitUrl": f"{self.server.url}/me/mine/commit/1",
-                "commitOid": "1",
-                "success": True,
-            }
-        else:  # the card's front matter
-            answer = {"errors": [], "warnings": []}
-        self.reply(200, answer)
-
-    def do_GET(self):
-        private = getattr(self.server, "private", True)
-        self.reply(200, {"id": "me/mine", "sha": "0", "siblings": [], "private": private})
-
-    def reply(self, status: int, answer: dict):
-        raw = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_the_whole_folder_is_handed_to_the_hub(made, tmp_path):
     """The real client, pointed at a server of our own."""
-    import base64
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.got, server.url = [], f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": server.url,
-        "HF_TOKEN": "hf_test",
-        "XLA_FLAGS": "",
-    }
-    environment["HF_HOME"] = str(tmp_path / "home")
     command = [
         sys.executable,
         "-m",
@@ -853,7 +795,7 @@ def test_the_whole_folder_is_handed_to_the_hub(made, tmp_path):
         *generate(made, f"--out={tmp_path / 'a'}", "--push-to-hub=me/mine"),
         "--base-name=some/base",
     ]
-    try:
+    with running_hub(tmp_path) as (server, environment):
         done = subprocess.run(
             command,
             env=environment,
@@ -862,17 +804,9 @@ def test_the_whole_folder_is_handed_to_the_hub(made, tmp_path):
             timeout=300,
             cwd=pathlib.Path(__file__).parents[2],
         )
-    finally:
-        server.shutdown()
     assert done.returncode == 0, done.stderr
     assert "pushed: " in done.stdout
-    commit = next(body for path, body in server.got if path == "/api/models/me/mine/commit/main")
-    lines = [json.loads(line) for line in commit.splitlines()]
-    sent = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"])
-        for line in lines
-        if line["key"] == "file"
-    }
+    sent = sent_files(server)
     assert sent == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} and len(sent) == 3
 
 
@@ -918,28 +852,18 @@ def test_only_public_makes_a_public_repository(tmp_path, monkeypatch, public):
     --public."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("x")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.got, server.url, server.private = [], f"http://127.0.0.1:{server.server_port}", False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import sys; from dnd_jax.base.hub import push; "
         "push(sys.argv[1], 'me/mine', sys.argv[2] == 'True')"
     )
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": server.url,
-        "HF_TOKEN": "hf_test",
-    }
-    try:
+    with running_hub(tmp_path, private=False) as (server, environment):
         done = subprocess.run(
             [sys.executable, "-c", code, tmp_path / "a", str(public)],
-            env=environment | {"HF_HOME": str(tmp_path / "home")},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=100,
         )
-    finally:
-        server.shutdown()
     asked = json.loads(next(body for path, body in server.got if path == "/api/repos/create"))
     assert (asked.get("visibility") or asked.get("private")) in (
         ("public", False) if public else ("private", True)

@@ -139,3 +139,20 @@ def test_of_another_base(place, capsys):
 def test_nothing_to_look_at(flag, said, capsys):
     assert main(["doctor", TINY, flag]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_copies_on_the_host_want_room(place, capsys, monkeypatch):
+    copies = "--config.train.local_dir=copies"
+    assert doctor(copies) == 0
+    text = next(t for _, t in rows(capsys.readouterr().out)["room"] if "copies" in t)
+    assert re.match(r"train.local_dir = copies: 2 copies of the state \S+ [kMG]B, of", text)
+    real = shutil.disk_usage
+
+    def full(path):
+        return real(path)._replace(free=1000) if path.name == "copies" else real(path)
+
+    (place / "copies").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    assert doctor(copies) == 1
+    (fault,) = (t for s, t in rows(capsys.readouterr().out)["room"] if s == "FAULT")
+    assert "train.local_dir" in fault
