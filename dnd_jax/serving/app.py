@@ -20,7 +20,7 @@ from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.serving.guard import Guard, Limits, refusal
 from dnd_jax.serving.metrics import Metrics
-from dnd_jax.serving.service import Busy, Closed, DiskFull, Order, Service
+from dnd_jax.serving.service import Busy, Closed, Order, Service, Unwritable
 from dnd_jax.serving.store import Entry, InUse, NoRoom
 
 fastapi = packages.deferred("fastapi")
@@ -126,12 +126,12 @@ def make_app(service: Service, limits: Limits, metrics: Metrics):
         text, kind = await asyncio.to_thread(metrics.text, service)
         return responses.Response(text, media_type=kind)
 
-    statuses = {InputError: 422, Busy: 429, Closed: 503, NoRoom: 507, DiskFull: 507, InUse: 409}
+    statuses = {InputError: 422, Busy: 429, Closed: 503, NoRoom: 507, Unwritable: 507, InUse: 409}
     lines = {
         Busy: f"{limits.waiting} orders wait already; try again in a moment",
         Closed: "the service is stopping",
         NoRoom: "the adapters in use fill the cache; delete some or give it more by --cache-gb",
-        DiskFull: "the disk of the cache is full; nothing was kept",
+        Unwritable: "the disk of the cache takes no more; nothing was kept",
         InUse: "the adapter is in use; try again in a moment",
     }
 

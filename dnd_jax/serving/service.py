@@ -8,13 +8,13 @@ import contextlib
 import dataclasses
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import FULL
 from dnd_jax.data.sources import text_fault
 from dnd_jax.generator.trained import AT_ONCE, Generated, TrainedGenerator, check_strength
 from dnd_jax.lora.adapter import DTYPES
@@ -33,8 +33,8 @@ class Closed(Exception):
     """The service is about to end."""
 
 
-class DiskFull(Exception):
-    """The folder of adapters has no room for another one."""
+class Unwritable(Exception):
+    """The disk of the kept adapters does not take another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Service:
         not made again. name: what else it is to be called by.
 
         Raises InputError for an order that cannot be, Busy and Closed. The future raises InputError
-        for prompts that the generator refuses, NoRoom and DiskFull.
+        for prompts that the generator refuses, NoRoom and Unwritable.
         """
         check_strength(order.strength, "strength")
         if not 0 <= order.seed <= LARGEST_SEED:
@@ -222,8 +222,11 @@ class Service:
         for job, one in zip(jobs, made, strict=True):
             try:
                 self._finish(job, self._kept(job, one))
+            except InputError as error:  # of the disk: the order itself was right
+                print(f"dnd: {error}", file=sys.stderr, flush=True)
+                self._finish(job, error=Unwritable())
             except Exception as error:
-                self._finish(job, error=_of_disk(error))
+                self._finish(job, error=error)
 
     def _kept(self, job: _Job, made: Generated) -> Entry:
         order, adapter = job.order, self.generator.adapter
@@ -265,9 +268,3 @@ def _done(entry: Entry) -> concurrent.futures.Future:
     future: concurrent.futures.Future = concurrent.futures.Future()
     future.set_result(entry)
     return future
-
-
-def _of_disk(error: Exception) -> Exception:
-    """DiskFull for what a disk without room has raised, the error itself for any other."""
-    found = {cause.errno for cause in (error, error.__cause__) if isinstance(cause, OSError)}
-    return DiskFull(str(error)) if found & FULL else error

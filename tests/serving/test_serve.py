@@ -17,7 +17,7 @@ import zipfile
 import httpx
 import numpy as np
 import pytest
-from pipeline import tiny_generator, when
+from pipeline import when
 from serve import order, prompts, serving
 
 from dnd_jax.generator.trained import TrainedGenerator
@@ -26,20 +26,6 @@ from dnd_jax.lora.peft_settings import load_adapter_config
 from dnd_jax.main import main
 
 pytestmark = pytest.mark.xdist_group("serve")  # one process builds what they share
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_generator(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def service(run, tmp_path_factory):
-    """(URL, cache) of one for all tests that end nothing."""
-    folder = tmp_path_factory.mktemp("service")
-    limits = "--max-prompts=20", "--max-body-mb=0.1"
-    with serving(run, folder, *limits) as (url, _):
-        yield url, folder / "cache"
 
 
 def unzipped(content: bytes, folder: pathlib.Path) -> pathlib.Path:
@@ -65,6 +51,7 @@ def test_an_adapter_is_what_generate_writes(run, service, tmp_path):
     generator = TrainedGenerator(run)
     assert alike(generator.tensors(generator.draw(prompts("x"), 3)), load_adapter(folder))
     assert load_adapter_config(folder) == load_adapter_config(pathlib.Path(entry["path"]))
+    assert load_adapter_config(folder).base == entry["base"] == "the-base"
     assert entry["closest"][0].keys() == {"task", "cosine"}
     one = httpx.get(f"{url}/v1/adapters/{entry['id']}").json()
     assert one["card"] == (folder / "README.md").read_text()
@@ -218,6 +205,7 @@ def test_it_describes_itself(service):
 # --- Services that end, or have other limits.
 
 
+@pytest.mark.slow
 def test_a_full_cache_makes_room_and_names_are_made_again(run, tmp_path):
     with serving(run, tmp_path, "--cache-gb=0.0001") as (url, _):
         first = order(url, "first", name="first").json()
@@ -231,6 +219,7 @@ def test_a_full_cache_makes_room_and_names_are_made_again(run, tmp_path):
         assert httpx.get(f"{url}/v1/adapters/first/download").content == kept
 
 
+@pytest.mark.slow
 def test_sigterm_lets_requests_end_and_takes_no_more(run, tmp_path):
     with serving(run, tmp_path) as (url, process):
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
@@ -250,6 +239,7 @@ def test_sigterm_lets_requests_end_and_takes_no_more(run, tmp_path):
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_what_was_whole(run, tmp_path):
     with serving(run, tmp_path) as (url, process):
         entry = order(url, "whole", name="mine").json()
@@ -262,6 +252,7 @@ def test_killed_it_goes_on_with_what_was_whole(run, tmp_path):
         assert httpx.get(f"{url}/v1/adapters/mine").status_code == 200 and not half.exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more(run, tmp_path):
     def small_files():  # larger writes fail as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -274,6 +265,7 @@ def test_a_disk_that_takes_no_more(run, tmp_path):
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for(run, tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123\n")

@@ -2,15 +2,14 @@
 nothing but vLLM."""
 
 import concurrent.futures
-import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
-from pipeline import ROOT, tiny_generator
-from serve import order, serving
+from pipeline import ROOT
+from serve import order
 
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.serving.vllm_plugin import Fetcher, Refused, register
@@ -18,13 +17,9 @@ from dnd_jax.serving.vllm_plugin import Fetcher, Refused, register
 pytestmark = pytest.mark.xdist_group("serve")
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """(URL, cache) of one that calls its base "the-base"."""
-    root = tmp_path_factory.mktemp("plugin")
-    run = tiny_generator(root / "run")
-    with serving(run, root / "service", "--base-name=the-base") as (url, _):
-        yield url
+@pytest.fixture
+def url(service):
+    return service[0]
 
 
 def test_it_imports_neither_jax_nor_the_rest_of_the_package():
@@ -44,9 +39,9 @@ def test_it_imports_neither_jax_nor_the_rest_of_the_package():
     )
 
 
-def test_an_adapter_is_fetched_whole(service, tmp_path):
-    entry = order(service, "x", name="mine").json()
-    fetcher = Fetcher(service, folder=tmp_path)
+def test_an_adapter_is_fetched_whole(url, tmp_path):
+    entry = order(url, "x", name="mine").json()
+    fetcher = Fetcher(url, folder=tmp_path)
     folder = fetcher.fetch("mine", "the-base")
     assert folder == tmp_path / entry["id"] == fetcher.fetch(entry["id"], "the-base")
     one, other = load_adapter(folder), load_adapter(pathlib.Path(entry["path"]))
@@ -54,17 +49,17 @@ def test_an_adapter_is_fetched_whole(service, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [entry["id"]]
 
 
-def test_many_at_once(service, tmp_path):
-    order(service, "many", name="many")
-    fetcher = Fetcher(service, folder=tmp_path)
+def test_many_at_once(url, tmp_path):
+    order(url, "many", name="many")
+    fetcher = Fetcher(url, folder=tmp_path)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         folders = set(pool.map(lambda _: fetcher.fetch("many", "the-base"), range(32)))
     assert len(folders) == 1 and len([*tmp_path.iterdir()]) == 1
 
 
-def test_what_is_refused(service, tmp_path):
-    order(service, "x", name="x")
-    fetcher = Fetcher(service, folder=tmp_path / "a")
+def test_what_is_refused(url, tmp_path):
+    order(url, "x", name="x")
+    fetcher = Fetcher(url, folder=tmp_path / "a")
     with pytest.raises(Refused, match="--base-name=another"):
         fetcher.fetch("x", "another")
     for key in ("none", "../up", "a/b", ""):
@@ -74,7 +69,7 @@ def test_what_is_refused(service, tmp_path):
         Fetcher("http://127.0.0.1:9").fetch("x", "the-base")
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be kept"):
-        Fetcher(service, folder=str(tmp_path / "file/x")).fetch("x", "the-base")
+        Fetcher(url, folder=str(tmp_path / "file/x")).fetch("x", "the-base")
 
 
 def test_without_a_server_it_does_nothing(monkeypatch):
@@ -85,9 +80,3 @@ def test_without_a_server_it_does_nothing(monkeypatch):
 def test_it_is_an_entry_point_of_vllm():
     text = (ROOT / "setup.cfg").read_text()
     assert "vllm.general_plugins =\n    dnd_jax = dnd_jax.serving.vllm_plugin:register" in text
-
-
-def test_settings_name_the_base(service):
-    entry = order(service, "x").json()
-    settings = json.loads(pathlib.Path(entry["path"], "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == entry["base"] == "the-base"
