@@ -148,7 +148,7 @@ def run(generator: str, seconds: float, clients: int, *flags: str) -> tuple[Load
             await asyncio.gather(load.run(clients, seconds), watch())
 
         asyncio.run(both())
-        kept = pathlib.Path(folder, "cache/adapters")
+        kept = pathlib.Path(folder, "cache/served")
         for path in kept.iterdir():
             if {file.name for file in (path / "adapter").iterdir()} != FILES:
                 load.lost.append(f"half-written: {path.name}")

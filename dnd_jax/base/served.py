@@ -1,7 +1,9 @@
 """A running server with OpenAI's interface, such as vLLM's: which models it serves, and the
 log-probabilities that they give texts."""
 
+import http.client
 import json
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,6 +17,11 @@ from dnd_jax.core.errors import InputError, first_line
 SECONDS = 300.0  # for an answer: a server may load an adapter first
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
 class Served:
     """A server at a URL such as http://127.0.0.1:8000 (/v1 may stand behind it). token: that it
     asks for, if any.
@@ -24,15 +31,19 @@ class Served:
     """
 
     def __init__(self, url: str, token: str = "", seconds: float = SECONDS):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole or re.search(r"\s", url):
             raise InputError(f"{url}: no URL of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._token, self._seconds = token, seconds
-        # No proxy stands between this machine and itself.
+        # No proxy stands between this machine and itself, and a token is for this server alone.
         direct = parts.hostname in ("127.0.0.1", "localhost", "::1")
         self._open = urllib.request.build_opener(
-            *([urllib.request.ProxyHandler({})] if direct else [])
+            _NoRedirects, *([urllib.request.ProxyHandler({})] if direct else [])
         ).open
 
     def models(self) -> dict[str, str]:
@@ -74,7 +85,7 @@ class Served:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise InputError(f"{where}: {error.code}, {_message(error)}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             why = first_line(getattr(error, "reason", error))
             raise InputError(f"{where}: no answer ({why}); is the server running?") from None
         except ValueError as error:

@@ -97,11 +97,13 @@ def _run(given: Given) -> None:
     for source, of_source in prompts.items():
         generator.check(of_source, str(source), given.config.condition.too_long)
     base = trained_base(given["base"], generator, "--merge") if given["merge"] else None
+    warned: set[pathlib.Path] = set()
     for first in range(0, len(wanted), AT_ONCE):
         some = wanted[first : first + AT_ONCE]
         drawn = [generator.draw(prompts[one.source], one.seed, str(one.source)) for one in some]
         for one, made in zip(some, generator.make(drawn), strict=True):
-            if made.warning and one.seed == given["seed"]:  # once a file
+            if made.warning and one.source not in warned:
+                warned.add(one.source)
                 print(f"warning: {one.source}: {made.warning}", file=sys.stderr)
             how = one.seed, given["dtype"], given["strength"]
             folder = generator.save(made, one.folder, *how)

@@ -43,7 +43,8 @@ class TrainedTasks:
             for _ in range(DRAWS):
                 drawn = x[rng.choice(len(x), min(num_prompts, len(x)), replace=False)]
                 nearest_other.append(np.delete(tasks.distances(drawn), own).min())
-        return dataclasses.replace(tasks, far_from=float(np.quantile(nearest_other, FAR)))
+        far_from = float(np.quantile(nearest_other, FAR))  # 0: of tasks that cannot be told apart
+        return dataclasses.replace(tasks, far_from=far_from or None)
 
     def to_json(self) -> dict:
         """All but the means."""

@@ -2,8 +2,8 @@
 
 POST /v1/adapters                    {"prompts", "seed", "strength", "name"} -> an adapter
 GET /v1/adapters                     all that are kept
-GET, DELETE /v1/adapters/KEY         one, by its id or its name
-GET /v1/adapters/KEY/download        its PEFT folder as a zip; that of a name is made again
+GET, DELETE /v1/adapters/KEY         one, by its id or its name; that of a name is made again
+GET /v1/adapters/KEY/download        its PEFT folder as a zip
 GET /healthz, /metrics, /docs
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from dnd_jax import __version__
@@ -20,7 +20,7 @@ from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.serving.guard import Guard, Limits, refusal
 from dnd_jax.serving.metrics import Metrics
-from dnd_jax.serving.service import Busy, Closed, Order, Service, Unwritable
+from dnd_jax.serving.service import Busy, Closed, Failed, Order, Service, Unwritable
 from dnd_jax.serving.store import Entry, InUse, NoRoom
 
 fastapi = packages.deferred("fastapi")
@@ -32,8 +32,10 @@ of_starlette = packages.deferred("starlette.exceptions")
 BLOCK = 1 << 18  # bytes of a download at a time
 
 
-def make_app(service: Service, limits: Limits, metrics: Metrics):
-    """The application, a `fastapi.FastAPI`."""
+def make_app(
+    service: Service, limits: Limits, metrics: Metrics, started: Callable[[], None] = lambda: None
+):
+    """The application, a `fastapi.FastAPI`. started: called when it is about to answer."""
     generator = service.generator
 
     class AdapterRequest(pydantic.BaseModel, extra="forbid"):
@@ -41,12 +43,22 @@ def make_app(service: Service, limits: Limits, metrics: Metrics):
         strength: of the adapter's effect. name: to call the adapter by, beside its id."""
 
         prompts: Annotated[list[str], pydantic.Field(min_length=1, max_length=limits.prompts)]
-        seed: Annotated[int, pydantic.Field(ge=0)] = 0
-        strength: Annotated[float, pydantic.Field(gt=0)] = 1.0
+        seed: Annotated[int, pydantic.Field(ge=0, strict=True)] = 0
+        strength: Annotated[float, pydantic.Field(gt=0, strict=True)] = 1.0
         name: str = ""
+
+    class Download(responses.StreamingResponse):
+        """A stream that lets go of what it holds, however it ends."""
+
+        held: contextlib.ExitStack
+
+        async def __call__(self, scope, receive, send) -> None:
+            with self.held:
+                await super().__call__(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
+        started()
         yield
         await asyncio.to_thread(service.close)
 
@@ -55,6 +67,7 @@ def make_app(service: Service, limits: Limits, metrics: Metrics):
         version=__version__,
         description="Prompts of a task in, a LoRA adapter out (Drag-and-Drop LLMs).",
         lifespan=lifespan,
+        strict_content_type=True,  # a page of the web can post other types than JSON unasked
     )
 
     def shown(entry: Entry, request: fastapi.Request) -> dict[str, Any]:
@@ -69,46 +82,62 @@ def make_app(service: Service, limits: Limits, metrics: Metrics):
     ) -> dict:
         """Generates an adapter, or finds it where the same order was made before (status 200)."""
         wanted = Order(tuple(order.prompts), order.seed, order.strength)
-        future = await asyncio.to_thread(service.order, wanted, order.name)
-        response.status_code = 200 if future.done() else 201
-        metrics.orders.labels("found" if future.done() else "made").inc()
+        future, made = await asyncio.to_thread(service.order, wanted, order.name)
         entry = await asyncio.wrap_future(future)
+        metrics.orders.labels("made" if made else "found").inc()
+        response.status_code = 201 if made else 200
         return shown(entry, request)
 
     @app.get("/v1/adapters")
     async def every(request: fastapi.Request) -> dict:
         """The adapters that are kept, the last used first, and the names."""
+        entries = await asyncio.to_thread(service.store.entries)
         names = await asyncio.to_thread(service.store.names)
-        return {"adapters": [shown(x, request) for x in service.store.entries()], "names": names}
+        return {"adapters": [shown(entry, request) for entry in entries], "names": names}
 
-    async def found(key: str) -> str:
-        """The id of an adapter that is kept."""
-        id = await asyncio.to_thread(service.find, key)
-        if not id or service.store.get(id) is None:
-            raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
-        return id
+    async def held(key: str) -> tuple[Entry, contextlib.ExitStack]:
+        """(an adapter, by its id or its name; what holds it). That of a name is made again where it
+        has gone."""
+        stack, id = contextlib.ExitStack(), await asyncio.to_thread(service.find, key)
+        if id and (entry := await asyncio.to_thread(hold, stack, id)):
+            return entry, stack
+        again = await asyncio.to_thread(service.again, key)
+        if again is not None:
+            id = (await asyncio.wrap_future(again)).id
+            if entry := await asyncio.to_thread(hold, stack, id):
+                return entry, stack
+        raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
+
+    def hold(stack: contextlib.ExitStack, id: str) -> Entry | None:
+        return stack.enter_context(service.store.hold(id))
 
     @app.get("/v1/adapters/{key}")
     async def one(key: str, request: fastapi.Request) -> dict:
         """What an adapter was made from, and its card."""
-        with service.store.hold(await found(key)) as entry:
+        entry, stack = await held(key)
+        with stack:
             card = await asyncio.to_thread(_card, entry)
             return shown(entry, request) | {"card": card}
 
     @app.get("/v1/adapters/{key}/download", response_class=responses.StreamingResponse)
     async def download(key: str):
         """The PEFT folder as a zip."""
-        again = await asyncio.to_thread(service.again, key)
-        id = (await asyncio.wrap_future(again)).id if again else await found(key)
-        headers = {"Content-Disposition": f'attachment; filename="{id}.zip"', "ETag": f'"{id}"'}
-        return responses.StreamingResponse(
-            _zipped(service, id), media_type="application/zip", headers=headers
-        )
+        entry, stack = await held(key)
+        name = f'attachment; filename="{entry.id}.zip"'
+        headers = {"Content-Disposition": name, "ETag": f'"{entry.id}"'}
+        blocks = _zipped(pathlib.Path(entry.path))
+        stack.callback(blocks.close)
+        answer = Download(blocks, media_type="application/zip", headers=headers)
+        answer.held = stack
+        return answer
 
     @app.delete("/v1/adapters/{key}", status_code=204)
     async def delete(key: str) -> None:
         """Deletes an adapter and its names."""
-        await asyncio.to_thread(service.delete, await found(key))
+        id = await asyncio.to_thread(service.find, key)
+        if not id:
+            raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
+        await asyncio.to_thread(service.store.delete, id)
 
     @app.get("/healthz")
     async def healthz() -> dict:
@@ -126,20 +155,24 @@ def make_app(service: Service, limits: Limits, metrics: Metrics):
         text, kind = await asyncio.to_thread(metrics.text, service)
         return responses.Response(text, media_type=kind)
 
-    statuses = {InputError: 422, Busy: 429, Closed: 503, NoRoom: 507, Unwritable: 507, InUse: 409}
-    lines = {
-        Busy: f"{limits.waiting} orders wait already; try again in a moment",
-        Closed: "the service is stopping",
-        NoRoom: "the adapters in use fill the cache; delete some or give it more by --cache-gb",
-        Unwritable: "the disk of the cache takes no more; nothing was kept",
-        InUse: "the adapter is in use; try again in a moment",
+    refusals = {
+        Busy: (429, f"{limits.waiting} orders wait already; try again in a moment"),
+        Closed: (503, "the service is stopping"),
+        NoRoom: (507, "adapters in use, and names, fill the cache; give it more by --cache-gb"),
+        Unwritable: (507, "the disk of the cache takes no more; nothing was kept"),
+        Failed: (500, "the generator failed at it; the service's log says why"),
+        InUse: (409, "the adapter is in use; try again in a moment"),
     }
 
     def answer(request: fastapi.Request, error: Exception):
-        return refusal(statuses[type(error)], lines.get(type(error)) or first_line(error))
+        return refusal(*refusals[type(error)])
 
-    for kind in statuses:
+    for kind in refusals:
         app.add_exception_handler(kind, answer)
+
+    @app.exception_handler(InputError)
+    async def wrong(request: fastapi.Request, error):
+        return refusal(422, first_line(error))
 
     @app.exception_handler(exceptions.RequestValidationError)
     async def invalid(request: fastapi.Request, error):
@@ -182,18 +215,15 @@ class _Sink:
         return parts
 
 
-def _zipped(service: Service, id: str) -> Iterator[bytes]:
-    """A zip of an adapter's folder, block by block; the adapter stays meanwhile."""
-    with service.store.hold(id) as entry:
-        if entry is None:
-            raise InputError(f"adapter {id} has gone meanwhile; order it again")
-        sink = _Sink()
-        with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for path in sorted(pathlib.Path(entry.path).iterdir()):
-                info = zipfile.ZipInfo(path.name)  # one date: the same adapter is the same zip
-                info.external_attr = 0o644 << 16
-                with path.open("rb") as file, archive.open(info, "w", force_zip64=True) as part:
-                    while block := file.read(BLOCK):
-                        part.write(block)
-                        yield sink.take()
-        yield sink.take()
+def _zipped(folder: pathlib.Path) -> Iterator[bytes]:
+    """A zip of an adapter's folder, block by block."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for path in sorted(folder.iterdir()):
+            info = zipfile.ZipInfo(path.name)  # one date: the same adapter is the same zip
+            info.external_attr = 0o644 << 16
+            with path.open("rb") as file, archive.open(info, "w", force_zip64=True) as part:
+                while block := file.read(BLOCK):
+                    part.write(block)
+                    yield sink.take()
+    yield sink.take()

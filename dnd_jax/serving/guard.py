@@ -2,6 +2,7 @@
 count of all."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import time
@@ -11,6 +12,9 @@ from dnd_jax.serving.metrics import Metrics
 
 responses = packages.deferred("fastapi.responses")
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+GONE = 499  # counted where the client went before it was answered
+DRAINED = 8  # bodies of the largest size that are read of a refused client
 OPEN = {"/healthz"}  # without a token
 
 
@@ -49,7 +53,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), GONE
 
         async def counted(message) -> None:
             nonlocal status
@@ -62,12 +66,14 @@ class Guard:
         finally:
             route = getattr(scope.get("route"), "path", "none")  # no path of a client's making
             seconds = time.perf_counter() - started
-            self._metrics.requests.labels(scope["method"], route, str(status)).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.requests.labels(method, route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
 
     async def _answer(self, scope, receive, send) -> None:
         headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
         if refused := self._refused(scope, headers):
+            await self._drained(receive)
             await refused(scope, receive, send)
             return
         try:
@@ -78,6 +84,7 @@ class Guard:
             return
         except _TooLarge:
             large = f"the body is larger than {self._limits.body} bytes"
+            await self._drained(receive)
             await refusal(413, large, {"Connection": "close"})(scope, receive, send)
             return
         if body is None:  # the client has gone
@@ -112,6 +119,21 @@ class Guard:
             large = f"the body is larger than {limits.body} bytes"
             return refusal(413, large, {"Connection": "close"})
         return None
+
+    async def _drained(self, receive) -> None:
+        """Reads what a refused client still sends, as far as that is bearable: one that is cut off
+        in the middle would not see the answer."""
+
+        async def read() -> None:
+            size = 0
+            while size < DRAINED * self._limits.body:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):  # the end, or the client has gone
+                    return
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(read(), self._limits.seconds)
 
     async def _body(self, receive) -> bytes | None:
         """The whole body; None where the client has gone. Raises _TooLarge."""

@@ -5,8 +5,11 @@ dnd serve --generator=RUN [--port=8000] [--cache=FOLDER] [--cache-gb=10]
 """
 
 import ipaddress
+import math
 import pathlib
 import socket
+import threading
+from collections.abc import Callable
 
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
@@ -26,6 +29,7 @@ uvicorn = packages.deferred("uvicorn")
 
 LAST_PORT = 65535
 SHORTEST_TOKEN = 16  # characters
+IDLE = 75  # seconds until an unused connection is closed: later than clients close theirs
 GRACE = 30  # seconds that requests have to end after SIGTERM
 
 FLAGS = (
@@ -50,7 +54,7 @@ def _run(given: Given) -> None:
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
     limits = _limits(given)
-    listening = _listen(given["host"], given["port"])
+    listening = _bound(given["host"], given["port"])
     with listening, held(pathlib.Path(given["cache"]), "serve"):
         metrics = Metrics()
         generator = TrainedGenerator(
@@ -58,31 +62,50 @@ def _run(given: Given) -> None:
         )
         store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
         service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service, limits, metrics, lambda: _started(server)),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=IDLE,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
+        server.handle_exit = _ending(server.handle_exit, service)
         service.warm(lambda line: print(line, flush=True))
         stop.check()
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {generator.folder} at http://{shown}:{port} (/docs)", flush=True)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(service, limits, metrics),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
         server.run([listening])
         service.close()
-        print("all requests are answered", flush=True)
     stop.check()  # the signal that ended the server
+
+
+def _started(server) -> None:
+    """Ends a server that was asked to stop before it took the signals over."""
+    server.should_exit = server.should_exit or stop.signum is not None
+
+
+def _ending(handle_exit: Callable, service: Service) -> Callable:
+    """A handler of signals that has a service refuse, shortly before uvicorn gives up waiting, the
+    orders that are not made by then."""
+
+    def handle(signum: int, frame: object) -> None:
+        refuse = threading.Timer(GRACE - 5, service.close)
+        refuse.daemon = True
+        refuse.start()
+        handle_exit(signum, frame)
+
+    return handle
 
 
 def _limits(given: Given) -> Limits:
     """Raises InputError for limits that cannot be, and where anybody on the network might ask."""
-    for flag in ("max-prompts", "max-waiting", "max-body-mb"):
-        if not given[flag] > 0:
-            raise InputError(f"--{flag}={given[flag]:g}: more than 0")
+    for flag in ("max-prompts", "max-waiting", "max-body-mb", "cache-gb"):
+        if not 0 < given[flag] < math.inf:
+            raise InputError(f"--{flag}={given[flag]:g}: expected a number above 0")
     token, local = "", _is_local(given["host"])
     if given["token-file"]:
         token = read_text(given["token-file"]).strip()
@@ -111,8 +134,8 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that a port in use is said before a generator is loaded. Raises
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, so that a port in use is said before a generator is loaded. Raises
     InputError."""
     if port > LAST_PORT:
         raise InputError(f"--port={port}: at most {LAST_PORT}")
@@ -121,7 +144,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(2048)
     except OSError as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(

@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from dnd_jax.core import digests
-from dnd_jax.core.errors import InputError
+from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.data.sources import text_fault
 from dnd_jax.generator.trained import AT_ONCE, Generated, TrainedGenerator, check_strength
 from dnd_jax.lora.adapter import DTYPES
-from dnd_jax.serving.store import AdapterStore, Entry
+from dnd_jax.serving.store import AdapterStore, Entry, NoRoom
 
 ID = 32  # hexadecimal digits
 LARGEST_SEED = 2**63 - 1
-ROOM, OF_A_TENSOR = 1 << 16, 256  # bytes of an adapter's files beside its tensors, at most
+ROOM, OF_A_TENSOR = 1 << 14, 256  # bytes of an adapter's files beside its tensors, at most
 
 
 class Busy(Exception):
@@ -35,6 +35,10 @@ class Closed(Exception):
 
 class Unwritable(Exception):
     """The disk of the kept adapters does not take another one."""
+
+
+class Failed(Exception):
+    """The generator, or the machine, failed at an order that was right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Job:
     order: Order
     future: concurrent.futures.Future
     ordered: float  # time.perf_counter()
+    names: set[str] = dataclasses.field(default_factory=set)
     drawn: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
@@ -63,7 +68,8 @@ class Service:
     """A generator that takes orders from any thread. waiting: orders that may wait; dtype: of
     stored tensors; made: called with the number of adapters and the seconds of every batch.
 
-    Raises InputError where the store cannot keep one adapter.
+    Raises InputError where the store cannot keep the adapters of one batch, and for a generator
+    that takes more than prompts.
     """
 
     def __init__(
@@ -75,17 +81,22 @@ class Service:
         made: Callable[[int, float], None] = lambda count, seconds: None,
     ):
         self.generator, self.store, self._dtype, self._made = generator, store, dtype, made
-        self._pending: dict[str, concurrent.futures.Future] = {}
+        self._pending: dict[str, _Job] = {}
         self._lock, self._closed = threading.Lock(), False
         self._waiting = waiting
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         matrices, of_a_cell = generator.layout.matrices, DTYPES[dtype].itemsize
         cells = sum(math.prod(matrix.shape) for matrix in matrices)
         self.size = of_a_cell * cells + OF_A_TENSOR * len(matrices) + ROOM  # bytes, at most
-        if store.limit < self.size:
+        if store.limit < AT_ONCE * self.size:
             raise InputError(
-                f"--cache-gb: an adapter of this generator takes {self.size / 1e9:.2g} GB; give "
-                "room for some of them"
+                f"--cache-gb: {AT_ONCE} adapters of this generator, made at once, take "
+                f"{AT_ONCE * self.size / 1e9:.2g} GB; give more"
+            )
+        if (form := generator.condition.form) != "prompt":
+            raise InputError(
+                f"{generator.folder}: takes examples with answers (condition.form = {form!r}), "
+                "which are not served; use `dnd generate`"
             )
         self._thread = threading.Thread(target=self._work, name="generate", daemon=True)
         self._thread.start()
@@ -111,12 +122,12 @@ class Service:
         adapter = generator.adapter.to_json()
         return digests.of_json([generator.fingerprint, adapter, self._dtype, order.to_json()])[:ID]
 
-    def order(self, order: Order, name: str = "") -> concurrent.futures.Future:
-        """An adapter's entry, when it is there; an order that has been made, or is being made, is
-        not made again. name: what else it is to be called by.
+    def order(self, order: Order, name: str = "") -> tuple[concurrent.futures.Future, bool]:
+        """(an adapter's entry, when it is there; whether it is made for this order: what has been
+        made, or is being made, is not made again). name: what else it is to be called by.
 
         Raises InputError for an order that cannot be, Busy and Closed. The future raises InputError
-        for prompts that the generator refuses, NoRoom and Unwritable.
+        for prompts that the generator refuses, NoRoom, Unwritable and Failed.
         """
         check_strength(order.strength, "strength")
         if not 0 <= order.seed <= LARGEST_SEED:
@@ -125,57 +136,70 @@ class Service:
             if fault := text_fault(prompt):
                 raise InputError(f"prompts.{number}: {fault}")
         self.generator.draw(order.prompts, order.seed)
-        id = self.id_of(order)
         if name:
-            self.store.call(name, order.to_json())
-        if (entry := self.store.get(id)) is not None:
-            return _done(entry)
+            self.store.check_name(name, order.to_json())
+        id = self.id_of(order)
         with self._lock:
-            if (entry := self.store.get(id)) is not None:
-                return _done(entry)
-            if (future := self._pending.get(id)) is not None:
-                return future
-            if self._closed:
-                raise Closed
-            if len(self._pending) >= self._waiting:
-                raise Busy
-            future = self._pending[id] = concurrent.futures.Future()
-            future.set_running_or_notify_cancel()  # one client that leaves cancels no others'
-            self._jobs.put(_Job(id, order, future, time.perf_counter()))
-            return future
+            self._check_pending(name, id)
+            job = self._pending.get(id)
+            entry = self.store.get(id) if job is None else None
+            if job is None and entry is None:
+                if self._closed:
+                    raise Closed
+                if len(self._pending) >= self._waiting:
+                    raise Busy
+                job = _Job(id, order, concurrent.futures.Future(), time.perf_counter())
+                job.future.set_running_or_notify_cancel()  # a client that leaves cancels no others'
+                self._pending[id] = job
+                job.names |= {name} - {""}
+                self._jobs.put(job)
+                return job.future, True
+            if job is not None:
+                job.names |= {name} - {""}
+                return job.future, False
+        if name:
+            self._call(name, id, order)
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(entry)
+        return future, False
+
+    def _check_pending(self, name: str, id: str) -> None:
+        """Raises InputError for a name that an order which is not done has asked for."""
+        if name and any(name in job.names for job in self._pending.values() if job.id != id):
+            raise InputError(f"name: {name!r} stands for another order; take another name")
+
+    def _call(self, name: str, id: str, order: Order) -> None:
+        """Keeps a name. Raises InputError where another order has it by now, NoRoom and
+        Unwritable."""
+        self.store.check_name(name, order.to_json())
+        try:
+            self.store.call(name, id, order.to_json())
+        except InputError as error:
+            raise _of_disk(error) from None
 
     def find(self, key: str) -> str:
-        """The id that an id, or a name, stands for; empty where it is neither."""
-        if self.store.get(key) is not None:
-            return key
-        order = self._order_of(key)
-        return self.id_of(order) if order else ""
+        """The id that an id, or a name, was given; empty where it is neither."""
+        return key if self.store.get(key) is not None else self.store.id_of(key)
 
     def again(self, name: str) -> concurrent.futures.Future | None:
         """The entry of the adapter that a name stands for, made again where it has gone; None for
-        what is no name."""
-        order = self._order_of(name)
-        return self.order(order) if order else None
-
-    def delete(self, id: str) -> None:
-        """An adapter and its names. Raises InUse."""
-        self.store.delete(id)
-        for name in self.store.names():
-            if self.find(name) == id:
-                self.store.forget(name)
-
-    def _order_of(self, name: str) -> Order | None:
+        what is no name. Raises as `order`."""
         known = self.store.order_of(name)
-        with contextlib.suppress(KeyError, TypeError):  # of a file that somebody has changed
-            return Order(tuple(known["prompts"]), known["seed"], known["strength"])
-        return None
+        try:
+            order = Order(tuple(known["prompts"]), int(known["seed"]), float(known["strength"]))
+        except (KeyError, TypeError, ValueError):  # of no name, or of a file that was changed
+            return None
+        return self.order(order)[0]
 
     def close(self) -> None:
-        """Takes no more orders, and ends when those that wait are done."""
+        """Takes no more orders, refuses those that wait, and ends when the present batch is
+        done."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            closed, self._closed = self._closed, True
+        if not closed:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._finish(self._jobs.get_nowait(), error=Closed())
             self._jobs.put(None)
         self._thread.join()
 
@@ -188,32 +212,29 @@ class Service:
                     jobs.append(self._jobs.get_nowait())
             ended = None in jobs
             ready = [job for job in jobs if job is not None and self._prepared(job)]
-            try:
-                if ready:
-                    self._generate(ready)
-            except BaseException as error:  # a thread that dies silently would hang every client
-                for job in ready:
-                    self._finish(job, error=error)
+            if ready:
+                self._generate(ready)
 
     def _prepared(self, job: _Job) -> bool:
         """Whether an order's prompts can be used; draws them."""
         try:
             self.generator.check(job.order.prompts, "prompts", say=job.warnings.append)
             job.drawn = self.generator.draw(job.order.prompts, job.order.seed)
-        except Exception as error:
+        except InputError as error:
             self._finish(job, error=error)
-            return False
-        return True
+        except BaseException as error:  # a thread that ends would leave every client waiting
+            self._finish(job, error=_failed(error))
+        return not job.future.done()
 
     def _generate(self, jobs: Sequence[_Job]) -> None:
-        """Makes and keeps the adapters of some orders. What one of a batch is refused for is not
+        """Makes and keeps the adapters of some orders. What one of a batch fails for need not be
         the others' fault: they are made one by one then."""
         started = time.perf_counter()
         try:
             made = [*self.generator.make([job.drawn for job in jobs])]
-        except InputError as error:
+        except BaseException as error:
             if len(jobs) == 1:
-                self._finish(jobs[0], error=error)
+                self._finish(jobs[0], error=_failed(error))
             else:
                 for job in jobs:
                     self._generate([job])
@@ -221,12 +242,15 @@ class Service:
         self._made(len(jobs), time.perf_counter() - started)
         for job, one in zip(jobs, made, strict=True):
             try:
-                self._finish(job, self._kept(job, one))
-            except InputError as error:  # of the disk: the order itself was right
-                print(f"dnd: {error}", file=sys.stderr, flush=True)
-                self._finish(job, error=Unwritable())
-            except Exception as error:
+                entry = self._kept(job, one)
+            except NoRoom as error:
                 self._finish(job, error=error)
+            except InputError as error:
+                self._finish(job, error=_of_disk(error))
+            except BaseException as error:
+                self._finish(job, error=_failed(error))
+            else:
+                self._finish(job, entry)
 
     def _kept(self, job: _Job, made: Generated) -> Entry:
         order, adapter = job.order, self.generator.adapter
@@ -253,18 +277,27 @@ class Service:
     def _finish(
         self, job: _Job, entry: Entry | None = None, error: BaseException | None = None
     ) -> None:
-        """Gives an order's client the entry or the error, once."""
+        """Gives an order's clients the entry or the error, and the adapter its names."""
         with self._lock:
             self._pending.pop(job.id, None)
-        if job.future.done():
-            return
+        try:
+            for name in sorted(job.names) if entry is not None else ():
+                self._call(name, job.id, job.order)
+        except Exception as fault:
+            entry, error = None, fault
         if entry is not None:
             job.future.set_result(entry)
         else:
             job.future.set_exception(error)
 
 
-def _done(entry: Entry) -> concurrent.futures.Future:
-    future: concurrent.futures.Future = concurrent.futures.Future()
-    future.set_result(entry)
-    return future
+def _of_disk(error: InputError) -> Unwritable:
+    """What clients are told of a disk's error, which is said where the service runs."""
+    print(f"dnd: {error}", file=sys.stderr, flush=True)
+    return Unwritable()
+
+
+def _failed(error: BaseException) -> Failed:
+    """What clients are told of any other."""
+    print(f"dnd: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+    return Failed()

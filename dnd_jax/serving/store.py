@@ -1,9 +1,9 @@
 """A folder of generated adapters with a limit of its size: what was not used for longest goes, what
 is in use stays.
 
-FOLDER/adapters/ID/adapter       a PEFT folder
-FOLDER/adapters/ID/entry.json    what it was made from; ID is whole or not there
-FOLDER/names/NAME.json           the order that a name stands for, kept when its adapter goes
+FOLDER/served/ID/adapter       a PEFT folder
+FOLDER/served/ID/entry.json    what it was made from; ID is whole or not there
+FOLDER/names/NAME.json         the order that a name stands for, kept when its adapter goes
 """
 
 import collections
@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.files import read_object, replacing, write_json
+from dnd_jax.core.files import as_json, read_object, replacing, write_json
 from dnd_jax.core.names import name_fault
 
-ADAPTER, ENTRY = "adapter", "entry.json"
+SERVED, NAMES, ADAPTER, ENTRY = "served", "names", "adapter", "entry.json"
+ID = re.compile(r"[0-9a-f]{32}")  # of an adapter
 
 
 class NoRoom(Exception):
@@ -53,26 +55,29 @@ class Entry:
 class AdapterStore:
     """The adapters of a folder that this process has for itself. Any thread may call.
 
-    limit: bytes of all adapters. Raises InputError where the folder cannot be written.
+    limit: bytes of all adapters and names. Raises InputError where the folder cannot be written, or
+    has what is none of ours among the adapters.
     """
 
     def __init__(self, folder: str | os.PathLike, limit: int):
         self.folder, self.limit = pathlib.Path(folder), limit
-        self._adapters, self._names = self.folder / "adapters", self.folder / "names"
+        self._adapters, self._names = self.folder / SERVED, self.folder / NAMES
         self._lock = threading.RLock()
         self._holds: collections.Counter[str] = collections.Counter()
         self._coming = 0  # bytes of what is being written, at most
         # The one that was not used for longest is the first.
         self._entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
+        self._called: dict[str, tuple[str, int]] = {}  # name -> (id, bytes of its file)
         for path in (self._adapters, self._names):
             path.mkdir(parents=True, exist_ok=True)
         self._load()
 
     @property
     def bytes(self) -> int:
-        """Of all adapters."""
+        """Of all adapters and names."""
         with self._lock:
-            return sum(entry.bytes for entry in self._entries.values())
+            of_names = sum(size for _, size in self._called.values())
+            return sum(entry.bytes for entry in self._entries.values()) + of_names
 
     def entries(self) -> list[Entry]:
         """All, the last used first."""
@@ -83,8 +88,14 @@ class AdapterStore:
         """The adapter, now the last used one; None where there is none."""
         with self._lock:
             entry = self._entries.get(id)
-            if entry is not None:
-                self._used(id)
+            if entry is None:
+                return None
+            try:
+                os.utime(self._adapters / id)  # known to the next process too
+            except FileNotFoundError:  # somebody has removed it
+                del self._entries[id]
+                return None
+            self._entries.move_to_end(id)
             return entry
 
     def put(self, id: str, size: int, write: Callable[[pathlib.Path], None], **of: object) -> Entry:
@@ -95,11 +106,8 @@ class AdapterStore:
         """
         if (entry := self.get(id)) is not None:
             return entry
-        with self._lock:
-            self._make_room(size)
-            self._coming += size
         path = self._adapters / id
-        try:
+        with self._room(size):
             with replacing(path, directory=True) as temporary:
                 write(temporary / ADAPTER)
                 files = [file.stat().st_size for file in (temporary / ADAPTER).iterdir()]
@@ -109,9 +117,6 @@ class AdapterStore:
                 write_json(temporary / ENTRY, fields)
             with self._lock:
                 self._entries[id] = entry
-        finally:
-            with self._lock:
-                self._coming -= size
         return entry
 
     @contextlib.contextmanager
@@ -129,85 +134,108 @@ class AdapterStore:
                     self._holds[id] -= 1
 
     def delete(self, id: str) -> None:
-        """Raises InUse."""
+        """The adapter, and the names that stand for it. Raises InUse."""
         with self._lock:
             if self._holds[id]:
                 raise InUse(id)
-            if id in self._entries:
-                self._remove(id)
+            gone = self._take_out(id) if id in self._entries else None
+            for name in [name for name, (of, _) in self._called.items() if of == id]:
+                (self._names / f"{name}.json").unlink(missing_ok=True)
+                del self._called[name]
+        if gone is not None:
+            shutil.rmtree(gone, ignore_errors=True)
 
-    def call(self, name: str, order: dict) -> None:
-        """Keeps an order under a name. Raises InputError for what is no name and one that stands
-        for another order."""
-        with self._lock:
-            if fault := name_fault(name):
-                raise InputError(f"name: {fault}")
-            known = self.order_of(name)
-            if known and known != order:
-                raise InputError(
-                    f"name: {name!r} stands for another order; delete its adapter or take another "
-                    "name"
-                )
-            if not known:
-                write_json(self._names / f"{name}.json", order)
+    def check_name(self, name: str, order: dict) -> None:
+        """Raises InputError for what is no name, and one that stands for another order."""
+        if fault := name_fault(name) or ("looks like an id" if ID.fullmatch(name) else ""):
+            raise InputError(f"name: {fault}")
+        known = self.order_of(name)
+        if known and known != order:
+            raise InputError(
+                f"name: {name!r} stands for another order; delete it or take another name"
+            )
 
-    def forget(self, name: str) -> None:
-        """The order of a name."""
-        (self._names / f"{name}.json").unlink(missing_ok=True)
+    def call(self, name: str, id: str, order: dict) -> None:
+        """Keeps the order of an adapter under a name. Raises as `check_name`, NoRoom, and
+        InputError when the disk refuses."""
+        content = {"id": id, "order": order}
+        size = len(as_json(content).encode())
+        with self._room(size), self._lock:  # two may come with one name
+            self.check_name(name, order)
+            write_json(self._names / f"{name}.json", content)
+            self._called[name] = id, size
 
     def names(self) -> list[str]:
         """All, in alphabetical order."""
-        return sorted(path.stem for path in self._names.glob("[!.]*.json"))
+        with self._lock:
+            return sorted(self._called)
+
+    def id_of(self, name: str) -> str:
+        """Of the adapter that a name was given to; empty where it is none."""
+        with self._lock:
+            return self._called.get(name, ("", 0))[0]
 
     def order_of(self, name: str) -> dict:
         """What a name stands for; empty where it is none."""
-        path = self._names / f"{name}.json"
-        if name_fault(name) or not path.is_file():
+        if not self.id_of(name):
             return {}
-        with contextlib.suppress(InputError):
-            return read_object(path)
+        with contextlib.suppress(InputError, TypeError, KeyError):  # of a file that was changed
+            return read_object(self._names / f"{name}.json")["order"]
         return {}
 
     def _load(self) -> None:
-        """What is there, in the order of its last use; what is not whole is removed."""
+        """What is there, in the order of its last use; what is half written is removed."""
         found = []
         for path in self._adapters.iterdir():
+            if not ID.fullmatch(path.name.lstrip(".").split(".")[0]) or not path.is_dir():
+                raise InputError(
+                    f"{path}: is none of `dnd serve`'s; give it a folder of its own by --cache"
+                )
             entry = _read(path)
             if entry is None:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                continue
-            found.append((path.stat().st_mtime, entry))
+                shutil.rmtree(path)
+            else:
+                found.append((path.stat().st_mtime, entry))
         self._entries.update((entry.id, entry) for _, entry in sorted(found, key=lambda x: x[0]))
-        with contextlib.suppress(NoRoom):
-            self._make_room(0)
+        for path in self._names.glob("[!.]*.json"):
+            with contextlib.suppress(InputError, TypeError, KeyError):
+                self._called[path.stem] = str(read_object(path)["id"]), path.stat().st_size
+        with contextlib.suppress(NoRoom), self._room(0):
+            pass
 
-    def _used(self, id: str) -> None:
-        self._entries.move_to_end(id)
-        with contextlib.suppress(OSError):
-            os.utime(self._adapters / id)  # known to the next process too
+    @contextlib.contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """So many bytes beside the others while the block lasts; adapters go for them. Raises
+        NoRoom."""
+        with self._lock:
+            free = self.limit - self.bytes - self._coming
+            going = []
+            for id, entry in self._entries.items():
+                if size <= free:
+                    break
+                if not self._holds[id]:
+                    going.append(id)
+                    free += entry.bytes
+            if size > free:
+                raise NoRoom
+            gone = [self._take_out(id) for id in going]
+            self._coming += size
+        try:
+            for path in gone:
+                shutil.rmtree(path, ignore_errors=True)
+            yield
+        finally:
+            with self._lock:
+                self._coming -= size
 
-    def _make_room(self, size: int) -> None:
-        """Removes adapters until so many bytes have room beside the others. Raises NoRoom."""
-        free = self.limit - self.bytes - self._coming
-        going = []
-        for id, entry in self._entries.items():
-            if size <= free:
-                break
-            if not self._holds[id]:
-                going.append(id)
-                free += entry.bytes
-        if size > free:
-            raise NoRoom
-        for id in going:
-            self._remove(id)
-
-    def _remove(self, id: str) -> None:
-        """First under another name, so that a half-removed one is no adapter."""
-        path = self._adapters / id
-        gone = path.with_name(f".{id}.{time.monotonic_ns()}")
-        path.rename(gone)
+    def _take_out(self, id: str) -> pathlib.Path:
+        """Where an adapter lies that is none any more, to be removed: under another name, so that
+        a half-removed one is no adapter."""
         del self._entries[id]
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = self._adapters / f".{id}.{time.monotonic_ns()}"
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+            (self._adapters / id).rename(gone)
+        return gone
 
 
 def _read(path: pathlib.Path) -> Entry | None:

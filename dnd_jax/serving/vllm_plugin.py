@@ -15,6 +15,7 @@ VLLM_ALLOW_RUNTIME_LORA_UPDATING=1    without which vLLM asks no plug-in
 import asyncio
 import contextlib
 import hashlib
+import http.client
 import importlib
 import json
 import logging
@@ -55,7 +56,7 @@ def register() -> None:
             except Refused as error:
                 log.error("%s: %s", lora_name, error)
                 return None
-            number = int(hashlib.sha256(lora_name.encode()).hexdigest()[:7], 16) + 1
+            number = int(hashlib.sha256(lora_name.encode()).hexdigest()[:15], 16) + 1
             return request.LoRARequest(
                 lora_name=lora_name, lora_int_id=number, lora_path=str(folder)
             )
@@ -67,12 +68,21 @@ class Refused(Exception):
     """Why an adapter is not served, in one line."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
 class Fetcher:
     """Adapters of a service, kept in a folder of this machine: the service may let go of its own,
     and vLLM reads them again when it likes."""
 
     def __init__(self, server: str, token: str = "", folder: str = ""):
         self._server = server.rstrip("/")
+        # No proxy stands between this machine and itself, and a token is for the service alone.
+        here = urllib.parse.urlsplit(server).hostname in ("127.0.0.1", "localhost", "::1")
+        direct = [urllib.request.ProxyHandler({})] if here else []
+        self._open = urllib.request.build_opener(_NoRedirects, *direct).open
         self._token = token or os.environ.get("DND_TOKEN", "")
         self._base = os.environ.get("DND_BASE", "")
         kept = folder or os.environ.get("DND_ADAPTERS", "~/.cache/dnd_jax/vllm")
@@ -81,14 +91,18 @@ class Fetcher:
     def fetch(self, key: str, base: str) -> pathlib.Path:
         """The PEFT folder of an adapter, whole. Raises Refused for what the service does not have,
         and for an adapter of another base than vLLM's `base`."""
-        with self._ask(f"/v1/adapters/{urllib.parse.quote(key, safe='')}/download") as answer:
-            id = answer.headers.get("ETag", "").strip('"')
-            if not id.isalnum():
-                raise Refused(f"{self._server} is no `dnd serve`")
-            folder = self._folder / id
-            if not folder.is_dir():
-                self._unpack(answer, folder)
-        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        try:
+            with self._ask(f"/v1/adapters/{urllib.parse.quote(key, safe='')}/download") as answer:
+                id = answer.headers.get("ETag", "").strip('"')
+                if not id.isalnum():
+                    raise Refused(f"{self._server} is no `dnd serve`")
+                folder = self._folder / id
+                if not folder.is_dir():
+                    self._unpack(answer, folder)
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            named = settings["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+            raise Refused(f"{self._server} gives no adapter ({error!r})") from None
         if named not in (base, self._base):
             raise Refused(
                 f"is an adapter of {named!r}, vLLM serves {base!r}: where both are one model, set "
@@ -100,14 +114,14 @@ class Fetcher:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         request = urllib.request.Request(self._server + path, headers=headers)
         try:
-            return urllib.request.urlopen(request, timeout=SECONDS)
+            return self._open(request, timeout=SECONDS)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode("utf-8", "replace")
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 said = json.loads(said)["error"]["message"]
             raise Refused(f"{self._server} says {error.code}: {said}") from None
-        except OSError as error:
-            raise Refused(f"{self._server} does not answer ({error})") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Refused(f"{self._server} does not answer ({error!r})") from None
 
     def _unpack(self, answer, folder: pathlib.Path) -> None:
         """Under another name first, so that a folder of this name is whole."""

@@ -103,6 +103,9 @@ def test_a_token_and_a_model_that_is_not_there(base, adapter, tmp_path, capsys):
     [
         (["--server=nowhere", "--model=x"], "no URL"),
         (["--server=http://127.0.0.1:9", "--model=x"], "no answer"),
+        (["--server=http://127.0.0.1:abc", "--model=x"], "no URL"),
+        (["--server=http://[::1", "--model=x"], "no URL"),
+        (["--server=http://127.0.0.1:8000/a b", "--model=x"], "no URL"),
         (["--server=http://127.0.0.1:9"], "--model is needed"),
         (["--model=x"], "--model is for --server"),
     ],

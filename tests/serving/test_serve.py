@@ -20,6 +20,7 @@ import pytest
 from pipeline import when
 from serve import order, prompts, serving
 
+from dnd_jax.generator.folder import FILES
 from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.peft_settings import load_adapter_config
@@ -110,7 +111,12 @@ LONG = "word " * 30000
         ({"prompts": [LONG[:9000] + str(i) for i in range(4)]}, 422, "tokens"),
         ({"prompts": prompts("x"), "seed": -1}, 422, "seed: "),
         ({"prompts": prompts("x"), "seed": 2**63}, 422, "seed: "),
-        ({"prompts": prompts("x"), "seed": "one"}, 422, "seed: "),
+        ({"prompts": prompts("x"), "seed": "1"}, 422, "seed: "),
+        ({"prompts": prompts("x"), "seed": True}, 422, "seed: "),
+        ({"prompts": prompts("x"), "strength": "0.5"}, 422, "strength: "),
+        (b'{"prompts": ["a", "b", "c", "d"], "strength": NaN}', 422, "strength: "),
+        (b'{"prompts": ["a", "b", "c", "d"], "strength": 1e999}', 422, "strength"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "parsing"),
         ({"prompts": prompts("x"), "strength": 0}, 422, "strength: "),
         ({"prompts": prompts("x"), "strength": 1e9}, 422, "strength"),
         ({"prompts": prompts("x"), "strengt": 1}, 422, "strengt: "),
@@ -126,13 +132,13 @@ def test_bad_orders_get_one_line(service, body, status, says):
     url, cache = service
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     kind = {"Content-Type": "application/json"}
-    kept = sorted(os.listdir(cache / "adapters"))
+    kept = sorted(os.listdir(cache / "served"))
     answer = httpx.post(f"{url}/v1/adapters", content=content, headers=kind, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, status)
     assert says in error["message"] and "\n" not in error["message"]
     assert "Traceback" not in answer.text and "site-packages" not in answer.text
-    assert sorted(os.listdir(cache / "adapters")) == kept
+    assert sorted(os.listdir(cache / "served")) == kept
 
 
 @pytest.mark.parametrize(
@@ -166,6 +172,8 @@ def test_a_body_without_an_end_is_cut(service):
 
     answer = httpx.post(f"{url}/v1/adapters", content=parts())
     assert answer.status_code == 413
+    at_once = httpx.post(f"{url}/v1/adapters", content=b" " * 500000)
+    assert at_once.status_code == 413 and "larger than" in at_once.json()["error"]["message"]
 
 
 def test_names_stand_for_prompts(service, tmp_path):
@@ -180,8 +188,32 @@ def test_names_stand_for_prompts(service, tmp_path):
     )
     one = httpx.get(f"{url}/v1/adapters/mine/download").content
     assert one == httpx.get(entry["url"]).content
+    as_id = order(url, "other", name=entry["id"])
+    assert as_id.status_code == 422 and "looks like an id" in as_id.json()["error"]["message"]
     assert httpx.delete(f"{url}/v1/adapters/mine").status_code == 204
+    assert order(url, "other", name="mine").status_code == 201  # which is free again
+    httpx.delete(f"{url}/v1/adapters/mine")
     assert httpx.get(f"{url}/v1/adapters/mine").status_code == 404
+    assert httpx.get(entry["url"]).status_code == 404
+
+
+def test_a_refused_order_takes_no_name(service):
+    url, _ = service
+    long = [LONG[:9000] + str(i) for i in range(4)]
+    body = {"prompts": long, "name": "taken"}
+    assert httpx.post(f"{url}/v1/adapters", json=body, timeout=60).status_code == 422
+    assert order(url, "right", name="taken").status_code == 201
+
+
+def test_a_download_that_is_left_lets_go(service):
+    url, _ = service
+    entry = order(url, "left").json()
+    for _ in range(3):
+        with httpx.stream("GET", entry["url"]) as answer:
+            next(answer.iter_raw(10))
+    deadline = time.monotonic() + 10
+    while httpx.delete(f"{url}/v1/adapters/{entry['id']}").status_code == 409:
+        assert time.monotonic() < deadline, "it is held still"
     assert httpx.get(entry["url"]).status_code == 404
 
 
@@ -207,15 +239,16 @@ def test_it_describes_itself(service):
 
 @pytest.mark.slow
 def test_a_full_cache_makes_room_and_names_are_made_again(run, tmp_path):
-    with serving(run, tmp_path, "--cache-gb=0.0001") as (url, _):
+    with serving(run, tmp_path, "--cache-gb=0.0003") as (url, _):
         first = order(url, "first", name="first").json()
         kept = httpx.get(first["url"]).content
-        others = [order(url, i).json() for i in range(8)]
+        others = [order(url, i).json() for i in range(30)]
         left = [entry["id"] for entry in httpx.get(f"{url}/v1/adapters").json()["adapters"]]
-        assert left == [entry["id"] for entry in others[::-1]][: len(left)] and len(left) < 8
-        assert sum(entry["bytes"] for entry in others[-len(left) :]) <= 1e5
-        assert sorted(os.listdir(tmp_path / "cache/adapters")) == sorted(left)
+        assert left == [entry["id"] for entry in others[::-1]][: len(left)] and len(left) < 30
+        assert sum(entry["bytes"] for entry in others[-len(left) :]) <= 3e5
+        assert sorted(os.listdir(tmp_path / "cache/served")) == sorted(left)
         assert httpx.get(first["url"]).status_code == 404
+        assert httpx.get(f"{url}/v1/adapters/first").json()["id"] == first["id"]  # made again
         assert httpx.get(f"{url}/v1/adapters/first/download").content == kept
 
 
@@ -224,7 +257,7 @@ def test_sigterm_lets_requests_end_and_takes_no_more(run, tmp_path):
     with serving(run, tmp_path) as (url, process):
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
             orders = [pool.submit(order, url, i) for i in range(40)]
-            kept = tmp_path / "cache/adapters"
+            kept = tmp_path / "cache/served"
             assert when(process, lambda: any(not n.startswith(".") for n in os.listdir(kept)))
             process.send_signal(signal.SIGTERM)
             answers = []
@@ -244,7 +277,7 @@ def test_killed_it_goes_on_with_what_was_whole(run, tmp_path):
     with serving(run, tmp_path) as (url, process):
         entry = order(url, "whole", name="mine").json()
         process.kill()
-    half = tmp_path / "cache/adapters/.half"
+    half = tmp_path / f"cache/served/.{entry['id']}.1"
     half.mkdir()
     with serving(run, tmp_path) as (url, _):
         found = order(url, "whole")
@@ -256,12 +289,12 @@ def test_killed_it_goes_on_with_what_was_whole(run, tmp_path):
 def test_a_disk_that_takes_no_more(run, tmp_path):
     def small_files():  # larger writes fail as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
     with serving(run, tmp_path, before=small_files) as (url, _):
         answer = order(url, "x")
         assert answer.status_code == 507 and "disk" in answer.json()["error"]["message"]
-        assert os.listdir(tmp_path / "cache/adapters") == []
+        assert os.listdir(tmp_path / "cache/served") == []
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
@@ -297,6 +330,9 @@ def test_a_token_is_asked_for(run, tmp_path):
         (["--port=70000"], "--port=70000"),
         (["--port={taken}"], "in use"),
         (["--cache-gb=0"], "--cache-gb"),
+        (["--cache-gb=inf"], "--cache-gb"),
+        (["--cache-gb=1e-6"], "--cache-gb: 8 adapters"),
+        (["--max-body-mb=nan"], "--max-body-mb"),
         (["--max-waiting=0"], "--max-waiting"),
         (["--dtype=int8"], "--dtype"),
         (["--generator={absent}"], "no generator.json"),
@@ -320,6 +356,26 @@ def test_flags_that_cannot_be(run, tmp_path, capsys, flags, says):
         assert main(["serve", *words]) == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
+
+
+def test_a_generator_that_takes_answers_too_is_refused(run, tmp_path, capsys):
+    folder = tmp_path / "generator"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_bytes((run / "generator" / name).read_bytes())
+    raw = json.loads((folder / "generator.json").read_text())
+    raw["settings"]["condition"]["form"] = "both"
+    (folder / "generator.json").write_text(json.dumps(raw))
+    words = f"--generator={folder}", f"--cache={tmp_path / 'cache'}", "--port=0"
+    assert main(["serve", *words]) == 2
+    assert "condition.form = 'both'" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_no_cache(run, tmp_path, capsys):
+    (tmp_path / "cache/served/mine").mkdir(parents=True)
+    words = f"--generator={run}", f"--cache={tmp_path / 'cache'}", "--port=0"
+    assert main(["serve", *words]) == 2
+    assert "give it a folder of its own by --cache" in capsys.readouterr().err
 
 
 @pytest.mark.slow
