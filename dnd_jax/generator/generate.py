@@ -19,7 +19,6 @@ from dnd_jax.core.files import check_free
 from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.data.rows import prompt_files
 from dnd_jax.generator.trained import (
-    AT_ONCE,
     STRENGTH,
     TrainedGenerator,
     check_strength,
@@ -98,8 +97,8 @@ def _run(given: Given) -> None:
         generator.check(of_source, str(source), given.config.condition.too_long)
     base = trained_base(given["base"], generator, "--merge") if given["merge"] else None
     warned: set[pathlib.Path] = set()
-    for first in range(0, len(wanted), AT_ONCE):
-        some = wanted[first : first + AT_ONCE]
+    for first in range(0, len(wanted), generator.at_once):
+        some = wanted[first : first + generator.at_once]
         drawn = [generator.draw(prompts[one.source], one.seed, str(one.source)) for one in some]
         for one, made in zip(some, generator.make(drawn), strict=True):
             if made.warning and one.source not in warned:

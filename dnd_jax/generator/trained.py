@@ -44,7 +44,7 @@ _mean_pooled = jax.jit(mean_pooled)
 
 STRONGEST = 100  # times what a generator makes
 STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
-AT_ONCE = 8  # adapters of one batch; smaller ones are filled up to a power of two
+AT_ONCE = 8  # adapters of one batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,14 @@ class TrainedGenerator:
         mesh: schema.Mesh = ONE_DEVICE,
         encoder: str = "",
         base_name: str = "",
+        at_once: int = 0,
     ):
         """run_dir: a generator folder, or the workdir that has one. mesh: for a generator or text
         encoder too large for one device, over whose fsdp and tensor they are split; an adapter is
         no batch to split over slice and data, which are left out. encoder: where its text encoder
-        lies now; base_name: what adapters call their base; empty: as it was trained.
+        lies now; base_name: what adapters call their base; empty: as it was trained. at_once:
+        adapters of one batch, filled up to a power of two; 0: AT_ONCE, and 1 on a CPU, which one
+        adapter fills: there eight take as long as one after the other.
 
         Raises InputError naming the missing or damaged file, and for a mesh that does not fit the
         devices.
@@ -148,6 +151,8 @@ class TrainedGenerator:
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
         self._over_batch = generation.over_batch
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        self.at_once = at_once or (1 if on_cpu else AT_ONCE)
         self.params = jax.device_put(
             traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
         )
@@ -216,16 +221,16 @@ class TrainedGenerator:
         return next(self.make([prompts])).tensors
 
     def generate_many(self, prompt_sets: Sequence[Sequence[str]]) -> list[dict[str, np.ndarray]]:
-        """`tensors` of several sets of exactly N prompts, AT_ONCE in one batch through encoder and
-        decoder. They equal those made one by one up to rounding, as a batch of another size is
+        """`tensors` of several sets of exactly N prompts, `at_once` in one batch through encoder
+        and decoder. They equal those made one by one up to rounding, as a batch of another size is
         another program. Raises InputError as `tensors`."""
         return [made.tensors for made in self.make(prompt_sets)]
 
     def make(self, prompt_sets: Sequence[Sequence[str]]) -> Iterator[Generated]:
-        """What each set of exactly N prompts gives, in their order; AT_ONCE are held. Raises
+        """What each set of exactly N prompts gives, in their order; `at_once` are held. Raises
         InputError as `tensors`."""
-        for first in range(0, len(prompt_sets), AT_ONCE):
-            yield from self._batch(prompt_sets[first : first + AT_ONCE])
+        for first in range(0, len(prompt_sets), self.at_once):
+            yield from self._batch(prompt_sets[first : first + self.at_once])
 
     def _batch(self, sets: Sequence[Sequence[str]]) -> list[Generated]:
         """Filled up to a power of two, so that few programs are compiled; states of texts stay on

@@ -42,6 +42,7 @@ FLAGS = (
     Flag("cache", str, "runs/served", "folder of the adapters that are kept"),
     Flag("cache-gb", float, 10.0, "what they may take; the longest unused go first"),
     Flag("dtype", str, "float32", "of the adapters' tensors, float32 or bfloat16"),
+    Flag("at-once", int, 0, "adapters of one batch (default: 8, and 1 on a CPU, which one fills)"),
     Flag("max-prompts", int, 1000, "of a request"),
     Flag("max-waiting", int, 1000, "requests for adapters; more are told to come again"),
     Flag("max-body-mb", float, 8.0, "of a request"),
@@ -58,7 +59,10 @@ def _run(given: Given) -> None:
     with listening, held(pathlib.Path(given["cache"]), "serve"):
         metrics = Metrics()
         generator = TrainedGenerator(
-            given["generator"], given.config.mesh, base_name=given["base-name"]
+            given["generator"],
+            given.config.mesh,
+            base_name=given["base-name"],
+            at_once=given["at-once"],
         )
         store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
         service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)

@@ -88,10 +88,11 @@ class Service:
         matrices, of_a_cell = generator.layout.matrices, DTYPES[dtype].itemsize
         cells = sum(math.prod(matrix.shape) for matrix in matrices)
         self.size = of_a_cell * cells + OF_A_TENSOR * len(matrices) + ROOM  # bytes, at most
-        if store.limit < AT_ONCE * self.size:
+        kept = 2 * max(AT_ONCE, generator.at_once)  # so that one that was just made is there still
+        if store.limit < kept * self.size:
             raise InputError(
-                f"--cache-gb: {AT_ONCE} adapters of this generator, made at once, take "
-                f"{AT_ONCE * self.size / 1e9:.2g} GB; give more"
+                f"--cache-gb: {kept} adapters of this generator take "
+                f"{kept * self.size / 1e9:.2g} GB; give more"
             )
         if (form := generator.condition.form) != "prompt":
             raise InputError(
@@ -108,11 +109,12 @@ class Service:
 
     def warm(self, say: Callable[[str], None]) -> None:
         """Compiles the program of each size of a batch; says how long each took."""
-        text, n = "warm up", self.generator.condition.num_prompts
+        generator, text = self.generator, "warm up"
+        n = generator.condition.num_prompts
         size = 1
-        while size <= AT_ONCE:
+        while size < 2 * generator.at_once:
             started = time.perf_counter()
-            self.generator.generate_many([[text] * n] * size)
+            generator.generate_many([[text] * n] * min(size, generator.at_once))
             say(f"batches of {size}: ready after {time.perf_counter() - started:.1f} s")
             size *= 2
 
@@ -208,7 +210,7 @@ class Service:
         while not ended:
             jobs = [self._jobs.get()]
             with contextlib.suppress(queue.Empty):
-                while len(jobs) < AT_ONCE:  # what has come meanwhile
+                while len(jobs) < self.generator.at_once:  # what has come meanwhile
                     jobs.append(self._jobs.get_nowait())
             ended = None in jobs
             ready = [job for job in jobs if job is not None and self._prepared(job)]

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(run):
-    return TrainedGenerator(run)
+    return TrainedGenerator(run, at_once=AT_ONCE)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,14 @@ def test_programs_are_compiled_for_powers_of_two(generator):
     for count in range(1, AT_ONCE + 1):
         generator.generate_many(sets_of(count))
     assert generator._step._cache_size() <= before + 4  # 1, 2, 4, 8
+
+
+def test_a_cpu_makes_one_after_the_other(run, generator):
+    alone = TrainedGenerator(run)
+    assert alone.at_once == 1
+    for one, other in zip(alone.generate_many(sets_of(3)), sets_of(3), strict=True):
+        expected = generator.tensors(other)
+        assert all(np.array_equal(one[key], expected[key]) for key in one)
 
 
 def test_sets_of_another_number_are_refused(generator):

@@ -15,6 +15,6 @@ def run(tmp_path_factory):
 def service(run, tmp_path_factory):
     """(URL, cache) of a service that calls its base "the-base"."""
     folder = tmp_path_factory.mktemp("service")
-    flags = "--max-prompts=20", "--max-body-mb=0.1", "--base-name=the-base"
+    flags = "--max-prompts=20", "--max-body-mb=0.1", "--base-name=the-base", "--at-once=8"
     with serving(run, folder, *flags) as (url, _):
         yield url, folder / "cache"

@@ -239,13 +239,13 @@ def test_it_describes_itself(service):
 
 @pytest.mark.slow
 def test_a_full_cache_makes_room_and_names_are_made_again(run, tmp_path):
-    with serving(run, tmp_path, "--cache-gb=0.0003") as (url, _):
+    with serving(run, tmp_path, "--cache-gb=0.0006") as (url, _):
         first = order(url, "first", name="first").json()
         kept = httpx.get(first["url"]).content
-        others = [order(url, i).json() for i in range(30)]
+        others = [order(url, i).json() for i in range(60)]
         left = [entry["id"] for entry in httpx.get(f"{url}/v1/adapters").json()["adapters"]]
-        assert left == [entry["id"] for entry in others[::-1]][: len(left)] and len(left) < 30
-        assert sum(entry["bytes"] for entry in others[-len(left) :]) <= 3e5
+        assert left == [entry["id"] for entry in others[::-1]][: len(left)] and len(left) < 60
+        assert sum(entry["bytes"] for entry in others[-len(left) :]) <= 6e5
         assert sorted(os.listdir(tmp_path / "cache/served")) == sorted(left)
         assert httpx.get(first["url"]).status_code == 404
         assert httpx.get(f"{url}/v1/adapters/first").json()["id"] == first["id"]  # made again
@@ -331,7 +331,7 @@ def test_a_token_is_asked_for(run, tmp_path):
         (["--port={taken}"], "in use"),
         (["--cache-gb=0"], "--cache-gb"),
         (["--cache-gb=inf"], "--cache-gb"),
-        (["--cache-gb=1e-6"], "--cache-gb: 8 adapters"),
+        (["--cache-gb=1e-6"], "--cache-gb: 16 adapters"),
         (["--max-body-mb=nan"], "--max-body-mb"),
         (["--max-waiting=0"], "--max-waiting"),
         (["--dtype=int8"], "--dtype"),
