@@ -134,10 +134,8 @@ def make_app(
     @app.delete("/v1/adapters/{key}", status_code=204)
     async def delete(key: str) -> None:
         """Deletes an adapter and its names."""
-        id = await asyncio.to_thread(service.find, key)
-        if not id:
+        if not await asyncio.to_thread(service.delete, key):
             raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
-        await asyncio.to_thread(service.store.delete, id)
 
     @app.get("/healthz")
     async def healthz() -> dict:

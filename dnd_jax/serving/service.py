@@ -180,18 +180,33 @@ class Service:
             raise _of_disk(error) from None
 
     def find(self, key: str) -> str:
-        """The id that an id, or a name, was given; empty where it is neither."""
-        return key if self.store.get(key) is not None else self.store.id_of(key)
+        """The id of what an id, or a name, stands for by this generator; empty where it is
+        neither."""
+        if self.store.get(key) is not None:
+            return key
+        order = self._order_of(key)
+        return self.id_of(order) if order else ""
 
     def again(self, name: str) -> concurrent.futures.Future | None:
         """The entry of the adapter that a name stands for, made again where it has gone; None for
         what is no name. Raises as `order`."""
+        order = self._order_of(name)
+        return self.order(order)[0] if order else None
+
+    def delete(self, key: str) -> bool:
+        """Whether there was one: the adapter of an id or a name, and its names. Raises InUse."""
+        id = self.find(key)
+        if id:
+            self.store.delete(id)
+            self.store.forget(key)
+        return id != ""
+
+    def _order_of(self, name: str) -> Order | None:
         known = self.store.order_of(name)
         try:
-            order = Order(tuple(known["prompts"]), int(known["seed"]), float(known["strength"]))
+            return Order(tuple(known["prompts"]), int(known["seed"]), float(known["strength"]))
         except (KeyError, TypeError, ValueError):  # of no name, or of a file that was changed
             return None
-        return self.order(order)[0]
 
     def close(self) -> None:
         """Takes no more orders, refuses those that wait, and ends when the present batch is

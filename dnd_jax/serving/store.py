@@ -140,8 +140,7 @@ class AdapterStore:
                 raise InUse(id)
             gone = self._take_out(id) if id in self._entries else None
             for name in [name for name, (of, _) in self._called.items() if of == id]:
-                (self._names / f"{name}.json").unlink(missing_ok=True)
-                del self._called[name]
+                self.forget(name)
         if gone is not None:
             shutil.rmtree(gone, ignore_errors=True)
 
@@ -164,6 +163,12 @@ class AdapterStore:
             self.check_name(name, order)
             write_json(self._names / f"{name}.json", content)
             self._called[name] = id, size
+
+    def forget(self, name: str) -> None:
+        """A name, if it is one."""
+        with self._lock:
+            if self._called.pop(name, None):
+                (self._names / f"{name}.json").unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """All, in alphabetical order."""

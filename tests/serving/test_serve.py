@@ -286,6 +286,18 @@ def test_killed_it_goes_on_with_what_was_whole(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_name_is_of_the_generator_that_runs(run, tmp_path):
+    with serving(run, tmp_path, "--base-name=first") as (url, _):
+        first = order(url, "x", name="mine").json()
+    with serving(run, tmp_path, "--base-name=second") as (url, _):
+        second = httpx.get(f"{url}/v1/adapters/mine").json()
+        assert (first["base"], second["base"]) == ("first", "second")
+        assert httpx.get(f"{url}/v1/adapters/{first['id']}").json()["base"] == "first"
+        assert httpx.delete(f"{url}/v1/adapters/mine").status_code == 204
+        assert httpx.get(f"{url}/v1/adapters/mine").status_code == 404
+
+
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more(run, tmp_path):
     def small_files():  # larger writes fail as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
