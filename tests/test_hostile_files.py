@@ -98,7 +98,7 @@ def test_no_file_breaks_it(kind, good):
     found = faults(cases)
     assert not found, f"{len(found)} of {len(cases)}: " + "\n\n".join(found[:5])
     ended = {status: sum(case["status"] == status for case in cases) for status in (0, 1, 2)}
-    assert ended[0] and ended[1] + ended[2] > len(cases) / 8, ended  # the mutations do bite
+    assert ended[0] and ended[1] + ended[2] > len(cases) / 10, ended  # the mutations do bite
 
 
 @pytest.mark.slow

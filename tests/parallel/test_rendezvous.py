@@ -154,7 +154,7 @@ def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
     # Process 0 has encoded its share of the datasets, and has found the other's.
     assert re.search(r"encode: 100%\S* 2/2 ", ended[0][1]) and " 3/3 " in ended[0][1]
     encoded = [
-        sorted(path.name for path in (folder / "embeddings").iterdir())
+        sorted(path.name for path in (folder / "embeddings").glob("states_*"))
         for folder in (tmp_path, uninterrupted)
     ]
     assert encoded[0] == encoded[1] and len(encoded[0]) == 3
