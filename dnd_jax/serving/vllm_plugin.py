@@ -14,13 +14,13 @@ VLLM_ALLOW_RUNTIME_LORA_UPDATING=1    without which vLLM asks no plug-in
 
 import asyncio
 import contextlib
-import hashlib
 import http.client
 import importlib
 import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import urllib.error
@@ -56,7 +56,7 @@ def register() -> None:
             except Refused as error:
                 log.error("%s: %s", lora_name, error)
                 return None
-            number = int(hashlib.sha256(lora_name.encode()).hexdigest()[:15], 16) + 1
+            number = int(folder.name[:15], 16) + 1  # of what it is, not what it is called
             return request.LoRARequest(
                 lora_name=lora_name, lora_int_id=number, lora_path=str(folder)
             )
@@ -94,7 +94,7 @@ class Fetcher:
         try:
             with self._ask(f"/v1/adapters/{urllib.parse.quote(key, safe='')}/download") as answer:
                 id = answer.headers.get("ETag", "").strip('"')
-                if not id.isalnum():
+                if not re.fullmatch("[0-9a-f]{32}", id):
                     raise Refused(f"{self._server} is no `dnd serve`")
                 folder = self._folder / id
                 if not folder.is_dir():

@@ -583,7 +583,7 @@ def test_an_encoder_in_bfloat16_takes_half_the_memory_and_is_near(kind, tmp_path
         {"ids": ids[None], "valid": valid[None]}, rounded.module, rounded.params, ANYWHERE
     )
     assert inside.dtype == jnp.float32
-    np.testing.assert_allclose(inside[0], near, atol=0.02 * np.abs(near).max())
+    np.testing.assert_allclose(inside[0], near, atol=0.03 * np.abs(near).max())
 
 
 def test_states_go_to_the_disk_batch_by_batch(tmp_path):
