@@ -511,13 +511,13 @@ SETTINGS = pathlib.Path("configs")
 @pytest.mark.parametrize(
     "name, topology, mesh_sizes, changes, peak, limit",
     [
-        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1), {}, 41.8, 95.74),
+        ("qwen2_5_0_5b_commonsense", "v5p:2x2x2", (8, 1, 1), {}, 36.6, 95.74),
         (
             "qwen2_5_0_5b_commonsense",
             "v5e:4x4",
             (2, 8, 1),
             {"remat": "stages", "micro_batches": 2},
-            15.6,
+            15.5,
             15.75,
         ),
         ("qwen2_5_7b_code", "v5p:4x4x4", (2, 8, 4), {}, 26.7, 95.74),
