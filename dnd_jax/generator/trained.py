@@ -59,6 +59,11 @@ class Generated:
     how_far: float = 0.0
 
     @property
+    def listed(self) -> str:
+        """The closest training tasks, for a line of text."""
+        return ", ".join(f"{name} ({cosine:.2f})" for name, cosine in self.closest)
+
+    @property
     def warning(self) -> str:
         """What is to be said of prompts that are far from all training tasks; else nothing."""
         if self.how_far < 1:
@@ -272,8 +277,8 @@ class TrainedGenerator:
         if strength != 1:
             notes.append(f"alpha is {strength:g} times the generator's: --strength={strength:g}")
         if made.closest:
-            listed = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in made.closest)
-            notes.append(f"closest training tasks, by the cosine of mean embeddings: {listed}")
+            closest = "closest training tasks, by the cosine of mean embeddings"
+            notes.append(f"{closest}: {made.listed}")
         if made.warning:
             notes.append(made.warning)
         # A published card says which generator it was, not where in somebody's file system it lies.

@@ -41,8 +41,8 @@ def _run(given: Given) -> None:
     started = time.perf_counter()
     made = next(generator.make([generator.draw(prompts, given["seed"], given["prompts"])]))
     seconds = time.perf_counter() - started
-    closest = ", ".join(f"{name} ({cosine:.2f})" for name, cosine in made.closest)
-    print(f"adapter: {seconds:.2f} s" + (f"; closest training tasks: {closest}" if closest else ""))
+    closest = f"; closest training tasks: {made.listed}" if made.closest else ""
+    print(f"adapter: {seconds:.2f} s{closest}")
     if made.warning:
         print(f"warning: {made.warning}")
 

@@ -57,10 +57,10 @@ class Order:
 class _Job:
     id: str
     order: Order
+    drawn: list[str]
     future: concurrent.futures.Future
     ordered: float  # time.perf_counter()
     names: set[str] = dataclasses.field(default_factory=set)
-    drawn: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -137,7 +137,7 @@ class Service:
         for number, prompt in enumerate(order.prompts):
             if fault := text_fault(prompt):
                 raise InputError(f"prompts.{number}: {fault}")
-        self.generator.draw(order.prompts, order.seed)
+        drawn = self.generator.draw(order.prompts, order.seed)
         if name:
             self.store.check_name(name, order.to_json())
         id = self.id_of(order)
@@ -150,7 +150,7 @@ class Service:
                     raise Closed
                 if len(self._pending) >= self._waiting:
                     raise Busy
-                job = _Job(id, order, concurrent.futures.Future(), time.perf_counter())
+                job = _Job(id, order, drawn, concurrent.futures.Future(), time.perf_counter())
                 job.future.set_running_or_notify_cancel()  # a client that leaves cancels no others'
                 self._pending[id] = job
                 job.names |= {name} - {""}
@@ -233,10 +233,9 @@ class Service:
                 self._generate(ready)
 
     def _prepared(self, job: _Job) -> bool:
-        """Whether an order's prompts can be used; draws them."""
+        """Whether an order's prompts can be used."""
         try:
             self.generator.check(job.order.prompts, "prompts", say=job.warnings.append)
-            job.drawn = self.generator.draw(job.order.prompts, job.order.seed)
         except InputError as error:
             self._finish(job, error=error)
         except BaseException as error:  # a thread that ends would leave every client waiting

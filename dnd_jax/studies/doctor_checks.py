@@ -41,6 +41,7 @@ from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.objective import Source, behind_examples
 from dnd_jax.generator.sizes import resolve_features
 from dnd_jax.generator.spec import DecoderSpec
+from dnd_jax.loop.local_copies import SLOTS
 from dnd_jax.lora.checkpoints import Checkpoints
 from dnd_jax.lora.fit import check_fits
 from dnd_jax.lora.initial import Initial
@@ -51,7 +52,6 @@ OK, NOTE, FAULT = "ok", "note", "FAULT"
 # Arrays of a parameter's size in training: itself, its gradient and AdamW's two moments; and those
 # of them that a checkpoint of the run keeps.
 IN_MEMORY, ON_DISK = 4, 3
-COPIES = 2  # that `train.local_dir` has room for
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 ASKED = 20  # examples of each file whose chat texts are looked at
 
@@ -255,12 +255,12 @@ def room(case: Case) -> Found:
         f"{_size(disk)} of {_size(free)} free",
     )
     if c.local_dir:
-        copies, there = COPIES * ON_DISK * params, _there(pathlib.Path(c.local_dir))
+        copies, there = len(SLOTS) * ON_DISK * params, _there(pathlib.Path(c.local_dir))
         free = shutil.disk_usage(there).free
         yield (
             OK if copies < free else FAULT,
-            f"train.local_dir = {c.local_dir}: {COPIES} copies of the state {_size(copies)}, of "
-            f"{_size(free)} free (of several hosts each has a share)",
+            f"train.local_dir = {c.local_dir}: {len(SLOTS)} copies of the state {_size(copies)}, "
+            f"of {_size(free)} free (of several hosts each has a share)",
         )
     split, of_base = max(config.mesh.fsdp, 1), 0
     if c.asks_base and config.base.path:
