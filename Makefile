@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-llm test test-slow test-long test-servers lint install clean
+.PHONY: demo demo-llm test test-slow test-long test-servers test-browser lint install clean
 
 demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
@@ -19,7 +19,11 @@ test-slow: install
 	$(BIN)/python -m pytest -m "slow and not long" -n 2 --dist=loadfile --durations=20
 
 test-long: install
-	$(BIN)/python -m pytest -m "long and not servers"
+	$(BIN)/python -m pytest -m "long and not servers and not browser"
+
+# In Debian's chromium (apt-get install chromium).
+test-browser: install
+	$(BIN)/python -m pytest -m browser
 
 # vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone.
 test-servers: install .venv-vllm/.installed

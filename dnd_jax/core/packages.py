@@ -15,7 +15,7 @@ from dnd_jax.core.errors import InputError
 # Extra of setup.cfg -> the modules it brings that a stage may need, small extras first.
 EXTRAS = {
     "plots": {"matplotlib"},
-    "serve": {"fastapi", "uvicorn", "prometheus_client"},
+    "serve": {"fastapi", "uvicorn", "prometheus_client", "gradio"},
     "gguf": {"gguf"},
     "trackers": {"tensorboardX", "wandb"},
     "eval": {"torch", "peft", "matplotlib"},

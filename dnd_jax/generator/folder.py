@@ -25,6 +25,7 @@ from dnd_jax.base.hub import PACKAGE, is_repo_id, resolve
 from dnd_jax.config import schema, validate
 from dnd_jax.config.choices import PRECISIONS
 from dnd_jax.config.schema import Features
+from dnd_jax.config.training import FEWEST
 from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, replacing, sync
 from dnd_jax.core.formats import FORMAT as KEY
@@ -49,15 +50,19 @@ LARGEST = 1 << 20  # N, L or C of a stage
 TAUGHT_BY = ("checkpoints", "base", "answer", "max_length", "lora", "spread")
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 FILES = (DESCRIPTION, MODEL, STATISTICS)
+# The generators that come with dnd_jax, by what they are asked for.
+PACKAGED = {f"{PACKAGE}skills": pathlib.Path(__file__).with_name("packaged") / "skills"}
 TASK_MEANS = "task_means"  # of the statistics: `TrainedTasks.means`
 
 
 def find_generator(run_dir: str | os.PathLike) -> pathlib.Path:
-    """The generator folder that run_dir is, or that the workdir run_dir has; of "package:NAME/REST"
-    the one in an installed package, of USER/NAME, if there is no such folder here, the hub's.
-    Raises InputError when there is none."""
+    """The generator folder that run_dir is, or that the workdir run_dir has; of "package:skills"
+    the one that comes with dnd_jax, of "package:NAME/REST" the one in an installed package, of
+    USER/NAME, if there is no such folder here, the hub's. Raises InputError when there is none."""
     name, folder = os.fspath(run_dir), pathlib.Path(run_dir)
-    if name.startswith(PACKAGE) or (is_repo_id(name) and not folder.exists()):
+    if name in PACKAGED:
+        folder = PACKAGED[name]
+    elif name.startswith(PACKAGE) or (is_repo_id(name) and not folder.exists()):
         folder = resolve(name, FILES)
     if not (folder / DESCRIPTION).is_file() and (folder / "generator" / DESCRIPTION).is_file():
         folder = folder / "generator"
@@ -92,6 +97,13 @@ class Description:
         """The decoder that the parameters are of."""
         how = {"features": self.features, "precision": self.precision}
         return DecoderSpec.of(self.generator, self.condition, self.dtype, **how)
+
+    @property
+    def fewest(self) -> int:
+        """How few prompts it takes: fewer than N only where training met so few."""
+        few = self.settings["train"].get("few_prompts")
+        n = self.condition.num_prompts
+        return min(FEWEST, n) if few else n
 
     def tasks(self, statistics: Mapping[str, np.ndarray]) -> TrainedTasks | None:
         """The training tasks, where the folder says what they are."""

@@ -13,7 +13,6 @@ import numpy as np
 from flax import traverse_util
 
 from dnd_jax.config import schema
-from dnd_jax.config.training import FEWEST
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import Flag
@@ -89,9 +88,8 @@ def draw_prompts(
     Raises InputError when there are not as many."""
     fewest = fewest or count
     if len(prompts) < fewest:
-        takes = count if fewest == count else f"{fewest} to {count}"
         raise InputError(
-            f"{source}: {len(prompts)} prompt(s), this generator takes {takes}; add "
+            f"{source}: {len(prompts)} prompt(s), this generator takes {span(fewest, count)}; add "
             f"{fewest - len(prompts)} more"
         )
     blank = [i + 1 for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
@@ -103,6 +101,11 @@ def draw_prompts(
     else:
         chosen = rng.choice(size, count, replace=False)
     return [prompts[i] for i in np.sort(chosen)]
+
+
+def span(fewest: int, most: int) -> str:
+    """A number, or two with what lies between."""
+    return f"{most}" if fewest == most else f"{fewest} to {most}"
 
 
 def _warn(line: str) -> None:
@@ -150,16 +153,16 @@ class TrainedGenerator:
             kept = self.adapter.revision if base_name == self.base else ""
             self.adapter = dataclasses.replace(self.adapter, base=base_name, revision=kept)
         self._seed = description.seed
-        # Only one that has met fewer different prompts in training knows what to make of them.
-        few = description.settings.get("train", {}).get("few_prompts")
-        self.fewest = min(FEWEST, self.condition.num_prompts) if few else 0
+        self.fewest = description.fewest
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
         self._over_batch = generation.over_batch
         on_cpu = self._mesh.devices.flat[0].platform == "cpu"
         self.at_once = at_once or (1 if on_cpu else AT_ONCE)
+        params = traverse_util.unflatten_dict(flat, sep="/")
         self.params = jax.device_put(
-            traverse_util.unflatten_dict(flat, sep="/"), generation.shardings
+            jax.tree.map(lambda x, of: x.astype(of.dtype, copy=False), params, generation.shapes),
+            generation.shardings,
         )
         self.tasks: TrainedTasks | None = description.tasks(statistics)
         self.config_hash = digests.of_json(description.settings)

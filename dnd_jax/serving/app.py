@@ -4,6 +4,7 @@ POST /v1/adapters                    {"prompts", "seed", "strength", "name"} -> 
 GET /v1/adapters                     all that are kept
 GET, DELETE /v1/adapters/KEY         one, by its id or its name; that of a name is made again
 GET /v1/adapters/KEY/download        its PEFT folder as a zip
+POST /v1/chat/completions            where there is a base to ask (chat.py)
 GET /healthz, /metrics, /docs
 """
 
@@ -18,7 +19,9 @@ from typing import Annotated, Any
 from dnd_jax import __version__
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.serving.chat import Chat, add_chat
 from dnd_jax.serving.guard import Guard, Limits, refusal
+from dnd_jax.serving.holding import Unknown, held
 from dnd_jax.serving.metrics import Metrics
 from dnd_jax.serving.service import Busy, Closed, Failed, Order, Service, Unwritable
 from dnd_jax.serving.store import Entry, InUse, NoRoom
@@ -30,12 +33,27 @@ responses = packages.deferred("fastapi.responses")
 of_starlette = packages.deferred("starlette.exceptions")
 
 BLOCK = 1 << 18  # bytes of a download at a time
+# What a client is told, and the status, of what keeps the service from an order. {waiting}: how
+# many requests may wait.
+REFUSALS = {
+    Busy: (429, "{waiting} requests wait already; try again in a moment"),
+    Closed: (503, "the service is stopping"),
+    NoRoom: (507, "adapters in use, and names, fill the cache; give it more by --cache-gb"),
+    Unwritable: (507, "the disk of the cache takes no more; nothing was kept"),
+    Failed: (500, "the service failed at it; its log says why"),
+    InUse: (409, "the adapter is in use; try again in a moment"),
+}
 
 
 def make_app(
-    service: Service, limits: Limits, metrics: Metrics, started: Callable[[], None] = lambda: None
+    service: Service,
+    limits: Limits,
+    metrics: Metrics,
+    chat: Chat | None = None,
+    started: Callable[[], None] = lambda: None,
 ):
-    """The application, a `fastapi.FastAPI`. started: called when it is about to answer."""
+    """The application, a `fastapi.FastAPI`. chat: where a base can be asked; started: called when
+    it is about to answer."""
     generator = service.generator
 
     class AdapterRequest(pydantic.BaseModel, extra="forbid"):
@@ -60,6 +78,8 @@ def make_app(
     async def lifespan(app):
         started()
         yield
+        if chat is not None:
+            chat.close()
         await asyncio.to_thread(service.close)
 
     app = fastapi.FastAPI(
@@ -95,26 +115,10 @@ def make_app(
         names = await asyncio.to_thread(service.store.names)
         return {"adapters": [shown(entry, request) for entry in entries], "names": names}
 
-    async def held(key: str) -> tuple[Entry, contextlib.ExitStack]:
-        """(an adapter, by its id or its name; what holds it). That of a name is made again where it
-        has gone."""
-        stack, id = contextlib.ExitStack(), await asyncio.to_thread(service.find, key)
-        if id and (entry := await asyncio.to_thread(hold, stack, id)):
-            return entry, stack
-        again = await asyncio.to_thread(service.again, key)
-        if again is not None:
-            id = (await asyncio.wrap_future(again)).id
-            if entry := await asyncio.to_thread(hold, stack, id):
-                return entry, stack
-        raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
-
-    def hold(stack: contextlib.ExitStack, id: str) -> Entry | None:
-        return stack.enter_context(service.store.hold(id))
-
     @app.get("/v1/adapters/{key}")
     async def one(key: str, request: fastapi.Request) -> dict:
         """What an adapter was made from, and its card."""
-        entry, stack = await held(key)
+        entry, stack = await held(service, key)
         with stack:
             card = await asyncio.to_thread(_card, entry)
             return shown(entry, request) | {"card": card}
@@ -122,7 +126,7 @@ def make_app(
     @app.get("/v1/adapters/{key}/download", response_class=responses.StreamingResponse)
     async def download(key: str):
         """The PEFT folder as a zip."""
-        entry, stack = await held(key)
+        entry, stack = await held(service, key)
         name = f'attachment; filename="{entry.id}.zip"'
         headers = {"Content-Disposition": name, "ETag": f'"{entry.id}"'}
         blocks = _zipped(pathlib.Path(entry.path))
@@ -135,7 +139,7 @@ def make_app(
     async def delete(key: str) -> None:
         """Deletes an adapter and its names."""
         if not await asyncio.to_thread(service.delete, key):
-            raise fastapi.HTTPException(404, f"no adapter {key[:80]!r} is kept here")
+            raise Unknown(f"no adapter {key[:80]!r} is kept here")
 
     @app.get("/healthz")
     async def healthz() -> dict:
@@ -144,7 +148,7 @@ def make_app(
             "status": "ok",
             "base": generator.adapter.base,
             "generator": generator.fingerprint[:16],
-            "prompts": {"fewest": generator.fewest or generator.condition.num_prompts},
+            "prompts": {"fewest": generator.fewest},
         }
 
     @app.get("/metrics", response_class=responses.PlainTextResponse)
@@ -153,20 +157,19 @@ def make_app(
         text, kind = await asyncio.to_thread(metrics.text, service)
         return responses.Response(text, media_type=kind)
 
-    refusals = {
-        Busy: (429, f"{limits.waiting} orders wait already; try again in a moment"),
-        Closed: (503, "the service is stopping"),
-        NoRoom: (507, "adapters in use, and names, fill the cache; give it more by --cache-gb"),
-        Unwritable: (507, "the disk of the cache takes no more; nothing was kept"),
-        Failed: (500, "the generator failed at it; the service's log says why"),
-        InUse: (409, "the adapter is in use; try again in a moment"),
-    }
+    if chat is not None:
+        add_chat(app, chat)
 
     def answer(request: fastapi.Request, error: Exception):
-        return refusal(*refusals[type(error)])
+        status, message = REFUSALS[type(error)]
+        return refusal(status, message.format(waiting=limits.waiting))
 
-    for kind in refusals:
+    for kind in REFUSALS:
         app.add_exception_handler(kind, answer)
+
+    @app.exception_handler(Unknown)
+    async def not_there(request: fastapi.Request, error):
+        return refusal(404, str(error))
 
     @app.exception_handler(InputError)
     async def wrong(request: fastapi.Request, error):

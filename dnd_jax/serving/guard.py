@@ -2,6 +2,7 @@
 count of all."""
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import hmac
@@ -16,12 +17,14 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 GONE = 499  # counted where the client went before it was answered
 DRAINED = 8  # bodies of the largest size that are read of a refused client
 OPEN = {"/healthz"}  # without a token
+LISTS = {"/v1/adapters", "/v1/models", "/metrics"}  # what tells of everybody's adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of a service. hosts: names that a request may call it by; empty: any. token: what every
-    request has to bear; empty: nothing."""
+    request has to bear; empty: nothing. shared: by people who need not see each other's adapters,
+    so that none lists or deletes them."""
 
     prompts: int = 1000  # of an order
     waiting: int = 1000  # orders
@@ -29,6 +32,7 @@ class Limits:
     seconds: float = 30.0  # until a body has come
     hosts: tuple[str, ...] = ()
     token: str = ""
+    shared: bool = False
 
 
 def refusal(status: int, message: str, headers: dict[str, str] | None = None):
@@ -109,11 +113,13 @@ class Guard:
         if limits.hosts and name.lower() not in limits.hosts:
             return refusal(421, f"Host {host[:80]!r} is not this service's; use 127.0.0.1")
         if limits.token and scope["path"] not in OPEN:
-            given = headers.get(b"authorization", "")
-            wanted = f"Bearer {limits.token}"
-            if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
-                need = {"WWW-Authenticate": "Bearer"}
+            given = _token(headers.get(b"authorization", ""))
+            if not hmac.compare_digest(given, limits.token.encode()):
+                need = {"WWW-Authenticate": 'Basic realm="dnd_jax"'}
                 return refusal(401, "a bearer token is needed: Authorization: Bearer TOKEN", need)
+        lists = scope["method"] == "GET" and scope["path"].rstrip("/") in LISTS
+        if limits.shared and (lists or scope["method"] == "DELETE"):
+            return refusal(403, "others use this service too: nothing is listed or deleted")
         length = headers.get(b"content-length", "0")
         if not length.isdecimal() or int(length) > limits.body:
             large = f"the body is larger than {limits.body} bytes"
@@ -148,3 +154,15 @@ class Guard:
                 raise _TooLarge
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+def _token(authorization: str) -> bytes:
+    """The token of a header: of "Bearer TOKEN", or the password that a browser asked for; empty
+    where it is none."""
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip().encode("latin-1")
+    if kind.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    return b""

@@ -1,27 +1,35 @@
-"""Stage `serve`: a trained generator over HTTP (docs/SERVE.md).
+"""Stage `serve`: a trained generator over HTTP, with a page for people (docs/SERVE.md).
 
-dnd serve --generator=RUN [--port=8000] [--cache=FOLDER] [--cache-gb=10]
-          [--host=0.0.0.0 --token-file=FILE] [--config.mesh.fsdp=8]
+dnd serve --generator=RUN [--base=BASE] [--port=8000] [--cache=FOLDER] [--cache-gb=10]
+          [--host=0.0.0.0 --token-file=FILE] [--config.mesh.fsdp=8] [--nopage]
 """
 
+import dataclasses
 import ipaddress
 import math
 import pathlib
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 
+from dnd_jax.base.conversation import Talker
+from dnd_jax.base.hub import packages_of
+from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_text
 from dnd_jax.core.stage import BASE_NAME, DEFAULT, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
+from dnd_jax.generator.generate import OF_TRAINED_BASE, trained_base
 from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import DTYPES
 from dnd_jax.serving.app import make_app
+from dnd_jax.serving.chat import Chat
 from dnd_jax.serving.guard import Limits
 from dnd_jax.serving.metrics import Metrics
+from dnd_jax.serving.page import mount_page
 from dnd_jax.serving.service import Service
 from dnd_jax.serving.store import AdapterStore
 
@@ -34,11 +42,16 @@ GRACE = 30  # seconds that requests have to end after SIGTERM
 
 FLAGS = (
     Flag("generator", str, "", "a trained or imported generator's folder"),
+    dataclasses.replace(
+        OF_TRAINED_BASE, meaning="a base to ask, on the page too: its folder, GGUF file or hub id"
+    ),
+    Flag("page", bool, True, "a page for people, at /"),
     Flag(
         "host", str, "127.0.0.1", "address to listen at; any but this machine's own needs a token"
     ),
     Flag("port", int, 8000, "0: a free one"),
     Flag("token-file", str, "", "a file with the token that every request has to bear"),
+    Flag("anyone", bool, False, "answer whoever asks, without a token; nobody lists or deletes"),
     Flag("cache", str, "runs/served", "folder of the adapters that are kept"),
     Flag("cache-gb", float, 10.0, "what they may take; the longest unused go first"),
     Flag("dtype", str, "float32", "of the adapters' tensors, float32 or bfloat16"),
@@ -66,9 +79,13 @@ def _run(given: Given) -> None:
         )
         store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
         service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)
+        talker = _talker(given["base"], generator) if given["base"] else None
+        chat = Chat(talker, service, limits.waiting) if talker else None
+        app = make_app(service, limits, metrics, chat, lambda: _started(server))
+        leave = mount_page(app, service, chat, limits) if given["page"] else lambda: None
         server = uvicorn.Server(
             uvicorn.Config(
-                make_app(service, limits, metrics, lambda: _started(server)),
+                app,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -76,12 +93,13 @@ def _run(given: Given) -> None:
                 timeout_graceful_shutdown=GRACE,
             )
         )
-        server.handle_exit = _ending(server.handle_exit, service)
+        server.handle_exit = _ending(server.handle_exit, service, leave)
         service.warm(lambda line: print(line, flush=True))
         stop.check()
+        listening.listen()  # who asks from now on waits, and is not refused
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {generator.folder} at http://{shown}:{port} (/docs)", flush=True)
+        print(f"serving {generator.folder} at http://{shown}:{port}", flush=True)
         server.run([listening])
         service.close()
     stop.check()  # the signal that ended the server
@@ -92,11 +110,22 @@ def _started(server) -> None:
     server.should_exit = server.should_exit or stop.signum is not None
 
 
-def _ending(handle_exit: Callable, service: Service) -> Callable:
-    """A handler of signals that has a service refuse, shortly before uvicorn gives up waiting, the
-    orders that are not made by then."""
+def _talker(base: str, generator: TrainedGenerator) -> Talker:
+    """The base to ask. Raises InputError where a generator's adapters do not fit it."""
+    model = TorchBase(trained_base(base, generator, "--base"), batch_size=1, max_new_tokens=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        any_prompts = ["warm up"] * generator.condition.num_prompts
+        model.use(generator.write(any_prompts, pathlib.Path(scratch, "adapter")))
+    model.use(None)
+    return Talker(model)
+
+
+def _ending(handle_exit: Callable, service: Service, leave: Callable[[], None]) -> Callable:
+    """A handler of signals that lets open pages go, and has a service refuse, shortly before
+    uvicorn gives up waiting, the orders that are not made by then."""
 
     def handle(signum: int, frame: object) -> None:
+        leave()
         refuse = threading.Timer(GRACE - 5, service.close)
         refuse.daemon = True
         refuse.start()
@@ -111,6 +140,8 @@ def _limits(given: Given) -> Limits:
         if not 0 < given[flag] < math.inf:
             raise InputError(f"--{flag}={given[flag]:g}: expected a number above 0")
     token, local = "", _is_local(given["host"])
+    if given["anyone"] and given["token-file"]:
+        raise InputError("--anyone is without a token; leave out --token-file")
     if given["token-file"]:
         token = read_text(given["token-file"]).strip()
         if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
@@ -118,14 +149,23 @@ def _limits(given: Given) -> Limits:
                 f"{given['token-file']}: a token is one line of {SHORTEST_TOKEN} or more ASCII "
                 "characters, such as `openssl rand -hex 32` gives"
             )
-    elif not local:
+    elif not local and not given["anyone"]:
         raise InputError(
-            f"--host={given['host']}: the network can ask there; give --token-file=FILE, or "
-            "--host=127.0.0.1 for this machine alone"
+            f"--host={given['host']}: the network can ask there; give --token-file=FILE, "
+            "--host=127.0.0.1 for this machine alone, or --anyone for a public service"
         )
-    hosts = ("127.0.0.1", "localhost", "[::1]", given["host"].lower()) if local else ()
+    hosts = ("127.0.0.1", "localhost", "[::1]", given["host"].lower())
+    if given["anyone"] or not local:
+        hosts = ()
     body = int(given["max-body-mb"] * (1 << 20))
-    return Limits(given["max-prompts"], given["max-waiting"], body, hosts=hosts, token=token)
+    return Limits(
+        given["max-prompts"],
+        given["max-waiting"],
+        body,
+        hosts=hosts,
+        token=token,
+        shared=given["anyone"],
+    )
 
 
 def _is_local(host: str) -> bool:
@@ -156,10 +196,15 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _packages(given: Given) -> tuple[str, ...]:
+    asks = ("torch", "peft", *packages_of(given["base"])) if given["base"] else ()
+    return "fastapi", "uvicorn", "prometheus_client", *(("gradio",) * given["page"]), *asks
+
+
 STAGE = Stage(
     _run,
     FLAGS,
-    ("fastapi", "uvicorn", "prometheus_client"),
+    _packages,
     settings=DEFAULT,
     reads=("mesh",),
 )

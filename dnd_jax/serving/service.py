@@ -239,7 +239,7 @@ class Service:
         except InputError as error:
             self._finish(job, error=error)
         except BaseException as error:  # a thread that ends would leave every client waiting
-            self._finish(job, error=_failed(error))
+            self._finish(job, error=failed(error))
         return not job.future.done()
 
     def _generate(self, jobs: Sequence[_Job]) -> None:
@@ -250,7 +250,7 @@ class Service:
             made = [*self.generator.make([job.drawn for job in jobs])]
         except BaseException as error:
             if len(jobs) == 1:
-                self._finish(jobs[0], error=_failed(error))
+                self._finish(jobs[0], error=failed(error))
             else:
                 for job in jobs:
                     self._generate([job])
@@ -264,7 +264,7 @@ class Service:
             except InputError as error:
                 self._finish(job, error=_of_disk(error))
             except BaseException as error:
-                self._finish(job, error=_failed(error))
+                self._finish(job, error=failed(error))
             else:
                 self._finish(job, entry)
 
@@ -313,7 +313,7 @@ def _of_disk(error: InputError) -> Unwritable:
     return Unwritable()
 
 
-def _failed(error: BaseException) -> Failed:
+def failed(error: BaseException) -> Failed:
     """What clients are told of any other."""
     print(f"dnd: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
     return Failed()

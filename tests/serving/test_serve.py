@@ -336,6 +336,7 @@ def test_a_token_is_asked_for(run, tmp_path):
     ("flags", "says"),
     [
         (["--host=0.0.0.0"], "--token-file"),
+        (["--anyone", "--token-file={token}"], "--anyone"),
         (["--host=no.such.host.invalid", "--token-file={token}"], "cannot listen"),
         (["--token-file={short}"], "16 or more"),
         (["--token-file={absent}"], "absent"),
@@ -440,3 +441,16 @@ def test_slow_clients_hold_nobody_up(run, tmp_path):
         assert b"408" in late.recv(1000)  # it was given 30 s
         for connection in slow:
             connection.close()
+
+
+@pytest.mark.slow
+def test_a_service_for_anyone_lists_and_deletes_nothing(run, tmp_path):
+    with serving(run, tmp_path / "s", "--host=0.0.0.0", "--anyone", "--nopage") as (url, _):
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        entry = order(url, "x", name="mine").json()
+        assert httpx.get(f"{url}/v1/adapters/mine").json()["id"] == entry["id"]
+        for path in ("v1/adapters", "v1/adapters/", "v1/models", "metrics"):
+            assert httpx.get(f"{url}/{path}").status_code == 403
+        assert httpx.delete(f"{url}/v1/adapters/mine").status_code == 403
+        assert httpx.get(f"{url}/v1/adapters/mine").status_code == 200
+        assert httpx.get(f"{url}/page").status_code == 404
