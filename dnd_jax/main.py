@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
     "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
     "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
+    "export-gguf": ("lora.export_gguf", "an adapter for llama.cpp -> --out, a GGUF file"),
     "import-generator": ("generator.import_released", "a released .pth -> --out, a folder"),
     "export-generator": ("generator.export_released", "a generator folder -> --out, a .pth"),
     "init-config": ("generator.init_config", "settings for another base -> --out=NAME.py"),

@@ -11,6 +11,8 @@ from small_models import fill
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -22,6 +24,7 @@ CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+MISTRAL = {"mistral": (MistralConfig, MistralForCausalLM)}  # which llama.cpp calls a llama
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -89,7 +92,7 @@ def sentencepiece(rows: int) -> dict:
 def model_of(kind: str, **changes):
     """A transformers model of two layers, every tensor random."""
     torch.manual_seed(1)
-    config, cls = CLASSES[kind]
+    config, cls = (CLASSES | MISTRAL)[kind]
     sizes = {
         "vocab_size": 288,
         "hidden_size": 64,

@@ -156,6 +156,12 @@ def specimens(good: pathlib.Path) -> dict[str, Specimen]:
             ("adapter_*",),
             _adapter,
         ),
+        "gguf": Specimen(
+            good / LORA,
+            lambda x, out: ["export-gguf", str(x), f"--out={out / 'x'}", f"--base={good / 'base'}"],
+            ("adapter_*",),
+            _adapter,
+        ),
         "generator": Specimen(
             run / "generator",
             lambda x, out: _generate(x, prompts, out),

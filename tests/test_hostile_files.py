@@ -24,6 +24,7 @@ COUNTS = {
     "prompts": 100,
     "released": 80,
     "adapter": 60,
+    "gguf": 100,
 }
 PROCESSES = 24  # cases that are processes of their own
 

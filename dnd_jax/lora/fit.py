@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from dnd_jax.base import hub
+from dnd_jax.base.architecture import LmConfig
 from dnd_jax.base.folder import CONFIG, load_base_config
 from dnd_jax.base.known import KNOWN, TEXT_PARTS
 from dnd_jax.core.errors import InputError, listed
@@ -48,13 +49,8 @@ def find_modules(base: str | os.PathLike) -> Modules | None:
     if not folder and name in TEXT_PARTS:
         sizes = None
     if sizes is not None:
-        d, v = sizes.hidden_size, sizes.vocab_size
-        shapes = {
-            f"model.layers.{i}.{path}": (d_out, d_in)
-            for i in range(sizes.num_hidden_layers)
-            for path, (d_in, d_out) in sizes.projections().items()
-        }
-        return Modules(name, {**shapes, "lm_head": (v, d)}, exact=True)
+        head = {"lm_head": (sizes.vocab_size, sizes.hidden_size)}
+        return Modules(name, {**projections(sizes), **head}, exact=True)
     try:
         stored = stored_tensors(folder) if folder else {}
     except InputError:
@@ -68,6 +64,15 @@ def find_modules(base: str | os.PathLike) -> Modules | None:
     if "embed_tokens" in found:
         found.setdefault("lm_head", found["embed_tokens"])  # tied
     return Modules(name, found, exact=False) if found else None
+
+
+def projections(sizes: LmConfig) -> dict[str, tuple[int, int]]:
+    """{module: (d_out, d_in)} of all layers."""
+    return {
+        f"model.layers.{i}.{path}": (d_out, d_in)
+        for i in range(sizes.num_hidden_layers)
+        for path, (d_in, d_out) in sizes.projections().items()
+    }
 
 
 def _at_hand(name: str) -> pathlib.Path | None:
@@ -97,7 +102,7 @@ def check_fits(
     known = find_modules(base) if base else None
     if known is None:
         return check_known(modules, title)
-    faults = [fault for module in modules for fault in _module_faults(module, shapes, known)]
+    faults = [fault for module in modules for fault in module_faults(module, shapes, known)]
     if not faults and known.exact and fields:
         lacking = _lacking(modules, fields, known)
         faults += [f"target_modules names {m}, which the file has no tensors for" for m in lacking]
@@ -118,7 +123,7 @@ def _lacking(modules: Sequence[str], fields: Mapping, known: Modules) -> list[st
     return min(found, key=len, default=[])
 
 
-def _module_faults(
+def module_faults(
     module: str, shapes: Mapping[str, tuple[int, ...]], known: Modules
 ) -> Iterator[str]:
     """In what an adapted module is not the base's."""

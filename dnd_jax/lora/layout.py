@@ -21,10 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from dnd_jax.core.errors import InputError, listed
-from dnd_jax.lora.names import KEY, canonical, canonical_name, name_faults, what_it_is
+from dnd_jax.lora.names import canonical, lora_pairs
 
-# Behind a shape that is none: what leaves such files.
-EMPTY = " (ZeRO-3 or FSDP saved it without gathering its parts)"
 # The order of the projections inside a layer; other names follow, alphabetically.
 MODULE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 SCALE_CELLS = 2  # rows and columns that a token adds for its scale pair
@@ -96,26 +94,7 @@ class LoraLayout:
         cls, raw_shapes: Mapping[str, tuple[int, ...]], chunk_width: int | None = None
     ) -> "LoraLayout":
         """`from_tensors` for {key: shape}."""
-        faults, pairs, ranks = name_faults(raw_shapes), {}, {}
-        for raw_key, shape in raw_shapes.items():
-            match = KEY.fullmatch(canonical_name(raw_key))
-            if match is None:
-                faults.append(f"{raw_key} is not a LoRA matrix: {what_it_is(raw_key)}")
-                continue
-            sides = pairs.setdefault(match["module"], {})
-            sides[match["side"]] = shape
-            if len(shape) != 2 or 0 in shape:
-                faults.append(
-                    f"{raw_key} has shape {shape}, expected two non-empty dimensions{EMPTY}"
-                )
-            else:
-                ranks[raw_key] = shape[0 if match["side"] == "A" else 1]
-        for module, sides in pairs.items():
-            faults += [
-                f"{module}.lora_{side}.weight is missing" for side in "AB" if side not in sides
-            ]
-        if not pairs and not faults:
-            faults.append("no LoRA matrices at all")
+        pairs, ranks, faults = lora_pairs(raw_shapes)
         if len(set(ranks.values())) > 1:
             common = max(set(ranks.values()), key=list(ranks.values()).count)
             faults += [

@@ -13,6 +13,8 @@ from dnd_jax.core.errors import InputError, listed
 
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+# Behind a shape that is none: what leaves such files.
+EMPTY = " (ZeRO-3 or FSDP saved it without gathering its parts)"
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Parts that a wrapper puts anywhere into a name.
 WRAPPERS = {
@@ -91,6 +93,29 @@ def name_faults(keys: Iterable[str]) -> list[str]:
         if other != key:
             faults.append(f"{key} occurs twice, also as {other}")
     return faults
+
+
+def lora_pairs(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, int], list[str]]:
+    """({module: {"A": shape, "B": shape}}, {key: rank}, faults) of an adapter's tensors: a fault is
+    a key that is no LoRA matrix, a shape that is none, a partner that is missing."""
+    faults, pairs, ranks = name_faults(shapes), {}, {}
+    for key, shape in shapes.items():
+        match = KEY.fullmatch(canonical_name(key))
+        if match is None:
+            faults.append(f"{key} is not a LoRA matrix: {what_it_is(key)}")
+            continue
+        pairs.setdefault(match["module"], {})[match["side"]] = shape
+        if len(shape) != 2 or 0 in shape:
+            faults.append(f"{key} has shape {shape}, expected two non-empty dimensions{EMPTY}")
+        else:
+            ranks[key] = shape[0 if match["side"] == "A" else 1]
+    for module, sides in pairs.items():
+        faults += [f"{module}.lora_{side}.weight is missing" for side in "AB" if side not in sides]
+    if not pairs and not faults:
+        faults.append("no LoRA matrices at all")
+    return pairs, ranks, faults
 
 
 def what_it_is(key: str) -> str:

@@ -1,11 +1,12 @@
 """PEFT's adapter_config.json: what is read of it, what is folded into alpha and B, and what is
 refused."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from dnd_jax.base.identity import base_name, base_weights
 from dnd_jax.config import schema
@@ -148,6 +149,40 @@ def read_fields(path: str | os.PathLike) -> dict:
     return raw
 
 
+def _ranks(path: str | os.PathLike, raw: Mapping) -> dict[str, int]:
+    """The rank of each module of a checkpoint with these fields. Raises InputError listing the
+    modules whose ranks are not those of the settings, and those that its target_modules leave
+    out."""
+    file = config_file(path)
+    headless = is_headless(stored_names(path))
+    ranks = {
+        key.removesuffix(LORA_A): shape[0]
+        for key, shape in read_shapes(path).items()
+        if key.endswith(LORA_A)
+    }
+    with _reading(file):
+        faults = [
+            f"{module} has rank {rank}, the settings say {wanted}"
+            for module, rank in ranks.items()
+            if rank != (wanted := int(own_value(raw, "rank_pattern", "r", module, headless)))
+        ]
+        stray = [module for module in ranks if not is_targeted(raw, module, headless)]
+    if faults:
+        raise listed(f"{file}: not the settings of {weights_file(path).name}", faults)
+    if stray:
+        title = f"{file}: its target_modules leave out what PEFT then does not load"
+        raise listed(title, sorted(stray), most=3)
+    return ranks
+
+
+def module_scales(path: str | os.PathLike) -> dict[str, float]:
+    """What B A of each module is multiplied by, where B is `load_adapter`'s, an alpha of the module
+    folded into it. Raises InputError as `load_adapter_config`, but for ranks that differ."""
+    raw = read_fields(path)
+    power = 0.5 if raw.get("use_rslora") else 1.0
+    return {module: raw["lora_alpha"] / rank**power for module, rank in _ranks(path, raw).items()}
+
+
 def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of a checkpoint, with rsLoRA folded into alpha and the one rank that its tensors
     have.
@@ -156,24 +191,12 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     are not those of the settings.
     """
     file, raw = config_file(path), read_fields(path)
-    headless = is_headless(stored_names(path))
-    ranks = {
-        key.removesuffix(LORA_A): shape[0]
-        for key, shape in read_shapes(path).items()
-        if key.endswith(LORA_A)
-    }
-    try:
-        faults = [
-            f"{module} has rank {rank}, the settings say {wanted}"
-            for module, rank in ranks.items()
-            if rank != (wanted := int(own_value(raw, "rank_pattern", "r", module, headless)))
-        ]
-        if faults:
-            raise listed(f"{file}: not the settings of {weights_file(path).name}", faults)
-        if len(set(ranks.values())) > 1:
-            common = max(set(ranks.values()), key=list(ranks.values()).count)
-            mixed = [f"{module} has {rank}" for module, rank in ranks.items() if rank != common]
-            raise listed(f"{path}: tokens need one rank for all modules; most have {common}", mixed)
+    ranks = _ranks(path, raw)
+    if len(set(ranks.values())) > 1:
+        common = max(set(ranks.values()), key=list(ranks.values()).count)
+        mixed = [f"{module} has {rank}" for module, rank in ranks.items() if rank != common]
+        raise listed(f"{path}: tokens need one rank for all modules; most have {common}", mixed)
+    with _reading(file):
         rank, alpha, targets = (
             next(iter(ranks.values()), int(raw["r"])),
             float(raw["lora_alpha"]),
@@ -185,10 +208,6 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             raw.get(k) not in (None, [], "")
             for k in ("layers_to_transform", "layers_pattern", "exclude_modules")
         )
-        stray = [module for module in ranks if not is_targeted(raw, module, headless)]
-        if stray:
-            title = f"{file}: its target_modules leave out what PEFT then does not load"
-            raise listed(title, sorted(stray), most=3)
         return AdapterConfig(
             base=str(raw.get("base_model_name_or_path") or ""),
             revision=str(raw.get("revision") or ""),
@@ -197,6 +216,13 @@ def load_adapter_config(path: str | os.PathLike) -> AdapterConfig:
             targets=tuple(sorted(ranks if whole else targets)),
             weights=file_notes(weights_file(path)).get(BASE_WEIGHTS, ""),
         )
+
+
+@contextlib.contextmanager
+def _reading(file: pathlib.Path) -> Iterator[None]:
+    """Raises InputError in the place of what odd settings make of the code inside."""
+    try:
+        yield
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:

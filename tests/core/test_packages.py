@@ -70,6 +70,7 @@ def test_stages_say_what_they_need_before_they_start(tmp_path):
         ("train", tiny, work, tracked): ("tensorboardX, wandb", "trackers"),
         ("train", tiny, work, "--config.train.checkpoint_dir=gs://bucket/x"): ("gcsfs", "tpu"),
         ("verify-adapter", "nowhere"): ("torch, peft", "eval"),
+        ("export-gguf", "x", "--out=y.gguf"): ("gguf", "gguf"),
         ("import-generator", "x.pth", "--out=y"): ("torch", "eval"),
         ("export-generator", "x", "--out=y.pth"): ("torch", "eval"),
         ("bench", tiny, work): ("torch", "eval"),

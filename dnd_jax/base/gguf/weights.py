@@ -22,6 +22,7 @@ PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+TURNED = ("attn_q", "attn_k")  # of a llama
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 Shape = tuple[int, ...]
 
@@ -34,7 +35,6 @@ class GgufWeights:
 
     def __init__(self, file: Gguf, config: Mapping):
         self._file, self._head = file, config["head_dim"]
-        self._turned = ("attn_q", "attn_k") if file.architecture == "llama" else ()
         self._table = table = _table(config)
         found = {name: tuple(map(int, t.shape[::-1])) for name, t in file.tensors.items()}
         faults = [f"tensor {name} is missing" for name in table.keys() - found.keys()]
@@ -57,7 +57,7 @@ class GgufWeights:
         """(Hugging Face's name, values) of all tensors, a matrix in blocks of rows. Raises
         InputError as `Gguf.values`."""
         for name, shape in self._table.items():
-            rows = self._rows(name, shape[0])
+            rows = file_rows(self._file.architecture, name, shape[0], self._head)
             if len(shape) == 1:
                 yield _name(name), self._file.values(name)[rows]
                 continue
@@ -65,14 +65,15 @@ class GgufWeights:
             for first in range(0, shape[0], step):
                 yield _name(name), self._file.values(name, rows[first : first + step])
 
-    def _rows(self, name: str, count: int) -> np.ndarray:
-        """Which row of the file each of Hugging Face's rows is. llama.cpp rotates neighbours of a
-        llama's head where transformers rotates its two halves, so its files have the rows of the
-        halves in turn."""
-        rows = np.arange(count)
-        if name.startswith("blk.") and name.split(".")[2] in self._turned:
-            return rows.reshape(-1, self._head // 2, 2).swapaxes(1, 2).reshape(-1)
-        return rows
+
+def file_rows(architecture: str, name: str, count: int, head: int) -> np.ndarray:
+    """Which row of a file's tensor (count rows) each of Hugging Face's rows is. llama.cpp rotates
+    neighbours of a llama's head where transformers rotates its two halves, so its files have the
+    rows of the halves in turn. head: channels of one."""
+    rows = np.arange(count)
+    if architecture == "llama" and name.startswith("blk.") and name.split(".")[2] in TURNED:
+        return rows.reshape(-1, head // 2, 2).swapaxes(1, 2).reshape(-1)
+    return rows
 
 
 def _table(config: Mapping) -> dict[str, Shape]:
