@@ -26,7 +26,7 @@ test-browser: install
 	$(BIN)/python -m pytest -m browser
 
 # vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone; so does
-# llama.cpp, which is compiled (a quarter of an hour on two cores) and has nothing of dnd_jax.
+# llama.cpp, which is compiled (half an hour on two cores) and has nothing of dnd_jax.
 test-servers: install .venv-vllm/.installed .venv-llama/.installed
 	$(BIN)/python -m pytest -m servers
 

@@ -37,7 +37,7 @@ from dnd_jax.core.tensors import (
     write_safetensors,
     write_tensors,
 )
-from dnd_jax.generator.nearest import TrainedTasks
+from dnd_jax.generator.nearest import DISTANCES, TrainedTasks
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora import targets
 from dnd_jax.lora.layout import LoraLayout
@@ -50,7 +50,6 @@ LARGEST = 1 << 20  # N, L or C of a stage
 TAUGHT_BY = ("checkpoints", "base", "answer", "max_length", "lora", "spread")
 DESCRIPTION, MODEL, STATISTICS = "generator.json", "model.safetensors", "statistics.safetensors"
 FILES = (DESCRIPTION, MODEL, STATISTICS)
-# The generators that come with dnd_jax, by what they are asked for.
 PACKAGED = {f"{PACKAGE}skills": pathlib.Path(__file__).with_name("packaged") / "skills"}
 TASK_MEANS = "task_means"  # of the statistics: `TrainedTasks.means`
 
@@ -90,7 +89,7 @@ class Description:
     encoder_fingerprint: str
     encoder_revision: str  # the commit of an encoder from the hub
     task_names: tuple[str, ...] = ()  # of the training tasks, where it says so
-    far_from: float | None = None  # of `TrainedTasks`
+    task_distances: dict = dataclasses.field(default_factory=dict)  # of `TrainedTasks`
 
     @property
     def spec(self) -> DecoderSpec:
@@ -101,15 +100,14 @@ class Description:
     @property
     def fewest(self) -> int:
         """How few prompts it takes: fewer than N only where training met so few."""
-        few = self.settings["train"].get("few_prompts")
-        n = self.condition.num_prompts
+        few, n = self.settings["train"].get("few_prompts"), self.condition.num_prompts
         return min(FEWEST, n) if few else n
 
     def tasks(self, statistics: Mapping[str, np.ndarray]) -> TrainedTasks | None:
         """The training tasks, where the folder says what they are."""
         if not self.task_names:
             return None
-        return TrainedTasks(self.task_names, statistics[TASK_MEANS], self.far_from)
+        return TrainedTasks(self.task_names, statistics[TASK_MEANS], **self.task_distances)
 
 
 def _precision(train: Mapping) -> str:
@@ -170,12 +168,14 @@ def _tasks(raw: object) -> dict:
     ValueError for what cannot be."""
     if raw is None:
         return {}
-    names, far = raw["names"], raw["far_from"]
+    names, far = raw["names"], raw["far_from"]  # the first had no other distance
+    given = {"far_from": far} | {key: raw[key] for key in DISTANCES if key in raw}
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("tasks.names are no names")
-    if far is not None and not (isinstance(far, float) and 0 < far < math.inf):
-        raise ValueError(f"tasks.far_from {far!r} is no distance")
-    return {"task_names": tuple(names), "far_from": far}
+    for key, value in given.items():
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"tasks.{key} {value!r} is no distance")
+    return {"task_names": tuple(names), "task_distances": given}
 
 
 def _features(raw: object) -> tuple[Features, ...]:

@@ -15,17 +15,21 @@ from dnd_jax.encoders.cache import PromptEncoder
 DRAWS = 16  # of a training task's prompts, by which sets are judged to be far
 FAR = 0.95  # so many of those are nearer to another task than what is far from all
 LISTED = 3  # tasks that are named
+DISTANCES = ("far_from", "within", "drawn")  # of `TrainedTasks`, as they are stored
 READ = 256  # prompts of a task, at most, where none are encoded for training
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedTasks:
     """The training tasks of a generator: names, mean embeddings (D, C), and the distance from all
-    of them beyond which N prompts are far; None where there are too few tasks to tell."""
+    of them beyond which N prompts are far, None where there are too few tasks to tell; the mean
+    squared distance of a task's prompts from their mean, and N."""
 
     names: tuple[str, ...]
     means: np.ndarray
     far_from: float | None = None
+    within: float = 0.0
+    drawn: int = 1
 
     @classmethod
     def of(cls, pooled: Mapping[str, np.ndarray], num_prompts: int, seed: int) -> "TrainedTasks":
@@ -44,11 +48,16 @@ class TrainedTasks:
                 drawn = x[rng.choice(len(x), min(num_prompts, len(x)), replace=False)]
                 nearest_other.append(np.delete(tasks.distances(drawn), own).min())
         far_from = float(np.quantile(nearest_other, FAR))  # 0: of tasks that cannot be told apart
-        return dataclasses.replace(tasks, far_from=far_from or None)
+        each = [np.square(x - x.mean(axis=0)).sum(axis=1).mean() for x in pooled.values()]
+        within = float(np.mean(each))
+        return dataclasses.replace(
+            tasks, far_from=far_from or None, within=within, drawn=num_prompts
+        )
 
     def to_json(self) -> dict:
         """All but the means."""
-        return {"names": list(self.names), "far_from": self.far_from}
+        rest = {key: getattr(self, key) for key in DISTANCES}
+        return {"names": list(self.names), **rest}
 
     def distances(self, prompts: np.ndarray) -> np.ndarray:
         """Embeddings (n, C) of a set of prompts -> the distance of its mean from each task's
@@ -57,8 +66,14 @@ class TrainedTasks:
 
     def how_far(self, prompts: np.ndarray) -> float:
         """The distance of a set of prompts (n, C) from the nearest task in units of what is far: 1
-        or more is; 0 where it is not known."""
-        return float(self.distances(prompts).min() / self.far_from) if self.far_from else 0.0
+        or more is; 0 where it is not known. The mean of few different prompts lies farther from
+        its task's: by `within` over their number, squared."""
+        if not self.far_from:
+            return 0.0
+        _, times = np.unique(prompts, axis=0, return_counts=True)
+        fewer = np.square(times / times.sum()).sum() - 1 / self.drawn
+        far = np.sqrt(self.far_from**2 + self.within * max(fewer, 0.0))
+        return float(self.distances(prompts).min() / far)
 
     def cosines(self, prompts: np.ndarray) -> np.ndarray:
         """Embeddings (n, C) of a set of prompts -> its cosine with each task (D,)."""

@@ -68,9 +68,9 @@ class Generated:
         if self.how_far < 1:
             return ""
         return (
-            "the prompts are far from everything the generator was trained on: they are "
-            f"{self.how_far:.2g} times as far from the nearest training task as those are from "
-            "each other; expect little of the adapter"
+            "the prompts are far from everything the generator was trained on: "
+            f"{self.how_far:.1f} times as far from the nearest training task as 19 of 20 draws of "
+            "a training task's are from the next; the adapter may do little"
         )
 
 

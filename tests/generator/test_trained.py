@@ -116,6 +116,24 @@ def test_a_set_is_far_when_tasks_are_nearer_to_each_other():
     assert np.mean(np.array(draws) >= 1) < 0.5  # a task like another one is not far
 
 
+def test_prompts_are_not_far_for_being_few():
+    """Their mean is, by chance: what is far is counted for as many different ones as there are."""
+    rng = np.random.default_rng(0)
+    centres = 0.5 * rng.standard_normal((12, 16))
+    pooled = {f"t{i}": centre + rng.standard_normal((40, 16)) for i, centre in enumerate(centres)}
+    tasks = TrainedTasks.of(pooled, 8, seed=0)
+
+    def share(far) -> float:
+        return np.mean([far(np.resize(rng.permutation(x)[:count], (8, 16))) for x in sets])
+
+    sets = [*pooled.values()] * 5
+    for count in (1, 2, 4, 8):
+        assert share(lambda x: tasks.how_far(x) >= 1) < 0.1, count
+    count = 1
+    assert share(lambda x: tasks.distances(x).min() > tasks.far_from) > 0.7
+    assert tasks.how_far(np.resize(rng.standard_normal((1, 16)) + 9, (8, 16))) > 2
+
+
 def test_few_tasks_tell_nothing_of_what_is_far():
     tasks = TrainedTasks.of({"a": np.eye(4), "b": -np.eye(4)}, 2, seed=0)
     assert tasks.far_from is None and tasks.how_far(np.full((2, 4), 100.0)) == 0
@@ -149,6 +167,7 @@ def test_a_generator_that_does_not_know_its_tasks_generates(run, generator, tmp_
         ({"names": ["a"], "far_from": None}, "task_means"),
         ({"names": [1], "far_from": None}, "tasks.names"),
         ({"names": ["a"], "far_from": -2.0}, "far_from"),
+        ({"names": ["a"], "far_from": 2.0, "within": "1"}, "within"),
         ({"far_from": None}, "names"),
     ],
 )
