@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors import SafetensorError
 
-from dnd_jax.base.chat import ends_of, render, until_end
+from dnd_jax.base.asked_base import AskedBase, Row
+from dnd_jax.base.chat import until_end
 from dnd_jax.base.drafts import Asked, Drafted
-from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.hub import resolve
-from dnd_jax.base.sequences import plain_pairs, token_pairs
+from dnd_jax.base.sequences import plain_pairs
 from dnd_jax.config.schema import Evaluate
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, NoRoom, first_line, is_no_room
@@ -95,8 +95,10 @@ def _from_pretrained(folder: pathlib.Path, dtype: str) -> tuple["torch.nn.Module
     return model, sorted(report["missing_keys"])
 
 
-class TorchBase:
+class TorchBase(AskedBase):
     """A base model in PyTorch whose LoRA adapter can be exchanged."""
+
+    engine = "PyTorch"
 
     def __init__(
         self,
@@ -107,16 +109,13 @@ class TorchBase:
         device: str = "",
     ):
         """As `load_torch_base`."""
-        self.base = pathlib.Path(base)
-        self.tokenizer = load_tokenizer(base)
-        self.ends = ends_of(base, self.tokenizer)
+        super().__init__(base, batch_size, max_new_tokens)
         self.model = load_torch_base(base, dtype, device)
         # The harness of `dnd lm-eval` generates with the model's own settings.
         self.model.generation_config.eos_token_id = list(self.ends)
-        self.max_new_tokens = max_new_tokens
         text = self.model.config.get_text_config()
         self.positions = getattr(text, "max_position_embeddings", None) or math.inf
-        self._device, self._batch_size = self.model.device, batch_size
+        self._device = self.model.device
         self._loaded = 0
         self._tried = 0, False  # tokens of a row, and whether so many are exact from drafts
 
@@ -168,15 +167,6 @@ class TorchBase:
         new = f"{_SLOT}{self._loaded}"
         return old, new, self.model.load_adapter(adapter, adapter_name=new)
 
-    def prompt_ids(
-        self, examples: Sequence[Example], shots: Sequence[Example] = ()
-    ) -> list[list[int]]:
-        """Token ids of each example as the base is asked: the training template, up to where the
-        answer begins. shots: answered examples, as turns before it."""
-        before = [(e.prompt, e.response) for e in shots]
-        texts = [render(self.tokenizer, e.prompt, e.system, before) for e in examples]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
     def answer_ids(
         self, examples: Sequence[Example], at_most: int = 0, shots: Sequence[Example] = ()
     ) -> list[list[int]]:
@@ -218,23 +208,7 @@ class TorchBase:
             answers += out[:, ids.shape[1] :].tolist()
         return answers
 
-    def choose(
-        self, examples: Sequence[Example], labels: Sequence[str], shots: Sequence[Example] = ()
-    ) -> list[str]:
-        """Of the labels, the answer to each example that the base finds most likely, its end token
-        included. shots: as in `prompt_ids`."""
-        labelled = [e._replace(response=label) for e in examples for label in labels]
-        pairs = token_pairs(self.tokenizer, labelled, self.ends, shots)
-        rows = [(prompt + answer, len(answer)) for prompt, answer in pairs]
-        scores = []
-        for first in range(0, len(rows), self._batch_size):
-            scores += self._likelihoods(rows[first : first + self._batch_size])
-        best = np.reshape(scores, (len(examples), len(labels))).argmax(axis=1)
-        return [labels[i] for i in best]
-
-    def _likelihoods(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
-        """The logarithm of the likelihood of each row's last tokens, given as (ids, how many of
-        them)."""
+    def _likelihoods(self, rows: Sequence[Row]) -> list[float]:
         width = max(length for _, length in rows)
         padded, valid = self._padded([ids for ids, _ in rows])
         with torch.inference_mode():
@@ -248,11 +222,6 @@ class TorchBase:
         lengths = torch.tensor([length for _, length in rows])
         inside = torch.arange(width) >= width - lengths[:, None]
         return (chosen * inside.to(self._device)).sum(dim=1).tolist()
-
-    def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of answers without their end token; what other special tokens they have (a
-        call of a tool may begin with one) is a part of them."""
-        return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=False)
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits (n, S, V) of token rows padded on the left."""

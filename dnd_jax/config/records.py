@@ -47,6 +47,8 @@ SAME_NUMBERS = (
     "train.trackers",
     "evaluate.batch_size",
     "evaluate.device",
+    "evaluate.engine_adapters",
+    "evaluate.engine_token_file",
     "evaluate.free_form",
     "evaluate.agreement",
     "evaluate.overhead",

@@ -180,6 +180,18 @@ class Evaluate:
             "is no device of PyTorch, such as cpu or cuda:1",
         ),
     ]
+    # URL of a server that scores in PyTorch's place, such as vLLM's, which sees our folders under
+    # the same paths; empty: none
+    engine: Annotated[
+        str,
+        Must(
+            lambda url: re.fullmatch(r"(https?://\S+)?", url) is not None,
+            "is no URL of a server, such as http://127.0.0.1:8000",
+        ),
+    ]
+    # adapters that it is asked together, each `batch_size` questions at a time: vLLM's --max-loras
+    engine_adapters: Positive
+    engine_token_file: Path  # a file with the token that it asks for; empty: none
     # answers are free text, such as chains of thought or programs: the tables say that exact match
     # means little, and name `dnd lm-eval`
     free_form: bool

@@ -92,9 +92,9 @@ def verify_served(
 def _base_of(server: Served, model: str, named: str) -> str:
     """What the server calls the base of a model. Raises InputError where it does not say."""
     models = server.models()
-    bases = [name for name, parent in models.items() if not parent and name != model]
-    if models.get(model):
-        return models[model]
+    bases = [name for name, of in models.items() if not of.parent and name != model]
+    if model in models and models[model].parent:
+        return models[model].parent
     if named in models or len(bases) == 1:
         return named if named in models else bases[0]
     raise InputError(
@@ -104,7 +104,7 @@ def _base_of(server: Served, model: str, named: str) -> str:
 
 
 def _served(server: Served, model: str, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.concatenate([server.logprobs(model, ids) for ids in texts])
+    return np.concatenate(server.logprobs(model, texts))
 
 
 def _in_torch(model, texts: Sequence[Sequence[int]]) -> np.ndarray:

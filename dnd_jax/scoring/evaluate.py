@@ -1,5 +1,5 @@
 """Stage `evaluate`: adapters for every unseen dataset, their competitors, and the scores of all of
-them in PyTorch.
+them, in PyTorch or by a running server.
 
     dnd evaluate --config=configs/mini.py --workdir=runs/mini
 
@@ -15,16 +15,15 @@ hashes, scores by a hash of the adapter's files.
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from tqdm import tqdm
 
+from dnd_jax.base.asked_base import AskedBase
 from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_digest
 from dnd_jax.base.pretrain import find_base
-from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
@@ -36,47 +35,24 @@ from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
-from dnd_jax.data.sources import Example
-from dnd_jax.data.suite import Dataset, Suite, labels_of
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.lora.adapter import fingerprint
 from dnd_jax.scoring.answers import RULE, Scorer
 from dnd_jax.scoring.candidates import Candidates, make_candidates
 from dnd_jax.scoring.draws import wrong_task
+from dnd_jax.scoring.engine import Answers, answers_to, each, open_engine, with_adapters
 from dnd_jax.scoring.measured import MEASURES, measure
 from dnd_jax.scoring.report import publish, publish_measured
-from dnd_jax.scoring.results import CUT, METHODS, PARTS, pack, unpack
+from dnd_jax.scoring.results import CUT, METHODS, PARTS, PYTORCH, pack, unpack
 
 FORMAT = 1  # of evaluation.json
+A_SERVER = "a server"  # in the place of its URL
 # Settings that no score depends on: the last three choose the adapters, whose scores are kept by
 # their contents.
 NOT_OF_A_SCORE = (
     *SAME_NUMBERS,
     *(f"evaluate.{key}" for key in ("samples", "num_prompts", "train_adapters")),
 )
-
-
-class Answers(NamedTuple):
-    """To a dataset's test questions. cut: 1.0 for each that was cut off before its end token;
-    nothing for labels."""
-
-    texts: list[str]
-    cut: list[float] | None
-
-
-def answers_to(
-    base, datasets: Sequence[Dataset], how: str, shots: Sequence[Example] = ()
-) -> dict[str, Answers]:
-    """{dataset: the answers} of the adapter in use; how: config.evaluate.answers. shots: answered
-    examples before every question."""
-    if how == "likelihood":
-        return {d.name: Answers(base.choose(d.test, labels_of(d), shots), None) for d in datasets}
-    ids = base.answer_ids([e for d in datasets for e in d.test], shots=shots)
-    texts, cut = base.decode(ids), [float(len(row) >= base.max_new_tokens) for row in ids]
-    found, first = {}, 0
-    for d in datasets:
-        here = slice(first, first + len(d.test))
-        found[d.name], first = Answers(texts[here], cut[here]), here.stop
-    return found
 
 
 def in_context(name: str) -> str:
@@ -153,13 +129,15 @@ def score_all(
     suite: Suite,
     candidates: Candidates,
     keys: dict[str, str],
-    base,
+    base: AskedBase,
     path: pathlib.Path,
     settings: dict,
     stored: Mapping,
+    at_once: int = 1,
 ) -> dict:
-    """Scores every candidate in PyTorch; `path` keeps what is done, so that a stopped run goes on.
-    keys: score_keys. stored: what read_kept gives, whose scores are not made again.
+    """Scores every candidate by a base of `open_engine`; `path` keeps what is done, so that a
+    stopped run goes on. keys: score_keys. stored: what read_kept gives, whose scores are not made
+    again. at_once: adapters that a server is asked together.
 
     Returns {key: {unseen dataset: {"exact", "content", "format", "cut"}}}; each value is the list
     of scores question by question, packed. "cut" is there where answers may have no end, and was
@@ -168,26 +146,34 @@ def score_all(
     scores = dict(stored["scores"])
     kept = {key: value for key, value in stored.items() if key not in ("format", "adapters")}
     scorers = {d.name: Scorer([e.response for e in d.test]) for d in suite.unseen}
-    jobs: dict[str, tuple[str, dict[str, Dataset]]] = {}
+    shots = {in_context(name): shown for name, shown in candidates.shots.items()}
+    jobs: dict[str, tuple[str, list[Dataset]]] = {}  # {key: (label, what is to be scored)}
     for dataset in suite.unseen:
         for label in scored_on(candidates, dataset.name):
-            jobs.setdefault(keys[label], (label, {}))[1][dataset.name] = dataset
-    for key, (label, datasets) in tqdm(
-        jobs.items(), desc="evaluate", unit="adapter", dynamic_ncols=True
-    ):
-        todo = [d for name, d in datasets.items() if name not in scores.get(key, {})]
-        if not todo:
-            continue
+            if dataset.name not in scores.get(keys[label], {}):
+                jobs.setdefault(keys[label], (label, []))[1].append(dataset)
+    alone = {"base", *shots}
+
+    def ask(base: AskedBase, key: str) -> tuple[str, dict[str, Answers]]:
         stop.check()
-        shots = next((s for n, s in candidates.shots.items() if in_context(n) == label), ())
-        base.use(None if label == "base" or shots else label)
-        new, how = {}, settings["evaluate"]["answers"]
-        for name, answers in answers_to(base, todo, how, shots).items():
-            each = scorers[name].each(answers.texts)
-            each |= {CUT: answers.cut} if answers.cut is not None else {}
-            new[name] = {measure: pack(values) for measure, values in each.items()}
-        scores[key] = scores.get(key, {}) | new
-        write_numbered(path, FORMAT, {**kept, "settings": settings, "scores": scores})
+        label, datasets = jobs[key]
+        base.use(None if label in alone else label)
+        how = settings["evaluate"]["answers"]
+        return key, answers_to(base, datasets, how, shots.get(label, ()))
+
+    folders = [label for label, _ in jobs.values() if label not in alone]
+    with with_adapters(base, folders, at_once) as bases:
+        answered = each(bases, list(jobs), ask)
+        for key, found in tqdm(
+            answered, desc="evaluate", unit="adapter", total=len(jobs), dynamic_ncols=True
+        ):
+            new = {}
+            for name, answers in found.items():
+                values = scorers[name].each(answers.texts)
+                values |= {CUT: answers.cut} if answers.cut is not None else {}
+                new[name] = {measure: pack(of) for measure, of in values.items()}
+            scores[key] = scores.get(key, {}) | new
+            write_numbered(path, FORMAT, {**kept, "settings": settings, "scores": scores})
     return scores
 
 
@@ -232,21 +218,24 @@ def by_method(
 
 
 def evaluation_settings(config: Config, suite: str) -> dict:
-    """What the scores in WORKDIR/evaluation.json depend on; suite: its fingerprint."""
+    """What the scores in WORKDIR/evaluation.json depend on; suite: its fingerprint. Of an engine
+    that it is a server, not where."""
     asked = {
         key: value
         for key, value in dataclasses.asdict(config.evaluate).items()
         if f"evaluate.{key}" not in NOT_OF_A_SCORE
     }
+    asked["engine"] = A_SERVER if config.evaluate.engine else ""
     return {"seed": config.seed, "evaluate": asked, "suite": suite, "rule": RULE}
 
 
 def evaluate(
     config: Config, suite: Suite, base_path, workdir: pathlib.Path, allowed: Collection[str] = ()
 ) -> dict:
-    """Makes and scores all adapters and returns {"train": names, "unseen": {NAME: scores},
-    "questions"}, kept in WORKDIR/evaluation.json too, with what `measure` has found of the same
-    adapters. "questions": {NAME: {measure: {method: scores question by question, packed}}}."""
+    """Makes and scores all adapters and returns {"train": names, "engine": what scored, "unseen":
+    {NAME: scores}, "questions"}, kept in WORKDIR/evaluation.json too, with what `measure` has found
+    of the same adapters. "questions": {NAME: {measure: {method: scores question by question,
+    packed}}}."""
     path = workdir / paths.EVALUATION
     settings = evaluation_settings(config, suite.fingerprint)
     candidates = make_candidates(config, suite, base_path, workdir)
@@ -261,17 +250,23 @@ def evaluate(
     if made_of.items() <= stored.items():
         return stored["result"]
     same = stored.get("result", {}) if stored.get("measured_of") == firsts else {}
-    base = TorchBase.of(base_path, config.evaluate)
+    base = open_engine(base_path, config.evaluate)
     candidates = with_room_for_shots(candidates, suite, base)
-    scores = score_all(suite, candidates, keys, base, path, settings, stored)
+    # Earlier versions did not say by what.
+    before = stored.get("engines", [PYTORCH] * bool(stored["scores"]))
+    stored["engines"] = list(dict.fromkeys([*before, base.engine]))
+    at_once = config.evaluate.engine_adapters
+    scores = score_all(suite, candidates, keys, base, path, settings, stored, at_once)
     entries = {d.name: _entry(suite, candidates, d.name, scores, keys) for d in suite.unseen}
     result = {
         "train": list(candidates.training),
+        "engine": ", ".join(stored["engines"]),
         "unseen": {name: entry for name, (entry, _) in entries.items()},
         "questions": {name: questions for name, (_, questions) in entries.items()},
         **{name: same[name] for name in MEASURES if name in same},
     }
-    kept = {"settings": settings, "scores": scores, "measured_of": firsts, "result": result}
+    kept = {"settings": settings, "scores": scores, "engines": stored["engines"]}
+    kept |= {"measured_of": firsts, "result": result}
     write_numbered(path, FORMAT, kept | made_of)
     return result
 
@@ -343,7 +338,8 @@ def _run(given: Given) -> None:
 def needs(config: Config) -> tuple[str, ...]:
     """The modules beyond a plain install that scoring and its report need."""
     models = packages_of(config.base.path, config.condition.encoder)
-    return ("torch", "peft", "matplotlib", *models)
+    torch = () if config.evaluate.engine else ("torch", "peft")
+    return (*torch, "matplotlib", *models)
 
 
 REMEASURE = Flag("remeasure", bool, False, "measure agreement and overhead again where that failed")

@@ -144,6 +144,11 @@ def lm_eval_stage(
 
     Raises InputError as parse_tasks and load_tasks do, before anything is generated.
     """
+    if config.evaluate.engine:
+        raise InputError(
+            f"config.evaluate.engine = {config.evaluate.engine!r}: `dnd lm-eval` scores in "
+            "PyTorch; leave it out"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"

@@ -40,6 +40,9 @@ NO_ROOM = (
 )
 NOT_RUN = "Not measured, because only PyTorch runs this base. {}"
 FAILED = f"Not measured: {{}}; {AGAIN}."
+SERVED = (
+    "Not measured, because a server scored: `dnd verify-adapter --server` compares it with PyTorch."
+)
 OFF = "Not measured: evaluate.{} is off."
 TIMED = 100  # steps of tuning that are timed
 LARGE = 2**30  # parameters of a base that is run in the type it is stored in, not in float32
@@ -79,6 +82,8 @@ def _measure(
             found[name] = result[name]
         elif not getattr(config.evaluate, name):
             found[name] = {"note": OFF.format(name)}
+        elif name == "agreement" and config.evaluate.engine:
+            found[name] = {"note": SERVED}
         else:
             # What stays if the machine kills this process for memory.
             result[name] = {"note": BEGUN}

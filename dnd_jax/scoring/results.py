@@ -103,6 +103,8 @@ NO_TRAINING_RULE = (
     " Train mean and train best are left out; evaluate.train_adapters=0 scores every training "
     "adapter."
 )
+ENGINE_RULE = " Scored by {engine}."
+PYTORCH = "PyTorch"  # what scores where no server does
 NOT_YET = {"note": "Not measured yet."}
 FREE_FORM = (
     "These answers are free text (a chain of thought, a program), of which exact match means "
@@ -117,9 +119,9 @@ CUT_SHARE = 0.01  # of a method's answers to a dataset, from which on it is warn
 LIKELIHOOD_RULE = " An answer is the most likely one of a dataset's labels."
 
 
-def rule(config: Config, training: int = 0) -> str:
+def rule(config: Config, training: int = 0, engine: str = PYTORCH) -> str:
     """How the reported adapters were chosen and asked, in words; fixed before any test. training:
-    how many training adapters there are."""
+    how many training adapters there are. engine: what scored."""
     n, different = config.condition.num_prompts, config.evaluate.num_prompts
     drawn = "1 prompt" if (different or n) == 1 else f"{different or n} prompts"
     text = RULE.format(samples=config.evaluate.samples, prompts=drawn)
@@ -130,6 +132,7 @@ def rule(config: Config, training: int = 0) -> str:
     scored = config.evaluate.train_adapters
     text += DRAWN_RULE.format(scored=scored, all=training) if 0 < scored < training else ""
     text += NO_TRAINING_RULE if scored < 0 else ""
+    text += ENGINE_RULE.format(engine=engine)
     return text + (LIKELIHOOD_RULE if config.evaluate.answers == "likelihood" else "")
 
 
@@ -232,6 +235,8 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
     """results.json from each seed's evaluation: datasets averaged over the seeds that have them,
     and the spread over seeds."""
     first = next(iter(runs.values()))
+    # Earlier versions did not say by what.
+    engine = ", ".join(dict.fromkeys(run.get("engine", PYTORCH) for run in runs.values()))
     unseen = _over_seeds(runs)
     mean = _mean_over_seeds(runs) if len(runs) > 1 else summarise(unseen)
     add_intervals(unseen, mean, runs)
@@ -239,7 +244,8 @@ def combine(runs: dict[int, dict], config: Config) -> dict:
         "suite": first["suite"],
         "seeds": list(runs),
         "answers": config.evaluate.answers,
-        "rule": rule(config, len(first.get("train", ()))),
+        "engine": engine,
+        "rule": rule(config, len(first.get("train", ())), engine),
         "intervals": intervals.NOTE,
         "warnings": warnings(unseen, config),
         "unseen": unseen,

@@ -267,6 +267,7 @@ def share_scores(config: Config, folder: pathlib.Path, default: pathlib.Path, su
         return
     if not path.is_file():
         scores = {"settings": settings, "scores": stored["scores"]}
+        scores |= {"engines": stored["engines"]} if "engines" in stored else {}
         write_numbered(path, stored["format"], scores)
 
 

@@ -63,7 +63,8 @@ def _stages(
     base_name: str,
     begin: Callable[[Config, Suite], None],
 ) -> tuple[dict, Callable[..., dict]]:
-    device_of(config.evaluate.device)  # before the hours until it is asked
+    if not config.evaluate.engine:
+        device_of(config.evaluate.device)  # before the hours until it is asked
     with timed(workdir, "suite"):
         suite = open_suite(config, workdir, strict, scored=True)
     begin(config, suite)

@@ -118,9 +118,10 @@ def test_words_that_cannot_be(adapter, capsys, words, says):
 def test_log_probabilities_are_those_of_the_tokens(base, adapter):
     with OpenaiServer(base, {"task": adapter}).running() as url:
         server = Served(url)
-        assert server.models() == {"the-base": "", "task": "the-base"}
-        plain = server.logprobs("the-base", [3, 5, 7, 9])
+        parents = {name: of.parent for name, of in server.models().items()}
+        assert parents == {"the-base": "", "task": "the-base"}
+        plain, shorter = server.logprobs("the-base", [[3, 5, 7, 9], [3, 5, 7]])
         assert plain.shape == (3,) and np.all(plain < 0)
-        assert np.allclose(plain[:2], server.logprobs("the-base", [3, 5, 7]), atol=1e-5)
+        assert np.allclose(plain[:2], shorter, atol=1e-5)
         with pytest.raises(InputError, match="does not exist"):
-            server.logprobs("none", [3, 5])
+            server.logprobs("none", [[3, 5]])

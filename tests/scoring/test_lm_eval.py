@@ -25,7 +25,7 @@ from dnd_jax.lora.adapter import save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.scoring.answers import Scorer
 from dnd_jax.scoring.candidates import Candidates
-from dnd_jax.scoring.evaluate import answers_to
+from dnd_jax.scoring.engine import answers_to
 from dnd_jax.scoring.lm_eval import answer_of, sample_scores, score, score_all
 from dnd_jax.scoring.lm_eval_tasks import Wanted, load_tasks, parse_tasks, write_task
 

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 from scored_runs import NAMES, candidates, runs_of
 
+from dnd_jax.base.asked_base import AskedBase
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.data.suite import Dataset, Suite
@@ -180,8 +181,13 @@ def test_a_result_is_of_the_training_adapters_that_are_scored(config, tmp_path, 
         for label, of in scores.items()
     }
     made = []
+
+    def opened(*_):
+        made.append(1)
+        return AskedBase
+
     monkeypatch.setattr(evaluation, "score_keys", lambda *_: {label: label for label in scores})
-    monkeypatch.setattr(evaluation.TorchBase, "of", lambda *_: made.append(1))
+    monkeypatch.setattr(evaluation, "open_engine", opened)
     monkeypatch.setattr(evaluation, "with_room_for_shots", lambda candidates, *_: candidates)
     monkeypatch.setattr(evaluation, "score_all", lambda *_: packed)
 

