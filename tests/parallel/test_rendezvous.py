@@ -170,6 +170,19 @@ def test_two_processes_equal_one(inputs, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_that_encode_in_the_step_equal_one(inputs, tmp_path):
+    """The encoder is on every device, and each process reads the texts of its own samples."""
+    words = *TWO, "--config.condition.in_graph=True"
+    one, two = tmp_path / "one", tmp_path / "two"
+    ended = finish(start(inputs, one, *words, devices=2)) + finish(*start_two(inputs, two, *words))
+    assert [status for status, _ in ended] == [0, 0, 0], ended
+    losses = [[row["loss"] for row in rows(folder)] for folder in (one, two)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert model(one) == model(two)
+    assert not list((two / "embeddings").glob("states_*"))
+
+
+@pytest.mark.slow
 def test_a_killed_peer_is_named_and_the_run_resumes(inputs, uninterrupted, tmp_path):
     """Where programs are kept, as with a TPU or GPU, each start but the first reads them from the
     run's folder, which both processes see."""
