@@ -12,6 +12,8 @@ from dnd_jax.core.errors import InputError
 
 torch, transformers = packages.deferred("torch"), packages.deferred("transformers")
 USUAL = 256  # tokens of an answer
+BETWEEN = object()  # what is in use while another adapter is loaded, or where that failed
+CHARACTERS = 32  # of a token, at most: what has more of them than the base reads is not tokenised
 UNFINISHED = "\ufffd"  # how a tokenizer shows the first bytes of a sign whose rest is to come
 
 
@@ -52,7 +54,7 @@ class Talker:
 
     def __init__(self, base: TorchBase):
         self._base = base
-        self._used: str | None = None
+        self._used: object = None  # None: the base alone
 
     def answer(
         self,
@@ -94,15 +96,20 @@ class Talker:
         return Reply(written.text, not written.ended, len(ids), written.count)
 
     def _ids(self, said: Conversation) -> list[int]:
-        tokenizer = self._base.tokenizer
+        tokenizer, positions = self._base.tokenizer, self._base.positions
         text = render(tokenizer, said.prompt, said.system, said.before)
+        if len(text) > CHARACTERS * positions:
+            raise InputError(
+                f"messages: {len(text)} characters are more than the {positions} tokens that the "
+                "base reads; shorten them"
+            )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _use(self, adapter: str | os.PathLike | None) -> None:
         """Loads an adapter unless it is the one in use."""
         wanted = None if adapter is None else os.fspath(adapter)
         if wanted != self._used:
-            self._used = None  # where the other one does not load
+            self._used = BETWEEN
             self._base.use(None)
             self._base.use(wanted)
             self._used = wanted

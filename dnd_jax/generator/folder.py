@@ -12,7 +12,6 @@ statistics.safetensors    importance weights (T,), the statistics of the target,
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,7 @@ from dnd_jax.core.tensors import (
     write_safetensors,
     write_tensors,
 )
-from dnd_jax.generator.nearest import DISTANCES, TrainedTasks
+from dnd_jax.generator.nearest import TrainedTasks, tasks_of
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.lora import targets
 from dnd_jax.lora.layout import LoraLayout
@@ -150,7 +149,7 @@ def read_description(folder: pathlib.Path) -> Description:
             adapter=validate.section(AdapterConfig, raw["adapter"], "adapter"),
             encoder_fingerprint=str(raw["encoder_fingerprint"]),
             encoder_revision=str(raw.get("encoder_revision", "")),
-            **_tasks(raw.get("tasks")),
+            **tasks_of(raw.get("tasks")),
         )
         grid = token_grid(description.generator.target, description.layout)
         if description.features[-1] != grid:
@@ -161,21 +160,6 @@ def read_description(folder: pathlib.Path) -> Description:
         raise InputError(
             f"{file}: not a generator of this version ({why}); train or import it again"
         ) from None
-
-
-def _tasks(raw: object) -> dict:
-    """What a description says of the training tasks; nothing of an imported or older one. Raises
-    ValueError for what cannot be."""
-    if raw is None:
-        return {}
-    names, far = raw["names"], raw["far_from"]  # the first had no other distance
-    given = {"far_from": far} | {key: raw[key] for key in DISTANCES if key in raw}
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("tasks.names are no names")
-    for key, value in given.items():
-        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
-            raise ValueError(f"tasks.{key} {value!r} is no distance")
-    return {"task_names": tuple(names), "task_distances": given}
 
 
 def _features(raw: object) -> tuple[Features, ...]:

@@ -2,6 +2,7 @@
 centring on the training tasks', and whether it is far from all of them, by their distance."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 
@@ -66,8 +67,9 @@ class TrainedTasks:
 
     def how_far(self, prompts: np.ndarray) -> float:
         """The distance of a set of prompts (n, C) from the nearest task in units of what is far: 1
-        or more is; 0 where it is not known. The mean of few different prompts lies farther from
-        its task's: by `within` over their number, squared."""
+        or more is; 0 where it is not known. The mean of fewer different prompts than `drawn` lies
+        farther from its task's by chance: n prompts of shares s by within * (sum s^2 - 1 / drawn),
+        squared."""
         if not self.far_from:
             return 0.0
         _, times = np.unique(prompts, axis=0, return_counts=True)
@@ -88,6 +90,22 @@ class TrainedTasks:
         cosines = self.cosines(prompts)
         order = np.argsort(-cosines, kind="stable")[:LISTED]
         return tuple((self.names[i], float(cosines[i])) for i in order)
+
+
+def tasks_of(raw: object) -> dict:
+    """What a description says of the training tasks, {"task_names", "task_distances"}; nothing of
+    an imported or older one. Raises KeyError, TypeError or ValueError for what cannot be."""
+    if raw is None:
+        return {}
+    names, given = raw["names"], {"far_from": raw["far_from"]}  # the first had no other distance
+    given |= {key: raw[key] for key in DISTANCES if key in raw}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("tasks.names are no names")
+    for key, value in given.items():
+        number = type(value) in (int, float) and 0 <= value < math.inf
+        if not (number and (value or key == "within")) and (value, key) != (None, "far_from"):
+            raise ValueError(f"tasks.{key} {value!r} is no distance")
+    return {"task_names": tuple(names), "task_distances": given}
 
 
 def trained_tasks(

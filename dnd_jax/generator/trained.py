@@ -69,8 +69,8 @@ class Generated:
             return ""
         return (
             "the prompts are far from everything the generator was trained on: "
-            f"{self.how_far:.1f} times as far from the nearest training task as 19 of 20 draws of "
-            "a training task's are from the next; the adapter may do little"
+            f"{self.how_far:.1f} times as far from every training task as those are from each "
+            "other, at most; the adapter may do little"
         )
 
 

@@ -33,10 +33,10 @@ responses = packages.deferred("fastapi.responses")
 of_starlette = packages.deferred("starlette.exceptions")
 
 BLOCK = 1 << 18  # bytes of a download at a time
-# What a client is told, and the status, of what keeps the service from an order. {waiting}: how
-# many requests may wait.
+# The status, and what a client is told, of what keeps the service from an order; {} is what the
+# error was made with.
 REFUSALS = {
-    Busy: (429, "{waiting} requests wait already; try again in a moment"),
+    Busy: (429, "{} requests wait already; try again in a moment"),
     Closed: (503, "the service is stopping"),
     NoRoom: (507, "adapters in use, and names, fill the cache; give it more by --cache-gb"),
     Unwritable: (507, "the disk of the cache takes no more; nothing was kept"),
@@ -93,6 +93,8 @@ def make_app(
     def shown(entry: Entry, request: fastapi.Request) -> dict[str, Any]:
         """What a client is told of an adapter."""
         fields = dataclasses.asdict(entry)
+        if limits.shared:
+            del fields["path"]
         fields["closest"] = [{"task": task, "cosine": cosine} for task, cosine in entry.closest]
         return fields | {"url": f"{request.base_url}v1/adapters/{entry.id}/download"}
 
@@ -101,6 +103,8 @@ def make_app(
         order: AdapterRequest, request: fastapi.Request, response: fastapi.Response
     ) -> dict:
         """Generates an adapter, or finds it where the same order was made before (status 200)."""
+        if limits.shared and order.name:
+            raise fastapi.HTTPException(403, "others use this service too: it takes no names")
         wanted = Order(tuple(order.prompts), order.seed, order.strength)
         future, made = await asyncio.to_thread(service.order, wanted, order.name)
         entry = await asyncio.wrap_future(future)
@@ -158,11 +162,11 @@ def make_app(
         return responses.Response(text, media_type=kind)
 
     if chat is not None:
-        add_chat(app, chat)
+        add_chat(app, chat, limits.tokens)
 
     def answer(request: fastapi.Request, error: Exception):
         status, message = REFUSALS[type(error)]
-        return refusal(status, message.format(waiting=limits.waiting))
+        return refusal(status, message.format(*error.args))
 
     for kind in REFUSALS:
         app.add_exception_handler(kind, answer)

@@ -29,7 +29,7 @@ pydantic = packages.deferred("pydantic")
 responses = packages.deferred("fastapi.responses")
 
 BASE, PREFIX = "base", "dnd:"
-LONGEST = 4096  # tokens of an answer
+COLDEST = 0.01  # below that a temperature is none, as vLLM has it too
 ROLES = "a system message, if any, then user and assistant in turn, a user's at last"
 
 
@@ -50,7 +50,7 @@ class Chat:
         if self._closed.is_set():
             raise Closed
         if self._asked >= self._most:
-            raise Busy
+            raise Busy(self._most)
         self._asked += 1
         try:
             folder, stack = await self._folder(model)
@@ -68,11 +68,15 @@ class Chat:
                 if left.is_set():
                     return None
                 try:
-                    return self._talker.answer(folder, said, how, say)
-                except InputError:
-                    raise
+                    reply = self._talker.answer(folder, said, how, say)
+                except InputError as error:
+                    # An adapter that was kept is one of this base: its files have changed.
+                    raise (failed(error) if folder and folder in str(error) else error) from None
                 except BaseException as error:
                     raise failed(error) from None
+                if self._closed.is_set() and reply.cut:
+                    raise Closed
+                return reply
 
         def done(_) -> None:
             self._asked -= 1
@@ -105,8 +109,8 @@ class Chat:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def add_chat(app, chat: Chat) -> None:
-    """Adds the routes to a `fastapi.FastAPI`."""
+def add_chat(app, chat: Chat, longest: int) -> None:
+    """Adds the routes to a `fastapi.FastAPI`. longest: tokens of an answer, at most."""
     text_of = pydantic.create_model("Part", type=(Literal["text"], ...), text=(str, ...))
 
     class Message(pydantic.BaseModel, extra="forbid"):
@@ -114,6 +118,8 @@ def add_chat(app, chat: Chat) -> None:
 
         role: Literal["system", "user", "assistant"]
         content: str | list[text_of]
+
+    Tokens = Annotated[int, pydantic.Field(ge=1, le=longest, strict=True)]
 
     class StreamOptions(pydantic.BaseModel, extra="forbid"):
         include_usage: bool = False
@@ -124,15 +130,13 @@ def add_chat(app, chat: Chat) -> None:
 
         model: str
         messages: Annotated[list[Message], pydantic.Field(min_length=1)]
-        max_tokens: Annotated[int, pydantic.Field(ge=1, le=LONGEST, strict=True)] | None = None
-        max_completion_tokens: (
-            Annotated[int, pydantic.Field(ge=1, le=LONGEST, strict=True)] | None
-        ) = None
-        temperature: Annotated[float, pydantic.Field(ge=0, le=2)] = 0.0
-        top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-        seed: Annotated[int, pydantic.Field(ge=0, le=LARGEST_SEED, strict=True)] = 0
-        stream: bool = False
-        stream_options: StreamOptions = StreamOptions()
+        max_tokens: Tokens | None = None
+        max_completion_tokens: Tokens | None = None  # its newer name
+        temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
+        top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+        seed: Annotated[int, pydantic.Field(ge=0, le=LARGEST_SEED, strict=True)] | None = None
+        stream: bool | None = None
+        stream_options: StreamOptions | None = None
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -146,11 +150,16 @@ def add_chat(app, chat: Chat) -> None:
         return {"object": "list", "data": listed}
 
     @app.post("/v1/chat/completions")
-    async def complete(asked: ChatRequest):
+    async def complete(asked: ChatRequest, request: fastapi.Request):
         """An answer, whole or as server-sent events."""
         said = _conversation([(message.role, _text(message.content)) for message in asked.messages])
-        most = asked.max_tokens or asked.max_completion_tokens or 0
-        how = Sampling(most, asked.temperature, asked.top_p, asked.seed)
+        most = {asked.max_tokens, asked.max_completion_tokens} - {None}
+        if len(most) > 1:
+            raise InputError("max_tokens and max_completion_tokens are one thing; give one")
+        temperature = asked.temperature or 0.0
+        if 0 < temperature < COLDEST:
+            raise InputError(f"temperature: 0, or {COLDEST} to 2")
+        how = Sampling(max(most, default=0), temperature, asked.top_p or 1.0, asked.seed or 0)
         answer = chat.ask(asked.model, said, how)
         first = await anext(answer)  # whose errors have a status of their own
         head = {
@@ -159,10 +168,15 @@ def add_chat(app, chat: Chat) -> None:
             "model": asked.model,
         }
         if asked.stream:
-            usage = asked.stream_options.include_usage
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
             events = _events(head, first, answer, usage)
             return responses.StreamingResponse(events, media_type="text/event-stream")
-        reply = [first, *[piece async for piece in answer]][-1]
+        reply = first
+        async with contextlib.aclosing(answer):
+            while isinstance(reply, str):
+                if await request.is_disconnected():
+                    raise Closed
+                reply = await anext(answer)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": reply.text},
@@ -225,7 +239,10 @@ async def _events(
         while isinstance(piece, str):
             yield event({"content": piece})
             piece = await anext(answer)
-    except (Failed, Closed):
+    except Closed:
+        yield _event({"error": {"message": "the service is stopping", "code": 503}})
+        return
+    except Failed:
         error = {"message": "the answer broke off; the service's log says why", "code": 500}
         yield _event({"error": error})
         return

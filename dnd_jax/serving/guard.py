@@ -33,6 +33,7 @@ class Limits:
     hosts: tuple[str, ...] = ()
     token: str = ""
     shared: bool = False
+    tokens: int = 4096  # of an answer
 
 
 def refusal(status: int, message: str, headers: dict[str, str] | None = None):
@@ -54,8 +55,9 @@ class Guard:
         self._app, self._limits, self._metrics = app, limits, metrics
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+        if scope["type"] != "http":
             return
         started, status = time.perf_counter(), GONE
 
@@ -117,6 +119,9 @@ class Guard:
             if not hmac.compare_digest(given, limits.token.encode()):
                 need = {"WWW-Authenticate": 'Basic realm="dnd_jax"'}
                 return refusal(401, "a bearer token is needed: Authorization: Bearer TOKEN", need)
+            origin = headers.get(b"origin", "")  # a browser sends its password for other pages too
+            if origin and origin.partition("://")[2] != host and scope["method"] != "GET":
+                return refusal(403, "another site's page may not ask here")
         lists = scope["method"] == "GET" and scope["path"].rstrip("/") in LISTS
         if limits.shared and (lists or scope["method"] == "DELETE"):
             return refusal(403, "others use this service too: nothing is listed or deleted")

@@ -20,14 +20,15 @@ from dnd_jax.serving.service import Order, Service
 from dnd_jax.serving.store import Entry
 
 gradio = packages.deferred("gradio")
+gradio_utils = packages.deferred("gradio.utils")
 responses = packages.deferred("fastapi.responses")
 
 PATH = "/page"
 LOOK = 0.25  # seconds between two looks at an order that is in work
 KEPT = 3600  # seconds that a dropped file stays on the disk
 AT_ONCE = 40  # visitors whose requests are in work at a time; the service itself queues them
-KINDS = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
-TYPED = "One a line; with empty lines between prompts of several lines."
+KINDS = [".txt", ".jsonl", ".json", ".csv", ".tsv"]  # a small .parquet may hold millions of rows
+TYPED = "One a line. Where one has several lines, leave an empty line between prompts."
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -56,11 +57,23 @@ class _Words:
         """The prompts of a dropped file; none where there is no file."""
         if path is None:
             return []
+        file = pathlib.Path(path).resolve()
         try:
-            return self._generator.read(path)
+            # Gradio checks both; a page that lets others read the machine is not to hang on it.
+            if not file.is_relative_to(pathlib.Path(gradio_utils.get_upload_folder()).resolve()):
+                raise InputError("this is no dropped file")
+            if file.suffix.lower() not in KINDS:
+                raise InputError(f"{file.name}: none of {', '.join(KINDS)}")
+            prompts = self._generator.read(path)
+            self._check_number(prompts)
         except InputError as error:
-            told = first_line(error).replace(path, pathlib.Path(path).name)
+            told = first_line(error).replace(path, file.name)
             raise gradio.Error(told, print_exception=False) from None
+        return prompts
+
+    def _check_number(self, prompts: Sequence[str]) -> None:
+        if len(prompts) > self._limits.prompts:
+            raise InputError(f"{len(prompts)} prompts: at most {self._limits.prompts}")
 
     def count(self, of_file: Sequence[str], typed: str) -> str:
         """How many prompts there are, and how many are wanted."""
@@ -78,8 +91,7 @@ class _Words:
         for PEFT, for vLLM)."""
         prompts, started = [*of_file, *_typed(typed)], time.perf_counter()
         try:
-            if len(prompts) > self._limits.prompts:
-                raise InputError(f"{len(prompts)} prompts: at most {self._limits.prompts}")
+            self._check_number(prompts)
             order = Order(tuple(prompts), int(seed or 0), float(strength))
             future, made = await asyncio.to_thread(self._service.order, order)
             waiting = asyncio.wrap_future(future)
@@ -90,7 +102,8 @@ class _Words:
                 yield f"generating{behind}: {seconds:.1f} s", *_nothing_made()
             entry = waiting.result()
         except Exception as error:
-            raise _shown(error, self._limits) from None
+            yield "Not made.", *_nothing_made()
+            raise _shown(error) from None
         yield _made(entry, self._generator.draw(prompts, order.seed), made)
 
     async def ask(self, id: str, question: str, system: str) -> AsyncIterator[tuple[str, str]]:
@@ -112,7 +125,7 @@ class _Words:
                     answers[model] = piece.text if whole else answers[model] + piece
                     yield tuple(answers.values())
         except Exception as error:
-            raise _shown(error, self._limits) from None
+            raise _shown(error) from None
 
 
 def _typed(text: str) -> list[str]:
@@ -143,12 +156,12 @@ def _made(entry: Entry, drawn: Sequence[str], made: bool) -> tuple:
     )
 
 
-def _shown(error: Exception, limits: Limits) -> Exception:
+def _shown(error: Exception) -> Exception:
     """What a visitor is told of an error, in one line."""
     if isinstance(error, InputError | Unknown):
         told = first_line(error)
     elif type(error) in REFUSALS:
-        told = REFUSALS[type(error)][1].format(waiting=limits.waiting)
+        told = REFUSALS[type(error)][1].format(*error.args)
     else:
         return error
     return gradio.Error(told, duration=None, print_exception=False)
@@ -199,6 +212,7 @@ def make_page(service: Service, chat: Chat | None, limits: Limits):
             with gradio.Row():
                 plain = gradio.Textbox(label="base", lines=4, interactive=False)
                 adapted = gradio.Textbox(label="with the adapter", lines=4, interactive=False)
+            press.click(lambda: ("", ""), outputs=[plain, adapted], **_EVENT)  # of another adapter
             asked = {"fn": words.ask, "inputs": [made, question, system]}
             ask.click(**asked, outputs=[plain, adapted], **_EVENT)
         file.change(words.read, file, of_file, **_EVENT)
@@ -206,6 +220,7 @@ def make_page(service: Service, chat: Chat | None, limits: Limits):
             changed.change(words.count, [of_file, typed], count, **_EVENT)
         outputs = [status, made, download, drawn, closest, peft, vllm]
         press.click(words.generate, [of_file, typed, seed, strength], outputs, **_EVENT)
+    page.has_launched = True  # else Gradio opens any path that a visitor names
     return page.queue(default_concurrency_limit=AT_ONCE)
 
 

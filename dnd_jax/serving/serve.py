@@ -36,6 +36,8 @@ from dnd_jax.serving.store import AdapterStore
 uvicorn = packages.deferred("uvicorn")
 
 LAST_PORT = 65535
+TALKING = 16  # conversations that wait: an answer takes seconds
+SHARED_TOKENS = 512  # of an answer for anyone
 SHORTEST_TOKEN = 16  # characters
 IDLE = 75  # seconds until an unused connection is closed: later than clients close theirs
 GRACE = 30  # seconds that requests have to end after SIGTERM
@@ -80,7 +82,7 @@ def _run(given: Given) -> None:
         store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
         service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)
         talker = _talker(given["base"], generator) if given["base"] else None
-        chat = Chat(talker, service, limits.waiting) if talker else None
+        chat = Chat(talker, service, min(limits.waiting, TALKING)) if talker else None
         app = make_app(service, limits, metrics, chat, lambda: _started(server))
         leave = mount_page(app, service, chat, limits) if given["page"] else lambda: None
         server = uvicorn.Server(
@@ -93,7 +95,7 @@ def _run(given: Given) -> None:
                 timeout_graceful_shutdown=GRACE,
             )
         )
-        server.handle_exit = _ending(server.handle_exit, service, leave)
+        server.handle_exit = _ending(server.handle_exit, service, chat, leave)
         service.warm(lambda line: print(line, flush=True))
         stop.check()
         listening.listen()  # who asks from now on waits, and is not refused
@@ -120,13 +122,20 @@ def _talker(base: str, generator: TrainedGenerator) -> Talker:
     return Talker(model)
 
 
-def _ending(handle_exit: Callable, service: Service, leave: Callable[[], None]) -> Callable:
+def _ending(
+    handle_exit: Callable, service: Service, chat: Chat | None, leave: Callable[[], None]
+) -> Callable:
     """A handler of signals that lets open pages go, and has a service refuse, shortly before
-    uvicorn gives up waiting, the orders that are not made by then."""
+    uvicorn gives up waiting, what is not done by then."""
+
+    def close() -> None:
+        if chat is not None:
+            chat.close()
+        service.close()
 
     def handle(signum: int, frame: object) -> None:
         leave()
-        refuse = threading.Timer(GRACE - 5, service.close)
+        refuse = threading.Timer(GRACE - 5, close)
         refuse.daemon = True
         refuse.start()
         handle_exit(signum, frame)
@@ -165,6 +174,7 @@ def _limits(given: Given) -> Limits:
         hosts=hosts,
         token=token,
         shared=given["anyone"],
+        **({"tokens": SHARED_TOKENS} if given["anyone"] else {}),
     )
 
 

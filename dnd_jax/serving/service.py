@@ -26,7 +26,7 @@ ROOM, OF_A_TENSOR = 1 << 14, 256  # bytes of an adapter's files beside its tenso
 
 
 class Busy(Exception):
-    """More orders wait than may."""
+    """As many requests wait as may: its argument."""
 
 
 class Closed(Exception):
@@ -149,7 +149,7 @@ class Service:
                 if self._closed:
                     raise Closed
                 if len(self._pending) >= self._waiting:
-                    raise Busy
+                    raise Busy(self._waiting)
                 job = _Job(id, order, drawn, concurrent.futures.Future(), time.perf_counter())
                 job.future.set_running_or_notify_cancel()  # a client that leaves cancels no others'
                 self._pending[id] = job

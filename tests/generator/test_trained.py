@@ -1,6 +1,7 @@
 """A trained generator in use: many adapters at once, their strength, the training tasks that
 prompts are close to, and `dnd generate` of a folder of prompts."""
 
+import dataclasses
 import json
 
 import hypothesis
@@ -18,7 +19,7 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.cache import mean_pooled
 from dnd_jax.generator.folder import STATISTICS
-from dnd_jax.generator.nearest import TrainedTasks, nearest
+from dnd_jax.generator.nearest import TrainedTasks, nearest, tasks_of
 from dnd_jax.generator.trained import AT_ONCE, TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.peft_settings import AdapterConfig, load_adapter_config
@@ -137,6 +138,10 @@ def test_prompts_are_not_far_for_being_few():
 def test_few_tasks_tell_nothing_of_what_is_far():
     tasks = TrainedTasks.of({"a": np.eye(4), "b": -np.eye(4)}, 2, seed=0)
     assert tasks.far_from is None and tasks.how_far(np.full((2, 4), 100.0)) == 0
+    for pooled in ({"a": np.eye(4)}, {name: np.eye(4)[i : i + 1] for i, name in enumerate("abcd")}):
+        tasks = TrainedTasks.of(pooled, 2, seed=0)
+        stored = tasks_of(json.loads(json.dumps(tasks.to_json())))["task_distances"]
+        assert dataclasses.replace(tasks, **stored).to_json() == tasks.to_json()
 
 
 @hypothesis.given(

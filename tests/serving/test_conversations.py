@@ -1,10 +1,14 @@
 """Conversations over HTTP: the base's own answers and an adapter's, whole and as events."""
 
 import concurrent.futures
+import contextlib
 import json
+import os
+import time
 
 import httpx
 import pytest
+from safetensors.numpy import load_file, save_file
 from serve import order
 from small_models import write_qwen
 
@@ -104,11 +108,78 @@ def test_a_client_that_leaves_frees_the_base_and_the_adapter(service):
     url, _ = service
     entry = order(url, "leaver").json()
     body = {"model": f"dnd:{entry['id']}", "messages": [{"role": "user", "content": QUESTION}]}
-    body |= {"max_tokens": 100, "stream": True, "temperature": 2.0}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
-        next(answer.iter_raw())
+    body |= {"max_tokens": 50, "temperature": 2.0}
+    begun = time.perf_counter()
+    assert ask(url, "base", max_tokens=50, temperature=2.0).status_code == 200
+    one = time.perf_counter() - begun
+    for stream in (True, False) * 4:
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream(
+                "POST",
+                f"{url}/v1/chat/completions",
+                json={**body, "stream": stream},
+                timeout=httpx.Timeout(60, read=one / 8),
+            ) as answer,
+        ):
+            next(answer.iter_raw())
+    begun = time.perf_counter()
     assert ask(url, "base", max_tokens=2).status_code == 200
+    assert time.perf_counter() - begun < 4 * one, "eight answers that nobody waits for"
     assert httpx.delete(f"{url}/v1/adapters/{entry['id']}").status_code == 204
+
+
+def test_an_adapter_that_was_damaged_changes_no_other_answer(service):
+    url, _ = service
+    entry = order(url, "damaged").json()
+    before = text(ask(url, "base", max_tokens=6))
+    path = os.path.join(entry["path"], "adapter_model.safetensors")
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    answer = ask(url, f"dnd:{entry['id']}", max_tokens=6)
+    assert answer.status_code == 500 and entry["path"] not in answer.text
+    assert text(ask(url, "base", max_tokens=6)) == before
+    httpx.delete(f"{url}/v1/adapters/{entry['id']}")
+
+
+def test_what_clients_send_empty_is_as_if_it_were_not_there(service):
+    url, _ = service
+    empty = dict.fromkeys(("temperature", "top_p", "seed", "stream", "stream_options"))
+    assert text(ask(url, "base", max_tokens=6, **empty)) == text(ask(url, "base", max_tokens=6))
+
+
+def test_the_page_opens_no_file_that_was_not_dropped(service, tmp_path):
+    """Whatever a visitor tells Gradio. A file that was is read."""
+    url, _ = service
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the secret line\n" * 4)
+    api = f"{url}/page/gradio_api"
+    config = httpx.get(f"{url}/page/config").json()
+    names = {of["api_name"]: of["id"] for of in config["dependencies"]}
+
+    def call(name: str, data: list) -> str:
+        """All events that a call of the page's function gives."""
+        body = {"data": data, "fn_index": names[name], "session_hash": secret.name}
+        assert httpx.post(f"{api}/queue/join", json=body).status_code == 200
+        found = ""
+        at = f"{api}/queue/data?session_hash={secret.name}"
+        with httpx.stream("GET", at, timeout=60) as events:
+            for line in events.iter_lines():
+                found += line
+                if "close_stream" in line or "process_completed" in line:
+                    break
+        return found
+
+    def file(path: object) -> dict:
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}, "orig_name": "mine.txt"}
+
+    typed = "\n".join(f"where is town {i} ?" for i in range(4))
+    for path in (secret, os.path.relpath(secret), f"/tmp/gradio/../..{secret}"):
+        assert '"success":false' in call("read", [file(path)]).replace(" ", "")
+        assert "secret line" not in call("generate", [None, typed, 0, 1])
+    uploaded = httpx.post(f"{api}/upload", files={"files": ("mine.txt", secret.read_bytes())})
+    assert '"success":true' in call("read", [file(uploaded.json()[0])]).replace(" ", "")
+    assert "secret line" in call("generate", [None, "", 0, 1])
 
 
 def test_models_are_listed(service):
@@ -139,6 +210,13 @@ USER = {"role": "user", "content": "q"}
         ({"model": "base", "messages": [USER], "max_tokens": 0}, 422, "max_tokens"),
         ({"model": "base", "messages": [USER], "max_tokens": 10**9}, 422, "max_tokens"),
         ({"model": "base", "messages": [USER], "temperature": -1}, 422, "temperature: "),
+        ({"model": "base", "messages": [USER], "temperature": 1e-320}, 422, "temperature: 0, or"),
+        (
+            {"model": "base", "messages": [USER], "max_tokens": 1, "max_completion_tokens": 2},
+            422,
+            "give one",
+        ),
+        ({"model": "base", "messages": [{**USER, "content": "w" * 90000}]}, 422, "characters"),
         ({"model": "base", "messages": [USER], "top_p": 0}, 422, "top_p: "),
         ({"model": "base", "messages": [USER], "seed": -1}, 422, "seed: "),
         ({"model": "base", "messages": [USER], "n": 2}, 422, "n: "),
