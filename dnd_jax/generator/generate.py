@@ -19,6 +19,7 @@ from dnd_jax.core.files import check_free
 from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
 from dnd_jax.data.rows import prompt_files
 from dnd_jax.generator.trained import (
+    KEY_PREFIX,
     STRENGTH,
     TrainedGenerator,
     check_strength,
@@ -58,6 +59,7 @@ FLAGS = (
     dataclasses.replace(PROMPTS, meaning=f"{_FILE}; or a folder of such, NAME.jsonl -> OUT/NAME"),
     OUT,
     BASE_NAME,
+    KEY_PREFIX,
     Flag("seed", int, 0, "draws the prompts"),
     Flag("samples", int, 1, "adapters, from as many draws"),
     STRENGTH,
@@ -88,7 +90,10 @@ def _run(given: Given) -> None:
     given.need("generator", "prompts", "out")
     wanted = _wanted(given)
     generator = TrainedGenerator(
-        given["generator"], given.config.mesh, base_name=given["base-name"]
+        given["generator"],
+        given.config.mesh,
+        base_name=given["base-name"],
+        key_prefix=given["key-prefix"],
     )
     if given["push-to-hub"]:
         _check_base_name(given, generator.adapter.base)
@@ -153,6 +158,8 @@ def _wanted(given: Given) -> list[_Wanted]:
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
     check_strength(given["strength"], "--strength")
+    if given["merge"] and given["key-prefix"]:
+        raise InputError("--key-prefix is for servers that load the adapter; leave out --merge")
     if given["base"] and not given["merge"]:
         raise InputError("--base is for --merge=FOLDER; what an adapter calls it is --base-name")
     if given["public"] and not given["push-to-hub"]:

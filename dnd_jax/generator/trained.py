@@ -36,6 +36,7 @@ from dnd_jax.generator.step import ONE_DEVICE, ShardedGeneration, shard_generati
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.card import card
+from dnd_jax.lora.names import IN_FRONT, check_key_prefix, renamed
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.parallel.mesh import make_mesh
 
@@ -43,6 +44,13 @@ _mean_pooled = jax.jit(mean_pooled)
 
 STRONGEST = 100  # times what a generator makes
 STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
+KEY_PREFIX = Flag(
+    "key-prefix",
+    str,
+    "",
+    "before layers. in the adapters' names, such as model.language_model. for servers of wrapped "
+    "bases (default: model.)",
+)
 AT_ONCE = 8  # adapters of one batch
 
 
@@ -122,17 +130,21 @@ class TrainedGenerator:
         encoder: str = "",
         base_name: str = "",
         at_once: int = 0,
+        key_prefix: str = "",
     ):
         """run_dir: a generator folder, or the workdir that has one. mesh: for a generator or text
         encoder too large for one device, over whose fsdp and tensor they are split; an adapter is
         no batch to split over slice and data, which are left out. encoder: where its text encoder
         lies now; base_name: what adapters call their base; empty: as it was trained. at_once:
         adapters of one batch, filled up to a power of two; 0: AT_ONCE, and 1 on a CPU, which one
-        adapter fills: there eight take as long as one after the other.
+        adapter fills: there eight take as long as one after the other. key_prefix: what their names
+        have before "layers." in the place of "model.", as servers of wrapped bases want it.
 
         Raises InputError naming the missing or damaged file, and for a mesh that does not fit the
         devices.
         """
+        if key_prefix:
+            check_key_prefix(key_prefix)
         self.folder = folder = find_generator(run_dir)
         with steady(folder):
             description = read_description(folder)
@@ -152,7 +164,7 @@ class TrainedGenerator:
         if base_name:
             kept = self.adapter.revision if base_name == self.base else ""
             self.adapter = dataclasses.replace(self.adapter, base=base_name, revision=kept)
-        self._seed = description.seed
+        self._seed, self.key_prefix = description.seed, key_prefix
         self.fewest = description.fewest
         self.target = targets.from_statistics(description.generator.target, self.layout, statistics)
         self.module, self._step = generation.module, generation.step
@@ -279,6 +291,8 @@ class TrainedGenerator:
         notes = []
         if strength != 1:
             notes.append(f"alpha is {strength:g} times the generator's: --strength={strength:g}")
+        if self.key_prefix:
+            notes.append(f"its tensors are named for a server: --key-prefix={self.key_prefix}")
         if made.closest:
             closest = "closest training tasks, by the cosine of mean embeddings"
             notes.append(f"{closest}: {made.listed}")
@@ -312,8 +326,11 @@ class TrainedGenerator:
         """Writes an adapter of prompts that `seed` has drawn, reads it back and compares.
         strength: its effect, times the generated one's."""
         of_card, settings = self.card(made, seed, strength), self.settings(strength)
-        folder = save_adapter(out_dir, made.tensors, settings, of_card, dtype)
-        verify_adapter(folder, made.tensors, dtype)
+        tensors = made.tensors
+        if self.key_prefix:
+            tensors = renamed(tensors, IN_FRONT, self.key_prefix)
+        folder = save_adapter(out_dir, tensors, settings, of_card, dtype)
+        verify_adapter(folder, tensors, dtype)
         return folder
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from dnd_jax.core.errors import InputError, listed
 
 PEFT_PREFIX = "base_model.model."
+IN_FRONT = "model."  # before the layers of a base that is no part of another model
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 # Behind a shape that is none: what leaves such files.
 EMPTY = " (ZeRO-3 or FSDP saved it without gathering its parts)"
@@ -79,6 +80,25 @@ def canonical(tensors: Mapping[str, Value]) -> dict[str, Value]:
     if faults:
         raise listed("not a usable LoRA adapter", faults)
     return {canonical_name(key): value for key, value in tensors.items()}
+
+
+def renamed(tensors: Mapping[str, Value], old: str, new: str) -> dict[str, Value]:
+    """The same tensors, `new` in the place of `old` in front of layers. Raises InputError where no
+    name begins so."""
+    front = f"{old}layers."
+    if not any(key.startswith(front) for key in tensors):
+        first = min(tensors, default="none")
+        raise InputError(f"no tensor's name begins with {front} (the first is {first})")
+    return {
+        new + key.removeprefix(old) if key.startswith(front) else key: value
+        for key, value in tensors.items()
+    }
+
+
+def check_key_prefix(prefix: str) -> None:
+    """Raises InputError for what stands before no module's name."""
+    if not re.fullmatch(r"([A-Za-z_]\w*\.)+", prefix):
+        raise InputError(f"--key-prefix={prefix}: expected names with a dot behind each, a.b.")
 
 
 def name_faults(keys: Iterable[str]) -> list[str]:

@@ -188,7 +188,8 @@ def _merge_by_hand(model, tensors: Mapping[str, np.ndarray], scale: float) -> di
 
 def _run(given: Given) -> None:
     if not given["server"]:
-        if of_server := [name for name in ("model", "served-base", "token-file") if given[name]]:
+        of_a_server = ("model", "served-base", "token-file", "key-prefix")
+        if of_server := [name for name in of_a_server if given[name]]:
             raise InputError(f"--{of_server[0]} is for --server=URL")
         print(verify_on_base(given.argument, given["base"]))
         return
@@ -196,7 +197,14 @@ def _run(given: Given) -> None:
     token = read_text(given["token-file"]).strip() if given["token-file"] else ""
     server = Served(given["server"], token)
     print(
-        verify_served(given.argument, server, given["model"], given["base"], given["served-base"])
+        verify_served(
+            given.argument,
+            server,
+            given["model"],
+            given["base"],
+            given["served-base"],
+            given["key-prefix"],
+        )
     )
 
 
@@ -211,6 +219,7 @@ STAGE = Stage(
         Flag("model", str, "", "what the server calls the adapter"),
         Flag("served-base", str, "", "what it calls its base (default: as it says itself)"),
         Flag("token-file", str, "", "a file with the token that it asks for"),
+        Flag("key-prefix", str, "", "with which the adapter was generated, if any"),
     ),
     lambda given: ("torch", "peft", *packages_of(given["base"])),
     argument="ADAPTER",

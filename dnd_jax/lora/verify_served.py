@@ -8,6 +8,7 @@ name of a tensor fits a module of the model.
 
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from dnd_jax.base.served import Served
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError
+from dnd_jax.lora.adapter import load_adapter, save_adapter
+from dnd_jax.lora.names import IN_FRONT, renamed
 from dnd_jax.lora.peft_settings import load_adapter_config
 
 torch = packages.deferred("torch")
@@ -42,10 +45,11 @@ def verify_served(
     model: str,
     base: str | os.PathLike = "",
     served_base: str = "",
+    key_prefix: str = "",
 ) -> str:
     """A report in lines. model: what the server calls the adapter; base: a folder, GGUF file or hub
     id (empty: the one that the adapter names); served_base: what the server calls its base (empty:
-    as it says itself).
+    as it says itself); key_prefix: what the adapter's names were given in the place of "model.".
 
     Raises CheckFailed where the server does not do what the adapter's matrices say, InputError for
     what cannot be read or asked.
@@ -61,7 +65,8 @@ def verify_served(
     changed = _served(server, model, texts) - plain
     in_torch = TorchBase(path, batch_size=1, max_new_tokens=1)
     expected_plain = _in_torch(in_torch.model, texts)
-    in_torch.use(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        in_torch.use(_as_pefts(folder, key_prefix, pathlib.Path(scratch, "adapter")))
     expected = _in_torch(in_torch.model, texts) - expected_plain
 
     noise, rounding = _size(again - plain), _size(plain - expected_plain)
@@ -80,13 +85,26 @@ def verify_served(
         raise CheckFailed(f"{where}: cannot be told: {told}; the adapter's effect is too small")
     if change <= NOISE * noise or change < RELATIVE * by_hand:
         raise CheckFailed(
-            f"{where}: the server ignores the adapter: {told}; its names may not fit the server's "
-            "model, or another adapter stands under this name"
+            f"{where}: the server ignores the adapter: {told}; its names, which begin with "
+            f"{key_prefix or IN_FRONT}layers., may not fit the server's model (`dnd generate "
+            "--key-prefix=model.language_model.`), or another adapter stands under this name"
         )
     if off > RELATIVE * by_hand + NOISE * max(noise, rounding):
         raise CheckFailed(f"{where}: the server does something else than the adapter says: {told}")
-    lines = f"{folder} on {path}, served as {where}", told, "ok: the server applies the adapter"
+    applies = f"ok: the server applies the adapter, by names with {key_prefix or IN_FRONT}layers."
+    lines = f"{folder} on {path}, served as {where}", told, applies
     return "\n".join(lines)
+
+
+def _as_pefts(folder: pathlib.Path, key_prefix: str, copy: pathlib.Path) -> pathlib.Path:
+    """The adapter with the names that PEFT knows, in a copy where it has a server's."""
+    if not key_prefix:
+        return folder
+    try:
+        tensors = renamed(load_adapter(folder), key_prefix, IN_FRONT)
+    except InputError as error:
+        raise InputError(f"--key-prefix={key_prefix}: {folder}: {error}") from None
+    return save_adapter(copy, tensors, load_adapter_config(folder))
 
 
 def _base_of(server: Served, model: str, named: str) -> str:

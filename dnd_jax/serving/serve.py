@@ -23,7 +23,7 @@ from dnd_jax.core.stage import BASE_NAME, DEFAULT, Flag, Given, Stage
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
 from dnd_jax.generator.generate import OF_TRAINED_BASE, trained_base
-from dnd_jax.generator.trained import TrainedGenerator
+from dnd_jax.generator.trained import KEY_PREFIX, TrainedGenerator
 from dnd_jax.lora.adapter import DTYPES
 from dnd_jax.serving.app import make_app
 from dnd_jax.serving.chat import Chat
@@ -62,6 +62,7 @@ FLAGS = (
     Flag("max-waiting", int, 1000, "requests for adapters; more are told to come again"),
     Flag("max-body-mb", float, 8.0, "of a request"),
     BASE_NAME,
+    KEY_PREFIX,
 )
 
 
@@ -70,6 +71,8 @@ def _run(given: Given) -> None:
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
     limits = _limits(given)
+    if given["base"] and given["key-prefix"]:
+        raise InputError("--key-prefix is for other servers; leave out --base")
     listening = _bound(given["host"], given["port"])
     with listening, held(pathlib.Path(given["cache"]), "serve"):
         metrics = Metrics()
@@ -78,6 +81,7 @@ def _run(given: Given) -> None:
             given.config.mesh,
             base_name=given["base-name"],
             at_once=given["at-once"],
+            key_prefix=given["key-prefix"],
         )
         store = AdapterStore(given["cache"], int(given["cache-gb"] * 1e9))
         service = Service(generator, store, limits.waiting, given["dtype"], metrics.batch)

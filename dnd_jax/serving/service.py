@@ -122,7 +122,9 @@ class Service:
         """The hash of all that decides what an order gives."""
         generator = self.generator
         adapter = generator.adapter.to_json()
-        return digests.of_json([generator.fingerprint, adapter, self._dtype, order.to_json()])[:ID]
+        all_of_it = [generator.fingerprint, adapter, self._dtype, order.to_json()]
+        all_of_it += [generator.key_prefix] * (generator.key_prefix != "")
+        return digests.of_json(all_of_it)[:ID]
 
     def order(self, order: Order, name: str = "") -> tuple[concurrent.futures.Future, bool]:
         """(an adapter's entry, when it is there; whether it is made for this order: what has been

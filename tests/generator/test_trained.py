@@ -10,10 +10,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from pipeline import tiny_generator
 from small_models import write_qwen
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import load_suite
@@ -295,3 +299,40 @@ def test_prompts_far_from_all_tasks_are_said_to_be(run, tmp_path, capsys):
     assert f"warning: {prompts}: the prompts are far" in capsys.readouterr().err
     card = (tmp_path / "out/README.md").read_text()
     assert "closest training tasks" in card and "far from everything" in card
+
+
+def test_names_for_a_server_of_a_wrapped_base(run, tmp_path, capsys):
+    """A real wrapper takes them: PEFT finds a module for each, in transformers' Qwen2.5-VL."""
+    prefix = "model.language_model."
+    (tmp_path / "prompts.txt").write_text("\n".join(f"where is town {i} ?" for i in range(8)))
+    words = ["generate", f"--generator={run}", f"--prompts={tmp_path / 'prompts.txt'}"]
+    assert main([*words, f"--out={tmp_path / 'plain'}"]) == 0
+    assert main([*words, f"--out={tmp_path / 'named'}", f"--key-prefix={prefix}"]) == 0
+    plain, named = load_adapter(tmp_path / "plain"), load_adapter(tmp_path / "named")
+    assert {key.replace(prefix, "model.") for key in named} == plain.keys() != named.keys()
+    assert all(np.array_equal(x, plain[key.replace(prefix, "model.")]) for key, x in named.items())
+    assert f"--key-prefix={prefix}" in (tmp_path / "named/README.md").read_text()
+
+    d, layers = 32, 1 + max(int(key.split(".")[2]) for key in plain)
+    text = {
+        **{"vocab_size": 64, "hidden_size": d, "intermediate_size": 64},
+        **{"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"out_hidden_size": d}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    wrapper = Qwen2_5_VLForConditionalGeneration(config)
+    adapted = PeftModel(wrapper, PeftConfig.from_pretrained(tmp_path / "named"))
+    for name, fits in (("named", True), ("plain", False)):
+        loaded = adapted.load_adapter(tmp_path / name, name)
+        of_text = f"language_model.layers.0.self_attn.q_proj.lora_A.{name}"
+        missing = [key for key in loaded.missing_keys if of_text in key]
+        assert (not missing, not loaded.unexpected_keys) == (fits, fits)
+
+    for flags, says in (
+        (["--key-prefix=model"], "--key-prefix=model: expected"),
+        ([f"--key-prefix={prefix}", f"--merge={tmp_path / 'm'}"], "leave out --merge"),
+    ):
+        assert main([*words, f"--out={tmp_path / 'no'}", *flags]) == 2
+        assert says in capsys.readouterr().err

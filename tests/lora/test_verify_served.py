@@ -10,8 +10,9 @@ from small_models import write_qwen
 from dnd_jax.base.hf_config import load_base_config
 from dnd_jax.base.served import Served
 from dnd_jax.core.errors import InputError
-from dnd_jax.lora.adapter import save_adapter
+from dnd_jax.lora.adapter import load_adapter, save_adapter
 from dnd_jax.lora.layout import MODULE_ORDER
+from dnd_jax.lora.names import renamed
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.main import main
 
@@ -47,6 +48,24 @@ def test_a_server_that_applies_it(base, adapter, capsys):
         assert status == 0 and "ok: the server applies the adapter" in text, text
         status, text = verified(capsys, adapter, f"{url}/v1", "--served-base=the-base")
         assert status == 0, text
+
+
+def test_an_adapter_with_a_servers_names(base, adapter, tmp_path, capsys):
+    """PyTorch reads its names as PEFT knows them; a server that does not know them ignores it."""
+    prefix, tensors = "model.language_model.", load_adapter(adapter)
+    config = AdapterConfig(str(base), 2, 4.0, MODULE_ORDER)
+    named = save_adapter(tmp_path / "named", renamed(tensors, "model.", prefix), config)
+    assert all(key.startswith(f"{prefix}layers.") for key in load_adapter(named))
+    with OpenaiServer(base, {"task": adapter}).running() as url:
+        status, text = verified(capsys, named, url, f"--key-prefix={prefix}")
+        assert status == 0 and f"by names with {prefix}layers." in text, text
+        status, text = verified(capsys, named, url)
+        assert status == 2 and "not an adapter of" in text
+        status, text = verified(capsys, adapter, url, f"--key-prefix={prefix}")
+        assert status == 2 and f"no tensor's name begins with {prefix}layers." in text
+    with OpenaiServer(base, {"task": named}).running() as url:
+        status, text = verified(capsys, named, url, f"--key-prefix={prefix}")
+        assert status == 1 and f"which begin with {prefix}layers." in text
 
 
 @pytest.mark.parametrize(

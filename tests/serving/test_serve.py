@@ -337,6 +337,8 @@ def test_a_token_is_asked_for(run, tmp_path):
     [
         (["--host=0.0.0.0"], "--token-file"),
         (["--anyone", "--token-file={token}"], "--anyone"),
+        (["--key-prefix=a.", "--base={absent}"], "leave out --base"),
+        (["--key-prefix=a"], "--key-prefix=a: expected"),
         (["--host=no.such.host.invalid", "--token-file={token}"], "cannot listen"),
         (["--token-file={short}"], "16 or more"),
         (["--token-file={absent}"], "absent"),
