@@ -339,6 +339,7 @@ def test_no_room_to_measure_is_a_note_under_the_results(
     assert (workdir / paths.EVALUATION).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @only("qwen2")
 def test_measurements_can_be_left_out_and_come_later(made, scored, tmp_path):
     _, file, _ = made
