@@ -69,9 +69,7 @@ def folders_of(run: pathlib.Path, suite) -> list[str]:
     return [str(run / "adapters" / dataset.name) for dataset in suite.unseen]
 
 
-@pytest.mark.parametrize(
-    "answers", ["greedy", pytest.param("likelihood", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("answers", ["greedy", pytest.param("likelihood", marks=pytest.mark.slow)])
 def test_scores_are_those_of_pytorch(made, scored, suite, without_scores, tmp_path, answers):
     config, workdir = made[0], without_scores
     server = OpenaiServer(config.base.path, {})
