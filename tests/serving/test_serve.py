@@ -449,10 +449,13 @@ def test_slow_clients_hold_nobody_up(run, tmp_path):
 def test_a_service_for_anyone_lists_and_deletes_nothing(run, tmp_path):
     with serving(run, tmp_path / "s", "--host=0.0.0.0", "--anyone", "--nopage") as (url, _):
         url = url.replace("0.0.0.0", "127.0.0.1")
-        entry = order(url, "x", name="mine").json()
-        assert httpx.get(f"{url}/v1/adapters/mine").json()["id"] == entry["id"]
+        assert order(url, "x", name="mine").status_code == 403
+        entry = order(url, "x").json()
+        assert "path" not in entry
+        one = f"{url}/v1/adapters/{entry['id']}"
+        assert httpx.get(one).json()["id"] == entry["id"]
         for path in ("v1/adapters", "v1/adapters/", "v1/models", "metrics"):
             assert httpx.get(f"{url}/{path}").status_code == 403
-        assert httpx.delete(f"{url}/v1/adapters/mine").status_code == 403
-        assert httpx.get(f"{url}/v1/adapters/mine").status_code == 200
+        assert httpx.delete(one).status_code == 403
+        assert httpx.get(one).status_code == 200
         assert httpx.get(f"{url}/page").status_code == 404
