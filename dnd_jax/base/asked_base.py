@@ -1,6 +1,7 @@
 """A base that is asked questions, wherever it runs: prompts as token ids, answers as texts, and of
 labels the likeliest."""
 
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -30,11 +31,15 @@ class AskedBase:
     def prompt_ids(
         self, examples: Sequence[Example], shots: Sequence[Example] = ()
     ) -> list[list[int]]:
-        """Token ids of each example as the base is asked: the training template, up to where the
-        answer begins. shots: answered examples, as turns before it."""
-        before = [(e.prompt, e.response) for e in shots]
-        texts = [render(self.tokenizer, e.prompt, e.system, before) for e in examples]
+        """Token ids of each example as `rendered`."""
+        texts = self.rendered(examples, shots)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def rendered(self, examples: Sequence[Example], shots: Sequence[Example] = ()) -> list[str]:
+        """Each example as the base is asked: the training template, up to where the answer begins.
+        shots: answered examples, as turns before it."""
+        before = [(e.prompt, e.response) for e in shots]
+        return [render(self.tokenizer, e.prompt, e.system, before) for e in examples]
 
     def choose(
         self, examples: Sequence[Example], labels: Sequence[str], shots: Sequence[Example] = ()
@@ -58,3 +63,9 @@ class AskedBase:
         """The texts of answers without their end token; what other special tokens they have (a
         call of a tool may begin with one) is a part of them."""
         return self.tokenizer.batch_decode([list(a) for a in answers], skip_special_tokens=False)
+
+
+def positions_of(config) -> float:
+    """How many tokens a transformers configuration is for; infinite where it does not say."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or math.inf

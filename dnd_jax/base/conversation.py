@@ -5,25 +5,16 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
-from dnd_jax.base.chat import render
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
+from dnd_jax.data.sources import Example
 
 torch, transformers = packages.deferred("torch"), packages.deferred("transformers")
 USUAL = 256  # tokens of an answer
 BETWEEN = object()  # what is in use while another adapter is loaded, or where that failed
 CHARACTERS = 32  # of a token, at most: what has more of them than the base reads is not tokenised
 UNFINISHED = "\ufffd"  # how a tokenizer shows the first bytes of a sign whose rest is to come
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """What was said: a prompt, and questions with their answers before it."""
-
-    prompt: str
-    system: str = ""
-    before: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +50,20 @@ class Talker:
     def answer(
         self,
         adapter: str | os.PathLike | None,
-        said: Conversation,
+        asked: Example,
+        shots: Sequence[Example],
         how: Sampling,
         say: Callable[[str], bool] = lambda piece: True,
     ) -> Reply:
-        """The base's answer, or an adapter folder's. say: is given each piece of it as it comes,
-        and returns whether to go on.
+        """The base's answer, or an adapter folder's. shots: answered examples, as turns before
+        what is asked; say: is given each piece of the answer as it comes, and returns whether to go
+        on.
 
         Raises InputError for a conversation that the chat template refuses or that is longer than
         the base reads, and for an adapter that is none of the base's.
         """
         base = self._base
-        ids = self._ids(said)
+        ids = self._ids(asked, shots)
         at_most = how.max_tokens or max(min(USUAL, base.positions - len(ids)), 1)
         if len(ids) + at_most > base.positions:
             raise InputError(
@@ -95,15 +88,14 @@ class Talker:
             )
         return Reply(written.text, not written.ended, len(ids), written.count)
 
-    def _ids(self, said: Conversation) -> list[int]:
-        tokenizer, positions = self._base.tokenizer, self._base.positions
-        text = render(tokenizer, said.prompt, said.system, said.before)
+    def _ids(self, asked: Example, shots: Sequence[Example]) -> list[int]:
+        [text], positions = self._base.rendered([asked], shots), self._base.positions
         if len(text) > CHARACTERS * positions:
             raise InputError(
                 f"messages: {len(text)} characters are more than the {positions} tokens that the "
                 "base reads; shorten them"
             )
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._base.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _use(self, adapter: str | os.PathLike | None) -> None:
         """Loads an adapter unless it is the one in use."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dnd_jax.core.errors import InputError, first_line
+from dnd_jax.core.files import read_text
 
 SECONDS = 300.0  # for an answer: a server may load an adapter first
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -44,14 +45,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Served:
-    """A server at a URL such as http://127.0.0.1:8000 (/v1 may stand behind it). token: that it
-    asks for, if any.
+    """A server at a URL such as http://127.0.0.1:8000 (/v1 may stand behind it). token_file:
+    with the token that it asks for, if any.
 
     Its methods raise InputError naming the URL where it does not answer, refuses, or answers
     something else.
     """
 
-    def __init__(self, url: str, token: str = "", seconds: float = SECONDS):
+    def __init__(self, url: str, token_file: str = "", seconds: float = SECONDS):
         try:
             parts = urllib.parse.urlsplit(url)
             whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -60,7 +61,8 @@ class Served:
         if not whole or re.search(r"\s", url):
             raise InputError(f"{url}: no URL of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._token, self._seconds = token, seconds
+        self._token = read_text(token_file).strip() if token_file else ""
+        self._seconds = seconds
         self._alone = threading.Lock()
         # No proxy stands between this machine and itself, and a token is for this server alone.
         direct = parts.hostname in ("127.0.0.1", "localhost", "::1")

@@ -2,12 +2,11 @@
 as token ids and answered so, so that the server's own template and tokenizer change nothing."""
 
 import copy
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from dnd_jax.base.asked_base import AskedBase, Row
+from dnd_jax.base.asked_base import AskedBase, Row, positions_of
 from dnd_jax.base.chat import until_end
 from dnd_jax.base.hub import hub_id, resolve
 from dnd_jax.base.identity import base_digest
@@ -34,8 +33,7 @@ class ServedBase(AskedBase):
         """
         super().__init__(base, batch_size, max_new_tokens)
         self.server, self.served_base = server, served_as(server, base)
-        text = transformers.AutoConfig.from_pretrained(resolve(base)).get_text_config()
-        self.positions = getattr(text, "max_position_embeddings", None) or math.inf
+        self.positions = positions_of(transformers.AutoConfig.from_pretrained(resolve(base)))
         ours = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         theirs = server.tokens(self.served_base, PROBE)
         if theirs != ours:

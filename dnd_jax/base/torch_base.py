@@ -1,7 +1,6 @@
 """A base in PyTorch: the real transformers model with the real PEFT adapter, as exported. Its
 answers are greedy, or the likeliest label."""
 
-import math
 import os
 import pathlib
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors import SafetensorError
 
-from dnd_jax.base.asked_base import AskedBase, Row
+from dnd_jax.base.asked_base import AskedBase, Row, positions_of
 from dnd_jax.base.chat import until_end
 from dnd_jax.base.drafts import Asked, Drafted
 from dnd_jax.base.greedy import pad_left
@@ -113,8 +112,7 @@ class TorchBase(AskedBase):
         self.model = load_torch_base(base, dtype, device)
         # The harness of `dnd lm-eval` generates with the model's own settings.
         self.model.generation_config.eos_token_id = list(self.ends)
-        text = self.model.config.get_text_config()
-        self.positions = getattr(text, "max_position_embeddings", None) or math.inf
+        self.positions = positions_of(self.model.config)
         self._device = self.model.device
         self._loaded = 0
         self._tried = 0, False  # tokens of a row, and whether so many are exact from drafts

@@ -256,6 +256,11 @@ def text_fault(text: str) -> str:
     return ""
 
 
+def said_fault(text: str) -> str:
+    """Why a text is none that a base can be asked; empty when it is one."""
+    return text_fault(text) or ("" if text.strip() else "is empty")
+
+
 def read_jsonl(
     path: str | os.PathLike, least: int = 1, answers: bool = True
 ) -> tuple[Example, ...]:

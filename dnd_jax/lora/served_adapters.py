@@ -8,7 +8,6 @@ import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.served_base import ServedBase
@@ -17,7 +16,7 @@ from dnd_jax.core.stopping import stop
 from dnd_jax.lora.adapter import fingerprint, load_adapter
 from dnd_jax.lora.names import LORA_A, LORA_B
 from dnd_jax.lora.peft_settings import load_adapter_config
-from dnd_jax.lora.verify_served import NOISE, TEXTS
+from dnd_jax.lora.verify_served import NOISE, TEXTS, served_logprobs, size
 
 
 @contextlib.contextmanager
@@ -29,11 +28,8 @@ def served_adapters(base: ServedBase, folders: Sequence[str]) -> Iterator[dict[s
     server, names = base.server, {}
     texts = base.tokenizer([*TEXTS], add_special_tokens=False)["input_ids"]
 
-    def logprobs(model: str) -> np.ndarray:
-        return np.concatenate(server.logprobs(model, texts))
-
-    plain = logprobs(base.served_base)
-    noise = _size(logprobs(base.served_base) - plain)
+    plain = served_logprobs(server, base.served_base, texts)
+    noise = size(served_logprobs(server, base.served_base, texts) - plain)
     there = server.models()  # some may be left of a run that was killed
     try:
         for folder in tqdm(folders, desc="load", unit="adapter", dynamic_ncols=True):
@@ -44,7 +40,7 @@ def served_adapters(base: ServedBase, folders: Sequence[str]) -> Iterator[dict[s
             if name not in names.values() and (name not in there or there[name].root != path):
                 server.load(name, path)
             names[folder] = name
-            change = _size(logprobs(name) - plain)
+            change = size(served_logprobs(server, name, texts) - plain)
             if change <= NOISE * noise and not _does_nothing(folder):
                 raise CheckFailed(
                     f"{server.url}: the server ignores {folder}: log-probabilities of {len(plain)} "
@@ -65,8 +61,3 @@ def _does_nothing(folder: str) -> bool:
     modules = [key.removesuffix(LORA_A) for key in tensors if key.endswith(LORA_A)]
     acts = (tensors[m + LORA_A].any() and tensors[m + LORA_B].any() for m in modules)
     return not load_adapter_config(folder).scale or not any(acts)
-
-
-def _size(x: np.ndarray) -> float:
-    """Root mean square."""
-    return float(np.sqrt(np.mean(np.square(x))))

@@ -22,7 +22,6 @@ from dnd_jax.base.served import Served
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
-from dnd_jax.core.files import read_text
 from dnd_jax.core.stage import NONE, Flag, Given, Stage
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.core.workdir import BASE as OWN
@@ -194,8 +193,7 @@ def _run(given: Given) -> None:
         print(verify_on_base(given.argument, given["base"]))
         return
     given.need("model")
-    token = read_text(given["token-file"]).strip() if given["token-file"] else ""
-    server = Served(given["server"], token)
+    server = Served(given["server"], given["token-file"])
     print(
         verify_served(
             given.argument,

@@ -60,17 +60,17 @@ def verify_served(
     path = resolve(base or config.base, revision="" if base else config.revision)
     texts = load_tokenizer(path)([*TEXTS], add_special_tokens=False)["input_ids"]
 
-    plain = _served(server, served_base, texts)
-    again = _served(server, served_base, texts)
-    changed = _served(server, model, texts) - plain
+    plain = served_logprobs(server, served_base, texts)
+    again = served_logprobs(server, served_base, texts)
+    changed = served_logprobs(server, model, texts) - plain
     in_torch = TorchBase(path, batch_size=1, max_new_tokens=1)
     expected_plain = _in_torch(in_torch.model, texts)
     with tempfile.TemporaryDirectory() as scratch:
         in_torch.use(_as_pefts(folder, key_prefix, pathlib.Path(scratch, "adapter")))
     expected = _in_torch(in_torch.model, texts) - expected_plain
 
-    noise, rounding = _size(again - plain), _size(plain - expected_plain)
-    change, by_hand, off = _size(changed), _size(expected), _size(changed - expected)
+    noise, rounding = size(again - plain), size(plain - expected_plain)
+    change, by_hand, off = size(changed), size(expected), size(changed - expected)
     told = (
         f"log-probabilities of {len(plain)} tokens change by {change:.4g} (root mean square), in "
         f"PyTorch by {by_hand:.4g}, {off:.4g} apart; the base's own differ by {rounding:.4g}"
@@ -121,7 +121,8 @@ def _base_of(server: Served, model: str, named: str) -> str:
     )
 
 
-def _served(server: Served, model: str, texts: Sequence[Sequence[int]]) -> np.ndarray:
+def served_logprobs(server: Served, model: str, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of every token of texts but their first, float64 (n,)."""
     return np.concatenate(server.logprobs(model, texts))
 
 
@@ -136,6 +137,6 @@ def _in_torch(model, texts: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _size(x: np.ndarray) -> float:
+def size(x: np.ndarray) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(x))))

@@ -11,7 +11,6 @@ from dnd_jax.base.served import Served
 from dnd_jax.base.served_base import ServedBase
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Evaluate
-from dnd_jax.core.files import read_text
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, labels_of
 from dnd_jax.lora.served_adapters import served_adapters
@@ -31,8 +30,8 @@ def open_engine(base_path, c: Evaluate) -> AskedBase:
     """The base as scores are asked for. Raises as `load_torch_base` or `ServedBase`."""
     if not c.engine:
         return TorchBase.of(base_path, c)
-    token = read_text(c.engine_token_file).strip() if c.engine_token_file else ""
-    return ServedBase(base_path, Served(c.engine, token, SECONDS), c.batch_size, c.max_new_tokens)
+    server = Served(c.engine, c.engine_token_file, SECONDS)
+    return ServedBase(base_path, server, c.batch_size, c.max_new_tokens)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
 from dnd_jax.scoring import intervals
 
@@ -104,7 +105,7 @@ NO_TRAINING_RULE = (
     "adapter."
 )
 ENGINE_RULE = " Scored by {engine}."
-PYTORCH = "PyTorch"  # what scores where no server does
+PYTORCH = TorchBase.engine  # what scores where no server does
 NOT_YET = {"note": "Not measured yet."}
 FREE_FORM = (
     "These answers are free text (a chain of thought, a program), of which exact match means "

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 from dnd_jax import __version__
 from dnd_jax.core import packages
-from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.serving.chat import Chat, add_chat
-from dnd_jax.serving.guard import Guard, Limits, refusal
-from dnd_jax.serving.holding import Unknown, held
+from dnd_jax.serving.guard import Guard, Limits
+from dnd_jax.serving.holding import held, not_kept
 from dnd_jax.serving.metrics import Metrics
-from dnd_jax.serving.service import Busy, Closed, Failed, Order, Service, Unwritable
-from dnd_jax.serving.store import Entry, InUse, NoRoom
+from dnd_jax.serving.refusals import REFUSALS, refusal, told
+from dnd_jax.serving.service import Order, Service
+from dnd_jax.serving.store import Entry
 
 fastapi = packages.deferred("fastapi")
 pydantic = packages.deferred("pydantic")
@@ -33,16 +33,6 @@ responses = packages.deferred("fastapi.responses")
 of_starlette = packages.deferred("starlette.exceptions")
 
 BLOCK = 1 << 18  # bytes of a download at a time
-# The status, and what a client is told, of what keeps the service from an order; {} is what the
-# error was made with.
-REFUSALS = {
-    Busy: (429, "{} requests wait already; try again in a moment"),
-    Closed: (503, "the service is stopping"),
-    NoRoom: (507, "adapters in use, and names, fill the cache; give it more by --cache-gb"),
-    Unwritable: (507, "the disk of the cache takes no more; nothing was kept"),
-    Failed: (500, "the service failed at it; its log says why"),
-    InUse: (409, "the adapter is in use; try again in a moment"),
-}
 
 
 def make_app(
@@ -143,7 +133,7 @@ def make_app(
     async def delete(key: str) -> None:
         """Deletes an adapter and its names."""
         if not await asyncio.to_thread(service.delete, key):
-            raise Unknown(f"no adapter {key[:80]!r} is kept here")
+            raise not_kept(key)
 
     @app.get("/healthz")
     async def healthz() -> dict:
@@ -165,19 +155,10 @@ def make_app(
         add_chat(app, chat, limits.tokens)
 
     def answer(request: fastapi.Request, error: Exception):
-        status, message = REFUSALS[type(error)]
-        return refusal(status, message.format(*error.args))
+        return refusal(*told(error))
 
     for kind in REFUSALS:
         app.add_exception_handler(kind, answer)
-
-    @app.exception_handler(Unknown)
-    async def not_there(request: fastapi.Request, error):
-        return refusal(404, str(error))
-
-    @app.exception_handler(InputError)
-    async def wrong(request: fastapi.Request, error):
-        return refusal(422, first_line(error))
 
     @app.exception_handler(exceptions.RequestValidationError)
     async def invalid(request: fastapi.Request, error):

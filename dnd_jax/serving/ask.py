@@ -11,7 +11,7 @@ from dnd_jax.base.hub import packages_of
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.stage import DEFAULT, Flag, Given, Stage
-from dnd_jax.data.sources import Example, text_fault
+from dnd_jax.data.sources import Example, said_fault
 from dnd_jax.generator.generate import OF_TRAINED_BASE, PROMPTS, trained_base
 from dnd_jax.generator.trained import STRENGTH, TrainedGenerator, check_strength
 
@@ -31,7 +31,7 @@ def _run(given: Given) -> None:
     check_strength(given["strength"], "--strength")
     if given["max-tokens"] < 1:
         raise InputError(f"--max-tokens={given['max-tokens']}: at least 1")
-    if fault := text_fault(given.argument) or ("" if given.argument.strip() else "is empty"):
+    if fault := said_fault(given.argument):
         raise InputError(f"QUESTION: {fault}")
     generator = TrainedGenerator(given["generator"], given.config.mesh)
     prompts = generator.read(given["prompts"])

@@ -17,10 +17,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from dnd_jax.base.conversation import Conversation, Reply, Sampling, Talker
+from dnd_jax.base.conversation import Reply, Sampling, Talker
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
-from dnd_jax.data.sources import text_fault
+from dnd_jax.data.sources import Example, said_fault
 from dnd_jax.serving.holding import Unknown, held
 from dnd_jax.serving.service import LARGEST_SEED, Busy, Closed, Failed, Service, failed
 
@@ -43,7 +43,7 @@ class Chat:
         self._closed = threading.Event()
 
     async def ask(
-        self, model: str, said: Conversation, how: Sampling
+        self, model: str, asked: Example, shots: Sequence[Example], how: Sampling
     ) -> AsyncIterator[str | Reply]:
         """The pieces of an answer as they come, then the whole. Raises Unknown for a model that is
         none, Busy, and as `held` and `Talker.answer`."""
@@ -68,7 +68,7 @@ class Chat:
                 if left.is_set():
                     return None
                 try:
-                    reply = self._talker.answer(folder, said, how, say)
+                    reply = self._talker.answer(folder, asked, shots, how, say)
                 except InputError as error:
                     # An adapter that was kept is one of this base: its files have changed.
                     raise (failed(error) if folder and folder in str(error) else error) from None
@@ -152,7 +152,8 @@ def add_chat(app, chat: Chat, longest: int) -> None:
     @app.post("/v1/chat/completions")
     async def complete(asked: ChatRequest, request: fastapi.Request):
         """An answer, whole or as server-sent events."""
-        said = _conversation([(message.role, _text(message.content)) for message in asked.messages])
+        messages = [(message.role, _text(message.content)) for message in asked.messages]
+        conversation = _conversation(messages)
         most = {asked.max_tokens, asked.max_completion_tokens} - {None}
         if len(most) > 1:
             raise InputError("max_tokens and max_completion_tokens are one thing; give one")
@@ -160,7 +161,7 @@ def add_chat(app, chat: Chat, longest: int) -> None:
         if 0 < temperature < COLDEST:
             raise InputError(f"temperature: 0, or {COLDEST} to 2")
         how = Sampling(max(most, default=0), temperature, asked.top_p or 1.0, asked.seed or 0)
-        answer = chat.ask(asked.model, said, how)
+        answer = chat.ask(asked.model, *conversation, how)
         first = await anext(answer)  # whose errors have a status of their own
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -193,11 +194,11 @@ def _text(content: str | Sequence[Any]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def _conversation(messages: Sequence[tuple[str, str]]) -> Conversation:
-    """(role, text) of each message as what the base is asked. Raises InputError for an order of
-    roles that no chat template is asked for."""
+def _conversation(messages: Sequence[tuple[str, str]]) -> tuple[Example, list[Example]]:
+    """(role, text) of each message -> (what the base is asked, the turns before it). Raises
+    InputError for an order of roles that no chat template is asked for."""
     for number, (_, text) in enumerate(messages):
-        if fault := text_fault(text) or ("" if text.strip() else "is empty"):
+        if fault := said_fault(text):
             raise InputError(f"messages.{number}: {fault}")
     system, turns = "", list(messages)
     if turns[0][0] == "system":
@@ -206,8 +207,8 @@ def _conversation(messages: Sequence[tuple[str, str]]) -> Conversation:
     if [role for role, _ in turns] != wanted:
         raise InputError(f"messages: expected {ROLES}")
     texts = [text for _, text in turns]
-    before = tuple(zip(texts[:-1:2], texts[1::2], strict=True))
-    return Conversation(texts[-1], system, before)
+    before = zip(texts[:-1:2], texts[1::2], strict=True)
+    return Example(texts[-1], "", system), [Example(*turn) for turn in before]
 
 
 def _reason(reply: Reply) -> str:

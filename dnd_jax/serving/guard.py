@@ -8,10 +8,8 @@ import dataclasses
 import hmac
 import time
 
-from dnd_jax.core import packages
 from dnd_jax.serving.metrics import Metrics
-
-responses = packages.deferred("fastapi.responses")
+from dnd_jax.serving.refusals import refusal
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 GONE = 499  # counted where the client went before it was answered
@@ -33,15 +31,11 @@ class Limits:
     hosts: tuple[str, ...] = ()
     token: str = ""
     shared: bool = False
-    tokens: int = 4096  # of an answer
 
-
-def refusal(status: int, message: str, headers: dict[str, str] | None = None):
-    """An error as every client is told of it, in one line."""
-    if status in (429, 503):
-        headers = {"Retry-After": "1", **(headers or {})}
-    line = " ".join(message.split())
-    return responses.JSONResponse({"error": {"message": line, "code": status}}, status, headers)
+    @property
+    def tokens(self) -> int:
+        """Of an answer."""
+        return 512 if self.shared else 4096
 
 
 class _TooLarge(Exception):

@@ -27,4 +27,9 @@ async def held(service: Service, key: str) -> tuple[Entry, contextlib.ExitStack]
         id = (await asyncio.wrap_future(again)).id
         if entry := await asyncio.to_thread(hold, id):
             return entry, stack
-    raise Unknown(f"no adapter {key[:80]!r} is kept here")
+    raise not_kept(key)
+
+
+def not_kept(key: str) -> Unknown:
+    """What is said of an id or a name that stands for nothing."""
+    return Unknown(f"no adapter {key[:80]!r} is kept here")

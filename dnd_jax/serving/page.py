@@ -7,15 +7,14 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from dnd_jax.base.conversation import Conversation, Reply, Sampling
+from dnd_jax.base.conversation import Reply, Sampling
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
-from dnd_jax.data.sources import text_fault
+from dnd_jax.data.sources import Example, said_fault, text_fault
 from dnd_jax.generator.trained import span
-from dnd_jax.serving.app import REFUSALS
 from dnd_jax.serving.chat import BASE, PREFIX, Chat
 from dnd_jax.serving.guard import Limits
-from dnd_jax.serving.holding import Unknown
+from dnd_jax.serving.refusals import REFUSALS, told
 from dnd_jax.serving.service import Order, Service
 from dnd_jax.serving.store import Entry
 
@@ -67,8 +66,8 @@ class _Words:
             prompts = self._generator.read(path)
             self._check_number(prompts)
         except InputError as error:
-            told = first_line(error).replace(path, file.name)
-            raise gradio.Error(told, print_exception=False) from None
+            line = first_line(error).replace(path, file.name)
+            raise gradio.Error(line, print_exception=False) from None
         return prompts
 
     def _check_number(self, prompts: Sequence[str]) -> None:
@@ -113,14 +112,13 @@ class _Words:
         try:
             if not id:
                 raise InputError("generate an adapter first")
-            for what, text in (("question", question), ("system text", system)):
-                if fault := text_fault(text):
-                    raise InputError(f"the {what} {fault}")
-            if not question.strip():
-                raise InputError("the question is empty")
+            if fault := said_fault(question):
+                raise InputError(f"the question {fault}")
+            if fault := text_fault(system):
+                raise InputError(f"the system text {fault}")
+            asked = Example(question, "", system)
             for model in answers:
-                said, how = Conversation(question, system), Sampling()
-                async for piece in self._chat.ask(model, said, how):
+                async for piece in self._chat.ask(model, asked, (), Sampling()):
                     whole = isinstance(piece, Reply)
                     answers[model] = piece.text if whole else answers[model] + piece
                     yield tuple(answers.values())
@@ -142,11 +140,11 @@ def _nothing_made() -> tuple:
 
 def _made(entry: Entry, drawn: Sequence[str], made: bool) -> tuple:
     how = "made" if made else "was there, made"
-    told = f"**Adapter `{entry.id[:12]}`** of rank {entry.rank}: {how} in {entry.seconds:.2f} s."
-    told += "".join(f"\n\n⚠️ {warning}" for warning in entry.warnings)
+    status = f"**Adapter `{entry.id[:12]}`** of rank {entry.rank}: {how} in {entry.seconds:.2f} s."
+    status += "".join(f"\n\n⚠️ {warning}" for warning in entry.warnings)
     closest = [[name, round(cosine, 2)] for name, cosine in entry.closest]
     return (
-        told,
+        status,
         entry.id,
         gradio.update(interactive=True, link=f"../v1/adapters/{entry.id}/download"),
         "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(drawn, 1)),
@@ -158,13 +156,9 @@ def _made(entry: Entry, drawn: Sequence[str], made: bool) -> tuple:
 
 def _shown(error: Exception) -> Exception:
     """What a visitor is told of an error, in one line."""
-    if isinstance(error, InputError | Unknown):
-        told = first_line(error)
-    elif type(error) in REFUSALS:
-        told = REFUSALS[type(error)][1].format(*error.args)
-    else:
+    if not isinstance(error, tuple(REFUSALS)):
         return error
-    return gradio.Error(told, duration=None, print_exception=False)
+    return gradio.Error(told(error)[1], duration=None, print_exception=False)
 
 
 def make_page(service: Service, chat: Chat | None, limits: Limits):

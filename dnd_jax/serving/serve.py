@@ -37,7 +37,6 @@ uvicorn = packages.deferred("uvicorn")
 
 LAST_PORT = 65535
 TALKING = 16  # conversations that wait: an answer takes seconds
-SHARED_TOKENS = 512  # of an answer for anyone
 SHORTEST_TOKEN = 16  # characters
 IDLE = 75  # seconds until an unused connection is closed: later than clients close theirs
 GRACE = 30  # seconds that requests have to end after SIGTERM
@@ -178,7 +177,6 @@ def _limits(given: Given) -> Limits:
         hosts=hosts,
         token=token,
         shared=given["anyone"],
-        **({"tokens": SHARED_TOKENS} if given["anyone"] else {}),
     )
 
 

@@ -9,18 +9,12 @@ import httpx
 import pytest
 from safetensors.numpy import load_file, save_file
 from serve import order, serving
-from vllm_server import FILE, NAME, generator_for, vllm
+from vllm_server import FILE, MARKS, NAME, generator_for, vllm
 
 from dnd_jax.base.hub import resolve
 from dnd_jax.main import main
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.long,
-    pytest.mark.servers,
-    pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("vllm"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

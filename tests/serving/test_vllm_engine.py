@@ -9,7 +9,7 @@ import shutil
 import pytest
 from engine_speed import ask, questions, random_adapters, same
 from safetensors.numpy import load_file, save_file
-from vllm_server import FILE, NAME, generator_for, vllm
+from vllm_server import FILE, MARKS, NAME, generator_for, vllm
 
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.served import Served
@@ -22,13 +22,7 @@ from dnd_jax.scoring.answers import Scorer
 from dnd_jax.scoring.evaluate import evaluate
 from dnd_jax.scoring.results import unpack
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.long,
-    pytest.mark.servers,
-    pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("vllm"),
-]
+pytestmark = MARKS
 # Of all answers so many have to be the same, and each score within so much: two engines round
 # differently, and vLLM from run to run.
 LEAST_SAME, MOST_APART = 0.9, 0.05
