@@ -26,7 +26,8 @@ test-browser: install
 	$(BIN)/python -m pytest -m browser
 
 # vLLM lives in an environment of its own (3.5 GB), which has of dnd_jax the plug-in alone; so does
-# llama.cpp, which is compiled (half an hour on two cores) and has nothing of dnd_jax.
+# llama.cpp, which is compiled (half an hour on two cores) and has nothing of dnd_jax; for any x86-64
+# of ten years, since what it finds on the machine it may not be let use (AMX inside a virtual one).
 test-servers: install .venv-vllm/.installed .venv-llama/.installed
 	$(BIN)/python -m pytest -m servers
 
@@ -40,8 +41,8 @@ test-servers: install .venv-vllm/.installed .venv-llama/.installed
 
 .venv-llama/.installed:
 	$(PYTHON) -m venv .venv-llama
-	CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" \
-	  .venv-llama/bin/python -m pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" \
+	  .venv-llama/bin/python -m pip install --quiet --no-cache-dir 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
 lint: install

@@ -22,7 +22,8 @@ from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.ops.cost_model import Problem, compiler_options
+from dnd_jax.ops.convolution import compiler_options
+from dnd_jax.ops.cost_model import Problem
 from dnd_jax.parallel.placement import Placement
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
 

@@ -2,13 +2,15 @@
 of (docs/METHOD.md section 5)."""
 
 import functools
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dnd_jax.ops import dft, dft_tpu
-from dnd_jax.ops.cost_model import ConvPlan, Problem, arithmetic, choose, on_tpu
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, arithmetic, choose, on_tpu
 from dnd_jax.ops.tiles import Axis
 
 
@@ -25,8 +27,9 @@ def convolve(
     kernel (k, k, in, out) with k odd: its first two dimensions follow the two grid axes in the
     order of x. Returns x's layout and type with `axis` of size `out`. method: "direct" (the
     compiler's convolution), "dft" (tile by tile in the Fourier domain, dnd_jax/ops/dft.py), "auto"
-    (the cheaper one by the cost model of dnd_jax/ops/cost_model.py; on a GPU, whose rates were not
-    measured, "direct"), "tuned" (the fastest one measured here, else as "auto"), or a `ConvPlan`.
+    (the cheaper one by the cost model of dnd_jax/ops/cost_model.py, of few channels on a CPU also
+    `shifted`; on a GPU, whose rates were not measured, "direct"), "tuned" (the fastest one measured
+    here, else as "auto"), or a `ConvPlan`.
     platform: the one it is compiled for, "cpu", "gpu" or "tpu" (default: the present one). On a
     mesh it is meant for each device's own part (shard_map, as dnd_jax/parallel/placement.py does);
     it works without, too. A kernel of higher precision than x is kept by "dft" and rounded to x's
@@ -59,6 +62,23 @@ def convolve(
     return _convolve(x_BxNxLxC, kernel, axis, method)
 
 
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
+    """Options for jax.jit of a program made of convolutions.
+
+    A CPU runs them one after the other: each uses all cores anyway, and side by side their arrays
+    took half as much memory again (`dnd bench`). Of YNNPACK it takes the sums alone: its
+    convolution takes two to three times as long over a kernel's gradient as XLA's own.
+    deterministic: a GPU then adds in one order, and chooses no algorithm by measuring.
+    """
+    return {
+        "cpu": {
+            "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        },
+        "gpu": {"xla_gpu_deterministic_ops": True} if deterministic else None,
+    }.get(platform)
+
+
 def direct(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     """The same by the compiler's own convolution."""
     grid = tuple(a for a in (1, 2, 3) if a != axis)
@@ -74,10 +94,39 @@ def direct(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     )
 
 
+def shifted(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """The same as a sum over taps and input channels of the shifted input times a number, which
+    vectorises along the last grid axis. For few channels: all terms are written out."""
+    if axis == 3:
+        return jnp.moveaxis(shifted(jnp.moveaxis(x_BxNxLxC, 3, 1), kernel, 1), 1, 3)
+    grid = [a for a in (1, 2, 3) if a != axis]
+    k, _, size_in, size_out = kernel.shape
+    weights = kernel.astype(x_BxNxLxC.dtype)
+    padded = jnp.pad(x_BxNxLxC, [(k // 2, k // 2) if a in grid else (0, 0) for a in range(4)])
+
+    def part(i: int, j: int, channel: int) -> jax.Array:
+        found = padded
+        for a, first in zip((*grid, axis), (i, j, channel), strict=True):
+            size = 1 if a == axis else x_BxNxLxC.shape[a]
+            found = lax.slice_in_dim(found, first, first + size, axis=a)
+        return found
+
+    terms = list(itertools.product(range(k), range(k), range(size_in)))
+    # Channel by channel: of a sum for all of them at once a compiler would make no array, but
+    # write the whole of it into each of its readers.
+    channels = [
+        functools.reduce(jnp.add, (part(*term) * weights[(*term, d)] for term in terms))
+        for d in range(size_out)
+    ]
+    return jnp.concatenate(channels, axis)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, axis: int, plan: ConvPlan) -> jax.Array:
     if plan.forward is None:
         return direct(x, kernel, axis)
+    if plan.forward == SHIFTED:
+        return shifted(x, kernel, axis)
     x = jnp.moveaxis(x, axis, 3)
     h, w = (
         Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.forward, strict=True)
@@ -99,6 +148,10 @@ def _backward(axis, plan, residuals, dy):
     x, kernel = residuals
     if plan.backward is None:
         return jax.vjp(functools.partial(direct, axis=axis), x, kernel)[1](dy)
+    if plan.backward == SHIFTED:
+        _, gradient_of_kernel = jax.vjp(lambda kernel: direct(x, kernel, axis), kernel)
+        transposed = kernel[::-1, ::-1].swapaxes(2, 3)
+        return shifted(dy, transposed, axis), *gradient_of_kernel(dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
     h, w = (
         Axis(size, kernel.shape[0], n) for size, n in zip(x.shape[1:3], plan.backward, strict=True)

@@ -11,10 +11,10 @@ measures instead.
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from dnd_jax.config.choices import METHODS
 from dnd_jax.core.files import cache_folder, read_object
 from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic
+from dnd_jax.ops.rates import GUESSED, RATES, Rates
 from dnd_jax.ops.tiles import Axis
 
 Tiling = tuple[int, int]  # tiles along each grid axis
@@ -31,15 +32,18 @@ LARGEST_TRANSFORM = 64  # points
 LOOP_BYTES = 4 << 30  # of planes, beyond which a GPU makes them one row frequency at a time
 MOST_CHUNKS = 64
 CHUNK_BYTES = 128 << 20  # of half-transformed kernel held at once on a CPU
+MOST_TERMS = 72  # of the sum that SHIFTED writes out
+SHIFTED = "shifted"
+Way = Tiling | str | None  # tile by tile in the Fourier domain; SHIFTED; directly
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvPlan:
-    """How one convolution is computed. None: directly; else the tiling of the output's or of both
-    gradients' transforms."""
+    """How one convolution's output and both its gradients are computed. SHIFTED as a way of the
+    gradients is that of x; the kernel's is computed directly then."""
 
-    forward: Tiling | None
-    backward: Tiling | None
+    forward: Way
+    backward: Way
     platform: str
     looped: bool = True
     chunks: int = 1
@@ -47,7 +51,7 @@ class ConvPlan:
 
     @property
     def direct(self) -> bool:
-        """Whether nothing is transformed."""
+        """Whether all is left to the compiler."""
         return self.forward is None and self.backward is None
 
 
@@ -89,44 +93,6 @@ class Problem:
 
     def axes(self, tiling: Tiling) -> tuple[Axis, Axis]:
         return Axis(self.height, self.kernel, tiling[0]), Axis(self.width, self.kernel, tiling[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What a platform achieves: operations and bytes a second."""
-
-    direct: float  # convolution, and its input gradient
-    direct_kernel_gradient: float
-    product: float  # batched matrix products over channels
-    transform: float  # products with the small DFT matrices
-    memory: float  # bytes a second
-    # Channels from which on the direct convolution reaches its rate; below, in proportion.
-    full_channels: int
-    full_channels_gradient: int  # the same of its kernel's gradient
-    lanes: int = 1  # the innermost dimension of an array takes a multiple of this
-    turn: float = 0.0  # seconds for one turn of the loop over row frequencies
-
-
-# cpu: two cores of a Zen 4 server, fitted to `dnd bench` and, for 3 x 3 kernels on small grids, to
-# `dnd bench --layers` of mini and smollm2_135m_skills; only ratios matter, which are those of
-# float32, in which a CPU computes 16-bit data too. tpu: v5p, bfloat16, by the compiler's estimate.
-# gpu: guessed from an H100's data sheet, bfloat16; "auto" does not go by them.
-GUESSED = ("gpu",)
-RATES = {
-    "cpu": Rates(170e9, 33e9, 110e9, 60e9, 10e9, 40, 20, turn=1e-4),
-    "gpu": Rates(400e12, 350e12, 400e12, 60e12, 2.4e12, 64, 64),
-    "tpu": Rates(394e12, 394e12, 394e12, 100e12, 2.35e12, 1, 1, lanes=128),
-}
-
-
-def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
-    """Options for jax.jit of a program made of convolutions. A CPU runs them one after the other:
-    each uses all cores anyway, and side by side their arrays took half as much memory again (`dnd
-    bench`). deterministic: a GPU then adds in one order, and chooses no algorithm by measuring."""
-    return {
-        "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
-        "gpu": {"xla_gpu_deterministic_ops": True} if deterministic else None,
-    }.get(platform)
 
 
 def arithmetic(dtype, platform: str) -> Arithmetic:
@@ -244,10 +210,27 @@ def direct_seconds(problem: Problem, gradient: bool) -> float:
             problem.channels_out,
         )
         return (2 if gradient else 1) * max(flop / rates.direct, moved / rates.memory)
-    if not gradient:
-        return flop / rates.direct
-    of_kernel = 2 * problem.macs / min(1.0, fewest / rates.full_channels_gradient)
-    return flop / rates.direct + of_kernel / rates.direct_kernel_gradient
+    return flop / rates.direct + (_kernel_gradient_seconds(problem) if gradient else 0)
+
+
+def _kernel_gradient_seconds(problem: Problem) -> float:
+    """The time of the kernel's gradient by the direct method, but on a TPU."""
+    rates = RATES[problem.platform]
+    fewest = min(problem.channels_in, problem.channels_out)
+    flop = 2 * problem.macs / min(1.0, fewest / rates.full_channels_gradient)
+    return flop / rates.direct_kernel_gradient
+
+
+def shifted_seconds(problem: Problem, gradient: bool) -> float:
+    """The time of SHIFTED, inf where there is no such way: it is written for CPUs and float32, of
+    few channels in, which for the gradient of x are the channels out."""
+    rates, p = RATES[problem.platform], problem
+    channels = p.channels_out if gradient else p.channels_in
+    narrow = jnp.dtype(p.dtype).itemsize < 4
+    if not rates.shifted or narrow or p.kernel**2 * channels > MOST_TERMS:
+        return math.inf
+    output = 2 * p.macs * (1 + channels / rates.shifted_channels) / rates.shifted
+    return output + _kernel_gradient_seconds(p) if gradient else output
 
 
 def _tile_counts(size: int, kernel: int) -> list[int]:
@@ -291,17 +274,22 @@ def _by_model(problem: Problem, method: str) -> ConvPlan:
     found = {}
     for gradient in (False, True):
         tiling, seconds = best_tiling(problem, gradient)
-        wins = method == "dft" or seconds * MARGIN < direct_seconds(problem, gradient)
-        found[gradient] = tiling if wins else None
+        ways = {tiling: seconds}
+        if method == "auto":
+            ways |= {
+                None: direct_seconds(problem, gradient) / MARGIN,
+                SHIFTED: shifted_seconds(problem, gradient),
+            }
+        found[gradient] = min(ways, key=ways.get)
     return with_memory(problem, found[False], found[True])
 
 
-def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | None) -> ConvPlan:
+def with_memory(problem: Problem, forward: Way, backward: Way) -> ConvPlan:
     """Adds to tilings how their arrays are kept small enough."""
     costs = [
-        dft_cost(problem, tiling, gradient)
-        for gradient, tiling in enumerate((forward, backward))
-        if tiling
+        dft_cost(problem, way, gradient)
+        for gradient, way in enumerate((forward, backward))
+        if way not in (None, SHIFTED)
     ]
     cpu = problem.platform == "cpu"
     looped = cpu or (problem.platform == "gpu" and any(cost.planes > LOOP_BYTES for cost in costs))
@@ -317,10 +305,10 @@ def with_memory(problem: Problem, forward: Tiling | None, backward: Tiling | Non
 def describe(problems: Iterable[Problem], method: str) -> str:
     """How many convolutions are computed which way, output / gradients: "3 dft / dft, 2 direct /
     dft"."""
-    names = {True: "dft", False: "direct"}
+    names = {None: "direct", SHIFTED: SHIFTED}
     plans = [choose(problem, method) for problem in problems]
     counts = Counter(
-        f"{names[p.forward is not None]} / {names[p.backward is not None]}" for p in plans
+        " / ".join(names.get(way, "dft") for way in (p.forward, p.backward)) for p in plans
     )
     return ", ".join(f"{count} {way}" for way, count in counts.most_common())
 
@@ -345,4 +333,5 @@ def tuned(problem: Problem) -> ConvPlan | None:
     fastest = (read_object(path) if path.is_file() else {}).get(key(problem))
     if fastest is None:
         return None
-    return with_memory(problem, *(tuple(tiling) if tiling else None for tiling in fastest))
+    ways = (tuple(way) if isinstance(way, list) else way for way in fastest)
+    return with_memory(problem, *ways)

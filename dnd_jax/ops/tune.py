@@ -6,6 +6,7 @@ version and problem.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -15,7 +16,8 @@ from tqdm import tqdm
 
 from dnd_jax.core.files import read_object, write_json
 from dnd_jax.ops import convolution, cost_model
-from dnd_jax.ops.cost_model import ConvPlan, Problem, Tiling, cache_file, key
+from dnd_jax.ops.convolution import compiler_options
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, cache_file, key
 
 CANDIDATES = 4  # tilings tried beside the direct method, the cheapest by the model
 REPEATS = 3
@@ -43,25 +45,28 @@ def seconds_of(problem: Problem, method: ConvPlan, gradient: bool) -> float:
     kernel = jax.random.normal(keys[1], shape_k, jnp.promote_types(p.dtype, jnp.float32))
     dy = jax.random.normal(keys[2], (*shape_x[:3], p.channels_out), p.dtype)
     function = functools.partial(convolution.convolve, axis=3, method=method)
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(p.platform))
     if gradient:
-        run = jax.jit(lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy))
+        run = jit(lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy))
     else:
-        run = jax.jit(lambda x, kernel, dy: function(x, kernel))
+        run = jit(lambda x, kernel, dy: function(x, kernel))
     return _seconds(functools.partial(run, x, kernel, dy))
 
 
-def measure(problem: Problem, gradient: bool) -> dict[Tiling | None, float]:
-    """Seconds of the direct method (None) and of the CANDIDATES cheapest tilings, for the output or
-    for both gradients."""
+def measure(problem: Problem, gradient: bool) -> dict[Way, float]:
+    """Seconds of the direct method (None), of SHIFTED where it is one, and of the CANDIDATES
+    cheapest tilings, for the output or for both gradients."""
     cheapest = sorted(
         cost_model.tilings(problem),
         key=lambda tiling: cost_model.dft_seconds(problem, tiling, gradient),
     )
-    tried = (None, *cheapest[:CANDIDATES])
-    both = {tiling: (None, tiling) if gradient else (tiling, None) for tiling in tried}
+    tried = [None, *cheapest[:CANDIDATES]]
+    if cost_model.shifted_seconds(problem, gradient) < math.inf:
+        tried.append(SHIFTED)
+    both = {way: (None, way) if gradient else (way, None) for way in tried}
     return {
-        tiling: seconds_of(problem, cost_model.with_memory(problem, *pair), gradient)
-        for tiling, pair in both.items()
+        way: seconds_of(problem, cost_model.with_memory(problem, *pair), gradient)
+        for way, pair in both.items()
     }
 
 

@@ -149,9 +149,23 @@ def test_tuned_plans_are_measured_once_and_used(tmp_path, monkeypatch):
     )
 
 
-def test_measured_times_cover_the_direct_method_and_several_tilings():
-    times = tune.measure(Problem(1, 6, 9, 4, 3, 3, "float32", "cpu"), gradient=True)
-    assert None in times and len(times) == 1 + tune.CANDIDATES and min(times.values()) > 0
+@pytest.mark.parametrize(("channels", "more"), [(4, [cost_model.SHIFTED]), (40, [])])
+def test_measured_times_cover_every_way(channels, more):
+    """Directly, by several tilings, and of few channels as a sum, which is kept by its name."""
+    times = tune.measure(Problem(1, 6, 9, channels, channels, 3, "float32", "cpu"), gradient=True)
+    assert len(times) == 1 + tune.CANDIDATES + len(more) and {None, *more} <= times.keys()
+    assert min(times.values()) > 0
+
+
+def test_a_measured_sum_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
+    problem = Problem(1, 6, 9, 4, 3, 3, "float32", "cpu")
+    cost_model.cache_file().parent.mkdir(parents=True, exist_ok=True)
+    stored = {cost_model.key(problem): [cost_model.SHIFTED, [2, 3]]}
+    cost_model.cache_file().write_text(json.dumps(stored))
+    plan = choose(problem, "tuned")
+    assert (plan.forward, plan.backward) == (cost_model.SHIFTED, (2, 3))
+    assert cost_model.describe([problem], "tuned") == "1 shifted / dft"
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dnd_jax.ops import cost_model
-from dnd_jax.ops.convolution import convolve, direct
-from dnd_jax.ops.cost_model import ConvPlan, Problem, choose, compiler_options, dft_work, tilings
+from dnd_jax.ops.convolution import compiler_options, convolve, direct
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, choose, dft_work, tilings
 
 
 def relative(actual, expected) -> float:
@@ -96,6 +96,28 @@ def test_float64(problem, looped):
             lambda x, w: convolve(x, w, axis, plan), *map(jnp.asarray, values)
         )
         assert all(relative(a, b) < 1e-13 for a, b in zip(found, exact(values, axis), strict=True))
+
+
+@settings(max_examples=6)
+@given(problems(), st.integers(0, 2**32 - 1))
+@example(((2, 1, 3, 5), 3, 3, 4, (1, 1)), 0)
+@example(((1, 3, 1, 2), 1, 5, 1, (1, 1)), 1)
+def test_shifted_is_as_exact_as_rounding_allows(problem, seed):
+    """Output and both gradients, for any grid and kernel, of as many channels as it is taken
+    for."""
+    shape, axis, k, out, _ = problem
+    most = max(1, cost_model.MOST_TERMS // k**2)
+    shape, out = [min(n, most) if a == axis else n for a, n in enumerate(shape)], min(out, most)
+    values32 = [v.astype(np.float32) for v in arrays(tuple(shape), axis, k, out, seed)]
+    plan = ConvPlan(SHIFTED, SHIFTED, "cpu")
+    found = value_and_gradients(
+        lambda x, w: convolve(x, w, axis, plan),
+        *map(jnp.asarray, values32),
+        **compiler_options("cpu"),
+    )
+    for actual, right in zip(found, exact(values32, axis), strict=True):
+        assert actual.dtype == jnp.float32 and actual.shape == right.shape
+        assert relative(actual, right) < 2e-6
 
 
 BF16_PROBLEM = ((2, 20, 24, 64), 3, 9, 48, (2, 3))
@@ -309,12 +331,16 @@ def test_unknown_method():
 
 
 def test_the_model_chooses_what_measurements_showed():
-    """On two cores: nine by nine over hundreds of channels gains several times, three by three over
-    few channels loses."""
+    """On two cores: nine by nine over hundreds of channels gains several times in the Fourier
+    domain, three by three over few channels loses there, and over very few gains as a sum."""
     large = choose(Problem(1, 128, 384, 384, 300, 9, "float32", "cpu"))
     assert large.forward and large.backward and large.looped
     small = choose(Problem(16, 24, 96, 8, 16, 3, "float32", "cpu"))
     assert small.forward is None and small.backward is None
+    few = Problem(16, 128, 64, 4, 4, 3, "float32", "cpu")
+    assert (choose(few).forward, choose(few).backward) == (SHIFTED, SHIFTED)
+    for other in ({"dtype": "bfloat16"}, {"platform": "tpu"}, {"channels_in": 40}):
+        assert choose(dataclasses.replace(few, **other)).forward != SHIFTED
     assert choose(Problem(1, 128, 384, 384, 300, 9, "float32", "cpu"), "direct").forward is None
 
 

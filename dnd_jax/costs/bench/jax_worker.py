@@ -23,7 +23,8 @@ from dnd_jax.generator.sizes import encoder_module, layout_of
 from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
-from dnd_jax.ops.cost_model import compiler_options, describe
+from dnd_jax.ops.convolution import compiler_options
+from dnd_jax.ops.cost_model import describe
 
 
 def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
