@@ -25,7 +25,7 @@ from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_unused
 from dnd_jax.core.formats import read_numbered
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.loop.optimizers import base_optimizer
@@ -173,9 +173,7 @@ def find_base(config: Config, workdir: pathlib.Path) -> str:
     return pinned(config.base.path, workdir) or str(folder)
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     suite = open_suite(given.config, given.workdir, given["strict"])
     print(f"base: {make_base(given.config, suite, given.workdir, given['allow'])}")
-
-
-STAGE = Stage(_run, (*ON_SUITE, ALLOW), writes=True)

@@ -22,8 +22,6 @@ from dnd_jax.generator.sizes import encoder_module, sample_shapes, spec_of
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import batch_shapes, held_bytes, leading
 
-HOST_RATE = 10.0  # GB/s that a host is taken to read and send, unless --host-rate says otherwise
-
 
 def read_by_a_host(batch: Any) -> int:
     """Bytes of a batch's samples that the devices of one host hold, of the host that has most."""

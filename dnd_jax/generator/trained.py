@@ -15,7 +15,6 @@ from flax import traverse_util
 from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import Flag
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import read_jsonl, read_prompts
@@ -43,14 +42,6 @@ from dnd_jax.parallel.mesh import make_mesh
 _mean_pooled = jax.jit(mean_pooled)
 
 STRONGEST = 100  # times what a generator makes
-STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
-KEY_PREFIX = Flag(
-    "key-prefix",
-    str,
-    "",
-    "before layers. in the adapters' names, such as model.language_model. for servers of wrapped "
-    "bases (default: model.)",
-)
 AT_ONCE = 8  # adapters of one batch
 
 
