@@ -32,6 +32,7 @@ from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, read_json, replacing
 from dnd_jax.core.tensors import write_safetensors
 from dnd_jax.core.whereabouts import flaw, instead_of
+from dnd_jax.parallel.rules import shapes_of
 
 tokenizers, transformers = packages.deferred("tokenizers"), packages.deferred("transformers")
 GENERATION = "generation_config.json"
@@ -66,7 +67,7 @@ def load_base(
     weights = StoredWeights(folder, functools.partial(lm_names, config=config))
     config = _tied_as_stored(config, weights)
     module = BaseLM(config, dtype)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    shapes = shapes_of(module.init, np.zeros((1, 2), np.int32))["params"]
     return module, load_params(weights, lm_table(config), shapes, RULES, mesh, dtype)
 
 

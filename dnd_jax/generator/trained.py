@@ -30,8 +30,8 @@ from dnd_jax.generator.folder import (
     read_statistics,
     steady,
 )
+from dnd_jax.generator.generation import ONE_DEVICE, ShardedGeneration, shard_generation
 from dnd_jax.generator.nearest import TrainedTasks
-from dnd_jax.generator.step import ONE_DEVICE, ShardedGeneration, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.card import card
@@ -252,8 +252,9 @@ class TrainedGenerator:
             raise ValueError(f"sets of {[*map(len, sets)]} prompts, this generator takes {n}")
         states, valid = self.encoder.on_devices([text for prompts in filled for text in prompts])
         condition = jax.device_put(states.reshape(size, n, *states.shape[1:]), self._over_batch)
-        means = _mean_pooled(states, valid).reshape(size, n, -1)
+        means = _mean_pooled(states, valid)
         tokens, pooled = jax.device_get((self._step(self.params, condition), means))
+        pooled = pooled.reshape(size, n, -1)
         made = []
         for i, prompts in enumerate(sets):
             tensors = self.target.decode(tokens[i])
