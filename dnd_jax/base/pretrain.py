@@ -15,13 +15,12 @@ import optax
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
 from dnd_jax.base.folder import save_base
-from dnd_jax.base.hub import pinned
+from dnd_jax.base.found import find_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.new_tokenizer import VERSION, build_tokenizer
 from dnd_jax.base.sequences import encode, encode_packed
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
-from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_unused
 from dnd_jax.core.formats import read_numbered
@@ -160,17 +159,6 @@ def make_base(
     if config.base.path:
         return find_base(config, workdir)
     return str(pretrain(config, suite, workdir, allowed))
-
-
-def find_base(config: Config, workdir: pathlib.Path) -> str:
-    """The given base (of a hub id the folder of the commit that this run took first), or the one
-    that was pretrained in the workdir. Raises InputError when it was not."""
-    folder = workdir / paths.BASE
-    if not config.base.path and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: no base here; run `dnd pretrain` first or set --config.base.path"
-        )
-    return pinned(config.base.path, workdir) or str(folder)
 
 
 def run(given: Given) -> None:

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from dnd_jax.base.found import find_base
 from dnd_jax.base.hub import keep_revision, kept_revision
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_given, check_reading
 from dnd_jax.config.records import Older
 from dnd_jax.config.schema import Config

@@ -15,8 +15,8 @@ import numpy as np
 from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
+from dnd_jax.base.found import find_base
 from dnd_jax.base.layers import of_each_layer
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.asked_base import AskedBase
+from dnd_jax.base.found import find_base
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests

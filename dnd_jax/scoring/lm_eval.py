@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dnd_jax.base.chat import ends_of, render, until_end
 from dnd_jax.base.folder import load_tokenizer
-from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.found import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
 from dnd_jax.core import packages
