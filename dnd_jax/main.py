@@ -1,6 +1,5 @@
 """The console command, dnd STAGE [--config.KEY=VALUE ...]; `dnd` alone lists the stages."""
 
-import importlib
 import os
 import shlex
 import sys
@@ -18,32 +17,33 @@ from dnd_jax.core.errors import (
     tell,
 )
 from dnd_jax.core.processes import STDOUT, nobody_reads
+from dnd_jax.core.stage import stage_of
 
-# Stage -> (the module whose STAGE it is, what it makes).
+# Stage -> (the room whose commands.py has it, what it makes).
 STAGES: dict[str, tuple[str, str]] = {
-    "quickstart": ("studies.quickstart", "the pipeline on a suite: results.json, report.html"),
-    "suite": ("data.embedded", "write an embedded suite to --out"),
-    "data-report": ("studies.data_report", "what is in a suite's data, and what is wrong with it"),
-    "pretrain": ("base.pretrain", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
-    "collect": ("lora.collect", "one LoRA a dataset, all at once -> WORKDIR/loras"),
-    "controls": ("lora.controls", "LoRAs to compare with: one for all tasks, few-shot tuned ones"),
-    "train": ("generator.train", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
-    "generate": ("generator.generate", "prompts -> PEFT adapters; merged, or pushed to the hub"),
-    "ask": ("serving.ask", "one question, answered without and with an adapter of prompts"),
-    "serve": ("serving.serve", "a trained generator over HTTP: prompts in, adapters out"),
-    "push-generator": ("generator.push", "a generator to the hub, for --generator=USER/NAME"),
-    "evaluate": ("scoring.evaluate", "score adapters in PyTorch -> WORKDIR/results.json"),
-    "lm-eval": ("scoring.lm_eval", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
-    "verify-adapter": ("lora.verify", "does an adapter change its base as its matrices say?"),
-    "export-gguf": ("lora.export_gguf", "an adapter for llama.cpp -> --out, a GGUF file"),
-    "import-generator": ("generator.import_released", "a released .pth -> --out, a folder"),
-    "export-generator": ("generator.export_released", "a generator folder -> --out, a .pth"),
-    "init-config": ("generator.init_config", "settings for another base -> --out=NAME.py"),
-    "plan": ("costs.plan", "what the real steps cost on devices that need not be there"),
-    "bench": ("costs.bench.run", "our methods and PyTorch side by side, measured"),
-    "ablate": ("studies.ablate", "a configuration beside variants of it: table and plot"),
-    "doctor": ("studies.doctor", "what would go wrong later, found before hours are spent"),
-    "overhead": ("studies.overhead", "time and memory of generating an adapter, of tuning one"),
+    "quickstart": ("studies", "the pipeline on a suite: results.json, report.html"),
+    "suite": ("data", "write an embedded suite to --out"),
+    "data-report": ("studies", "what is in a suite's data, and what is wrong with it"),
+    "pretrain": ("base", "a base LLM from scratch on the suite's corpus -> WORKDIR/base"),
+    "collect": ("lora", "one LoRA a dataset, all at once -> WORKDIR/loras"),
+    "controls": ("lora", "LoRAs to compare with: one for all tasks, few-shot tuned ones"),
+    "train": ("generator", "the generator, from prompts and LoRAs -> WORKDIR/generator"),
+    "generate": ("generator", "prompts -> PEFT adapters; merged, or pushed to the hub"),
+    "ask": ("serving", "one question, answered without and with an adapter of prompts"),
+    "serve": ("serving", "a trained generator over HTTP: prompts in, adapters out"),
+    "push-generator": ("generator", "a generator to the hub, for --generator=USER/NAME"),
+    "evaluate": ("scoring", "score adapters in PyTorch -> WORKDIR/results.json"),
+    "lm-eval": ("scoring", "score them by EleutherAI's harness -> WORKDIR/lm_eval.json"),
+    "verify-adapter": ("lora", "does an adapter change its base as its matrices say?"),
+    "export-gguf": ("lora", "an adapter for llama.cpp -> --out, a GGUF file"),
+    "import-generator": ("generator", "a released .pth -> --out, a folder"),
+    "export-generator": ("generator", "a generator folder -> --out, a .pth"),
+    "init-config": ("generator", "settings for another base -> --out=NAME.py"),
+    "plan": ("costs", "what the real steps cost on devices that need not be there"),
+    "bench": ("costs", "our methods and PyTorch side by side, measured"),
+    "ablate": ("studies", "a configuration beside variants of it: table and plot"),
+    "doctor": ("studies", "what would go wrong later, found before hours are spent"),
+    "overhead": ("studies", "time and memory of generating an adapter, of tuning one"),
 }
 
 
@@ -120,7 +120,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(name: str, words: list[str]) -> None:
-    """Imports the stage's module, and it alone with what it needs; parses its flags; runs it."""
+    """Parses a stage's flags, imports its module, and it alone with what it needs, and runs it."""
     if name not in STAGES:
         raise InputError(f"no stage {name!r}{nearest(name, STAGES) or '; run `dnd` for the list'}")
     from dnd_jax.config import command
@@ -128,21 +128,22 @@ def _run(name: str, words: list[str]) -> None:
     from dnd_jax.core import packages
     from dnd_jax.core.workdir import held
 
-    module, summary = STAGES[name]
-    try:
-        stage = importlib.import_module(f"dnd_jax.{module}").STAGE
-    except ValueError as error:  # JAX reads its variables when it is imported
-        raise environment.refused(error) or error from None
+    room, summary = STAGES[name]
+    stage = stage_of(room, name)
     if any(word in ("-h", "--help") for word in words):
         print(command.usage(name, stage, summary))
         return
     given = command.parse(name, stage, words)
-    needed = stage.packages(given)
-    packages.check(name, needed)
-    environment.settle(needed)
+    try:
+        needed = stage.packages(given)
+        packages.check(name, needed)
+        environment.settle(needed)
+        run = stage.load()
+    except ValueError as error:  # JAX reads its variables when it is imported
+        raise environment.refused(error) or error from None
     if not stage.writes:
-        stage.run(given)
+        run(given)
         return
     seeds = given.seeds() if "seeds" in given.flags else ()
     with held(given.workdir, name), remembering(given.workdir, given.config, seeds):
-        stage.run(given)
+        run(given)

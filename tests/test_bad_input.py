@@ -1,7 +1,6 @@
 """Bad input: one clear line that names the file, the key and the fix, exit status 2, nothing
 half-written."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -26,6 +25,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError, NoRoom
 from dnd_jax.core.files import replacing
+from dnd_jax.core.stage import stage_of
 from dnd_jax.data.sources import read_jsonl, read_prompts
 from dnd_jax.data.suite import load_suite
 from dnd_jax.encoders.load import load_module
@@ -201,8 +201,8 @@ def test_no_room_has_one_status_whoever_says_so(capsys, monkeypatch, error, line
 def test_documented_commands_use_what_their_stage_reads():
     root, found = pathlib.Path(__file__).parent.parent, 0
     flags = {
-        stage: {flag.name for flag in importlib.import_module(f"dnd_jax.{module}").STAGE.flags}
-        for stage, (module, _) in STAGES.items()
+        stage: {flag.name for flag in stage_of(room, stage).flags}
+        for stage, (room, _) in STAGES.items()
     }
     places = ("README.md", "Makefile", "docs/*.md", "launch/*", "configs/*.py", "dnd_jax/**/*.py")
     for path in (path for place in places for path in root.glob(place) if path.is_file()):

@@ -21,7 +21,7 @@ from pipeline import TINY, start, tiny_suite, when
 from dnd_jax.config.load import load_file
 from dnd_jax.config.training import TRACKERS
 from dnd_jax.config.validate import freeze
-from dnd_jax.studies.quickstart import needs
+from dnd_jax.studies.commands import needs
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -9,8 +9,9 @@ import shutil
 import pytest
 import tiny
 
+from dnd_jax.base.found import find_base
 from dnd_jax.base.pretrain import DONE as PRETRAINED
-from dnd_jax.base.pretrain import find_base, make_base
+from dnd_jax.base.pretrain import make_base
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.data.suite import load_suite

@@ -20,7 +20,7 @@ TREES = {
 # Packages that take longer than 0.2 s to import. core/packages.py imports them, when one of their
 # names is used; the exceptions are what runs in a process of its own, as PyTorch's side.
 SLOW = (
-    "torch peft transformers datasets matplotlib lm_eval huggingface_hub pyarrow wandb "
+    "torch peft orbax transformers datasets matplotlib lm_eval huggingface_hub pyarrow wandb "
     "tensorboardX fastapi uvicorn prometheus_client pydantic starlette"
 )
 OPPONENT = {

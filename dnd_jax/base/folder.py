@@ -32,10 +32,24 @@ from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, read_json, replacing
 from dnd_jax.core.tensors import write_safetensors
 from dnd_jax.core.whereabouts import flaw, instead_of
+from dnd_jax.parallel.rules import shapes_of
 
 tokenizers, transformers = packages.deferred("tokenizers"), packages.deferred("transformers")
 GENERATION = "generation_config.json"
 SETTINGS_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# model_type -> the class that AutoTokenizer takes where tokenizer_config.json names it too. To look
+# for it, AutoTokenizer imports PyTorch where that is installed, which takes longer than all else
+# that generating an adapter imports.
+AUTO = "AutoTokenizer"
+CLASSES = {
+    "bert": "BertTokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "llama": "TokenizersBackend",
+}
+SAME_CLASS = {"PreTrainedTokenizer": "TokenizersBackend"}  # an older name, without its "Fast"
 SENTENCE = "Which sea is deep: the größte, 42 miles?"
 
 
@@ -53,7 +67,7 @@ def load_base(
     weights = StoredWeights(folder, functools.partial(lm_names, config=config))
     config = _tied_as_stored(config, weights)
     module = BaseLM(config, dtype)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    shapes = shapes_of(module.init, np.zeros((1, 2), np.int32))["params"]
     return module, load_params(weights, lm_table(config), shapes, RULES, mesh, dtype)
 
 
@@ -121,7 +135,7 @@ def load_tokenizer(path: str | os.PathLike):
     if missing := _no_vocabulary(folder):  # of which transformers makes a tokenizer of one token
         raise InputError(f"{folder}: no usable tokenizer; {missing}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = getattr(transformers, _reader(folder)).from_pretrained(folder)
         tokenizer("a")  # settings of another type are noticed here
     except Exception as error:  # transformers raises whatever a damaged folder makes of its code
         for name in TOKENIZER:
@@ -143,6 +157,19 @@ def load_tokenizer(path: str | os.PathLike):
         _check_vocabulary(folder, tokenizer)
         _check_class(folder, tokenizer)
     return tokenizer
+
+
+def _reader(folder: pathlib.Path) -> str:
+    """The class of transformers that reads a folder's tokenizer as AutoTokenizer does: itself,
+    unless both files name the one that it would take."""
+    try:
+        of_model, own = (read_json(folder / name) for name in (CONFIG, SETTINGS_OF_TOKENIZER[0]))
+        kind, named = of_model.get("model_type"), own.get("tokenizer_class").removesuffix("Fast")
+        alike = CLASSES.get(kind) == SAME_CLASS.get(named, named)
+        code = "auto_map" in of_model or "auto_map" in own  # the model's own
+    except (InputError, AttributeError, TypeError):  # a file is absent or damaged
+        return AUTO
+    return CLASSES[kind] if alike and not code else AUTO
 
 
 def _no_vocabulary(folder: pathlib.Path) -> str:

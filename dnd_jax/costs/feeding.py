@@ -20,9 +20,7 @@ from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.inputs import kept_shape, stay
 from dnd_jax.generator.sizes import encoder_module, sample_shapes, spec_of
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import batch_shapes, held_bytes, leading
-
-HOST_RATE = 10.0  # GB/s that a host is taken to read and send, unless --host-rate says otherwise
+from dnd_jax.parallel.rules import batch_shapes, held_bytes, leading, shapes_of
 
 
 def read_by_a_host(batch: Any) -> int:
@@ -52,7 +50,7 @@ def encoder_flops(config: Config) -> float | None:
     ids = jax.ShapeDtypeStruct((n, window), jnp.int32)
 
     def counted(module: nn.Module) -> float:
-        params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+        params = shapes_of(module.init, ids, ids)["params"]
         encode = jax.jit(lambda params, *texts: encode_windows(module, params, *texts))
         return encode.lower(params, ids, ids).cost_analysis()["flops"]
 

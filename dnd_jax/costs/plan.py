@@ -11,53 +11,15 @@ import os
 
 import jax
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.config.studies import STEPS
 from dnd_jax.core.errors import CheckFailed, InputError
-from dnd_jax.core.stage import WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.costs import compiled, describe, feeding, step_cost, sweep
 from dnd_jax.parallel.mesh import make_mesh
 
-FLAGS = (
-    WORKDIR,
-    Flag(
-        "topology",
-        str,
-        "",
-        "TPU chips to compile for, such as v5p:2x2x4 (default: this machine's devices)",
-    ),
-    Flag("devices", int, 0, "virtual CPU devices to compile for"),
-    Flag(
-        "sweep",
-        bool,
-        False,
-        "every combination of config.sweep in one table and plot (configs/ablate_sharding.py)",
-    ),
-    Flag("step", str, "", f"one of {', '.join(STEPS)} (default: the first two)"),
-    Flag(
-        "answer-tokens",
-        int,
-        0,
-        "of the longest answer, where the base is asked (default: all that config.base.max_length "
-        "leaves)",
-    ),
-    Flag(
-        "lora-checkpoints",
-        int,
-        0,
-        "of all training datasets, counted if they stay on the devices (config.train.targets_on)",
-    ),
-    Flag(
-        "host-rate",
-        float,
-        feeding.HOST_RATE,
-        "GB/s that a host is taken to give its devices, which `dnd bench --input` measures",
-    ),
-    Flag("measure", bool, False, "run the steps on this machine's devices as well"),
-)
 
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     config, topology, swept = given.config, given["topology"], given["sweep"]
     away = bool(topology or (swept and config.sweep.topologies and not given["devices"]))
     steps = (given["step"],) if given["step"] else STEPS[:2]
@@ -117,15 +79,3 @@ def _run(given: Given) -> None:
         print("\n\n".join(texts), flush=True)
     if not any(p.fits for p in plans if p.step == plans[0].step):
         raise CheckFailed(sweep.nearest_miss(plans))
-
-
-def _needs(given: Given) -> tuple[str, ...]:
-    away = given["topology"] or (
-        given["sweep"] and given.config.sweep.topologies and not given["devices"]
-    )
-    models = packages_of(given.config.base.path, given.config.condition.encoder)
-    drawn = ("matplotlib",) if given["sweep"] else ()
-    return (*(("libtpu",) if away else ()), *drawn, *models)
-
-
-STAGE = Stage(_run, FLAGS, _needs)

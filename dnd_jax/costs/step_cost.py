@@ -24,13 +24,13 @@ from dnd_jax.costs import collect_cost
 from dnd_jax.costs.compiled import StepCost, compile_for, compiled_cost
 from dnd_jax.costs.feeding import read_by_a_host
 from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.generation import shard_generation
 from dnd_jax.generator.inputs import kept_shape, stay
 from dnd_jax.generator.regularisers import squared_sizes
 from dnd_jax.generator.sizes import encoder_module, layout_of, sample_shapes, spec_of
 from dnd_jax.generator.step import (
     check_batch,
     device_problems,
-    shard_generation,
     shard_train_step,
 )
 from dnd_jax.loop.optimizers import train_optimizer
@@ -38,7 +38,7 @@ from dnd_jax.lora.targets import Target, from_statistics
 from dnd_jax.ops.cost_model import choose, describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
-from dnd_jax.parallel.rules import batch_shapes, held_bytes, shaped
+from dnd_jax.parallel.rules import batch_shapes, held_bytes, shaped, shapes_of
 
 
 def train_arguments(
@@ -52,7 +52,7 @@ def train_arguments(
         module = encoder_module(config)
         # The encoder's parameters know no length; texts longer than its window are cut.
         ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+        params = shapes_of(module.init, ids, ids)["params"]
         encoder = module, jax.tree.map(lambda x: x.update(dtype=module.dtype), params)
     taught = config.train.taught_at(config.train.weights_first)
     if ASKING & {*taught}:

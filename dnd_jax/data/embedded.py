@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dnd_jax.config.schema import EMBEDDED
 from dnd_jax.core.errors import InputError, nearest
 from dnd_jax.core.files import check_free
-from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.skills import write_skills
 from dnd_jax.data.skills_large import write_skills_large
 from dnd_jax.data.world import write_world
@@ -24,7 +24,8 @@ SUITES: Mapping[str, Callable[[str | os.PathLike, int, int], None]] = dict(
 )
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("out")
     name = given["name"] or given.config.embedded
     if name not in SUITES:
@@ -32,7 +33,3 @@ def _run(given: Given) -> None:
     check_free(given["out"], "out")
     SUITES[name](given["out"], given.config.seed, given.config.embedded_tasks)
     print(f"suite: {pathlib.Path(given['out']).absolute()}")
-
-
-NAME = Flag("name", str, "", f"{', '.join(EMBEDDED)} (default: config.embedded)")
-STAGE = Stage(_run, (OUT, NAME), settings=DEFAULT)

@@ -38,6 +38,12 @@ def mean_pooled(condition, valid):
     return (condition * weight).sum(axis=1) / weight.sum(axis=1)
 
 
+@jax.jit
+def _picked(states: Sequence[jax.Array], at: np.ndarray) -> jax.Array:
+    """Rows of batches of states, in one program: op by op six are compiled."""
+    return jnp.concatenate(states)[at]
+
+
 def fingerprint(files: Mapping[str, pathlib.Path], config: schema.Condition) -> str:
     """What an encoder's output depends on: its files (`Encoder.files`), layer, text length and
     type."""
@@ -228,7 +234,7 @@ class PromptEncoder:
             # Put, as jit takes no NumPy arrays to split where there are several processes.
             ids_valid = jax.device_put((rows[..., 0], rows[..., 1]), self._over_texts)
             states.append(self._encode(self.params, *ids_valid))
-        return jnp.concatenate(states)[at]
+        return _picked(states, at)
 
     def _path(self, prompts: Sequence[str], cache: str | os.PathLike, what: str) -> pathlib.Path:
         texts = (part for p in prompts for part in (len(p).to_bytes(8, "little"), p))

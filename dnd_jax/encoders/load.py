@@ -37,7 +37,7 @@ from dnd_jax.encoders.bert import bert_names, bert_table
 from dnd_jax.encoders.cut import Tokens
 from dnd_jax.encoders.lm import LmEncoder
 from dnd_jax.encoders.t5 import t5_names, t5_table
-from dnd_jax.parallel.rules import shard_by_rules
+from dnd_jax.parallel.rules import shapes_of, shard_by_rules
 
 LAST = -1  # layer
 TOKENIZER = ("*.json", "*.txt", "*.model")  # its files and CONFIG, of a hub id
@@ -86,7 +86,7 @@ def load_encoder(
     module, rules, table, names = _architecture(folder, layer)
     module = module.clone(dtype=jnp.dtype(dtype))
     ids = np.zeros((1, 2), np.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    shapes = shapes_of(module.init, ids, ids)["params"]
     stored = StoredWeights(folder, names)
     params = load_params(stored, table, shapes, (*rules, WHOLE), mesh, module.dtype)
     tokenizer = load_tokenizer(folder)

@@ -9,7 +9,7 @@ import pathlib
 from flax import traverse_util
 
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import NONE, OUT, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.tensors import open_tensors
 from dnd_jax.generator.folder import (
     MODEL,
@@ -42,11 +42,9 @@ def export_generator(run_dir: str | os.PathLike, path: str | os.PathLike) -> pat
         return save_reference_generator(module, params, path, statistics["importance"])
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("out")
     if os.path.lexists(given["out"]):
         raise InputError(f"--out={given['out']}: exists already; choose another --out")
     print(f"state dict: {export_generator(given.argument, given['out']).absolute()}")
-
-
-STAGE = Stage(_run, (OUT,), ("torch",), argument="GENERATOR", settings=NONE)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
-from dnd_jax.base.hub import PACKAGE, is_repo_id, resolve
+from dnd_jax.base.hub import is_repo_id, resolve
 from dnd_jax.config import schema, validate
 from dnd_jax.config.choices import PRECISIONS
 from dnd_jax.config.schema import Features
@@ -29,6 +29,7 @@ from dnd_jax.core.errors import InputError, first_line, listed
 from dnd_jax.core.files import as_json, replacing, sync
 from dnd_jax.core.formats import FORMAT as KEY
 from dnd_jax.core.formats import read_numbered
+from dnd_jax.core.packages import PACKAGE
 from dnd_jax.core.tensors import (
     DTYPES,
     opened,

@@ -16,11 +16,9 @@ from dnd_jax.base.hub import check_repo_id, is_repo_id, kept_revision, push, res
 from dnd_jax.base.identity import other_weights
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free
-from dnd_jax.core.stage import BASE_NAME, DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.rows import prompt_files
 from dnd_jax.generator.trained import (
-    KEY_PREFIX,
-    STRENGTH,
     TrainedGenerator,
     check_strength,
     load_generator,
@@ -49,33 +47,6 @@ def generate_adapter(
     return generator.write(list(prompts), out_dir, seed, source)
 
 
-_FILE = 'file of prompts: JSONL or a table with "prompt", or .txt, one a line'
-PROMPTS = Flag("prompts", str, "", _FILE)
-OF_TRAINED_BASE = Flag(
-    "base", str, "", "the base's folder, GGUF file or hub id (default: the one the adapter names)"
-)
-FLAGS = (
-    Flag("generator", str, "", "a trained or imported generator's folder"),
-    dataclasses.replace(PROMPTS, meaning=f"{_FILE}; or a folder of such, NAME.jsonl -> OUT/NAME"),
-    OUT,
-    BASE_NAME,
-    KEY_PREFIX,
-    Flag("seed", int, 0, "draws the prompts"),
-    Flag("samples", int, 1, "adapters, from as many draws"),
-    STRENGTH,
-    Flag("dtype", str, "float32", "of the adapter's tensors, float32 or bfloat16"),
-    Flag("merge", str, "", "a folder for the whole model, base + adapter, in the base's dtype"),
-    dataclasses.replace(OF_TRAINED_BASE, meaning=f"for --merge, {OF_TRAINED_BASE.meaning}"),
-    Flag(
-        "push-to-hub",
-        str,
-        "",
-        "USER/NAME to upload the adapter (with --merge: the whole model) to, privately",
-    ),
-    Flag("public", bool, False, "with --push-to-hub: for everybody to see"),
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
     """One adapter: whose prompts, drawn by which seed, written where, merged into which folder."""
@@ -86,7 +57,8 @@ class _Wanted:
     merged: pathlib.Path | None
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("generator", "prompts", "out")
     wanted = _wanted(given)
     generator = TrainedGenerator(
@@ -196,7 +168,3 @@ def _of_files(given: Given, files: Mapping[str, pathlib.Path]) -> list[_Wanted]:
             folder = pathlib.Path(given["out"], part)
             wanted.append(_Wanted(source, given["seed"] + sample, folder, merged))
     return wanted
-
-
-# The rest is as the generator was trained.
-STAGE = Stage(_run, FLAGS, settings=DEFAULT, reads=("mesh", "condition.too_long"))

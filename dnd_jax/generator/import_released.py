@@ -10,14 +10,13 @@ import pathlib
 
 import numpy as np
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.base.identity import base_name, one_name
 from dnd_jax.base.known import base_sizes
 from dnd_jax.config.schema import Config, Features
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free
-from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.encoders.cache import PromptEncoder
 from dnd_jax.generator.folder import DESCRIPTION, write_generator
 from dnd_jax.generator.released import CRITERION_WEIGHT, FIRST, architecture, mapped
@@ -160,25 +159,8 @@ def import_generator(
     return out
 
 
-FLAGS = (
-    OUT,
-    Flag(
-        "adapter",
-        str,
-        "",
-        "a PEFT adapter of the base (default: by config.base.path and config.lora)",
-    ),
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("out")
     folder = import_generator(given.argument, given["out"], given.config, given["adapter"])
     print(f"generator: {folder.absolute()}")
-
-
-def _needs(given: Given) -> tuple[str, ...]:
-    return ("torch", *packages_of(given.config.condition.encoder))
-
-
-STAGE = Stage(_run, FLAGS, _needs, argument="X.pth", settings=DEFAULT)

@@ -30,7 +30,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import CheckFailed, InputError
 from dnd_jax.core.files import replacing
-from dnd_jax.core.stage import DEFAULT, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.generator.cascade import cascade
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.sizes import encoder_module, spec_of
@@ -275,30 +275,8 @@ def init_config(
     )
 
 
-FLAGS = (
-    OUT,
-    Flag(
-        "base", str, "", "its folder, GGUF file or hub id (default: config.base.path)", "base.path"
-    ),
-    Flag("adapter", str, "", "a PEFT adapter of the base (default: by the base and config.lora)"),
-    Flag(
-        "budget",
-        float,
-        0.0,
-        "parameters of the decoder, such as 1e9 (default: as the paper's settings spend them)",
-    ),
-    *(
-        Flag(name, kind, kind(), f"{what} (default: config.{setting})", setting)
-        for name, kind, what, setting in (
-            ("encoder", str, "the text encoder", "condition.encoder"),
-            ("num-prompts", int, "prompts an adapter", "condition.num_prompts"),
-            ("max-text-length", int, "tokens a prompt", "condition.max_text_length"),
-        )
-    ),
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("out")
     asked = {
         "encoder": given["encoder"],
@@ -311,6 +289,3 @@ def _run(given: Given) -> None:
     config = dataclasses.replace(given.config, condition=condition)
     base = given["base"] or config.base.path
     print(init_config(config, given["out"], base, given["adapter"], given["budget"]))
-
-
-STAGE = Stage(_run, FLAGS, settings=DEFAULT)

@@ -13,6 +13,7 @@ from dnd_jax.config.schema import LENGTH_PROJECTIONS
 from dnd_jax.generator.decoder import HyperConvDecoder, torch_uniform
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.parallel.placement import ANYWHERE, Placement
+from dnd_jax.parallel.rules import shapes_of
 
 
 class LengthProjection(nn.Module):
@@ -63,4 +64,4 @@ class Generator(nn.Module):
 def param_shapes(module: Generator) -> dict:
     """The shapes of a generator's parameters, nested as they are; nothing is computed."""
     condition = jax.ShapeDtypeStruct((1, *module.spec.condition_shape), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0), condition)["params"]
+    return shapes_of(module.init, condition)["params"]

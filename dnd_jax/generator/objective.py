@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from dnd_jax.base.folder import load_tokenizer
+from dnd_jax.base.found import find_base
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode_shown, how_taught
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError, listed

@@ -16,7 +16,7 @@ from dnd_jax.base.hub import check_repo_id, is_repo_id, push
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import check_free, replacing
-from dnd_jax.core.stage import NONE, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.tensors import read_safetensors, write_safetensors
 from dnd_jax.generator.folder import (
     FILES,
@@ -67,7 +67,8 @@ def card(description: Description, name: str, model: pathlib.Path) -> str:
     )
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     if not given["out"]:
         given.need("to")
         check_repo_id(given["to"], "--to")
@@ -103,16 +104,3 @@ def _run(given: Given) -> None:
 def _cast(path: pathlib.Path, dtype: np.dtype) -> None:
     """Stores the tensors of a file in another type."""
     write_safetensors(path, {key: x.astype(dtype) for key, x in read_safetensors(path).items()})
-
-
-STAGE = Stage(
-    _run,
-    (
-        Flag("to", str, "", "USER/NAME on the hub, made if there is none, privately"),
-        Flag("public", bool, False, "for everybody to see"),
-        Flag("out", str, "", "a folder to write instead"),
-        Flag("dtype", str, "", "of the parameters, float32 or bfloat16 (default: as they are)"),
-    ),
-    argument="RUN",
-    settings=NONE,
-)

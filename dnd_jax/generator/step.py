@@ -1,5 +1,4 @@
-"""The one train step and the one generation step of a configuration, sharded over a mesh
-(docs/METHOD.md sections 4 to 7)."""
+"""The one train step of a configuration, sharded over a mesh (docs/METHOD.md sections 4 to 6)."""
 
 import dataclasses
 import functools
@@ -17,8 +16,9 @@ from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.answers import Answering
 from dnd_jax.generator.decoder import weighted_errors
+from dnd_jax.generator.generation import in_precision
 from dnd_jax.generator.inputs import condition_of, noisy, over_cells, with_gaps, with_tokens
-from dnd_jax.generator.model import Generator, param_shapes
+from dnd_jax.generator.model import Generator
 from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import train_optimizer
@@ -26,61 +26,6 @@ from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.ops.cost_model import Problem
 from dnd_jax.parallel.placement import Placement
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
-
-ONE_DEVICE = schema.Mesh(slices=1, data=1, fsdp=1, tensor=1, rules=((r".", ()),))
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardedGeneration:
-    """The generation step as it runs on a mesh."""
-
-    module: Generator
-    shapes: dict  # of the parameters
-    shardings: dict  # of the parameters
-    over_batch: jax.sharding.NamedSharding  # of conditions and tokens
-    step: Callable  # (params, condition (B, N, L, C)) -> tokens (B, T, h, w) float32, jitted
-
-
-def shard_generation(
-    spec: DecoderSpec, mesh: jax.sharding.Mesh, rules: tuple, batch: int = 1
-) -> ShardedGeneration:
-    """The one generation step of a decoder, for use and ahead-of-time compilation.
-
-    batch: adapters at once, which every device makes by itself where the mesh does not divide them.
-    Raises InputError for a parameter without a rule.
-    """
-    place = Placement(mesh)
-    module = Generator(dataclasses.replace(spec, remat="none"), place)  # no backward pass here
-    shapes = param_shapes(module)
-    shardings = shard_by_rules(mesh, rules, shapes)
-    over_batch = (
-        leading(mesh, batch, "the adapters") if place.batch_ways(batch) > 1 else replicated(mesh)
-    )
-
-    def generate(params, condition):
-        return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
-
-    step = jax.jit(
-        _in_precision(spec, generate),
-        in_shardings=(shardings, over_batch),
-        out_shardings=over_batch,
-        compiler_options=compiler_options(place.platform),
-    )
-    return ShardedGeneration(module, shapes, shardings, over_batch, step)
-
-
-def _in_precision(spec: DecoderSpec, function: Callable) -> Callable:
-    """The function, whose products of float32 have the spec's precision, those of its gradients
-    too."""
-    if spec.precision == "default":
-        return function
-
-    @functools.wraps(function)
-    def computed(*arguments):
-        with jax.default_matmul_precision(spec.precision):
-            return function(*arguments)
-
-    return computed
 
 
 def device_problems(
@@ -306,7 +251,7 @@ def shard_train_step(
     how = optimizer, c, importance, config.seed, encoder_module, shardings["params"], asked
     options = compiler_options(place.platform, c.deterministic)
     step = jax.jit(
-        _in_precision(spec, make_train_step(module, *how)),
+        in_precision(spec, make_train_step(module, *how)),
         in_shardings=(shardings, over_batch, frozen or None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -319,7 +264,7 @@ def shard_train_step(
         return module.apply({"params": place.gather_small(params)}, condition).astype(jnp.float32)
 
     tokens = jax.jit(
-        _in_precision(spec, generated),
+        in_precision(spec, generated),
         in_shardings=(shardings["params"], over_batch, frozen or None),
         out_shardings=replicated(mesh),
         compiler_options=options,

@@ -18,16 +18,16 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dnd_jax.base.hub import keep_revision, kept_revision, packages_of
+from dnd_jax.base.found import find_base
+from dnd_jax.base.hub import keep_revision, kept_revision
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.reading import check_given, check_reading
 from dnd_jax.config.records import Older
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.chips import chip_of
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
 from dnd_jax.encoders.cache import PromptEncoder
@@ -49,7 +49,6 @@ from dnd_jax.generator.step import (
     state_of,
 )
 from dnd_jax.loop.checkpoints import check_newest
-from dnd_jax.loop.metrics import packages_of as tracker_packages
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.run import run_loop
 from dnd_jax.loop.training import ALSO_SETTINGS, Options, Training
@@ -295,20 +294,8 @@ def _row(
     return row
 
 
-FLAGS = (
-    ALLOW,
-    BASE_NAME,
-    Flag(
-        "profile",
-        list,
-        [],
-        "trace the steps between two numbers, such as 100,110, into WORKDIR/generator/profile",
-    ),
-    *together.FLAGS,
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     config, workdir = given.config, given.workdir
     profile, checkpoints = _window(given["profile"]), config.train.checkpoint_dir
     here = bool(checkpoints) and "://" not in checkpoints
@@ -332,17 +319,3 @@ def _window(words: Sequence[str]) -> tuple[int, int] | None:
             "as 100,110"
         )
     return (steps[0], steps[1]) if steps else None
-
-
-def needs(config: Config) -> tuple[str, ...]:
-    """The modules beyond a plain install that training needs."""
-    of_models = config.base.path if config.train.asks_base else "", config.condition.encoder
-    bucket = ("gcsfs",) if config.train.checkpoint_dir.startswith("gs://") else ()
-    return *tracker_packages(config.train.trackers), *packages_of(*of_models), *bucket
-
-
-STAGE = Stage(
-    _run,
-    (*ON_SUITE, *FLAGS),
-    lambda given: needs(given.config),
-)

@@ -15,7 +15,6 @@ from flax import traverse_util
 from dnd_jax.config import schema
 from dnd_jax.core import digests
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import Flag
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.data.condition_text import condition_texts
 from dnd_jax.data.sources import read_jsonl, read_prompts
@@ -31,8 +30,8 @@ from dnd_jax.generator.folder import (
     read_statistics,
     steady,
 )
+from dnd_jax.generator.generation import ONE_DEVICE, ShardedGeneration, shard_generation
 from dnd_jax.generator.nearest import TrainedTasks
-from dnd_jax.generator.step import ONE_DEVICE, ShardedGeneration, shard_generation
 from dnd_jax.lora import targets
 from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.card import card
@@ -43,14 +42,6 @@ from dnd_jax.parallel.mesh import make_mesh
 _mean_pooled = jax.jit(mean_pooled)
 
 STRONGEST = 100  # times what a generator makes
-STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
-KEY_PREFIX = Flag(
-    "key-prefix",
-    str,
-    "",
-    "before layers. in the adapters' names, such as model.language_model. for servers of wrapped "
-    "bases (default: model.)",
-)
 AT_ONCE = 8  # adapters of one batch
 
 
@@ -261,8 +252,9 @@ class TrainedGenerator:
             raise ValueError(f"sets of {[*map(len, sets)]} prompts, this generator takes {n}")
         states, valid = self.encoder.on_devices([text for prompts in filled for text in prompts])
         condition = jax.device_put(states.reshape(size, n, *states.shape[1:]), self._over_batch)
-        means = _mean_pooled(states, valid).reshape(size, n, -1)
+        means = _mean_pooled(states, valid)
         tokens, pooled = jax.device_get((self._step(self.params, condition), means))
+        pooled = pooled.reshape(size, n, -1)
         made = []
         for i, prompts in enumerate(sets):
             tensors = self.target.decode(tokens[i])

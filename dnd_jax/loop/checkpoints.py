@@ -12,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from tqdm import tqdm
 
 from dnd_jax.config.records import Older, check_same_run
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, first_line
 from dnd_jax.core.formats import check_format
 from dnd_jax.parallel import hosts
 from dnd_jax.parallel.rules import finest
+
+ocp = packages.deferred("orbax.checkpoint")
 
 CHECKPOINTS = "checkpoints"
 FORMAT = 1  # of a checkpoint's record
@@ -40,7 +42,7 @@ def _excepthook(args: threading.ExceptHookArgs) -> None:
 
 def open_checkpoints(
     directory: os.PathLike, keep_last: int = 2, keep_every: int = 0
-) -> ocp.CheckpointManager:
+) -> "ocp.CheckpointManager":
     """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step
     whole or absent. Raises InputError for a folder with steps that are not ours."""
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -68,7 +70,7 @@ def _check_ours(folder: epath.Path) -> None:
             )
 
 
-def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
+def _reader(manager: "ocp.CheckpointManager") -> "ocp.CheckpointManager":
     """What this process reads checkpoints with by itself: in a restore by all, one that fails
     leaves the others waiting."""
     if not hosts.several():
@@ -130,7 +132,7 @@ def check_newest(
 
 
 def restore(
-    manager: ocp.CheckpointManager,
+    manager: "ocp.CheckpointManager",
     shapes: Any,
     record: Mapping,
     allowed: Collection[str] | None = (),

@@ -97,13 +97,7 @@ def _wandb(
     return lambda step, row: run.log(dict(row), step=step), run.finish
 
 
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
-def packages_of(trackers: Collection[str]) -> tuple[str, ...]:
-    """The modules that these trackers need."""
-    return tuple(_PACKAGES[name] for name in trackers)
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict]:

@@ -8,16 +8,18 @@ import pathlib
 import time
 from typing import Any
 
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from dnd_jax.config.records import check_same_run
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import FULL, unreadable
 from dnd_jax.loop.checkpoints import CHECKPOINTS, FORMAT, address, open_checkpoints, restore, sums
 from dnd_jax.loop.local_copies import LocalCopies
 from dnd_jax.loop.training import Options, Training
 from dnd_jax.parallel import hosts
+
+ocp = packages.deferred("orbax.checkpoint")
 
 
 class Saves:

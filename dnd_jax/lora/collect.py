@@ -24,6 +24,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import holds_only, read_json
 from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import Given
 from dnd_jax.core.workdir import COLLECT, LORAS
 from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.data.suite_file import SPLITS
@@ -31,7 +32,7 @@ from dnd_jax.loop.training import Options
 from dnd_jax.lora.adapter import check_called, is_ours
 from dnd_jax.lora.listing import dataset_checkpoints
 from dnd_jax.lora.peft_settings import CARD, CONFIG, WEIGHTS
-from dnd_jax.lora.tuning import Task, Tuning, stage_of
+from dnd_jax.lora.tuning import Task, Tuning, run_stage
 from dnd_jax.parallel import hosts
 
 DONE, FORMAT = "collect.json", 1  # what is written last, and the form that it has
@@ -167,6 +168,11 @@ def score_table(folder: pathlib.Path) -> str:
     )
 
 
-STAGE = stage_of(
-    "collect", collect, lambda folder: f"{score_table(folder)}\nLoRA checkpoints: {folder}"
-)
+def run(given: Given) -> None:
+    """Runs the stage."""
+    run_stage("collect", collect, _said, given)
+
+
+def _said(folder: pathlib.Path) -> str:
+    """What is printed of a folder of LoRAs."""
+    return f"{score_table(folder)}\nLoRA checkpoints: {folder}"

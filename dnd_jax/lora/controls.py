@@ -23,6 +23,7 @@ from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.formats import read_numbered, write_numbered
+from dnd_jax.core.stage import Given
 from dnd_jax.core.workdir import CONTROLS
 from dnd_jax.data.sources import Example
 from dnd_jax.data.suite import Dataset, Suite
@@ -30,7 +31,7 @@ from dnd_jax.loop.run import Diverged
 from dnd_jax.loop.training import Options
 from dnd_jax.lora.adapter import check_called
 from dnd_jax.lora.found import CONFIG as ADAPTER
-from dnd_jax.lora.tuning import Task, Tuning, stage_of
+from dnd_jax.lora.tuning import Task, Tuning, run_stage
 from dnd_jax.parallel import hosts
 
 DONE = "controls.json"
@@ -208,4 +209,6 @@ def _few_shot(tuning: Tuning, suite: Suite, folder: pathlib.Path, how: tuple) ->
     return {"counts": list(FEW_SHOT), "steps": steps}
 
 
-STAGE = stage_of("controls", make_controls, "controls: {}".format)
+def run(given: Given) -> None:
+    """Runs the stage."""
+    run_stage("controls", make_controls, "controls: {}".format, given)

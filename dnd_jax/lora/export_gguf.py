@@ -19,12 +19,12 @@ import numpy as np
 from dnd_jax.base.architecture import LmConfig
 from dnd_jax.base.gguf.header import Gguf
 from dnd_jax.base.gguf.weights import PARTS, file_rows
-from dnd_jax.base.hub import gguf_of, packages_of
+from dnd_jax.base.hub import gguf_of
 from dnd_jax.base.known import base_sizes
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import replacing
-from dnd_jax.core.stage import NONE, OUT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.card import names_hub_model
 from dnd_jax.lora.fit import Modules, module_faults, projections
@@ -204,7 +204,8 @@ def _check(path: pathlib.Path, out: pathlib.Path, tensors: Mapping[str, np.ndarr
         )
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("out")
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
@@ -212,22 +213,3 @@ def _run(given: Given) -> None:
         raise InputError(f"--out={given['out']}: exists already; choose another --out")
     out = export_gguf(given.argument, given["out"], given["base"], given["dtype"])
     print(f"llama.cpp's adapter: {out.absolute()}")
-
-
-STAGE = Stage(
-    _run,
-    (
-        OUT,
-        Flag(
-            "base",
-            str,
-            "",
-            "the GGUF file that llama.cpp runs, or the base's folder or hub id (default: the one "
-            "that the adapter names)",
-        ),
-        Flag("dtype", str, "float32", "of its tensors: float32, float16 or bfloat16"),
-    ),
-    lambda given: ("gguf", *packages_of(given["base"])),
-    argument="ADAPTER",
-    settings=NONE,
-)

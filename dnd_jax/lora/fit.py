@@ -13,6 +13,7 @@ from dnd_jax.base.architecture import LmConfig
 from dnd_jax.base.folder import CONFIG, load_base_config
 from dnd_jax.base.known import KNOWN, TEXT_PARTS
 from dnd_jax.core.errors import InputError, listed
+from dnd_jax.core.packages import PACKAGE
 from dnd_jax.core.tensors import DTYPES, stored_tensors
 from dnd_jax.lora.names import KEY, check_known
 from dnd_jax.lora.peft_fields import is_targeted
@@ -79,7 +80,7 @@ def _at_hand(name: str) -> pathlib.Path | None:
     """The folder of a base that is on this machine."""
     if hub.is_hub_id(name):
         return hub.cached(name, CONFIG)
-    if not pathlib.Path(name).is_dir() and not name.startswith(hub.PACKAGE):
+    if not pathlib.Path(name).is_dir() and not name.startswith(PACKAGE):
         file = hub.gguf_of(name)
         return hub.resolve(name) if file is not None and file.is_file() else None
     try:

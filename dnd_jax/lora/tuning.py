@@ -15,14 +15,13 @@ import numpy as np
 from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
-from dnd_jax.base.hub import packages_of
+from dnd_jax.base.found import find_base
 from dnd_jax.base.layers import of_each_layer
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object, write_json
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.workdir import METRICS
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.sources import Example
@@ -134,24 +133,22 @@ class Tuned(NamedTuple):
     exact: float | None  # match on its test examples
 
 
-def stage_of(
-    name: str, make: Callable[..., pathlib.Path], said: Callable[[pathlib.Path], str]
-) -> Stage:
-    """The stage, of one process or several, that makes LoRAs of a run's base: make(config, suite,
-    base, workdir, allowed, base name) -> their folder, of which `said` is printed."""
-
-    def run(given: Given) -> None:
-        with together.together(given, name):
-            with hosts.lead_first():
-                suite = open_suite(given.config, given.workdir, given["strict"])
-                base = find_base(given.config, given.workdir)
-            more = given["allow"], given["base-name"]
-            folder = make(given.config, suite, base, given.workdir, *more)
-            if hosts.lead():
-                print(said(folder))
-
-    flags = (*ON_SUITE, ALLOW, BASE_NAME, *together.FLAGS)
-    return Stage(run, flags, lambda given: packages_of(given.config.base.path))
+def run_stage(
+    name: str,
+    make: Callable[..., pathlib.Path],
+    said: Callable[[pathlib.Path], str],
+    given: Given,
+) -> None:
+    """Runs a stage, in one process or several, that makes LoRAs of a run's base: make(config,
+    suite, base, workdir, allowed, base name) -> their folder, of which `said` is printed."""
+    with together.together(given, name):
+        with hosts.lead_first():
+            suite = open_suite(given.config, given.workdir, given["strict"])
+            base = find_base(given.config, given.workdir)
+        more = given["allow"], given["base-name"]
+        folder = make(given.config, suite, base, given.workdir, *more)
+        if hosts.lead():
+            print(said(folder))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,13 +16,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dnd_jax.base.hub import is_hub_id, packages_of, resolve
+from dnd_jax.base.hub import is_hub_id, resolve
 from dnd_jax.base.identity import other_weights
 from dnd_jax.base.served import Served
 from dnd_jax.base.torch_base import load_torch_base
 from dnd_jax.core import packages
 from dnd_jax.core.errors import CheckFailed, InputError, first_line, is_no_room
-from dnd_jax.core.stage import NONE, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.tensors import read_safetensors
 from dnd_jax.core.workdir import BASE as OWN
 from dnd_jax.lora.adapter import load_adapter
@@ -185,7 +185,8 @@ def _merge_by_hand(model, tensors: Mapping[str, np.ndarray], scale: float) -> di
     return largest
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     if not given["server"]:
         of_a_server = ("model", "served-base", "token-file", "key-prefix")
         if of_server := [name for name in of_a_server if given[name]]:
@@ -204,22 +205,3 @@ def _run(given: Given) -> None:
             given["key-prefix"],
         )
     )
-
-
-BASE = Flag(
-    "base", str, "", "the base's folder, GGUF file or hub id (default: the one the adapter names)"
-)
-STAGE = Stage(
-    _run,
-    (
-        BASE,
-        Flag("server", str, "", "ask a running server, such as http://127.0.0.1:8000 of vLLM"),
-        Flag("model", str, "", "what the server calls the adapter"),
-        Flag("served-base", str, "", "what it calls its base (default: as it says itself)"),
-        Flag("token-file", str, "", "a file with the token that it asks for"),
-        Flag("key-prefix", str, "", "with which the adapter was generated, if any"),
-    ),
-    lambda given: ("torch", "peft", *packages_of(given["base"])),
-    argument="ADAPTER",
-    settings=NONE,
-)

@@ -3,7 +3,7 @@ data axes."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +61,11 @@ def _divides(mesh: jax.sharding.Mesh, axes: tuple, shape: tuple[int, ...]) -> bo
         )
 
     return all(size % ways(entry) == 0 for size, entry in zip(shape, axes, strict=True))
+
+
+def shapes_of(init: Callable, *inputs: Any) -> Any:
+    """The shapes of what `init(key, *inputs)` makes; nothing is computed, nor is the key."""
+    return jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *inputs)
 
 
 def shaped(shapes: Any, shardings: Any) -> Any:

@@ -11,23 +11,10 @@ from dnd_jax.config.remembered import remembering
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.environment import PROGRAMS, programs_folder
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import Flag, Given
+from dnd_jax.core.stage import Given
 from dnd_jax.core.workdir import held
 from dnd_jax.parallel import hosts, rendezvous
 from dnd_jax.parallel.programs import keep_in
-
-FLAGS = (
-    Flag(
-        "multihost",
-        bool,
-        False,
-        "one process of a cluster that JAX detects (Cloud TPU, GKE, SLURM)",
-    ),
-    Flag("coordinator", str, "", "elsewhere, HOST:PORT of process 0"),
-    Flag("processes", int, 1, "with --coordinator, how many processes there are"),
-    Flag("process", int, 0, "with --coordinator, which one this is"),
-    Flag("start-timeout", int, 300, "seconds until all processes must have joined"),
-)
 
 
 @contextlib.contextmanager

@@ -21,9 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dnd_jax.base.asked_base import AskedBase
-from dnd_jax.base.hub import packages_of
+from dnd_jax.base.found import find_base
 from dnd_jax.base.identity import base_digest
-from dnd_jax.base.pretrain import find_base
 from dnd_jax.config.records import SAME_NUMBERS, check_same_run
 from dnd_jax.config.schema import Config
 from dnd_jax.core import digests
@@ -31,7 +30,7 @@ from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_object
 from dnd_jax.core.formats import read_numbered, write_numbered
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import timed
 from dnd_jax.data.opened import open_suite
@@ -322,7 +321,8 @@ def _check_seeds(given: Given) -> None:
         )
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     _check_seeds(given)
     config, workdir = given.config, given.workdir
     suite = open_suite(config, workdir, given["strict"], scored=True)
@@ -333,14 +333,3 @@ def _run(given: Given) -> None:
     publish(runs, config, workdir)
     runs[config.seed] |= measure(config, suite, base, workdir, again=given["remeasure"])
     publish_measured(runs, config, workdir)
-
-
-def needs(config: Config) -> tuple[str, ...]:
-    """The modules beyond a plain install that scoring and its report need."""
-    models = packages_of(config.base.path, config.condition.encoder)
-    torch = () if config.evaluate.engine else ("torch", "peft")
-    return (*torch, "matplotlib", *models)
-
-
-REMEASURE = Flag("remeasure", bool, False, "measure agreement and overhead again where that failed")
-STAGE = Stage(_run, (*ON_SUITE, ALLOW, REMEASURE), lambda given: needs(given.config), writes=True)

@@ -25,15 +25,14 @@ from tqdm import tqdm
 
 from dnd_jax.base.chat import ends_of, render, until_end
 from dnd_jax.base.folder import load_tokenizer
-from dnd_jax.base.hub import packages_of
-from dnd_jax.base.pretrain import find_base
+from dnd_jax.base.found import find_base
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.config.schema import Config
 from dnd_jax.core import packages
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.formats import write_numbered
-from dnd_jax.core.stage import ALLOW, ON_SUITE, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.rows import digest_of
@@ -270,14 +269,8 @@ def finish(
     return results
 
 
-FLAGS = (
-    Flag("tasks", list, [], "NAME (an unseen dataset's questions), NAME:TASK or NAME:TASK@DATA"),
-    Flag("limit", int, 0, "questions a task; 0: all"),
-    Flag("unsafe-code", bool, False, "allow tasks that run what a model wrote"),
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     suite = open_suite(given.config, given.workdir, given["strict"], scored=True)
     base = find_base(given.config, given.workdir)
     lm_eval_stage(
@@ -290,11 +283,3 @@ def _run(given: Given) -> None:
         given["unsafe-code"],
         given["allow"],
     )
-
-
-def _needs(given: Given) -> tuple[str, ...]:
-    models = packages_of(given.config.base.path, given.config.condition.encoder)
-    return ("torch", "peft", "lm_eval", *models)
-
-
-STAGE = Stage(_run, (*ON_SUITE, ALLOW, *FLAGS), _needs, writes=True)

@@ -30,6 +30,7 @@ from dnd_jax.data.suite import Suite
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.peft_settings import load_adapter_config
 from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.rules import shapes_of
 from dnd_jax.scoring.generate_vs_tune import measure_overhead
 
 AGAIN = "`dnd evaluate --remeasure` tries again"
@@ -147,7 +148,7 @@ def _base_in_jax(config: Config, base_path) -> dict[str, Any]:
     """Where and in which type our own base is loaded: on the mesh, in float32, a large one as it is
     stored."""
     module = BaseLM(load_base_config(base_path))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), np.int32))
+    shapes = shapes_of(module.init, np.zeros((1, 2), np.int32))
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     raw = read_config(resolve(base_path, ("config.json",)))[1]
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")

@@ -7,26 +7,16 @@ import pathlib
 import tempfile
 import time
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import DEFAULT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data.sources import Example, said_fault
-from dnd_jax.generator.generate import OF_TRAINED_BASE, PROMPTS, trained_base
-from dnd_jax.generator.trained import STRENGTH, TrainedGenerator, check_strength
-
-FLAGS = (
-    Flag("generator", str, "", "a trained or imported generator's folder"),
-    PROMPTS,
-    OF_TRAINED_BASE,
-    Flag("seed", int, 0, "draws the prompts"),
-    STRENGTH,
-    Flag("system", str, "", "a system text before the question"),
-    Flag("max-tokens", int, 64, "of an answer"),
-)
+from dnd_jax.generator.generate import trained_base
+from dnd_jax.generator.trained import TrainedGenerator, check_strength
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("generator", "prompts")
     check_strength(given["strength"], "--strength")
     if given["max-tokens"] < 1:
@@ -55,13 +45,3 @@ def _run(given: Given) -> None:
                 base.use(generator.save(made, folder, given["seed"], strength=given["strength"]))
             answer = base.decode(base.answer_ids(question))[0]
             print(f"\n{name}\n{answer.strip()}", flush=True)
-
-
-STAGE = Stage(
-    _run,
-    FLAGS,
-    lambda given: ("torch", "peft", *packages_of(given["base"])),
-    argument="QUESTION",
-    settings=DEFAULT,
-    reads=("mesh",),
-)

@@ -4,7 +4,6 @@ dnd serve --generator=RUN [--base=BASE] [--port=8000] [--cache=FOLDER] [--cache-
           [--host=0.0.0.0 --token-file=FILE] [--config.mesh.fsdp=8] [--nopage]
 """
 
-import dataclasses
 import ipaddress
 import math
 import pathlib
@@ -14,16 +13,15 @@ import threading
 from collections.abc import Callable
 
 from dnd_jax.base.conversation import Talker
-from dnd_jax.base.hub import packages_of
 from dnd_jax.base.torch_base import TorchBase
 from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import read_text
-from dnd_jax.core.stage import BASE_NAME, DEFAULT, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
-from dnd_jax.generator.generate import OF_TRAINED_BASE, trained_base
-from dnd_jax.generator.trained import KEY_PREFIX, TrainedGenerator
+from dnd_jax.generator.generate import trained_base
+from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import DTYPES
 from dnd_jax.serving.app import make_app
 from dnd_jax.serving.chat import Chat
@@ -41,31 +39,9 @@ SHORTEST_TOKEN = 16  # characters
 IDLE = 75  # seconds until an unused connection is closed: later than clients close theirs
 GRACE = 30  # seconds that requests have to end after SIGTERM
 
-FLAGS = (
-    Flag("generator", str, "", "a trained or imported generator's folder"),
-    dataclasses.replace(
-        OF_TRAINED_BASE, meaning="a base to ask, on the page too: its folder, GGUF file or hub id"
-    ),
-    Flag("page", bool, True, "a page for people, at /"),
-    Flag(
-        "host", str, "127.0.0.1", "address to listen at; any but this machine's own needs a token"
-    ),
-    Flag("port", int, 8000, "0: a free one"),
-    Flag("token-file", str, "", "a file with the token that every request has to bear"),
-    Flag("anyone", bool, False, "answer whoever asks, without a token; nobody lists or deletes"),
-    Flag("cache", str, "runs/served", "folder of the adapters that are kept"),
-    Flag("cache-gb", float, 10.0, "what they may take; the longest unused go first"),
-    Flag("dtype", str, "float32", "of the adapters' tensors, float32 or bfloat16"),
-    Flag("at-once", int, 0, "adapters of one batch (default: 8, and 1 on a CPU, which one fills)"),
-    Flag("max-prompts", int, 1000, "of a request"),
-    Flag("max-waiting", int, 1000, "requests for adapters; more are told to come again"),
-    Flag("max-body-mb", float, 8.0, "of a request"),
-    BASE_NAME,
-    KEY_PREFIX,
-)
 
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("generator", "cache")
     if given["dtype"] not in DTYPES:
         raise InputError(f"--dtype={given['dtype']}: none of {', '.join(DTYPES)}")
@@ -206,17 +182,3 @@ def _bound(host: str, port: int) -> socket.socket:
             f"--host={host} --port={port}: cannot listen there ({why}); choose another --port"
         ) from None
     return listening
-
-
-def _packages(given: Given) -> tuple[str, ...]:
-    asks = ("torch", "peft", *packages_of(given["base"])) if given["base"] else ()
-    return "fastapi", "uvicorn", "prometheus_client", *(("gradio",) * given["page"]), *asks
-
-
-STAGE = Stage(
-    _run,
-    FLAGS,
-    _packages,
-    settings=DEFAULT,
-    reads=("mesh",),
-)

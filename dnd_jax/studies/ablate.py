@@ -30,7 +30,7 @@ from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.formats import read_numbered, write_numbered
 from dnd_jax.core.names import name_fault, twin_faults
-from dnd_jax.core.stage import ALLOW, ON_SUITE, SEEDS, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held
 from dnd_jax.data.opened import open_suite
@@ -40,7 +40,8 @@ from dnd_jax.lora.controls import DONE as CONTROLS_DONE
 from dnd_jax.scoring.evaluate import FORMAT as EVALUATION_FORMAT
 from dnd_jax.scoring.evaluate import NOT_OF_A_SCORE, evaluation_settings
 from dnd_jax.studies import ablate_report
-from dnd_jax.studies.quickstart import apart, needs, run_seed
+from dnd_jax.studies.commands import needs as of_run
+from dnd_jax.studies.quickstart import apart, run_seed
 
 DEFAULT = "default"
 FORMAT = 1  # of run.json and ablation.json
@@ -172,7 +173,7 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     return freeze(raw)
 
 
-def run(
+def run_variant(
     config: Config,
     variant: Variant,
     workdir: pathlib.Path,
@@ -303,7 +304,7 @@ def ablate(
             print(f"{i + 1} of {len(every)}: {variant.name} ({what}), seed {seed}", flush=True)
             folder, shared = (workdir / v.folder / f"seed_{seed}" for v in (variant, default))
             with held(shared, "ablate"), held(folder, "ablate"):  # links lead from one to the other
-                runs.setdefault(variant.name, {})[seed] = run(
+                runs.setdefault(variant.name, {})[seed] = run_variant(
                     config, variant, workdir, seed, fingerprints[seed], strict, allowed
                 )
         rows = [
@@ -327,13 +328,12 @@ def _differs(config: Config, variant: Variant) -> dict[str, list]:
     return {key: [_at(config, key), value] for key, value in variant.changes.items()}
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     ablate(given.config, given.workdir, given.seeds(), given["strict"], given["allow"])
 
 
-def _needs(given: Given) -> tuple[str, ...]:
+def needs(given: Given) -> tuple[str, ...]:
+    """The modules beyond a plain install that the variants need."""
     own = [with_changes(given.config, v.changes) for v in variants(given.config)]
-    return tuple(name for config in own for name in needs(config))
-
-
-STAGE = Stage(_run, (*ON_SUITE, SEEDS, ALLOW), _needs, writes=True)
+    return tuple(name for config in own for name in of_run(config))

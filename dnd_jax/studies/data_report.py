@@ -7,7 +7,7 @@ the text encoder cuts.
 from dnd_jax.config.schema import Config
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import DEFAULT, ON_SUITE, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.data import report
 from dnd_jax.data.suite import Suite, load_suite
 from dnd_jax.encoders.cut import of_suite
@@ -27,7 +27,8 @@ def cut_lines(suite: Suite, config: Config) -> tuple[list[str], list[str]]:
     return lines, [] if allowed else refused
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     suite = load_suite(given.config.suite or given.workdir / paths.SUITE, 1)
     found = report.findings(suite)
     lines, refused = cut_lines(suite, given.config)
@@ -36,6 +37,3 @@ def _run(given: Given) -> None:
     print(report.report(suite, found), flush=True)
     if given["strict"]:
         report.refuse(suite, [*(str(f) for f in found if f.fault), *refused])
-
-
-STAGE = Stage(_run, ON_SUITE, settings=DEFAULT)

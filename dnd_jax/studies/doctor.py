@@ -17,7 +17,7 @@ from dnd_jax.base.hf_config import CONFIG
 from dnd_jax.base.hub import resolve
 from dnd_jax.core import workdir as paths
 from dnd_jax.core.errors import CheckFailed, InputError
-from dnd_jax.core.stage import DEFAULT, SUITE, WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.generator.folder import DESCRIPTION
 from dnd_jax.studies import doctor_checks as checks
 from dnd_jax.studies.doctor_checks import FAULT, Case, Found
@@ -129,32 +129,11 @@ def _lies(path: pathlib.Path) -> str:
     return str(path if path.is_dir() else path.parent)
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     found = examine(case_of(given))
     print(table(found), flush=True)
     faults = sum(f.state == FAULT for f in found)
     if faults:
         raise CheckFailed(f"{faults} fault{'s' if faults > 1 else ''} found")
     print("\nnothing found that would stop a run")
-
-
-FLAGS = (
-    WORKDIR,
-    SUITE,
-    Flag(
-        "base",
-        str,
-        "",
-        "the base's folder, GGUF file or hub id (default: config.base.path, or the run's)",
-        "base.path",
-    ),
-    Flag(
-        "checkpoints",
-        str,
-        "",
-        "folder of LoRA checkpoints, a folder for each dataset",
-        "train.checkpoints",
-    ),
-    Flag("generator", str, "", "a trained or imported generator's folder"),
-)
-STAGE = Stage(_run, FLAGS, settings=DEFAULT)

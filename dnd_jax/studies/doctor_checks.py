@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from dnd_jax.base.chat import answer_text, ends_of, render
 from dnd_jax.base.folder import load_tokenizer
 from dnd_jax.base.hf_config import load_base_config
-from dnd_jax.base.hub import packages_of, resolve
+from dnd_jax.base.hub import resolve
 from dnd_jax.base.identity import base_name, base_weights, other_weights
 from dnd_jax.base.reading import comparison, difference
 from dnd_jax.base.sequences import encode
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.memory import free_memory
-from dnd_jax.core.packages import how_to_install, is_installed
+from dnd_jax.core.packages import how_to_install, is_installed, of_models
 from dnd_jax.core.tensors import stored_tensors
 from dnd_jax.data.report import findings
 from dnd_jax.data.suite import Dataset, Suite, load_suite
@@ -301,7 +301,7 @@ def _size(count: float) -> str:
 def packages(case: Case) -> Found:
     """What the later stages need and this environment lacks."""
     config = case.config
-    own = packages_of(config.base.path, config.condition.encoder)
+    own = of_models(config.base.path, config.condition.encoder)
     for stages, needed in (
         ("train and generate", own),
         ("evaluate and verify-adapter", ("torch", "peft")),

@@ -28,7 +28,7 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.processes import finished, of_module
-from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.costs.bench.case import peak_memory
 from dnd_jax.data.rows import kind_of
 from dnd_jax.data.sources import read_jsonl
@@ -160,16 +160,8 @@ def main(side: str, raw: str) -> int:
     return 0
 
 
-FLAGS = (
-    WORKDIR,
-    Flag("generator", str, "", "a trained or imported generator's folder"),
-    Flag("prompts", str, "", "the task's JSONL: prompts with their responses"),
-    Flag("base", str, "", "its folder, GGUF file or hub id (default: the one the generator names)"),
-    Flag("limit", int, 0, "steps of tuning that are timed; 0: all"),
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     given.need("generator", "prompts")
     result = overhead(
         given.config,
@@ -180,9 +172,6 @@ def _run(given: Given) -> None:
         given["limit"],
     )
     print(f"{describe(result)}\nmeasurements: {(given.workdir / RESULT).absolute()}")
-
-
-STAGE = Stage(_run, FLAGS, settings=DEFAULT)
 
 
 if __name__ == "__main__":

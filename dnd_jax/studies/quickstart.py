@@ -18,18 +18,16 @@ from dnd_jax.base.torch_base import device_of
 from dnd_jax.config.remembered import remembering
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
-from dnd_jax.core.stage import ALLOW, BASE_NAME, ON_SUITE, SEEDS, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import BASE, CONTROLS, LORAS, RESULTS, SUITE, held, timed
 from dnd_jax.data.opened import open_suite
 from dnd_jax.data.suite import Suite
-from dnd_jax.generator.train import needs as training_needs
 from dnd_jax.generator.train import train
 from dnd_jax.lora.collect import collect, score_table
 from dnd_jax.lora.controls import make_controls
 from dnd_jax.scoring.candidates import has_checkpoints
-from dnd_jax.scoring.evaluate import REMEASURE, evaluate, run_of
-from dnd_jax.scoring.evaluate import needs as evaluation_needs
+from dnd_jax.scoring.evaluate import evaluate, run_of
 from dnd_jax.scoring.measured import measure
 from dnd_jax.scoring.report import publish, publish_measured
 from dnd_jax.studies.outlook import outlook
@@ -160,21 +158,7 @@ def _sharing(config: Config, first: pathlib.Path) -> Config:
     return dataclasses.replace(config, suite=suite, base=base, train=train, controls=controls)
 
 
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     how = [given[name] for name in ("strict", "allow", "base-name", "remeasure", "share")]
     quickstart(given.config, given.workdir, given.seeds(), *how)
-
-
-def needs(config: Config) -> tuple[str, ...]:
-    """The modules beyond a plain install that any of the stages needs."""
-    return (*evaluation_needs(config), *training_needs(config))
-
-
-SHARE = Flag("share", bool, False, "the first seed's suite, base, LoRAs, controls serve all")
-STAGE = Stage(
-    _run,
-    (*ON_SUITE, SEEDS, SHARE, ALLOW, BASE_NAME, REMEASURE),
-    lambda given: needs(given.config),
-    fallback="mini",
-    writes=True,
-)

@@ -3,6 +3,8 @@ folders."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,26 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
+from pipeline import ROOT
 from safetensors.numpy import load_file, save_file
 from small_models import fill, logits_of
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.auto import tokenization_auto
 
 from dnd_jax.base.architecture import BaseLM, LmConfig
 from dnd_jax.base.chat import render
-from dnd_jax.base.folder import load_base, load_tokenizer, save_base
+from dnd_jax.base.folder import (
+    AUTO,
+    CLASSES,
+    SAME_CLASS,
+    _reader,
+    load_base,
+    load_tokenizer,
+    save_base,
+)
 from dnd_jax.base.greedy import pad_left
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.core.errors import InputError
@@ -380,3 +393,117 @@ def test_a_tokenizer_that_transformers_reads_as_another_class(kind, name, advice
         return
     ids = load_tokenizer(tmp_path)("the sea", add_special_tokens=False)["input_ids"]
     assert load_tokenizer(tmp_path).decode(ids).strip() == "the sea"
+
+
+def wordpiece() -> tokenizers.Tokenizer:
+    signs = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sea", "##s"]
+    made = tokenizers.Tokenizer(
+        models.WordPiece({sign: i for i, sign in enumerate(signs)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return made
+
+
+def unigram() -> tokenizers.Tokenizer:
+    signs = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁the",
+        "▁sea",
+        "▁",
+        "s",
+        *(f"<extra_id_{i}>" for i in (1, 0)),
+    ]
+    made = tokenizers.Tokenizer(
+        models.Unigram([(sign, -float(i)) for i, sign in enumerate(signs)], 2)
+    )
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return made
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    return build_tokenizer(["the seas, the sea"] * 3, 280).backend_tokenizer
+
+
+SHOWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+BERT = {f"{part}_token": f"[{part.upper()}]" for part in ("pad", "unk", "cls", "sep", "mask")}
+T5 = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 2}
+QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": SHOWN}
+LLAMA = {"eos_token": "</s>", "unk_token": "<unk>", "chat_template": SHOWN, "padding_side": "left"}
+
+
+@pytest.mark.parametrize(
+    "class_of", ["{}", "{}Fast", "PreTrainedTokenizerFast", "LlamaTokenizer", ""]
+)
+@pytest.mark.parametrize(
+    "kind, make, settings",
+    [
+        ("bert", wordpiece, BERT | {"do_lower_case": False, "model_max_length": 64}),
+        ("bert", wordpiece, BERT | {"do_lower_case": True, "strip_accents": False}),
+        ("t5", unigram, T5),
+        ("mt5", unigram, T5),
+        ("qwen2", byte_level, QWEN),
+        ("qwen3", byte_level, QWEN | {"additional_special_tokens": ["<|im_start|>"]}),
+        ("llama", sentencepiece, LLAMA | {"model_max_length": 99}),
+        ("llama", byte_level, QWEN),
+        ("mistral", byte_level, QWEN),
+        ("mistral", sentencepiece, LLAMA),
+    ],
+)
+def test_tokenizers_are_read_as_autotokenizer_reads_them(kind, make, settings, class_of, tmp_path):
+    make().save(str(tmp_path / "tokenizer.json"))
+    named = class_of.format(CLASSES.get(kind, "TokenizersBackend"))
+    settings = {**settings, **({"tokenizer_class": named} if named else {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = getattr(transformers, _reader(tmp_path)).from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    for name in (
+        "special_tokens_map",
+        "all_special_ids",
+        "added_tokens_decoder",
+        "chat_template",
+        "model_max_length",
+        "padding_side",
+        "truncation_side",
+        "model_input_names",
+        "clean_up_tokenization_spaces",
+        "init_kwargs",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours("the seas").data == theirs("the seas").data
+    if class_of == "{}":
+        assert _reader(tmp_path) == CLASSES.get(kind, AUTO), "the short way is taken"
+
+
+def test_classes_are_those_that_transformers_has_for_a_kind_of_model():
+    table = {kind: tokenization_auto.TOKENIZER_MAPPING_NAMES.get(kind) for kind in CLASSES}
+    assert table.pop("llama") is None, "it goes by tokenizer_config.json"
+    assert table == {kind: name for kind, name in CLASSES.items() if kind != "llama"}
+    for written, name in SAME_CLASS.items():
+        assert getattr(transformers, f"{written}Fast") is getattr(transformers, name)
+
+
+def test_the_tokenizer_of_a_text_encoder_is_read_without_pytorch(tmp_path):
+    wordpiece().save(str(tmp_path / "tokenizer.json"))
+    settings = BERT | {"tokenizer_class": "BertTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 8}')
+    code = "import sys; from dnd_jax.base.folder import load_tokenizer; load_tokenizer(sys.argv[1])"
+    check = f"{code}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check, str(tmp_path)], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [None, "[]", "{", '{"auto_map": {}}', '{"model_type": ["bert"]}'])
+def test_a_tokenizer_of_other_files_is_autotokenizers(file, text, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    assert _reader(tmp_path) == "BertTokenizer"
+    (tmp_path / file).unlink()
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    assert _reader(tmp_path) == AUTO

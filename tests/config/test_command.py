@@ -17,15 +17,15 @@ from dnd_jax.config.remembered import absolute, remembering
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
-from dnd_jax.core.stage import DEFAULT, NONE, SEEDS, SUITE, WORKDIR, Flag, Stage
+from dnd_jax.core.stage import DEFAULT, NONE, SEEDS, SUITE, WORKDIR, Flag, Stage, stage_of
 from dnd_jax.main import STAGES, main
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGE = Stage(
-    print,
+    "none",
     (WORKDIR, SUITE, SEEDS, Flag("fast", bool, False, "hurry"), Flag("limit", int, 0, "most")),
 )
-LOOKING = Stage(print, (WORKDIR, Flag("note", str, "", "any text")), settings=DEFAULT)
+LOOKING = Stage("none", (WORKDIR, Flag("note", str, "", "any text")), settings=DEFAULT)
 
 
 def parsed(*words, stage=STAGE):
@@ -109,12 +109,12 @@ def test_a_flag_that_is_given_twice_is_refused(words, flag):
 )
 def test_a_flag_and_its_setting_are_not_given_both(stage, flag, setting):
     words = [f"--{flag}=1", f"--config.{setting}=2"]
-    of = importlib.import_module(f"dnd_jax.{STAGES[stage][0]}").STAGE
+    of = stage_of(STAGES[stage][0], stage)
     assert refusal(*words, stage=of) == f"--{flag} and --config.{setting} say the same; give one"
 
 
 def test_a_setting_that_a_stage_passes_over_is_refused():
-    of = importlib.import_module(f"dnd_jax.{STAGES['generate'][0]}").STAGE
+    of = stage_of("generator", "generate")
     said = refusal("--config.seed=1", stage=of)
     assert "--config.seed: `dnd stage` reads config.mesh and config.condition.too_long al" in said
     assert "--config.meshes.fsdp: " in refusal("--config.meshes.fsdp=1", stage=of)
@@ -139,7 +139,7 @@ def test_switches_and_other_words():
     assert parsed("--config=mini", "--config.condition.in_graph").config.condition.in_graph
     assert "unexpected argument 'x'" in refusal("--config=mini", "--fast", "x")
     assert "--fst: no flag of `dnd stage`; did you mean fast?" in refusal("--fst")
-    taking = Stage(print, (), argument="FILE", settings=NONE)
+    taking = Stage("none", (), argument="FILE", settings=NONE)
     assert parsed("~/x", stage=taking).argument == os.path.expanduser("~/x")
     assert "FILE is needed: dnd stage FILE" in refusal(stage=taking)
     assert "reads no settings" in refusal("x", "--config.seed=1", stage=taking)
@@ -301,8 +301,7 @@ def test_no_stage_means_the_toy(stage, outside, capsys):
 
 
 def test_quickstart_alone_takes_mini_and_says_so(outside, capsys):
-    from dnd_jax.studies.quickstart import STAGE as quickstart
-
+    quickstart = stage_of("studies", "quickstart")
     given = command.parse("quickstart", quickstart, ["--workdir=w"])
     assert given.config == freeze(load_file("mini"))
     assert capsys.readouterr().out == "settings: mini (no --config was given)\n"
@@ -313,14 +312,45 @@ def test_quickstart_alone_takes_mini_and_says_so(outside, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["train", "suite", "generate"])
+@pytest.mark.parametrize("name", STAGES)
 def test_help_of_a_stage_shows_its_flags_and_no_others(name, capsys):
-    import importlib
-
-    stage = importlib.import_module(f"dnd_jax.{STAGES[name][0]}").STAGE
+    stage = stage_of(STAGES[name][0], name)
     assert main([name, "--help"]) == 0
     shown = set(re.findall(r"^  --(\S+)", capsys.readouterr().out, re.MULTILINE))
-    assert shown == {flag.name for flag in stage.flags} | {"config", "config.KEY"}
+    settings = {"config", "config.KEY"} if stage.settings != NONE else set()
+    assert shown == {flag.name for flag in stage.flags} | settings
+
+
+def test_help_and_refusals_import_nothing_that_takes_long():
+    """Neither JAX nor NumPy: a stage's module is imported once its command line is right."""
+    code = """
+import sys
+from dnd_jax.main import STAGES, main
+for name in STAGES:
+    assert main([name, "--help"]) == 0 and main([name, "--no-such-flag=1"]) == 2, name
+assert main(["train", "--config=mini", "--config.train.steps=none"]) == 2
+assert main(["train", "--config=mini", "--config.condition.encoder=package:no_such/x"]) == 2
+print("imported:", *sorted({"jax", "flax", "numpy", "torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
+    assert done.stderr.splitlines()[-1].startswith("dnd: `dnd train` needs no_such; pip install ")
+
+
+def test_every_stage_of_a_room_is_in_the_table():
+    rooms = sorted({room for room, _ in STAGES.values()})
+    found = [importlib.import_module(f"dnd_jax.{room}.commands").COMMANDS for room in rooms]
+    assert sorted(name for commands in found for name in commands) == sorted(STAGES)
+    for stage in (stage for commands in found for stage in commands.values()):
+        module = ROOT / "dnd_jax" / f"{stage.module.replace('.', '/')}.py"
+        assert "\ndef run(given: Given) -> None:\n" in module.read_text()
 
 
 @pytest.mark.parametrize("arguments", [(), ("bench", "--limits"), ("suite", "--help")])
@@ -349,9 +379,9 @@ from dnd_jax import main
 from dnd_jax.core.stage import NONE, Stage
 def run(given):
     raise BrokenPipeError(32, "Broken pipe")
-module = type(sys)("dnd_jax.broken")
-module.STAGE = Stage(run, settings=NONE)
-sys.modules["dnd_jax.broken"] = module
+module = type(sys)("commands")
+module.run, module.COMMANDS = run, {"broken": Stage("broken.commands", settings=NONE)}
+sys.modules["dnd_jax.broken.commands"] = module
 main.STAGES["broken"] = ("broken", "")
 sys.exit(main.main(["broken"]))
 """
@@ -391,7 +421,7 @@ def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside,
     given, cases = parsed("--workdir=w", "--config.generator.kernel_size=5"), []
     monkeypatch.setattr(run, "run_case", lambda case, config: cases.append(case))
     monkeypatch.setattr(run, "table", lambda results: "")
-    run.STAGE.run(
+    run.run(
         dataclasses.replace(
             given, flags=dict.fromkeys(("limits", "layers", "input", "backend"), "")
         )

@@ -3,7 +3,6 @@ exactly one."""
 
 import dataclasses
 import errno
-import importlib
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ from dnd_jax.config.remembered import remembering
 from dnd_jax.config.validate import freeze
 from dnd_jax.core import lock, processes
 from dnd_jax.core.errors import InputError, Lost
+from dnd_jax.core.stage import stage_of
 from dnd_jax.core.stopping import stop
 from dnd_jax.core.workdir import held, timed
 from dnd_jax.main import STAGES
@@ -360,7 +360,7 @@ def test_training_asks_for_its_workdir_before_it_takes_a_device(tmp_path):
 def test_which_stages_hold_their_workdir(name):
     """Those that write a run's parts; readers, and what only adds a file that is replaced whole,
     do not."""
-    stage = importlib.import_module(f"dnd_jax.{STAGES[name][0]}").STAGE
+    stage = stage_of(STAGES[name][0], name)
     writers = {"quickstart", "pretrain", "evaluate", "lm-eval", "ablate"}
     # Process 0 of `collect`, `controls` and `train` holds it for all.
     assert stage.writes == (name in writers)

@@ -10,8 +10,8 @@ import pytest
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import train_arguments
+from dnd_jax.generator.generation import ONE_DEVICE, shard_generation
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.generator.step import ONE_DEVICE, shard_generation
 from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.rules import shaped

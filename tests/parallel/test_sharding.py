@@ -16,9 +16,10 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.compiled import topology_devices
 from dnd_jax.costs.step_cost import train_arguments
+from dnd_jax.generator.generation import shard_generation
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.generator.step import shard_generation, shard_train_step
+from dnd_jax.generator.step import shard_train_step
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record
 from dnd_jax.parallel.rules import bytes_per_device, path_name, shard_by_rules, sharding_table

@@ -392,9 +392,9 @@ def test_a_hub_id_is_the_commit_that_the_default_took(tmp_path, monkeypatch):
     default = ablate.Variant("default", {})
     (workdir / "default" / "seed_0").mkdir(parents=True)
     for _ in range(2):
-        assert ablate.run(config, default, workdir, 0, "print") == {"made": 1}
+        assert ablate.run_variant(config, default, workdir, 0, "print") == {"made": 1}
         newest.append("2" * 40)
-    ablate.run(config, ablate.Variant("v", {"lora.rank": 1}), workdir, 0, "print")
+    ablate.run_variant(config, ablate.Variant("v", {"lora.rank": 1}), workdir, 0, "print")
     for name in ("default", "v"):
         pinned = read_json(workdir / name / "seed_0" / paths.REVISIONS)
         assert pinned == {"a/b": "1" * 40, "c/d": "1" * 40}, name
@@ -412,7 +412,7 @@ def test_runs_that_are_given_one_folder_for_checkpoints_share_none(tmp_path, mon
             for seed in (0, 1):
                 own = dataclasses.replace(config, seed=seed)
                 (tmp_path / root / variant.folder / f"seed_{seed}").mkdir(parents=True)
-                ablate.run(own, variant, tmp_path / root, seed, "print")
+                ablate.run_variant(own, variant, tmp_path / root, seed, "print")
     places = [config.train.checkpoint_dir for config in seen]
     assert len(set(places)) == len(places) == 8
     assert places[:2] == [f"{tmp_path}/states/default/seed_{n}" for n in (0, 1)]
@@ -429,26 +429,26 @@ def test_other_controls_are_no_finished_run(tmp_path, monkeypatch):
     write_json(given, {})
     config = settings(condition__encoder="{base}", controls__folder=str(given.parent))
     for _ in range(2):
-        assert ablate.run(config, default, tmp_path, 0, "print") == {"made": 1}
+        assert ablate.run_variant(config, default, tmp_path, 0, "print") == {"made": 1}
     moved = given.parent.rename(tmp_path / "moved")
     config = settings(condition__encoder="{base}", controls__folder=str(moved))
-    assert ablate.run(config, default, tmp_path, 0, "print") == {"made": 1}
+    assert ablate.run_variant(config, default, tmp_path, 0, "print") == {"made": 1}
     other = settings(
         condition__encoder="{base}", controls__folder=str(moved), controls__in_context=2
     )
     with pytest.raises(InputError, match=r"controls\.in_context: 0 -> 2"):
-        ablate.run(other, default, tmp_path, 0, "print")
+        ablate.run_variant(other, default, tmp_path, 0, "print")
     write_json(moved / "controls.json", {"other": 1})
     with pytest.raises(InputError, match=r"contents\.controls: "):
-        ablate.run(config, default, tmp_path, 0, "print")
+        ablate.run_variant(config, default, tmp_path, 0, "print")
     stored = read_json(where / ablate.DONE)
     for key in ("controls", "embedded", "embedded_tasks"):
         del stored["settings"][key]
     del stored["settings"]["contents"]["controls"]
     write_json(where / ablate.DONE, stored)
     with pytest.raises(InputError, match="--allow=controls "):
-        ablate.run(config, default, tmp_path, 0, "print")
-    again = ablate.run(config, default, tmp_path, 0, "print", allowed=("controls",))
+        ablate.run_variant(config, default, tmp_path, 0, "print")
+    again = ablate.run_variant(config, default, tmp_path, 0, "print", allowed=("controls",))
     assert again == {"made": 2}
 
 

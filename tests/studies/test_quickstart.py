@@ -17,7 +17,7 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.data.suite import load_suite
 from dnd_jax.generator.generate import generate_adapter
-from dnd_jax.generator.step import ONE_DEVICE
+from dnd_jax.generator.generation import ONE_DEVICE
 from dnd_jax.generator.trained import TrainedGenerator
 from dnd_jax.lora.adapter import load_adapter
 from dnd_jax.lora.layout import LoraLayout

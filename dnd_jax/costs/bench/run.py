@@ -16,16 +16,16 @@ import time
 
 from tqdm import tqdm
 
-from dnd_jax.base.hub import packages_of
 from dnd_jax.config.load import load_file
 from dnd_jax.config.remembered import write_settings
 from dnd_jax.config.schema import Config
 from dnd_jax.config.studies import WHAT
 from dnd_jax.config.validate import freeze
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import write_json
 from dnd_jax.core.processes import finished, of_module
-from dnd_jax.core.stage import DEFAULT, WORKDIR, Flag, Given, Stage
+from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
 from dnd_jax.costs.bench.case import Case
 from dnd_jax.costs.bench.feed import feed_table
@@ -153,22 +153,8 @@ def bench(config: Config, config_file: str, workdir: pathlib.Path) -> list[dict]
     return results
 
 
-FLAGS = (
-    WORKDIR,
-    Flag(
-        "backend",
-        str,
-        "",
-        "tpu-aot compiles for --topology (v5p:2x2x1, v5e:4x4, ...) without a TPU",
-    ),
-    Flag("topology", str, "", "TPU chips to compile for, with --backend=tpu-aot"),
-    Flag("layers", bool, False, "every convolution of the configuration by itself"),
-    Flag("limits", bool, False, "what the hardware allows for the paper's settings, by counting"),
-    Flag("input", bool, False, "how many training samples a second this host can give"),
-)
-
-
-def _run(given: Given) -> None:
+def run(given: Given) -> None:
+    """Runs the stage."""
     if given["limits"]:
         print(limits_table())
     elif given["input"]:
@@ -186,7 +172,8 @@ def _run(given: Given) -> None:
         bench(given.config, given.config_file, given.workdir)
 
 
-def _needs(given: Given) -> tuple[str, ...]:
+def needs(given: Given) -> tuple[str, ...]:
+    """The modules beyond a plain install that the cases need."""
     if given["limits"] or given["layers"] or given["input"]:
         return ()
     if given["backend"] == "tpu-aot":
@@ -195,7 +182,4 @@ def _needs(given: Given) -> tuple[str, ...]:
     configs = [case.load() for case in cases]
     models = [name for c in configs for name in (c.base.path, c.condition.encoder)]
     opponents = ("torch", "peft") if any(case.what == "collect" for case in cases) else ("torch",)
-    return (*(opponents if given.config.bench.torch else ()), *packages_of(*models))
-
-
-STAGE = Stage(_run, FLAGS, _needs, settings=DEFAULT)
+    return (*(opponents if given.config.bench.torch else ()), *packages.of_models(*models))
