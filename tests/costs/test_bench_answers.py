@@ -158,8 +158,8 @@ def test_it_is_measured_beside_pytorch(base, tmp_path):
     """Every variant, of two tasks and a base of two layers; a setting on weights is refused."""
     (tmp_path / "tasks.py").write_text(
         "from tests.tiny import get_config as tiny\n\n\ndef get_config():\n    config = tiny()\n"
-        f"    config.base.path = {str(base)!r}\n    config.train.objective = 'answers'\n"
-        "    return config\n"
+        f"    config.base.update(path={str(base)!r}, max_length=128)\n"
+        "    config.train.objective = 'answers'\n    return config\n"
     )
     words = ["bench", "--config=tests/bench_tiny.py", f"--workdir={tmp_path / 'run'}"]
     case = ("few", str(tmp_path / "tasks.py"), "answers", 2, "float32")
@@ -171,4 +171,4 @@ def test_it_is_measured_beside_pytorch(base, tmp_path):
     assert all(min(row["seconds"]) > 0 for row in result["rows"].values())
     case = ("none", "tests/tiny.py", "answers", 2, "float32")
     done = dnd(*words, f"--config.bench.cases=({case!r},)")
-    assert done.returncode == 2 and "must name a base by base.path" in done.stderr
+    assert done.returncode == 2 and "must train on answers alone" in done.stderr
