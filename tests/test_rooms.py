@@ -24,6 +24,7 @@ SLOW = (
     "tensorboardX fastapi uvicorn prometheus_client pydantic starlette"
 )
 OPPONENT = {
+    "costs.bench.torch_answering": {"torch", "transformers"},
     "costs.bench.torch_collecting": {"torch", "transformers"},
     "costs.bench.torch_generator": {"torch"},
     "costs.bench.torch_worker": {"torch", "transformers"},

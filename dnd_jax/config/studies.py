@@ -6,7 +6,7 @@ from typing import Annotated
 from dnd_jax.config.choices import AXES, DTYPES, METHODS, REMAT
 from dnd_jax.config.constraints import Must, Positive, Rules, some_of, wholes
 
-WHAT = ("forward", "gradient", "train", "generate", "collect")
+WHAT = ("forward", "gradient", "train", "generate", "collect", "answers")
 TORCH = tuple(
     f"{how}{dtype}" for dtype in ("", " bf16") for how in ("eager", "channels_last", "compile")
 )

@@ -18,6 +18,15 @@ PASSES = {"forward": 1, "gradient": 3, "train": 3, "generate": 1}
 # How a step of "collect" is taken: as `dnd collect` does; a task at a time; without what all rows
 # begin with computed once; so, and padded to a multiple of 64 tokens; each layer computed anew.
 COLLECTING = ("together", "one by one", "whole rows", "one length", "recomputed")
+# How one of "answers" is: as `dnd train` does; a task at a time; without what all rows begin with
+# computed once; each layer computed anew.
+ANSWERING = ("together", "one by one", "whole rows", "recomputed")
+TORCH_ANSWERING = ("together", "one by one", "compiled")
+# {what: (our variants, PyTorch's)} of those that are no choice of convolutions.
+STEPS_THROUGH_BASE = {
+    "collect": (COLLECTING, ("peft",)),
+    "answers": (ANSWERING, TORCH_ANSWERING),
+}
 LONG_ENOUGH = 60.0  # seconds in one process, after which no further repeat is started
 
 
@@ -26,9 +35,10 @@ class Case:
     """One row group of a benchmark.
 
     what: "forward" (decoder), "gradient" (forward and backward of the loss), "train" (the real
-    train step, optimiser included), "generate" (prompt ids -> adapter tensors) or "collect" (a step
-    of the LoRAs of `batch` tasks). stages: first and last, None for all. batch 0: the largest that
-    every variant fits.
+    train step, optimiser included), "generate" (prompt ids -> adapter tensors), "collect" (a step
+    of the LoRAs of `batch` tasks) or "answers" (the real train step through the base, of `batch`
+    generated LoRAs). stages: first and last, None for all. batch 0: the largest that every variant
+    fits.
     """
 
     name: str
@@ -55,13 +65,15 @@ class Case:
 
     def variants(self, bench: studies.Bench) -> list[tuple[str, str]]:
         """(side, how) of all that is measured of this case."""
-        if self.what == "collect":
-            return [*(("jax", how) for how in COLLECTING), *[("torch", "peft")] * bool(bench.torch)]
+        if self.what in STEPS_THROUGH_BASE:
+            ours, theirs = STEPS_THROUGH_BASE[self.what]
+            theirs = theirs if bench.torch else ()
+            return [("jax", how) for how in ours] + [("torch", how) for how in theirs]
         return [("jax", m) for m in bench.methods] + [("torch", v) for v in bench.torch]
 
     def flop(self, config: schema.Config) -> int | None:
-        """Operations by the direct method; None of what has no convolutions."""
-        if self.what == "collect":
+        """Operations by the direct method; None of what is a base's for the most part."""
+        if self.what in STEPS_THROUGH_BASE:
             return None
         return 2 * self.spec(config).forward_macs * max(self.batch, 1) * PASSES[self.what]
 

@@ -16,12 +16,30 @@ from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench.case import Case
 from dnd_jax.data.opened import open_suite
+from dnd_jax.data.suite import Dataset, Suite
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.lora.tuning import Tuning
 
 ONE_LENGTH = 64  # tokens of which rows of one length are a multiple
+
+
+def suite_of(case: Case, config: Config) -> Suite:
+    """The suite of a case whose steps are through the base. Raises InputError for a setting without
+    a base."""
+    if not config.base.path:
+        raise InputError(f"bench {case.name}: {case.config} must name a base by base.path")
+    with tempfile.TemporaryDirectory() as folder:
+        return open_suite(config, pathlib.Path(folder))
+
+
+def encoded(config: Config, tasks: Sequence[Dataset]) -> tuple[int, list[Sequences]]:
+    """(the token that fills rows up, each task's examples as the base is asked)."""
+    base, too_long = config.base, config.lora.too_long
+    tokenizer = load_tokenizer(base.path)
+    how = base.max_length, too_long, ends_of(base.path, tokenizer)
+    return tokenizer.pad_token_id, [encode(tokenizer, task.train, *how) for task in tasks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +52,16 @@ class Work:
 
     @classmethod
     def of(cls, case: Case, config: Config) -> "Work":
-        """Raises InputError for a setting without a base, and for fewer tasks than the batch."""
-        if not config.base.path:
-            raise InputError(f"bench {case.name}: {case.config} must name a base by base.path")
-        with tempfile.TemporaryDirectory() as folder:
-            suite = open_suite(config, pathlib.Path(folder))
+        """Raises InputError as `suite_of`, and for fewer tasks than the batch."""
+        suite, c = suite_of(case, config), config.lora
         if len(suite.train) < case.batch:
             raise InputError(
                 f"bench {case.name}: batch = {case.batch} tasks, the suite of {case.config} trains "
                 f"on {len(suite.train)}"
             )
-        base, c = config.base, config.lora
-        tokenizer = load_tokenizer(base.path)
-        how = base.max_length, c.too_long, ends_of(base.path, tokenizer)
-        tasks = [encode(tokenizer, task.train, *how) for task in suite.train[: case.batch]]
+        pad, tasks = encoded(config, suite.train[: case.batch])
         index = [shuffled_rows(len(task), c.batch_size, config.seed, 0) for task in tasks]
-        return cls(tokenizer.pad_token_id, tasks, index)
+        return cls(pad, tasks, index)
 
     def rows(self, prefix: int, length: int = 1) -> dict[str, np.ndarray]:
         """`stacked_rows` of all tasks, of a multiple of `length` tokens."""

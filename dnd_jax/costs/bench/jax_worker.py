@@ -14,7 +14,7 @@ import numpy as np
 
 from dnd_jax.config.schema import Config
 from dnd_jax.core import environment
-from dnd_jax.costs.bench import collecting
+from dnd_jax.costs.bench import answering, collecting
 from dnd_jax.costs.bench.case import Case, peak_memory, timed
 from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_loss
@@ -25,6 +25,8 @@ from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.ops.cost_model import describe
+
+THROUGH_BASE = {"collect": collecting.operation, "answers": answering.operation}
 
 
 def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -120,15 +122,13 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     case = Case(**spec["case"])
     config = case.load()
-    collects = case.what == "collect"
-    if not collects:
+    through_base = THROUGH_BASE.get(case.what)
+    if not through_base:
         generator = dataclasses.replace(config.generator, convolution=spec["variant"])
         config = dataclasses.replace(config, generator=generator)
     try:
         run = (
-            collecting.operation(case, config, spec["variant"])
-            if collects
-            else operation(case, config)
+            through_base(case, config, spec["variant"]) if through_base else operation(case, config)
         )
         times = timed(lambda: jax.block_until_ready(run()), spec["repeats"])
     except Exception as error:
@@ -142,7 +142,7 @@ def main() -> None:
         **times,
         "peak_bytes": peak_memory()[0],
         "plans": ""
-        if collects
+        if through_base
         else describe(case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]),
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},

@@ -27,7 +27,7 @@ from dnd_jax.core.files import write_json
 from dnd_jax.core.processes import finished, of_module
 from dnd_jax.core.stage import Given
 from dnd_jax.core.stopping import stop
-from dnd_jax.costs.bench.case import Case
+from dnd_jax.costs.bench.case import STEPS_THROUGH_BASE, Case
 from dnd_jax.costs.bench.feed import feed_table
 from dnd_jax.costs.bench.layers import layers_table
 from dnd_jax.costs.bench.limits import limits_table
@@ -42,7 +42,7 @@ def cases_of(config: Config, file: str | os.PathLike) -> list[Case]:
     rows = config.bench.cases or tuple(
         (what, os.fspath(file), what, config.train.batch_size, config.train.dtype)
         for what in WHAT
-        if what not in ("gradient", "collect")
+        if what != "gradient" and what not in STEPS_THROUGH_BASE
     )
     return [Case(*row[:5], stages=tuple(row[5:]) or None) for row in rows]
 

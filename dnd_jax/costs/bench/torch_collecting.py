@@ -15,9 +15,12 @@ from dnd_jax.costs.bench.collecting import Work
 peft = packages.deferred("peft")  # what other cases do without
 
 
-def operation(case: Case, config: Config, device: torch.device) -> Callable[[], object]:
+def operation(
+    case: Case, config: Config, variant: str, device: torch.device
+) -> Callable[[], object]:
     """A function that takes one step of every task, on the same rows as ours, each task's padded to
-    its longest. All steps are of one adapter: what they compute is as much."""
+    its longest. All steps are of one adapter: what they compute is as much. There is one
+    variant."""
     work, c = Work.of(case, config), config.lora
     dtype = getattr(torch, case.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from dnd_jax.config.schema import Config
-from dnd_jax.costs.bench import torch_collecting, torch_generator
+from dnd_jax.costs.bench import torch_answering, torch_collecting, torch_generator
 from dnd_jax.costs.bench.case import Case, peak_of_process, timed
 from dnd_jax.generator.sizes import encoder_module
 
@@ -25,6 +25,8 @@ VARIANTS = {
         ("compile", torch.contiguous_format, True),
     )
 }
+
+THROUGH_BASE = {"collect": torch_collecting.operation, "answers": torch_answering.operation}
 
 
 def operation(
@@ -104,11 +106,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     try:
-        run = (
-            torch_collecting.operation(case, case.load(), device)
-            if case.what == "collect"
-            else operation(case, case.load(), spec["variant"], device)
-        )
+        operation_of = THROUGH_BASE.get(case.what, operation)
+        run = operation_of(case, case.load(), spec["variant"], device)
         times = timed(lambda: (run(), wait()), spec["repeats"])
     except torch.OutOfMemoryError:
         print(json.dumps({"out_of_memory": True}))
