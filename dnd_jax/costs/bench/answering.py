@@ -14,9 +14,10 @@ from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench.case import Case
 from dnd_jax.costs.bench.collecting import encoded, suite_of
 from dnd_jax.generator.answers import Answering
+from dnd_jax.generator.generation import ONE_DEVICE
 from dnd_jax.generator.pairs import PairedDataset, Pairs
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.generator.step import ONE_DEVICE, ShardedStep, check_batch, shard_train_step
+from dnd_jax.generator.step import ShardedStep, check_batch, shard_train_step
 from dnd_jax.lora.initial import Initial
 from dnd_jax.lora.targets import Target
 from dnd_jax.parallel.mesh import make_mesh
