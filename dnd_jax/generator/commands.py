@@ -15,14 +15,12 @@ from dnd_jax.core.stage import (
     Flag,
     Stage,
 )
+from dnd_jax.lora.commands import OF_TRAINED_BASE
 
 # Flags of other rooms' stages too.
 GENERATOR = Flag("generator", str, "", "a trained or imported generator's folder")
 _FILE = 'file of prompts: JSONL or a table with "prompt", or .txt, one a line'
 PROMPTS = Flag("prompts", str, "", _FILE)
-OF_TRAINED_BASE = Flag(
-    "base", str, "", "the base's folder, GGUF file or hub id (default: the one the adapter names)"
-)
 STRENGTH = Flag("strength", float, 1.0, "of the adapter's effect, folded into its alpha")
 KEY_PREFIX = Flag(
     "key-prefix",

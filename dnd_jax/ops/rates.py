@@ -22,10 +22,11 @@ class Rates:
     turn: float = 0.0  # seconds for one turn of the loop over row frequencies
 
 
-# cpu: two cores of a Zen 4 server, fitted to `dnd bench` and, for 3 x 3 kernels on small grids, to
-# `dnd bench --layers` of mini and smollm2_135m_skills; only ratios matter, which are those of
-# float32, in which a CPU computes 16-bit data too. tpu: v5p, bfloat16, by the compiler's estimate.
-# gpu: guessed from an H100's data sheet, bfloat16; "auto" does not go by them.
+# cpu: two cores of a Zen 4 server, fitted to `dnd bench`; the direct gradient of kernels and the
+# shifted sum are of an Intel Xeon, by single convolutions of mini beside the direct output. Only
+# ratios matter, which are those of float32, in which a CPU computes 16-bit data too. tpu: v5p,
+# bfloat16, by the compiler's estimate. gpu: guessed from an H100's data sheet, bfloat16; "auto"
+# does not go by them.
 GUESSED = ("gpu",)
 RATES = {
     "cpu": Rates(170e9, 130e9, 110e9, 60e9, 10e9, 40, 40, 90e9, 2.7, turn=1e-4),

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from dnd_jax.core.packages import of_models
 from dnd_jax.core.stage import BASE_NAME, DEFAULT, Flag, Given, Stage
-from dnd_jax.generator.commands import GENERATOR, KEY_PREFIX, OF_TRAINED_BASE, PROMPTS, STRENGTH
+from dnd_jax.generator.commands import GENERATOR, KEY_PREFIX, PROMPTS, STRENGTH
+from dnd_jax.lora.commands import OF_TRAINED_BASE, asking
 
 ASKED = (
     GENERATOR,
@@ -40,7 +40,7 @@ SERVED = (
 
 
 def _served(given: Given) -> tuple[str, ...]:
-    asks = ("torch", "peft", *of_models(given["base"])) if given["base"] else ()
+    asks = asking(given) if given["base"] else ()
     return "fastapi", "uvicorn", "prometheus_client", *(("gradio",) * given["page"]), *asks
 
 
@@ -48,7 +48,7 @@ COMMANDS = {
     "ask": Stage(
         "serving.ask",
         ASKED,
-        lambda given: ("torch", "peft", *of_models(given["base"])),
+        asking,
         argument="QUESTION",
         settings=DEFAULT,
         reads=("mesh",),

@@ -32,6 +32,17 @@ def parsed(*words, stage=STAGE):
     return command.parse("stage", stage, words)
 
 
+def run_code(code: str) -> subprocess.CompletedProcess:
+    """What a Python of its own makes of it."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def refusal(*words, stage=STAGE) -> str:
     with pytest.raises(InputError) as caught:
         parsed(*words, stage=stage)
@@ -332,13 +343,7 @@ assert main(["train", "--config=mini", "--config.train.steps=none"]) == 2
 assert main(["train", "--config=mini", "--config.condition.encoder=package:no_such/x"]) == 2
 print("imported:", *sorted({"jax", "flax", "numpy", "torch", "transformers"} & set(sys.modules)))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
     assert done.stderr.splitlines()[-1].startswith("dnd: `dnd train` needs no_such; pip install ")
@@ -385,13 +390,7 @@ sys.modules["dnd_jax.broken.commands"] = module
 main.STAGES["broken"] = ("broken", "")
 sys.exit(main.main(["broken"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_code(code)
     assert done.returncode == 2 and done.stderr.startswith("dnd: disk: Broken pipe; check")
 
 
