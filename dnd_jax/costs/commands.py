@@ -55,6 +55,7 @@ COMPARED = (
     Flag("topology", str, "", "TPU chips to compile for, with --backend=tpu-aot"),
     Flag("layers", bool, False, "every convolution of the configuration by itself"),
     Flag("limits", bool, False, "what the hardware allows for the paper's settings, by counting"),
+    Flag("rates", bool, False, "learn how fast this CPU computes convolutions"),
     Flag("input", bool, False, "how many training samples a second this host can give"),
 )
 

@@ -35,7 +35,7 @@ from dnd_jax.generator.step import (
 )
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import Target, from_statistics
-from dnd_jax.ops.cost_model import choose, describe
+from dnd_jax.ops.choice import describe
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
 from dnd_jax.parallel.rules import batch_shapes, held_bytes, shaped, shapes_of
@@ -213,8 +213,8 @@ def _plan(
     chip = chip_of(devices[0].device_kind)
     batch = jax.tree.leaves(arguments[1])[0].shape[0]
     parts = config.train.micro_batches if step == "train" else 1
-    spec, method = spec_of(config), config.generator.convolution
-    problems = list(device_problems(spec, mesh, batch, parts).values())
+    spec = spec_of(config)
+    plans = [spec.plan(p) for p in device_problems(spec, mesh, batch, parts).values()]
     plan = StepCost(
         step=step,
         devices=f"{len(devices)} {chip.name if chip else devices[0].device_kind}",
@@ -222,13 +222,10 @@ def _plan(
         batch=batch,
         micro_batches=parts,
         remat=config.train.remat if step == "train" else "none",
-        method=method,
+        method=spec.convolution,
         rules=digests.of_text(repr(config.mesh.rules))[:6],
-        convolutions=describe(problems, method),
-        looped=sum(
-            plan.looped and not plan.direct
-            for plan in (choose(problem, method) for problem in problems)
-        ),
+        convolutions=describe(plans),
+        looped=sum(plan.looped and not plan.direct for plan in plans),
         state_bytes=held_bytes(arguments[0]),
         limit_bytes=int(chip.room) if chip else None,
         host_bytes=read_by_a_host(arguments[1]) if step == "train" else 0,

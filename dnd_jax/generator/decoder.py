@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dnd_jax.config.schema import Features
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.ops.convolution import convolve
-from dnd_jax.ops.cost_model import Problem, choose
+from dnd_jax.ops.cost_model import Problem
 from dnd_jax.parallel.placement import ANYWHERE, Placement
 
 LAYER_NORM_EPS = 1e-5
@@ -63,9 +63,7 @@ class HyperConvStage(nn.Module):
         to."""
         k, size_in, place = self.spec.kernel_size, x_BxNxLxC.shape[axis], self.placement
         kernel = self.param(name, torch_uniform(size_in * k * k), (k, k, size_in, size_out))
-        plan = choose(
-            Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform), self.spec.convolution
-        )
+        plan = self.spec.plan(Problem.of(*place.parts(x_BxNxLxC, kernel), axis, place.platform))
         # Rounded before it is gathered, half the bytes travel.
         dtype = x_BxNxLxC.dtype if plan.direct else kernel.dtype
         y = place.convolve(

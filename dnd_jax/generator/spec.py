@@ -8,7 +8,9 @@ import jax
 
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Features
-from dnd_jax.ops.cost_model import Problem
+from dnd_jax.ops.choice import choose
+from dnd_jax.ops.cost_model import ConvPlan, Problem
+from dnd_jax.ops.rates import Rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class DecoderSpec:
     text_length: int = 0  # L of the condition where a length projection shortens it; 0: features'
     dtype: str = "float32"  # of the computation; parameters are float32
     convolution: str = "auto"  # of config.choices.METHODS
+    chosen: tuple[tuple[Problem, ConvPlan], ...] = ()  # plans; of other convolutions by the method
+    rates: Rates | None = None  # that the method goes by; None: the shipped ones
     remat: str = "none"  # of config.choices.REMAT: what the backward pass computes again
     precision: str = "default"  # of config.choices.PRECISIONS
 
@@ -64,6 +68,10 @@ class DecoderSpec:
     def stages(self) -> Iterator[tuple[Features, Features]]:
         """(N, L, C) before and after every stage."""
         return zip(self.features[:-1], self.features[1:], strict=True)
+
+    def plan(self, problem: Problem) -> ConvPlan:
+        """How a convolution is computed. Raises as `choose`."""
+        return dict(self.chosen).get(problem) or choose(problem, self.convolution, self.rates)
 
     @property
     def num_parameters(self) -> int:

@@ -37,6 +37,7 @@ from dnd_jax.generator.inputs import kept_checkpoints
 from dnd_jax.generator.nearest import trained_tasks
 from dnd_jax.generator.objective import Objective, source_of, taught_by
 from dnd_jax.generator.pairs import PairedDataset, Pairs, paired_datasets
+from dnd_jax.generator.plans import NOTE, Planned, planned
 from dnd_jax.generator.record import is_finished, older_values, settings_of
 from dnd_jax.generator.regularisers import tuned_sizes
 from dnd_jax.generator.sizes import resolve_features
@@ -44,7 +45,6 @@ from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import (
     ShardedStep,
     check_batch,
-    device_problems,
     shard_train_step,
     state_of,
 )
@@ -52,8 +52,6 @@ from dnd_jax.loop.checkpoints import check_newest
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.loop.run import run_loop
 from dnd_jax.loop.training import ALSO_SETTINGS, Options, Training
-from dnd_jax.ops.cost_model import describe
-from dnd_jax.ops.tune import tune
 from dnd_jax.parallel import hosts, together
 from dnd_jax.parallel.mesh import describe_mesh, make_mesh, mesh_record, own_mesh
 from dnd_jax.parallel.rules import bytes_per_device, shaped
@@ -101,12 +99,6 @@ def train(
     # Checks, before anything long begins.
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    tuned = config.generator.convolution == "tuned"
-    if tuned and hosts.several():
-        raise InputError(
-            "config.generator.convolution = 'tuned' measures in one process; with several use "
-            "auto, dft or direct"
-        )
     source = source_of(config, suite, workdir, base_name)
     older = older_values(config, source)
     taught = taught_by(config, source, workdir)
@@ -143,13 +135,12 @@ def train(
     spec = DecoderSpec.of(
         config.generator, config.condition, c.dtype, c.remat, features, c.precision
     )
-    if tuned:
-        tune(device_problems(spec, mesh, c.batch_size, c.micro_batches).values())
+    how = planned(spec, mesh, config, folder)
     in_graph = (encoder.module, encoder.params) if config.condition.in_graph else None
     answering = objective.answering(target, check_batch(config, mesh))
     beside = tuned_sizes(target, (d.targets[-1] for d in datasets)) if c.size_weight else {}
     given = in_graph, answering, beside, bool(kept)
-    sharded = shard_train_step(config, spec, mesh, importance, *given)
+    sharded = shard_train_step(config, how.spec, mesh, importance, *given)
     frozen = {**(answering[1] if answering else {}), **beside, **kept}
     if in_graph:
         frozen["encoder"] = encoder.params
@@ -158,7 +149,7 @@ def train(
     del encoder, in_graph  # its parameters need not stay on the first device
 
     # Training.
-    print(_announcement(config, mesh, spec, sharded, datasets), flush=True)
+    print(_announcement(mesh, how, sharded, datasets, c.answer_rows), flush=True)
     # Of a step of the decoder alone: twice as many backward as forward.
     flop = 0 if answering else 6 * spec.forward_macs * c.batch_size
 
@@ -183,7 +174,7 @@ def train(
             values, pairs.names(done - 1), seconds, flop, mesh
         ),
     )
-    state = run_loop(training, _options(config, mesh, allowed, older, profile))
+    state = run_loop(training, _options(config, mesh, allowed, older, profile, {NOTE: how.note}))
 
     # The folder that generation reads.
     description = {
@@ -211,11 +202,11 @@ def _open_encoder(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh
 
 
 def _announcement(
-    config: Config,
     mesh: jax.sharding.Mesh,
-    spec: DecoderSpec,
+    how: Planned,
     sharded: ShardedStep,
     datasets: Sequence[PairedDataset],
+    answer_rows: int,
 ) -> str:
     """What is trained, where and how it is computed; of the other processes only where."""
     if not hosts.lead():
@@ -223,16 +214,15 @@ def _announcement(
         return f"process {me} of {count}: mesh {describe_mesh(mesh)}"
     count = sum(x.size for x in jax.tree.leaves(sharded.shapes["params"]))
     total, held = bytes_per_device(sharded.shapes, sharded.shardings)
-    problems = device_problems(spec, mesh, config.train.batch_size, config.train.micro_batches)
+    spec = how.spec
     targets, asked = datasets[0].targets, datasets[0].questions
     of_each = "" if targets is None else f" x {len(targets)} checkpoints"
-    of_each += "" if asked is None else f", {config.train.answer_rows} questions of each asked"
+    of_each += "" if asked is None else f", {answer_rows} questions of each asked"
     return (
         f"generator: {count / 1e6:.1f}M parameters, {2 * spec.forward_macs / 1e9:.2f} GFLOP a "
         f"sample forward, {spec.token_grid} tokens, {len(datasets)} datasets{of_each}\n"
         f"mesh: {describe_mesh(mesh)}; state {total / 1e9:.3g} GB, {held / 1e9:.3g} GB a device\n"
-        "convolutions (output / gradients): "
-        f"{describe(problems.values(), config.generator.convolution)}"
+        f"convolutions (output / gradients): {how.line}"
     )
 
 
@@ -242,6 +232,7 @@ def _options(
     allowed: Sequence[str] | None,
     older: Older,
     profile: tuple[int, int] | None,
+    notes: Mapping,
 ) -> Options:
     c = config.train
     return Options(
@@ -249,7 +240,7 @@ def _options(
         allowed=allowed if allowed is None else tuple(allowed),
         older=older,
         profile=profile,
-        notes={"config": config.to_json(), "mesh": mesh_record(mesh)},
+        notes={"config": config.to_json(), "mesh": mesh_record(mesh), **notes},
     )
 
 

@@ -37,6 +37,7 @@ from dnd_jax.lora.adapter import save_adapter, verify_adapter
 from dnd_jax.lora.card import card
 from dnd_jax.lora.names import IN_FRONT, check_key_prefix, renamed
 from dnd_jax.lora.peft_settings import AdapterConfig
+from dnd_jax.ops.rates import learned
 from dnd_jax.parallel.mesh import make_mesh
 
 _mean_pooled = jax.jit(mean_pooled)
@@ -176,7 +177,8 @@ class TrainedGenerator:
         count = mesh.fsdp * mesh.tensor
         devices = jax.local_devices()[: count if count > 0 else None]
         self._mesh = make_mesh(dataclasses.replace(mesh, slices=1, data=1), devices)
-        return shard_generation(description.spec, self._mesh, mesh.rules)
+        spec = dataclasses.replace(description.spec, rates=learned(devices[0].platform))
+        return shard_generation(spec, self._mesh, mesh.rules)
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:

@@ -108,6 +108,18 @@ def sums(state: Any) -> list[int]:
     return np.asarray(_sums_on_device(state)).tolist()
 
 
+def newest_record(directory: pathlib.Path, checkpoint_dir: str = "") -> Mapping:
+    """What is kept beside the newest checkpoint of a run in `directory`: empty where there is none,
+    or none that can be read, which is left to `restore`."""
+    folder = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
+    try:
+        newest = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        record = json.loads((folder / str(newest) / "record" / "metadata").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, Mapping) else {}
+
+
 def check_newest(
     directory: pathlib.Path,
     checkpoint_dir: str,
@@ -115,20 +127,14 @@ def check_newest(
     allowed: Collection[str] | None = (),
     older: Older | None = None,
 ) -> None:
-    """For before long preparations: raises InputError where the newest checkpoint of a `run` in
-    `directory` was made with other settings, of those that `record` has. What cannot be read is
-    left to `restore`."""
-    folder = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
-    try:
-        newest = max(
-            (path for path in folder.iterdir() if path.name.isdecimal()),
-            key=lambda path: int(path.name),
-        )
-        then = json.loads((newest / "record" / "metadata").read_text())["settings"]
+    """For before long preparations: raises InputError where the newest checkpoint of a run in
+    `directory` was made with other settings, of those that `record` has."""
+    found = newest_record(directory, checkpoint_dir)
+    then = found.get("settings")
+    if isinstance(then, Mapping):
+        newest = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
         then = {key: then.get(key) for key in record}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    check_same_run(newest, then, record, allowed, older)
+        check_same_run(newest / str(found.get("step")), then, record, allowed, older)
 
 
 def restore(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dnd_jax.ops import dft, dft_tpu
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, arithmetic, choose, on_tpu
+from dnd_jax.ops.choice import choose
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, arithmetic, on_tpu
 from dnd_jax.ops.tiles import Axis
 
 

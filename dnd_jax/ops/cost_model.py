@@ -1,29 +1,21 @@
-"""Which method and which tiles a convolution uses: a cost model over its shapes, type and platform,
-or what was measured here.
+"""What a convolution costs by each method and tiling: a model over its shapes, type and platform.
 
 The model counts, for every way to cut the grid into tiles, the operations and bytes of
-dnd_jax/ops/dft.py and divides them by the rates of the platform (`RATES`, measured or the
-compiler's); a gradient counts the transposed maps too. A method other than the direct one must
-promise a gain of MARGIN, since a wrong guess costs more than a missed one. dnd_jax/ops/tune.py
-measures instead.
+dnd_jax/ops/dft.py and divides them by rates (dnd_jax/ops/rates.py); a gradient counts the
+transposed maps too. A method other than the direct one must promise a gain of MARGIN, since a wrong
+guess costs more than a missed one. dnd_jax/ops/choice.py asks it; dnd_jax/ops/tune.py measures
+instead.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-import pathlib
-from collections import Counter
-from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
 
-from dnd_jax.config.choices import METHODS
-from dnd_jax.core.files import cache_folder, read_object
 from dnd_jax.ops import dft_tpu
 from dnd_jax.ops.dft import Arithmetic
-from dnd_jax.ops.rates import GUESSED, RATES, Rates
+from dnd_jax.ops.rates import RATES, Rates
 from dnd_jax.ops.tiles import Axis
 
 Tiling = tuple[int, int]  # tiles along each grid axis
@@ -186,10 +178,9 @@ def dft_work(problem: Problem, tiling: Tiling, gradient: bool) -> list[tuple[flo
     return [(cost.products + cost.transforms, cost.bytes)]
 
 
-def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool) -> float:
+def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool, rates: Rates) -> float:
     """The time of a tiling. A TPU's compiler counts a step as its operations or its bytes,
     whichever take longer."""
-    rates = RATES[problem.platform]
     if on_tpu(problem.dtype, problem.platform):
         return sum(
             max(2 * macs / rates.product, moved / rates.memory)
@@ -198,9 +189,8 @@ def dft_seconds(problem: Problem, tiling: Tiling, gradient: bool) -> float:
     return dft_cost(problem, tiling, gradient).seconds(rates)
 
 
-def direct_seconds(problem: Problem, gradient: bool) -> float:
+def direct_seconds(problem: Problem, gradient: bool, rates: Rates) -> float:
     """The time of the direct method."""
-    rates = RATES[problem.platform]
     fewest = min(problem.channels_in, problem.channels_out)
     flop = 2 * problem.macs / min(1.0, fewest / rates.full_channels)
     if on_tpu(problem.dtype, problem.platform):
@@ -210,27 +200,40 @@ def direct_seconds(problem: Problem, gradient: bool) -> float:
             problem.channels_out,
         )
         return (2 if gradient else 1) * max(flop / rates.direct, moved / rates.memory)
-    return flop / rates.direct + (_kernel_gradient_seconds(problem) if gradient else 0)
+    return flop / rates.direct + (_kernel_gradient_seconds(problem, rates) if gradient else 0)
 
 
-def _kernel_gradient_seconds(problem: Problem) -> float:
+def _kernel_gradient_seconds(problem: Problem, rates: Rates) -> float:
     """The time of the kernel's gradient by the direct method, but on a TPU."""
-    rates = RATES[problem.platform]
     fewest = min(problem.channels_in, problem.channels_out)
     flop = 2 * problem.macs / min(1.0, fewest / rates.full_channels_gradient)
     return flop / rates.direct_kernel_gradient
 
 
-def shifted_seconds(problem: Problem, gradient: bool) -> float:
-    """The time of SHIFTED, inf where there is no such way: it is written for CPUs and float32, of
-    few channels in, which for the gradient of x are the channels out."""
-    rates, p = RATES[problem.platform], problem
-    channels = p.channels_out if gradient else p.channels_in
-    narrow = jnp.dtype(p.dtype).itemsize < 4
-    if not rates.shifted or narrow or p.kernel**2 * channels > MOST_TERMS:
+def can_shift(problem: Problem, gradient: bool) -> bool:
+    """Whether there is SHIFTED: it is written for CPUs and float32, of few channels in, which for
+    the gradient of x are the channels out."""
+    channels = problem.channels_out if gradient else problem.channels_in
+    wide = jnp.dtype(problem.dtype).itemsize >= 4
+    return problem.platform == "cpu" and wide and problem.kernel**2 * channels <= MOST_TERMS
+
+
+def shifted_seconds(problem: Problem, gradient: bool, rates: Rates) -> float:
+    """The time of SHIFTED, inf where there is no such way."""
+    if not can_shift(problem, gradient):
         return math.inf
-    output = 2 * p.macs * (1 + channels / rates.shifted_channels) / rates.shifted
-    return output + _kernel_gradient_seconds(p) if gradient else output
+    channels = problem.channels_out if gradient else problem.channels_in
+    output = 2 * problem.macs * (1 + channels / rates.shifted_channels) / rates.shifted
+    return output + _kernel_gradient_seconds(problem, rates) if gradient else output
+
+
+def seconds(problem: Problem, way: Way, gradient: bool, rates: Rates) -> float:
+    """The time of the output, or of both gradients, computed this way."""
+    if way is None:
+        return direct_seconds(problem, gradient, rates)
+    if way == SHIFTED:
+        return shifted_seconds(problem, gradient, rates)
+    return dft_seconds(problem, way, gradient, rates)
 
 
 def _tile_counts(size: int, kernel: int) -> list[int]:
@@ -247,41 +250,15 @@ def tilings(problem: Problem) -> list[Tiling]:
     return list(itertools.product(*counts))
 
 
-def best_tiling(problem: Problem, gradient: bool) -> tuple[Tiling, float]:
-    """The cheapest tiling by the model and its seconds."""
-    seconds, tiling = min(
-        (dft_seconds(problem, tiling, gradient), tiling) for tiling in tilings(problem)
-    )
-    return tiling, seconds
-
-
-def choose(problem: Problem, method: str = "auto") -> ConvPlan:
-    """The plan of a convolution. Raises ValueError for an unknown method."""
-    if method == "tuned":
-        found = tuned(problem)
-        return found if found is not None else choose(problem)
-    return _by_model(problem, method)
-
-
-@functools.lru_cache(maxsize=1024)
-def _by_model(problem: Problem, method: str) -> ConvPlan:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if problem.platform not in RATES:
-        raise ValueError(f"platform {problem.platform!r} is none of {', '.join(RATES)}")
-    if method == "direct" or (method == "auto" and problem.platform in GUESSED):
-        return ConvPlan(None, None, problem.platform)
-    found = {}
-    for gradient in (False, True):
-        tiling, seconds = best_tiling(problem, gradient)
-        ways = {tiling: seconds}
-        if method == "auto":
-            ways |= {
-                None: direct_seconds(problem, gradient) / MARGIN,
-                SHIFTED: shifted_seconds(problem, gradient),
-            }
-        found[gradient] = min(ways, key=ways.get)
-    return with_memory(problem, found[False], found[True])
+def best_way(problem: Problem, gradient: bool, rates: Rates, only_dft: bool) -> Way:
+    """The way that promises the least time; only_dft: of all tilings."""
+    times = {tiling: dft_seconds(problem, tiling, gradient, rates) for tiling in tilings(problem)}
+    best = min(times, key=lambda tiling: (times[tiling], tiling))
+    ways: dict[Way, float] = {best: times[best]}
+    if not only_dft:
+        ways[None] = direct_seconds(problem, gradient, rates) / MARGIN
+        ways[SHIFTED] = shifted_seconds(problem, gradient, rates)
+    return min(ways, key=ways.get)
 
 
 def with_memory(problem: Problem, forward: Way, backward: Way) -> ConvPlan:
@@ -300,38 +277,3 @@ def with_memory(problem: Problem, forward: Way, backward: Way) -> ConvPlan:
         divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
         chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
     return ConvPlan(forward, backward, problem.platform, looped, chunks, ordered)
-
-
-def describe(problems: Iterable[Problem], method: str) -> str:
-    """How many convolutions are computed which way, output / gradients: "3 dft / dft, 2 direct /
-    dft"."""
-    names = {None: "direct", SHIFTED: SHIFTED}
-    plans = [choose(problem, method) for problem in problems]
-    counts = Counter(
-        " / ".join(names.get(way, "dft") for way in (p.forward, p.backward)) for p in plans
-    )
-    return ", ".join(f"{count} {way}" for way, count in counts.most_common())
-
-
-def cache_file() -> pathlib.Path:
-    """Where measurements are kept."""
-    return cache_folder() / "convolutions.json"
-
-
-def key(problem: Problem) -> str:
-    """A problem's name in the cache, this device and JAX version included."""
-    p = problem
-    shape = (
-        f"{p.batch}x{p.height}x{p.width} {p.channels_in}->{p.channels_out} k{p.kernel} {p.dtype}"
-    )
-    return f"{jax.devices()[0].device_kind} jax {jax.__version__} {shape}"
-
-
-def tuned(problem: Problem) -> ConvPlan | None:
-    """The measured plan, or None when this device has not measured the problem."""
-    path = cache_file()
-    fastest = (read_object(path) if path.is_file() else {}).get(key(problem))
-    if fastest is None:
-        return None
-    ways = (tuple(way) if isinstance(way, list) else way for way in fastest)
-    return with_memory(problem, *ways)

@@ -1,12 +1,10 @@
 """Measured plans: times the likeliest tilings of a convolution on this machine's device and
 remembers the fastest.
 
-The cache is $DND_JAX_CACHE/convolutions.json (default ~/.cache/dnd_jax), one entry a device, JAX
-version and problem.
+They are kept where dnd_jax/ops/choice.py reads them.
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -16,8 +14,10 @@ from tqdm import tqdm
 
 from dnd_jax.core.files import read_object, write_json
 from dnd_jax.ops import convolution, cost_model
+from dnd_jax.ops.choice import cache_file, key
 from dnd_jax.ops.convolution import compiler_options
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, cache_file, key
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, can_shift
+from dnd_jax.ops.rates import RATES
 
 CANDIDATES = 4  # tilings tried beside the direct method, the cheapest by the model
 REPEATS = 3
@@ -56,12 +56,13 @@ def seconds_of(problem: Problem, method: ConvPlan, gradient: bool) -> float:
 def measure(problem: Problem, gradient: bool) -> dict[Way, float]:
     """Seconds of the direct method (None), of SHIFTED where it is one, and of the CANDIDATES
     cheapest tilings, for the output or for both gradients."""
+    rates = RATES[problem.platform]
     cheapest = sorted(
         cost_model.tilings(problem),
-        key=lambda tiling: cost_model.dft_seconds(problem, tiling, gradient),
+        key=lambda tiling: cost_model.dft_seconds(problem, tiling, gradient, rates),
     )
     tried = [None, *cheapest[:CANDIDATES]]
-    if cost_model.shifted_seconds(problem, gradient) < math.inf:
+    if can_shift(problem, gradient):
         tried.append(SHIFTED)
     both = {way: (None, way) if gradient else (way, None) for way in tried}
     return {

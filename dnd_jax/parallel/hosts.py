@@ -125,6 +125,16 @@ def of_lead(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.asarray(value))) if several() else value
 
 
+def text_of_lead(text: str) -> str:
+    """The text of process 0, in every process."""
+    if not several():
+        return text
+    mine = np.frombuffer(text.encode(), np.uint8)
+    size = of_lead(mine.size)
+    sent = mine if lead() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes().decode()
+
+
 def agreed(flag: bool) -> bool:
     """The flag of process 0, in every process."""
     return bool(of_lead(flag))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import mmap
 import pathlib
+import re
 import sys
 
 import jax
@@ -19,8 +20,27 @@ from dnd_jax.core.arrays import open_array, write_array
 from dnd_jax.costs.bench import run
 from dnd_jax.costs.bench.case import COLLECTING, Case
 from dnd_jax.costs.bench.feed import feed_table, give_back, parts_of
-from dnd_jax.ops import convolution, cost_model, tune
-from dnd_jax.ops.cost_model import Problem, choose
+from dnd_jax.costs.bench.learned import learn_rates
+from dnd_jax.generator.sizes import spec_of
+from dnd_jax.ops import learn
+from dnd_jax.ops.choice import choose, describe
+from dnd_jax.ops.rates import LEARNED, RATES, learned
+
+
+def test_learned_rates_are_kept_and_shown(tmp_path, monkeypatch):
+    """Of two small convolutions here; the table has both columns, and what each would choose."""
+    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(learn, "MEASURED", ((1, 12, 9, 4, 4, 3), (1, 12, 9, 40, 40, 3)))
+    config = freeze(load_file("tests/tiny.py"))
+    table = learn_rates(config)
+    kept = learned("cpu")
+    assert kept is not None and kept != RATES["cpu"] and str(tmp_path / "rates.json") in table
+    rows = dict(re.findall(r"(?m)^\| (.+?) \| (.+) \|$", table))
+    for name in LEARNED:
+        assert rows[name] == f"{getattr(RATES['cpu'], name):.3g} | {getattr(kept, name):.3g}"
+    problems = spec_of(config).convolutions(config.train.batch_size, "cpu").values()
+    of_step = rows["a train step's convolutions, output / gradients"].split(" | ")
+    assert of_step[1] == describe(choose(p, "auto", kept) for p in problems)
 
 
 @pytest.mark.slow
@@ -117,55 +137,6 @@ def test_a_case_that_is_none(tmp_path):
     )
     assert done.returncode == 2 and "one of forward, gradient, train, generate" in done.stderr
     assert not (tmp_path / "bench.json").exists()
-
-
-@pytest.mark.slow
-def test_tuned_plans_are_measured_once_and_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
-    problem = Problem(1, 12, 20, 24, 16, 5, "float32", "cpu")
-    assert choose(problem, "tuned") == choose(problem, "auto")  # nothing measured yet
-    tune.tune([problem, problem])
-    stored = json.loads(cost_model.cache_file().read_text())
-    assert list(stored) == [cost_model.key(problem)]
-    plan = choose(problem, "tuned")
-    assert [list(t) if t else t for t in (plan.forward, plan.backward)] == stored[
-        cost_model.key(problem)
-    ]
-
-    # What the cache says is what is done, and what is there is not measured again.
-    cost_model.cache_file().write_text(json.dumps({cost_model.key(problem): [[2, 3], None]}))
-    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured again"))
-    tune.tune([problem])
-    plan = choose(problem, "tuned")
-    assert plan.forward == (2, 3) and plan.backward is None
-    rng = np.random.default_rng(0)
-    x, kernel = (
-        rng.normal(size=(1, 12, 20, 24)).astype(np.float32),
-        rng.normal(size=(5, 5, 24, 16)).astype(np.float32),
-    )
-    expected = convolution.direct(x, kernel, 3)
-    np.testing.assert_allclose(
-        convolution.convolve(x, kernel, 3, "tuned"), expected, atol=1e-5 * np.abs(expected).max()
-    )
-
-
-@pytest.mark.parametrize(("channels", "more"), [(4, [cost_model.SHIFTED]), (40, [])])
-def test_measured_times_cover_every_way(channels, more):
-    """Directly, by several tilings, and of few channels as a sum, which is kept by its name."""
-    times = tune.measure(Problem(1, 6, 9, channels, channels, 3, "float32", "cpu"), gradient=True)
-    assert len(times) == 1 + tune.CANDIDATES + len(more) and {None, *more} <= times.keys()
-    assert min(times.values()) > 0
-
-
-def test_a_measured_sum_is_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
-    problem = Problem(1, 6, 9, 4, 3, 3, "float32", "cpu")
-    cost_model.cache_file().parent.mkdir(parents=True, exist_ok=True)
-    stored = {cost_model.key(problem): [cost_model.SHIFTED, [2, 3]]}
-    cost_model.cache_file().write_text(json.dumps(stored))
-    plan = choose(problem, "tuned")
-    assert (plan.forward, plan.backward) == (cost_model.SHIFTED, (2, 3))
-    assert cost_model.describe([problem], "tuned") == "1 shifted / dft"
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dnd_jax.ops import cost_model
+from dnd_jax.ops.choice import choose
 from dnd_jax.ops.convolution import compiler_options, convolve, direct
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, choose, dft_work, tilings
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, dft_work, tilings
 
 
 def relative(actual, expected) -> float:

@@ -20,11 +20,13 @@ from dnd_jax.encoders.load import encode_windows
 from dnd_jax.generator.decoder import weighted_loss
 from dnd_jax.generator.model import Generator
 from dnd_jax.generator.sizes import encoder_module, layout_of
+from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
+from dnd_jax.ops.choice import describe
 from dnd_jax.ops.convolution import compiler_options
-from dnd_jax.ops.cost_model import describe
+from dnd_jax.ops.rates import learned
 
 THROUGH_BASE = {"collect": collecting.operation, "answers": answering.operation}
 
@@ -49,10 +51,15 @@ def random_params(module, *shapes, dtype=jnp.float32) -> dict:
     return jax.tree.map(lambda leaf: wave(leaf.shape), leaves)
 
 
+def _spec(case: Case, config: Config) -> DecoderSpec:
+    """The decoder, which goes by the rates of this machine where it has learned them."""
+    return dataclasses.replace(case.spec(config), rates=learned(jax.default_backend()))
+
+
 def operation(case: Case, config: Config) -> Callable[[], object]:
     """A function that runs the case once and returns what must be waited for. Everything it needs
     is on the device already."""
-    spec, batch = case.spec(config), max(case.batch, 1)
+    spec, batch = _spec(case, config), max(case.batch, 1)
     module = Generator(spec)
     params = random_params(module, (1, *spec.condition_shape))
     if case.what == "generate":
@@ -117,6 +124,11 @@ def _generate(case: Case, config: Config, module: Generator, params) -> Callable
     return lambda: [decode(np.asarray(t)) for t in tokens(params, encoder_params, ids, valid)]
 
 
+def _plans(spec: DecoderSpec, batch: int) -> str:
+    """How its convolutions are computed."""
+    return describe(map(spec.plan, spec.convolutions(max(batch, 1)).values()))
+
+
 def main() -> None:
     """Runs the spec of the command line."""
     spec = json.loads(sys.argv[1])
@@ -141,9 +153,7 @@ def main() -> None:
     result = {
         **times,
         "peak_bytes": peak_memory()[0],
-        "plans": ""
-        if through_base
-        else describe(case.spec(config).convolutions(max(case.batch, 1)).values(), spec["variant"]),
+        "plans": "" if through_base else _plans(_spec(case, config), case.batch),
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},
     }

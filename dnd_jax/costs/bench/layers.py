@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.ops.cost_model import ConvPlan, Problem, choose
+from dnd_jax.ops.choice import choose
+from dnd_jax.ops.cost_model import ConvPlan, Problem
 from dnd_jax.ops.tune import seconds_of
 
 COLUMNS = ("direct", "at once", "looped")

@@ -12,7 +12,9 @@ from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.chips import CHIPS, Chip
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.ops.cost_model import GUESSED, choose, dft_work
+from dnd_jax.ops.choice import choose
+from dnd_jax.ops.cost_model import dft_work
+from dnd_jax.ops.rates import GUESSED
 
 DEVICES = 8
 SETTINGS = (

@@ -30,6 +30,7 @@ from dnd_jax.core.stopping import stop
 from dnd_jax.costs.bench.case import STEPS_THROUGH_BASE, Case
 from dnd_jax.costs.bench.feed import feed_table
 from dnd_jax.costs.bench.layers import layers_table
+from dnd_jax.costs.bench.learned import learn_rates
 from dnd_jax.costs.bench.limits import limits_table
 from dnd_jax.costs.bench.tpu import estimate
 
@@ -157,6 +158,8 @@ def run(given: Given) -> None:
     """Runs the stage."""
     if given["limits"]:
         print(limits_table())
+    elif given["rates"]:
+        print(learn_rates(given.config))
     elif given["input"]:
         print(feed_table(given.config, given.workdir))
     elif given["layers"]:
@@ -174,7 +177,7 @@ def run(given: Given) -> None:
 
 def needs(given: Given) -> tuple[str, ...]:
     """The modules beyond a plain install that the cases need."""
-    if given["limits"] or given["layers"] or given["input"]:
+    if given["limits"] or given["layers"] or given["input"] or given["rates"]:
         return ()
     if given["backend"] == "tpu-aot":
         return ("libtpu",)
