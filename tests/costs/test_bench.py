@@ -17,14 +17,28 @@ from small_models import write_qwen
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.arrays import open_array, write_array
-from dnd_jax.costs.bench import run
+from dnd_jax.costs.bench import layers, run
 from dnd_jax.costs.bench.case import COLLECTING, Case
 from dnd_jax.costs.bench.feed import feed_table, give_back, parts_of
+from dnd_jax.costs.bench.layers import layers_table
 from dnd_jax.costs.bench.learned import learn_rates
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.ops import learn
 from dnd_jax.ops.choice import choose, describe
 from dnd_jax.ops.rates import LEARNED, RATES, learned
+
+
+def test_every_convolution_by_itself(monkeypatch):
+    """A sum of shifted inputs is measured where it is one: of few channels in, or out."""
+    monkeypatch.setattr(layers, "seconds_of", lambda problem, plan, gradient: 0.002)
+    raw = load_file("tests/tiny.py")
+    raw.generator.features = ((4, 16, 48), (8, 6, 20))
+    lines = layers_table(freeze(raw)).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 13
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines[2:7]}
+    assert rows["| stage_0/conv1w"][4:] == ["2.0", "-", "2.0", "2.0", "2.0", "-", "2.0", "2.0"]
+    assert rows["| stage_0/conv1h"][4:] == ["2.0", "-", "2.0", "2.0", "2.0", "2.0", "2.0", "2.0"]
+    assert rows["| stage_0/conv_n"][4:] == ["2.0"] * 8
 
 
 def test_learned_rates_are_kept_and_shown(tmp_path, monkeypatch):

@@ -3,9 +3,9 @@ step of the method can be seen.
 
     dnd bench --layers --config=configs/bench_layers.py
 
-Columns: the direct method; the planned tiling with all planes at once; the same one row frequency
-at a time, so that planes stay in the cache; forward and both gradients. Batch and type are those of
-config.train.
+Columns: the direct method; of a few channels on a CPU, the sum of shifted inputs; the planned
+tiling with all planes at once; the same one row frequency at a time, so that planes stay in the
+cache; forward and both gradients. Batch and type are those of config.train.
 """
 
 import dataclasses
@@ -15,24 +15,29 @@ from tqdm import tqdm
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.ops.choice import choose
-from dnd_jax.ops.cost_model import ConvPlan, Problem
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, can_shift, with_memory
 from dnd_jax.ops.tune import seconds_of
 
-COLUMNS = ("direct", "at once", "looped")
+COLUMNS = ("direct", "shifted", "at once", "looped")
 
 
 def measure_layer(problem: Problem) -> dict[str, dict[str, float]]:
-    """Seconds of one convolution, {"forward" or "gradient": {column: seconds}}."""
+    """Seconds of one convolution, {"forward" or "gradient": {column: seconds}}, without columns
+    that are no way to compute it."""
     looped = dataclasses.replace(choose(problem, "dft"), looped=True)
     plans = {
         "direct": ConvPlan(None, None, problem.platform),
         "at once": dataclasses.replace(looped, looped=False),
         "looped": looped,
     }
-    return {
-        what: {column: seconds_of(problem, plan, gradient) for column, plan in plans.items()}
-        for what, gradient in (("forward", False), ("gradient", True))
-    }
+    found = {}
+    for what, gradient in (("forward", False), ("gradient", True)):
+        ways = (None, SHIFTED) if gradient else (SHIFTED, None)
+        also = {"shifted": with_memory(problem, *ways)} if can_shift(problem, gradient) else {}
+        found[what] = {
+            column: seconds_of(problem, plan, gradient) for column, plan in (plans | also).items()
+        }
+    return found
 
 
 def layers_table(config: Config) -> str:
@@ -52,7 +57,9 @@ def layers_table(config: Config) -> str:
     for name, p in problems.items():
         tiles = choose(p, "dft").forward
         times = " | ".join(
-            f"{found[p][what][c] * 1e3:.1f}" for what in ("forward", "gradient") for c in COLUMNS
+            f"{found[p][what][c] * 1e3:.1f}" if c in found[p][what] else "-"
+            for what in ("forward", "gradient")
+            for c in COLUMNS
         )
         lines.append(
             f"| {name} | {p.height} x {p.width} | {p.channels_in} -> {p.channels_out} | "
