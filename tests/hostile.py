@@ -110,6 +110,9 @@ def prepare(good: pathlib.Path, call: Callable[[list[str]], int]) -> None:
     words = [f"--config.{key}={value}" for key, value in settings.items()]
     assert call(["train", TINY, f"--workdir={good / 'run'}", *words]) == 0
     assert call(["export-generator", str(good / "run"), f"--out={good / 'pth' / 'x.pth'}"]) == 0
+    # Of a finished run nothing but its record is read.
+    written = ("generator.json", "model.safetensors", "statistics.safetensors")
+    shutil.copytree(good / "run", good / "resumed", ignore=shutil.ignore_patterns(*written))
 
 
 def specimens(good: pathlib.Path) -> dict[str, Specimen]:
@@ -190,7 +193,7 @@ def specimens(good: pathlib.Path) -> dict[str, Specimen]:
             _any,
         ),
         "run": Specimen(
-            run,
+            good / "resumed",
             lambda x, out: ["train", f"--workdir={x}"],
             ("*.json", "generator/*", "generator/checkpoints/*/*", "targets/*/*/*", "embeddings/*"),
             _any,

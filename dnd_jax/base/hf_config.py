@@ -13,9 +13,12 @@ from dnd_jax.base.architecture import LmConfig
 from dnd_jax.base.attention import RopeScaling
 from dnd_jax.base.hub import resolve
 from dnd_jax.config.validate import fields_of
+from dnd_jax.core import packages
 from dnd_jax.core.errors import InputError, listed
 from dnd_jax.core.files import read_json, recover
 from dnd_jax.core.whereabouts import flaw, instead_of
+
+transformers = packages.deferred("transformers")
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 # model_type -> class in transformers
@@ -112,6 +115,17 @@ def load_base_config(path: str | os.PathLike) -> LmConfig:
     }
     config = fields_of(LmConfig, raw | implied, file)
     return dataclasses.replace(config, windows=_windows(file, raw, config.num_hidden_layers))
+
+
+def check_taken(path: str | os.PathLike) -> None:
+    """Raises InputError where transformers takes no configuration from a base's files, also of what
+    our own reading leaves aside. It imports PyTorch where that is installed."""
+    folder = resolve(path, (CONFIG,))
+    try:
+        transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file makes of its code
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder / CONFIG}: transformers does not take it ({why})") from None
 
 
 def _faults(raw: Mapping, kind: str) -> list[str]:

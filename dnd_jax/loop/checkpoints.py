@@ -44,7 +44,8 @@ def open_checkpoints(
     directory: os.PathLike, keep_last: int = 2, keep_every: int = 0
 ) -> "ocp.CheckpointManager":
     """The Orbax manager of a run's checkpoints (a folder or gs:// address): asynchronous, each step
-    whole or absent. Raises InputError for a folder with steps that are not ours."""
+    whole or absent. Raises InputError for a folder with steps that are not ours, or that Orbax
+    cannot list."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = _excepthook
@@ -55,7 +56,13 @@ def open_checkpoints(
         create=True,
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(epath.Path(directory), options=options)
+    try:
+        return ocp.CheckpointManager(epath.Path(directory), options=options)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of what it reads of each
+        raise InputError(
+            f"{directory}: a checkpoint's _CHECKPOINT_METADATA is damaged ({_reason(error)}); move "
+            "that checkpoint away, or delete the folder to start over"
+        ) from None
 
 
 def _check_ours(folder: epath.Path) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dnd_jax.base.chat import answer_text, ends_of, render
 from dnd_jax.base.folder import load_tokenizer
-from dnd_jax.base.hf_config import load_base_config
+from dnd_jax.base.hf_config import check_taken, load_base_config
 from dnd_jax.base.hub import resolve
 from dnd_jax.base.identity import base_name, base_weights, other_weights
 from dnd_jax.base.reading import comparison, difference
@@ -102,6 +102,7 @@ def base(case: Case) -> Found:
     """Its sizes, and that every file of it can be read."""
     path = case.config.base.path
     sizes = load_base_config(path)
+    check_taken(path)
     tensors = stored_tensors(resolve(path))
     tied = "tied to the embeddings" if sizes.tie_word_embeddings else "a head of its own"
     of = f" from {weights}" if (weights := base_weights(path)) else ""
