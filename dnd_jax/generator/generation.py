@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from dnd_jax.config import schema
 from dnd_jax.generator.model import Generator, param_shapes
 from dnd_jax.generator.spec import DecoderSpec
-from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.parallel.placement import Placement
+from dnd_jax.parallel.programs import compiler_options
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
 
 ONE_DEVICE = schema.Mesh(slices=1, data=1, fsdp=1, tensor=1, rules=((r".", ()),))

@@ -22,9 +22,9 @@ from dnd_jax.generator.model import Generator
 from dnd_jax.generator.regularisers import NUMBERS, regularised
 from dnd_jax.generator.spec import DecoderSpec
 from dnd_jax.loop.optimizers import train_optimizer
-from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.ops.cost_model import Problem
 from dnd_jax.parallel.placement import Placement
+from dnd_jax.parallel.programs import compiler_options
 from dnd_jax.parallel.rules import leading, replicated, shard_by_rules
 
 

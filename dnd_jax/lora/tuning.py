@@ -36,6 +36,7 @@ from dnd_jax.lora.task_step import Flattening, first_state, make_collect_step
 from dnd_jax.parallel import hosts, together
 from dnd_jax.parallel.mesh import make_mesh
 from dnd_jax.parallel.placement import batch_ways
+from dnd_jax.parallel.programs import compiler_options
 from dnd_jax.parallel.room import free_bytes
 from dnd_jax.parallel.rules import leading, replicated, shaped
 
@@ -315,5 +316,8 @@ class Tuning:
             how = self.adapter.scale, batches.over_tasks, Flattening.of(c)
             step = make_collect_step(self.module, optimizer, *how)
             out = batches.of_state, replicated(self.mesh)
-            self.steps[key] = jax.jit(step, out_shardings=out, donate_argnums=1)
+            options = compiler_options(self.mesh.devices.flat[0].platform)
+            self.steps[key] = jax.jit(
+                step, out_shardings=out, donate_argnums=1, compiler_options=options
+            )
         return self.steps[key]

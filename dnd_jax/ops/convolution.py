@@ -3,7 +3,6 @@ of (docs/METHOD.md section 5)."""
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,23 +60,6 @@ def convolve(
     if method.direct:
         return direct(x_BxNxLxC, kernel, axis)
     return _convolve(x_BxNxLxC, kernel, axis, method)
-
-
-def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
-    """Options for jax.jit of a program made of convolutions.
-
-    A CPU runs them one after the other: each uses all cores anyway, and side by side their arrays
-    took half as much memory again (`dnd bench`). Of YNNPACK it takes the sums alone: its
-    convolution takes two to three times as long over a kernel's gradient as XLA's own.
-    deterministic: a GPU then adds in one order, and chooses no algorithm by measuring.
-    """
-    return {
-        "cpu": {
-            "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        },
-        "gpu": {"xla_gpu_deterministic_ops": True} if deterministic else None,
-    }.get(platform)
 
 
 def direct(x_BxNxLxC: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from dnd_jax.core.files import read_object, write_json
 from dnd_jax.ops import convolution, cost_model
 from dnd_jax.ops.choice import cache_file, key
-from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, can_shift
 from dnd_jax.ops.rates import RATES
+from dnd_jax.parallel.programs import compiler_options
 
 CANDIDATES = 4  # tilings tried beside the direct method, the cheapest by the model
 REPEATS = 3

@@ -1,8 +1,9 @@
-"""How many of the programs that this process needed it read instead of compiling them: JAX keeps
-them in $JAX_COMPILATION_CACHE_DIR, which dnd sets where there is a TPU or GPU."""
+"""How programs are compiled, and how many of those that this process needed it read instead: JAX
+keeps them in $JAX_COMPILATION_CACHE_DIR, which dnd sets where there is a TPU or GPU."""
 
 import collections
 import pathlib
+from typing import Any
 
 import jax
 
@@ -18,6 +19,24 @@ jax.monitoring.register_event_listener(lambda name, **_: _seen.update({name: 1})
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: _seen.update({name: seconds})
 )
+
+
+def compiler_options(platform: str, deterministic: bool = False) -> dict[str, Any] | None:
+    """Options for jax.jit of a program of large convolutions or matrix products.
+
+    A CPU runs them one after the other: each uses all cores anyway, and side by side their arrays
+    took half as much memory again (`dnd bench`). Of YNNPACK it takes the sums alone: its
+    convolution takes two to three times as long over a kernel's gradient as XLA's own, and a step
+    of a base's LoRAs takes longer by its products too. deterministic: a GPU then adds in one order,
+    and chooses no algorithm by measuring.
+    """
+    return {
+        "cpu": {
+            "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        },
+        "gpu": {"xla_gpu_deterministic_ops": True} if deterministic else None,
+    }.get(platform)
 
 
 def keep_in(folder: pathlib.Path) -> None:

@@ -30,6 +30,7 @@ from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.collect import DONE
 from dnd_jax.lora.peft_settings import AdapterConfig
 from dnd_jax.lora.task_step import first_state, make_collect_step
+from dnd_jax.parallel.programs import compiler_options
 
 PAPER = "2,500 to 12,000"  # times less than full-shot tuning, docs/METHOD.md section 8
 REPEATS = 5
@@ -118,7 +119,9 @@ def measure_tuning(
     started = time.perf_counter()
     module, params = load_base(base, mesh, dtype)
     optimizer = lora_optimizer(lora)
-    step = jax.jit(make_collect_step(module, optimizer, scale), donate_argnums=1)
+    step = make_collect_step(module, optimizer, scale)
+    options = compiler_options(jax.default_backend())
+    step = jax.jit(step, donate_argnums=1, compiler_options=options)
     state = first_state(jax.random.key(seed), shapes, optimizer)
     timed = min(limit or lora.steps, lora.steps)
     batches = _batches(base, examples, max_length, lora.batch_size, seed, timed)

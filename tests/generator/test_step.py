@@ -12,8 +12,8 @@ from dnd_jax.config.validate import freeze
 from dnd_jax.costs.step_cost import train_arguments
 from dnd_jax.generator.generation import ONE_DEVICE, shard_generation
 from dnd_jax.generator.sizes import spec_of
-from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.parallel.mesh import make_mesh
+from dnd_jax.parallel.programs import compiler_options
 from dnd_jax.parallel.rules import shaped
 
 PRODUCTS = ("stablehlo.convolution", "stablehlo.dot_general")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dnd_jax.ops import cost_model
 from dnd_jax.ops.choice import choose
-from dnd_jax.ops.convolution import compiler_options, convolve, direct
+from dnd_jax.ops.convolution import convolve, direct
 from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, dft_work, tilings
+from dnd_jax.parallel.programs import compiler_options
 
 
 def relative(actual, expected) -> float:

@@ -21,6 +21,7 @@ from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.lora.tuning import Tuning
+from dnd_jax.parallel.programs import compiler_options
 
 ONE_LENGTH = 64  # tokens of which rows of one length are a multiple
 
@@ -81,7 +82,8 @@ def operation(case: Case, config: Config, variant: str) -> Callable[[], object]:
     batch = work.rows(prefix, ONE_LENGTH if variant == "one length" else 1)
     optimizer, c = lora_optimizer(lora), tuning.module.config
     step = make_collect_step(tuning.module, optimizer, tuning.adapter.scale)
-    step = jax.jit(step, donate_argnums=1)
+    options = compiler_options(jax.default_backend())
+    step = jax.jit(step, donate_argnums=1, compiler_options=options)
     groups = [[k] for k in range(case.batch)] if variant == "one by one" else [range(case.batch)]
 
     def of(group: Sequence[int]) -> dict[str, jax.Array]:

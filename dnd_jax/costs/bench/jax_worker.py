@@ -25,8 +25,8 @@ from dnd_jax.generator.step import make_train_step
 from dnd_jax.loop.optimizers import train_optimizer
 from dnd_jax.lora.targets import ChunkTarget, ElementTarget
 from dnd_jax.ops.choice import describe
-from dnd_jax.ops.convolution import compiler_options
 from dnd_jax.ops.rates import learned
+from dnd_jax.parallel.programs import compiler_options
 
 THROUGH_BASE = {"collect": collecting.operation, "answers": answering.operation}
 
