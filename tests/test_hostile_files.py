@@ -26,6 +26,7 @@ COUNTS = {
     "adapter": 60,
     "gguf": 100,
 }
+BITING = {"run": 50}  # of so many one ends otherwise; most of a run's files are made again
 PROCESSES = 24  # cases that are processes of their own
 
 
@@ -99,7 +100,9 @@ def test_no_file_breaks_it(kind, good):
     found = faults(cases)
     assert not found, f"{len(found)} of {len(cases)}: " + "\n\n".join(found[:5])
     ended = {status: sum(case["status"] == status for case in cases) for status in (0, 1, 2)}
-    assert ended[0] and ended[1] + ended[2] > len(cases) / 50, ended  # the mutations do bite
+    assert ended[0] and ended[1] + ended[2] > len(cases) / BITING.get(kind, 10), (
+        ended
+    )  # the mutations do bite
 
 
 @pytest.mark.slow

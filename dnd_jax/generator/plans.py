@@ -34,32 +34,43 @@ class Planned:
 def planned(
     spec: DecoderSpec, mesh: jax.sharding.Mesh, config: Config, directory: pathlib.Path
 ) -> Planned:
-    """The plans of the newest checkpoint of a training in `directory`, where the method and the
-    shapes are still its; else those that process 0 chooses, by the rates that its machine has
-    learned, or measures. Raises InputError for a record that says something else, and as `choose`
-    and `tune`."""
+    """The plans of the newest readable checkpoint of a training in `directory`, where the method
+    and the shapes are still its; else those that process 0 chooses, by the rates that its machine
+    has learned, or measures. Other convolutions than a training step's are then chosen by the
+    shipped rates, in all processes alike. Raises InputError for a record that says something else,
+    and as `choose` and `tune`."""
     c = config.train
     problems = device_problems(spec, mesh, c.batch_size, c.micro_batches)
-    said = {}
+    of_lead = "{}"
     with hosts.lead_first():  # who may measure for a while
         if hosts.lead():
-            plans = _recorded(problems, spec.convolution, directory, c.checkpoint_dir)
-            new = {name: problem for name, problem in problems.items() if name not in plans}
-            if new and spec.convolution == "tuned":
-                tune(new.values())
-            rates = learned(mesh.devices.flat[0].platform) if spec.convolution == "auto" else None
-            plans |= {name: choose(p, spec.convolution, rates) for name, p in new.items()}
-            by = "as before" if not new else "by rates learned here" if rates else ""
-            every = {name: to_json(problem, plans[name]) for name, problem in problems.items()}
-            said = {"method": spec.convolution, "plans": every, "by": by}
-    said = json.loads(hosts.text_of_lead(json.dumps(said)))
-    by = said.pop("by")
-    plans = {
-        name: from_json(problem, said["plans"][name], NOTE) for name, problem in problems.items()
-    }
-    chosen = tuple(dict((problems[name], plan) for name, plan in plans.items()).items())
-    line = f"{describe(plans.values())}{f', {by}' if by else ''}"
-    return Planned(dataclasses.replace(spec, chosen=chosen), said, line)
+            old = _recorded(problems, spec.convolution, directory, c.checkpoint_dir)
+            new = {name: problem for name, problem in problems.items() if name not in old}
+            plans, by = _chosen(new, spec.convolution)
+            plans |= old
+            note = {name: to_json(problem, plans[name]) for name, problem in problems.items()}
+            of_lead = json.dumps([note, by if not old else "as before" if not new else ""])
+    note, by = json.loads(hosts.text_of_lead(of_lead))
+    plans = {name: from_json(problem, note[name], NOTE) for name, problem in problems.items()}
+    return Planned(
+        dataclasses.replace(
+            spec,
+            chosen=tuple({problems[name]: plan for name, plan in plans.items()}.items()),
+            convolution="auto" if spec.convolution == "tuned" else spec.convolution,
+        ),
+        {"method": spec.convolution, "plans": note},
+        ", ".join(part for part in (describe(plans.values()), by) if part),
+    )
+
+
+def _chosen(problems: Mapping[str, Problem], method: str) -> tuple[dict[str, ConvPlan], str]:
+    """(the plans of these convolutions, by what they were chosen where that is to be said)."""
+    if method == "tuned":
+        tune(problems.values())
+    platforms = {problem.platform for problem in problems.values()}
+    rates = learned(*platforms) if len(platforms) == 1 and method in ("auto", "dft") else None
+    plans = {name: choose(problem, method, rates) for name, problem in problems.items()}
+    return plans, "by rates learned here" if rates else ""
 
 
 def _recorded(
@@ -67,15 +78,16 @@ def _recorded(
 ) -> dict[str, ConvPlan]:
     """The plans that the newest checkpoint's record has of these convolutions. Records of earlier
     versions have none."""
-    note, where = newest_record(directory, checkpoint_dir).get(NOTE), f"the record of {directory}"
+    checkpoint, record = newest_record(directory, checkpoint_dir)
+    where, note = f"{checkpoint}/record, {NOTE}", record.get(NOTE)
     if note is None:
         return {}
     if not isinstance(note, Mapping) or not isinstance(note.get("plans"), Mapping):
-        raise InputError(f"{where}: {NOTE} is not what dnd writes; use another --workdir")
+        raise InputError(f"{where}: is not what dnd writes; move that checkpoint away")
     if note.get("method") != method:
         return {}
     found = {
-        name: from_json(problem, note["plans"][name], f"{where}, {NOTE}.{name}")
+        name: from_json(problem, note["plans"][name], f"{where}.{name}")
         for name, problem in problems.items()
         if name in note["plans"]
     }

@@ -24,10 +24,11 @@ class DecoderSpec:
     text_length: int = 0  # L of the condition where a length projection shortens it; 0: features'
     dtype: str = "float32"  # of the computation; parameters are float32
     convolution: str = "auto"  # of config.choices.METHODS
-    chosen: tuple[tuple[Problem, ConvPlan], ...] = ()  # plans; of other convolutions by the method
-    rates: Rates | None = None  # that the method goes by; None: the shipped ones
     remat: str = "none"  # of config.choices.REMAT: what the backward pass computes again
     precision: str = "default"  # of config.choices.PRECISIONS
+    # The plans of these convolutions; those of all others are chosen by `convolution`.
+    chosen: tuple[tuple[Problem, ConvPlan], ...] = ()
+    rates: Rates | None = None  # by which `convolution` chooses; None: the shipped ones
 
     @classmethod
     def of(

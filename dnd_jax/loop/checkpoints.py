@@ -1,5 +1,6 @@
 """Checkpoints of a run by Orbax: each whole or absent, restored exactly, damaged ones set aside."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -60,8 +61,8 @@ def open_checkpoints(
         return ocp.CheckpointManager(epath.Path(directory), options=options)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # of what it reads of each
         raise InputError(
-            f"{directory}: a checkpoint's _CHECKPOINT_METADATA is damaged ({_reason(error)}); move "
-            "that checkpoint away, or delete the folder to start over"
+            f"{directory}: Orbax cannot list its checkpoints ({_reason(error)}), most likely for a "
+            "damaged _CHECKPOINT_METADATA; move the newest checkpoint away"
         ) from None
 
 
@@ -115,16 +116,20 @@ def sums(state: Any) -> list[int]:
     return np.asarray(_sums_on_device(state)).tolist()
 
 
-def newest_record(directory: pathlib.Path, checkpoint_dir: str = "") -> Mapping:
-    """What is kept beside the newest checkpoint of a run in `directory`: empty where there is none,
-    or none that can be read, which is left to `restore`."""
+def newest_record(directory: pathlib.Path, checkpoint_dir: str = "") -> tuple[str, Mapping]:
+    """(checkpoint, what is kept beside it) of the newest one of a run in `directory` whose record
+    can be read; ("", {}) where there is none. What is damaged is left to `restore`."""
     folder = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
     try:
-        newest = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-        record = json.loads((folder / str(newest) / "record" / "metadata").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, Mapping) else {}
+        steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
+    except OSError:
+        steps = []
+    for step in steps:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            record = json.loads((folder / str(step) / "record" / "metadata").read_text())
+            if isinstance(record, Mapping):
+                return os.fspath(folder / str(step)), record
+    return "", {}
 
 
 def check_newest(
@@ -136,12 +141,10 @@ def check_newest(
 ) -> None:
     """For before long preparations: raises InputError where the newest checkpoint of a run in
     `directory` was made with other settings, of those that `record` has."""
-    found = newest_record(directory, checkpoint_dir)
+    newest, found = newest_record(directory, checkpoint_dir)
     then = found.get("settings")
     if isinstance(then, Mapping):
-        newest = epath.Path(address(checkpoint_dir or directory / CHECKPOINTS))
-        then = {key: then.get(key) for key in record}
-        check_same_run(newest / str(found.get("step")), then, record, allowed, older)
+        check_same_run(newest, {key: then.get(key) for key in record}, record, allowed, older)
 
 
 def restore(

@@ -16,7 +16,7 @@ import jax
 from dnd_jax.config.choices import METHODS
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.files import cache_folder, read_object
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, best_way, can_shift, with_memory
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, best_way, can_shift, with_memory
 from dnd_jax.ops.rates import GUESSED, RATES, Rates, processor
 
 
@@ -53,7 +53,7 @@ def describe(plans: Iterable[ConvPlan]) -> str:
 
 
 def shapes_of(problem: Problem) -> str:
-    """A problem in a word of text."""
+    """A problem's shapes and type as text."""
     p = problem
     return f"{p.batch}x{p.height}x{p.width} {p.channels_in}->{p.channels_out} k{p.kernel} {p.dtype}"
 
@@ -65,10 +65,10 @@ def to_json(problem: Problem, plan: ConvPlan) -> dict:
 
 
 def from_json(problem: Problem, said: Any, where: str) -> ConvPlan | None:
-    """The plan that `to_json` made text of, None of another problem's. Raises InputError, which
-    begins with `where`, for anything else."""
-    if not isinstance(said, Mapping) or set(said) != {"of", "output", "gradients"}:
-        raise InputError(f"{where}: {said!r} is no choice that dnd has written")
+    """The plan of what `to_json` wrote; None where it wrote of another problem. Raises InputError,
+    which begins with `where`, for anything else."""
+    if not isinstance(said, Mapping) or not {"of", "output", "gradients"} <= said.keys():
+        raise InputError(f"{where}: {said!r} is no choice that dnd has written; move it away")
     if said["of"] != f"{shapes_of(problem)} {problem.platform}":
         return None
     return _plan(problem, (said["output"], said["gradients"]), where)
@@ -76,19 +76,21 @@ def from_json(problem: Problem, said: Any, where: str) -> ConvPlan | None:
 
 def _plan(problem: Problem, said: Any, where: str) -> ConvPlan:
     """The plan of two ways as JSON has them."""
-    ways: list[Way] = []
-    for gradient, way in enumerate(said if isinstance(said, list | tuple) else ()):
-        if isinstance(way, list | tuple) and len(way) == 2:
-            most = problem.height, problem.width
-            known = all(type(n) is int and 1 <= n <= m for n, m in zip(way, most, strict=True))
-            way = tuple(way)
-        else:
-            known = way is None or (way == SHIFTED and can_shift(problem, bool(gradient)))
-        if known:
-            ways.append(way)
-    if len(ways) != 2:
-        raise InputError(f"{where}: {said!r} are no two ways to compute {shapes_of(problem)}")
+    found = said if isinstance(said, list | tuple) else ()
+    ways = [tuple(way) if isinstance(way, list) else way for way in found]
+    if len(ways) != 2 or not all(_is_way(problem, *way) for way in enumerate(ways)):
+        raise InputError(
+            f"{where}: {said!r} are no two ways to compute {shapes_of(problem)}; move it away"
+        )
     return with_memory(problem, *ways)
+
+
+def _is_way(problem: Problem, gradient: int, way: Any) -> bool:
+    """Whether a value is a way to compute a problem's output, or its gradients."""
+    if isinstance(way, tuple) and len(way) == 2:
+        most = problem.height, problem.width
+        return all(type(n) is int and 1 <= n <= m for n, m in zip(way, most, strict=True))
+    return way is None or (way == SHIFTED and can_shift(problem, bool(gradient)))
 
 
 def cache_file() -> pathlib.Path:

@@ -1,8 +1,8 @@
-"""Rates of this machine's processor, learned from convolutions that it computes by several methods.
+"""Learns the rates of this machine's processor from convolutions computed by several methods.
 
-The rates that the cost model would have had to have for the measured times, by least squares over
-their logarithms. Each is held, loosely, to the shipped one times what all have in common: a method
-that few convolutions here depend on keeps its usual place among the others.
+`fit` finds, by least squares over logarithms, the rates under which the cost model predicts the
+measured times. Each is held, loosely, to the shipped one times what all have in common: a method
+that few of these convolutions depend on keeps its usual place among the others.
 """
 
 import dataclasses
@@ -55,8 +55,9 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    """Measures MEASURED directly, as SHIFTED where that is a way, and under the cheapest tiling by
-    the shipped rates and one of a third of as many tiles."""
+    """Measures MEASURED on the default device directly, as SHIFTED where that is a way, and under
+    the tiling that is cheapest by the shipped rates and one of at most a third of its tiles, where
+    there is one."""
     rates, found = RATES["cpu"], []
     todo = [
         (problem, way, gradient)

@@ -5,6 +5,7 @@ $DND_JAX_CACHE/rates.json (default ~/.cache/dnd_jax), one entry a processor and 
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import platform as this
@@ -50,6 +51,7 @@ RATES = {
 LEARNED = tuple(field.name for field in dataclasses.fields(Rates) if field.name != "lanes")
 
 
+@functools.cache
 def processor() -> str:
     """What rates are learned of: this processor, and how many of its threads this process has."""
     file = pathlib.Path("/proc/cpuinfo")
@@ -70,8 +72,8 @@ def rates_file() -> pathlib.Path:
 
 
 def learned(platform: str) -> Rates | None:
-    """The rates that were learned of this machine's devices; None where none were: of a CPU alone
-    they are. Raises InputError for a damaged file."""
+    """The rates that were learned of this machine; None where none were. Only a CPU's are. Raises
+    InputError for a damaged file."""
     file = rates_file()
     if platform != "cpu" or not file.is_file():
         return None
@@ -82,7 +84,7 @@ def learned(platform: str) -> Rates | None:
     if not sound or not all(isinstance(x, int | float) and 0 < x < 1e18 for x in found.values()):
         raise InputError(
             f"{file}: {_key()!r} is not what `dnd bench --rates` writes ({', '.join(LEARNED)}); "
-            "delete the file, or learn them again"
+            "delete the file"
         )
     return dataclasses.replace(RATES["cpu"], **found)
 

@@ -26,9 +26,9 @@ def compiler_options(platform: str, deterministic: bool = False) -> dict[str, An
 
     A CPU runs them one after the other: each uses all cores anyway, and side by side their arrays
     took half as much memory again (`dnd bench`). Of YNNPACK it takes the sums alone: its
-    convolution takes two to three times as long over a kernel's gradient as XLA's own, and a step
-    of a base's LoRAs takes longer by its products too. deterministic: a GPU then adds in one order,
-    and chooses no algorithm by measuring.
+    convolution takes two to three times as long over a kernel's gradient as XLA's own, and with its
+    products a step of LoRAs takes longer. deterministic: a GPU then adds in one order, and chooses
+    no algorithm by measuring.
     """
     return {
         "cpu": {

@@ -17,6 +17,7 @@ from small_models import write_qwen
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.arrays import open_array, write_array
+from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench import layers, run
 from dnd_jax.costs.bench.case import COLLECTING, Case
 from dnd_jax.costs.bench.feed import feed_table, give_back, parts_of
@@ -55,6 +56,14 @@ def test_learned_rates_are_kept_and_shown(tmp_path, monkeypatch):
     problems = spec_of(config).convolutions(config.train.batch_size, "cpu").values()
     of_step = rows["a train step's convolutions, output / gradients"].split(" | ")
     assert of_step[1] == describe(choose(p, "auto", kept) for p in problems)
+
+
+def test_rates_are_a_cpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("DND_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match="computes on gpu here; run it with JAX_PLATFORMS=cpu"):
+        learn_rates(freeze(load_file("tests/tiny.py")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -10,10 +10,13 @@ import pytest
 from pipeline import random_loras, tiny_suite, two_processes
 from safetensors.numpy import load_file as load_tensors
 
+import dnd_jax.generator.spec
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
+from dnd_jax.costs import step_cost
 from dnd_jax.data.suite import load_suite
+from dnd_jax.generator import plans
 from dnd_jax.generator.plans import planned
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.generator.train import train
@@ -49,7 +52,7 @@ def test_a_resume_goes_on_by_the_plans_it_began_with(inputs, tmp_path, capsys):
     train(config, suite, tmp_path)
     assert f"{LINE}5 dft / dft, by rates learned here\n" in capsys.readouterr().out
     whole = load_tensors(folder / "model.safetensors")
-    note = newest_record(folder)["convolutions"]
+    note = newest_record(folder)[1]["convolutions"]
     assert note["method"] == "auto" and len(note["plans"]) == 5
     assert all(plan["output"] and plan["gradients"] for plan in note["plans"].values())
 
@@ -69,6 +72,52 @@ def test_a_resume_goes_on_by_the_plans_it_began_with(inputs, tmp_path, capsys):
     assert how.line == "5 direct / direct"
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_convolution_of_a_step_has_a_plan(inputs, tmp_path, monkeypatch, parts):
+    """None of them is chosen while the step is traced, on any mesh, in however many parts."""
+    raw = load_file("tests/tiny.py")
+    raw.train.update(batch_size=16, micro_batches=parts)
+    raw.mesh.update(data=2, fsdp=2, tensor=2)
+    config = freeze(raw)
+    mesh = make_mesh(config.mesh)
+    how = planned(spec_of(config), mesh, config, tmp_path)
+    others = []
+    real = dnd_jax.generator.spec.choose
+    monkeypatch.setattr(
+        dnd_jax.generator.spec, "choose", lambda p, *how: others.append(p) or real(p, *how)
+    )
+    chosen = {"chosen": how.spec.chosen}
+    monkeypatch.setattr(step_cost, "spec_of", lambda c: dataclasses.replace(spec_of(c), **chosen))
+    step, arguments = step_cost.train_arguments(config, mesh)
+    step.lower(*arguments)
+    assert {problem.batch for problem in others} <= {1}  # parameters' shapes, of one sample
+
+
+def test_the_newest_record_that_can_be_read_counts(tmp_path):
+    assert newest_record(tmp_path) == ("", {})
+    for step, text in ((2, '{"step": 2}'), (10, "[" * 100_000), (9, "[]"), (11, "{")):
+        record = tmp_path / f"checkpoints/{step}/record"
+        record.mkdir(parents=True)
+        (record / "metadata").write_text(text)
+    (tmp_path / "checkpoints/12").mkdir()
+    assert newest_record(tmp_path) == (str(tmp_path / "checkpoints/2"), {"step": 2})
+    assert newest_record(tmp_path / "x", str(tmp_path / "checkpoints"))[1] == {"step": 2}
+
+
+def test_what_was_measured_is_recorded_and_measured_nowhere_else(inputs, tmp_path, monkeypatch):
+    config = inputs[0]
+    generator = dataclasses.replace(config.generator, convolution="tuned")
+    config, mesh, asked = (
+        dataclasses.replace(config, generator=generator),
+        make_mesh(config.mesh),
+        [],
+    )
+    monkeypatch.setattr(plans, "tune", lambda problems: asked.extend(problems))
+    how = planned(spec_of(config), mesh, config, tmp_path)
+    assert set(asked) == {problem for problem, _ in how.spec.chosen}
+    assert how.note["method"] == "tuned" and how.spec.convolution == "auto"
+
+
 def test_the_shipped_rates_decide_where_none_were_learned(inputs, tmp_path):
     config = inputs[0]
     mesh = make_mesh(config.mesh)
@@ -81,7 +130,7 @@ def test_the_shipped_rates_decide_where_none_were_learned(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("note", "message"),
     [
-        ("auto", "convolutions is not what dnd writes"),
+        ("auto", "checkpoints/3/record, convolutions: is not what dnd writes"),
         ({"method": "auto", "plans": {"stage_0/conv1w": "dft"}}, "'dft' is no choice that dnd"),
     ],
 )

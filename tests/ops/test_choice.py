@@ -69,9 +69,13 @@ def test_a_measured_sum_is_used():
     assert choice.describe([plan]) == "1 shifted / dft"
 
 
-@pytest.mark.parametrize(
-    "ways", [[SHIFTED, None], [None, [2, 99]], [None, [2]], [None], "direct", [None, [0, 1]]]
+NO_WAYS = (
+    *([SHIFTED, None], [None, [2, 99]], [None, [2]], [None], [None, [0, 1]], [None, "x", [2, 3]]),
+    *("direct", 5),
 )
+
+
+@pytest.mark.parametrize("ways", NO_WAYS)
 def test_measurements_that_are_none_are_named(ways):
     problem = Problem(1, 6, 9, 40, 40, 3, "float32", "cpu")
     choice.cache_file().write_text(json.dumps({choice.key(problem): ways}))
