@@ -413,6 +413,7 @@ def test_bad_input_stays_so_when_nobody_reads():
 
 def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside, monkeypatch):
     from dnd_jax.costs.bench import run
+    from dnd_jax.costs.commands import COMPARED
 
     run_of = parsed("--config=mini", "--workdir=w")
     with remembering(run_of.workdir, run_of.config):
@@ -420,11 +421,7 @@ def test_a_benchmark_of_ones_own_settings_takes_them_as_they_were_given(outside,
     given, cases = parsed("--workdir=w", "--config.generator.kernel_size=5"), []
     monkeypatch.setattr(run, "run_case", lambda case, config: cases.append(case))
     monkeypatch.setattr(run, "table", lambda results: "")
-    run.run(
-        dataclasses.replace(
-            given, flags=dict.fromkeys(("limits", "layers", "input", "backend"), "")
-        )
-    )
+    run.run(dataclasses.replace(given, flags={flag.name: "" for flag in COMPARED}))
     assert [case.what for case in cases] == ["forward", "train", "generate"]
     assert all(case.load().generator == given.config.generator for case in cases)
     assert parsed("--workdir=w").config == run_of.config
