@@ -3,6 +3,7 @@ folders."""
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ from dnd_jax.base.folder import (
     save_base,
 )
 from dnd_jax.base.greedy import pad_left
+from dnd_jax.base.hf_config import check_taken
 from dnd_jax.base.new_tokenizer import build_tokenizer
 from dnd_jax.core.errors import InputError
 from dnd_jax.core.tensors import weight_files
@@ -507,3 +509,14 @@ def test_a_tokenizer_of_other_files_is_autotokenizers(file, text, tmp_path):
     if text is not None:
         (tmp_path / file).write_text(text)
     assert _reader(tmp_path) == AUTO
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention_dropout", "~"), ("pad_token_id", [0])])
+def test_settings_that_transformers_alone_reads_are_looked_at(tmp_path, key, value):
+    folder = tmp_path / "base"
+    shutil.copytree(ROOT / "tests/golden/cfc09d1/run/base", folder)
+    check_taken(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(InputError, match=f"config.json: transformers does not take it .*{key}"):
+        check_taken(folder)

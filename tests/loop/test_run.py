@@ -289,6 +289,19 @@ def test_a_harmed_checkpoint_leaves_the_one_before(tmp_path, harm, capfd):
         run(tmp_path / "run", steps=10)
 
 
+def test_checkpoints_that_orbax_cannot_list_are_named(tmp_path):
+    run(tmp_path)
+    folder = tmp_path / "checkpoints"
+    metadata = max(folder.glob("*/_CHECKPOINT_METADATA"), key=lambda path: int(path.parent.name))
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"item_handlers": [[]]}))
+    with pytest.raises(
+        InputError, match=f"{folder}: Orbax cannot list .*CHECKPOINT_METADATA; move"
+    ):
+        run(tmp_path, steps=8)
+    metadata.parent.rename(tmp_path / "aside")
+    run(tmp_path, steps=8)
+
+
 def test_a_folder_with_a_number_that_is_no_checkpoint_stays(tmp_path):
     """In the folder that config.train.checkpoint_dir names: Orbax would remove it."""
     (tmp_path / "7" / "photos").mkdir(parents=True)
