@@ -250,15 +250,21 @@ def tilings(problem: Problem) -> list[Tiling]:
     return list(itertools.product(*counts))
 
 
+def cheapest_first(problem: Problem, gradient: bool, rates: Rates) -> list[Tiling]:
+    """`tilings`, those that promise the least time first."""
+    return sorted(
+        tilings(problem), key=lambda tiling: (dft_seconds(problem, tiling, gradient, rates), tiling)
+    )
+
+
 def best_way(problem: Problem, gradient: bool, rates: Rates, only_dft: bool) -> Way:
     """The way that promises the least time; only_dft: of all tilings."""
-    times = {tiling: dft_seconds(problem, tiling, gradient, rates) for tiling in tilings(problem)}
-    best = min(times, key=lambda tiling: (times[tiling], tiling))
-    ways: dict[Way, float] = {best: times[best]}
-    if not only_dft:
-        ways[None] = direct_seconds(problem, gradient, rates) / MARGIN
-        ways[SHIFTED] = shifted_seconds(problem, gradient, rates)
-    return min(ways, key=ways.get)
+    best = cheapest_first(problem, gradient, rates)[0]
+    if only_dft:
+        return best
+    times = {way: seconds(problem, way, gradient, rates) for way in (best, None, SHIFTED)}
+    times[None] /= MARGIN
+    return min(times, key=times.get)
 
 
 def with_memory(problem: Problem, forward: Way, backward: Way) -> ConvPlan:
@@ -277,3 +283,8 @@ def with_memory(problem: Problem, forward: Way, backward: Way) -> ConvPlan:
         divisors = [n for n in range(1, MOST_CHUNKS + 1) if problem.channels_out % n == 0]
         chunks = next((n for n in divisors if held / n <= CHUNK_BYTES), divisors[-1])
     return ConvPlan(forward, backward, problem.platform, looped, chunks, ordered)
+
+
+def only(problem: Problem, way: Way, gradient: bool) -> ConvPlan:
+    """The plan whose output, or whose gradients, are computed this way, and the rest directly."""
+    return with_memory(problem, *((None, way) if gradient else (way, None)))

@@ -18,10 +18,9 @@ from dnd_jax.ops.cost_model import (
     Problem,
     Way,
     can_shift,
-    dft_seconds,
+    cheapest_first,
+    only,
     seconds,
-    tilings,
-    with_memory,
 )
 from dnd_jax.ops.rates import LEARNED, RATES, Rates
 from dnd_jax.ops.tune import seconds_of
@@ -67,15 +66,13 @@ def samples() -> list[Sample]:
     ]
     for problem, way, gradient in tqdm(todo, "rates", unit="program", dynamic_ncols=True):
         stop.check()
-        plan = with_memory(problem, *((None, way) if gradient else (way, None)))
-        found.append(Sample(problem, way, gradient, seconds_of(problem, plan, gradient)))
+        took = seconds_of(problem, only(problem, way, gradient), gradient)
+        found.append(Sample(problem, way, gradient, took))
     return found
 
 
 def _ways(problem: Problem, gradient: bool, rates: Rates) -> list[Way]:
-    cheapest = sorted(
-        tilings(problem), key=lambda tiling: dft_seconds(problem, tiling, gradient, rates)
-    )
+    cheapest = cheapest_first(problem, gradient, rates)
     fewer = [way for way in cheapest if 3 * np.prod(way) <= np.prod(cheapest[0])]
     shifted = [SHIFTED] if can_shift(problem, gradient) else []
     return [None, *shifted, cheapest[0], *fewer[:1]]
@@ -95,18 +92,20 @@ def fit(measured: Sequence[Sample]) -> Rates:
 
     def residuals(unknown: np.ndarray) -> np.ndarray:
         factors, common = unknown[:-1], unknown[-1]
-        rates = rates_of(factors)
-        wrong = [np.log(seconds(s.problem, s.way, s.gradient, rates) / s.seconds) for s in measured]
-        return np.concatenate([wrong, HELD * (factors - common * speed)])
+        held = HELD * (factors - common * speed)
+        return np.concatenate([_wrong(measured, rates_of(factors)), held])
 
     found = scipy.optimize.least_squares(residuals, np.zeros(len(LEARNED) + 1), loss="soft_l1")
     return rates_of(found.x[:-1])
 
 
+def _wrong(measured: Sequence[Sample], rates: Rates) -> np.ndarray:
+    """The logarithm of each predicted time over the measured one."""
+    return np.log([seconds(s.problem, s.way, s.gradient, rates) / s.seconds for s in measured])
+
+
 def off(measured: Sequence[Sample], rates: Rates) -> float:
     """By which factor the model is off, the median over what was measured, when all its times are
     stretched alike to fit best: choices depend on ratios alone."""
-    wrong = np.array(
-        [np.log(seconds(s.problem, s.way, s.gradient, rates) / s.seconds) for s in measured]
-    )
+    wrong = _wrong(measured, rates)
     return float(np.exp(np.median(np.abs(wrong - np.median(wrong)))))

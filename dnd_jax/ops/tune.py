@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from dnd_jax.core.files import read_object, write_json
-from dnd_jax.ops import convolution, cost_model
+from dnd_jax.ops import convolution
 from dnd_jax.ops.choice import cache_file, key
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, can_shift
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, Way, can_shift, cheapest_first, only
 from dnd_jax.ops.rates import RATES
 from dnd_jax.parallel.programs import compiler_options
 
@@ -56,19 +56,10 @@ def seconds_of(problem: Problem, method: ConvPlan, gradient: bool) -> float:
 def measure(problem: Problem, gradient: bool) -> dict[Way, float]:
     """Seconds of the direct method (None), of SHIFTED where it is one, and of the CANDIDATES
     cheapest tilings, for the output or for both gradients."""
-    rates = RATES[problem.platform]
-    cheapest = sorted(
-        cost_model.tilings(problem),
-        key=lambda tiling: cost_model.dft_seconds(problem, tiling, gradient, rates),
-    )
-    tried = [None, *cheapest[:CANDIDATES]]
+    tried = [None, *cheapest_first(problem, gradient, RATES[problem.platform])[:CANDIDATES]]
     if can_shift(problem, gradient):
         tried.append(SHIFTED)
-    both = {way: (None, way) if gradient else (way, None) for way in tried}
-    return {
-        way: seconds_of(problem, cost_model.with_memory(problem, *pair), gradient)
-        for way, pair in both.items()
-    }
+    return {way: seconds_of(problem, only(problem, way, gradient), gradient) for way in tried}
 
 
 def tune(problems: Iterable[Problem]) -> None:

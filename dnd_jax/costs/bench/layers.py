@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dnd_jax.config.schema import Config
 from dnd_jax.generator.sizes import spec_of
 from dnd_jax.ops.choice import choose
-from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, can_shift, with_memory
+from dnd_jax.ops.cost_model import SHIFTED, ConvPlan, Problem, can_shift, only
 from dnd_jax.ops.tune import seconds_of
 
 COLUMNS = ("direct", "shifted", "at once", "looped")
@@ -32,10 +32,11 @@ def measure_layer(problem: Problem) -> dict[str, dict[str, float]]:
     }
     found = {}
     for what, gradient in (("forward", False), ("gradient", True)):
-        ways = (None, SHIFTED) if gradient else (SHIFTED, None)
-        also = {"shifted": with_memory(problem, *ways)} if can_shift(problem, gradient) else {}
+        possible = dict(plans)
+        if can_shift(problem, gradient):
+            possible["shifted"] = only(problem, SHIFTED, gradient)
         found[what] = {
-            column: seconds_of(problem, plan, gradient) for column, plan in (plans | also).items()
+            column: seconds_of(problem, plan, gradient) for column, plan in possible.items()
         }
     return found
 
