@@ -19,6 +19,7 @@ from dnd_jax.base.architecture import BaseLM, LmConfig, sizes_to_pretrain
 from dnd_jax.config.load import load_file
 from dnd_jax.config.schema import Config
 from dnd_jax.config.validate import freeze
+from dnd_jax.costs.collect_cost import row_shapes
 from dnd_jax.costs.step_cost import generate_arguments, train_arguments
 from dnd_jax.loop.optimizers import lora_optimizer
 from dnd_jax.lora.task_step import first_state, make_collect_step
@@ -52,12 +53,10 @@ def collect_text(config: Config, sizes: LmConfig) -> str:
     shapes = sizes.lora_shapes(lora.rank, lora.targets)
     made = functools.partial(first_state, shapes=shapes, optimizer=optimizer, tasks=TASKS)
     state = jax.eval_shape(made, jax.random.key(0))
-    lengths = {"ids": LENGTH, "at": ANSWER, "labels": ANSWER}
-    batch = {
-        key: jax.ShapeDtypeStruct((TASKS, lora.batch_size, length), np.int32)
-        for key, length in lengths.items()
-    }
     over_tasks = leading(mesh, TASKS, "tasks")
+    lengths = dataclasses.replace(config.base, max_length=LENGTH)
+    of_rows = dataclasses.replace(config, base=lengths), TASKS, lora.batch_size, ANSWER, over_tasks
+    batch = row_shapes(*of_rows)
     step = jax.jit(
         make_collect_step(module, optimizer, lora.alpha / lora.rank, over_tasks),
         out_shardings=(over_tasks, replicated(mesh)),

@@ -8,7 +8,7 @@ seven projections.
 "model.layers.0.self_attn.q_proj.lora_A.weight" (r, d_in), "...lora_B.weight" (d_out, r), or stacked
 as base/layers.py says; projections without an entry stay as they are. Letters: B batch, S sequence,
 D hidden, F feed-forward, H heads, K key-value heads, G = H / K, E head width, V vocabulary, P
-tokens of a prefix that all rows share.
+tokens of a prefix that all rows share, N tokens of rows without padding.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dnd_jax.base.attention import (
     Attend,
+    Packed,
     RopeScaling,
     Window,
-    behind_prefix,
+    in_packed,
     in_rows,
     rotary_frequencies,
     rotate,
@@ -269,24 +270,31 @@ class BaseLM(nn.Module):
         lora: Lora | None = None,
         lora_scale: float = 1.0,
         valid_BxS: jax.Array | None = None,
-        prefix_P: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states (B, S, D), causal. valid_BxS marks real tokens; padding may stand on
-        either side. prefix_P: tokens that stand before every row, computed once; rows are then
-        padded on the right, and valid_BxS is not taken."""
+        either side."""
         batch, length = tokens_BxS.shape
-        if prefix_P is not None:
-            prefix = len(prefix_P)
-            tokens = jnp.concatenate([prefix_P, tokens_BxS.reshape(-1)])
-            own = jnp.tile(prefix + jnp.arange(length), batch)
-            positions = jnp.concatenate([jnp.arange(prefix), own])
-            x = self._layers(tokens, behind_prefix(prefix, batch), positions, lora, lora_scale)
-            return self.norm(x[prefix:].reshape(batch, length, -1))
         if valid_BxS is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         else:
             positions = jnp.maximum(jnp.cumsum(valid_BxS, axis=1) - 1, 0)
         return self.norm(self._layers(tokens_BxS, in_rows(valid_BxS), positions, lora, lora_scale))
+
+    def hidden_packed(
+        self,
+        tokens_N: jax.Array,
+        rows: Packed,
+        prefix_P: jax.Array,
+        lora: Lora | None = None,
+        lora_scale: float = 1.0,
+    ) -> jax.Array:
+        """The same (N, D) of rows that lie one behind the other. prefix_P: tokens that stand before
+        every row, computed once."""
+        prefix = len(prefix_P)
+        tokens = jnp.concatenate([prefix_P, tokens_N])
+        positions = jnp.concatenate([jnp.arange(prefix), prefix + rows.positions()])
+        x = self._layers(tokens, in_packed(rows, prefix), positions, lora, lora_scale)
+        return self.norm(x[prefix:])
 
     def _layers(self, tokens, attend, positions, lora, lora_scale) -> jax.Array:
         x = whole(self.mesh, self.embed_tokens(tokens))

@@ -1,11 +1,12 @@
 """Attention of the base LM: where tokens stand, and which of them see each other.
 
 Letters: B batch, S sequence, T keys, H heads, K key-value heads, G = H / K, E head width, P tokens
-of a prefix that all rows share.
+of a prefix that all rows share, N tokens of rows without padding.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +71,17 @@ def causal_mask(
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q (B, S, K, G, E), k and v (B, T, K, E), mask (B or 1, S, T) -> (B, S, K * G * E); softmax in
     float32."""
-    scores = jnp.einsum("bskge,btke->bkgst", q, k, preferred_element_type=jnp.float32)
+    b, s, heads, group, width = q.shape
+    # Plain products of matrices, one for each row and key-value head: no other order costs so few
+    # turns, with the gradients' in it.
+    q = q.transpose(0, 2, 3, 1, 4).reshape(b, heads, group * s, width)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bkxe,bkte->bkxt", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, heads, group, s, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgst,btke->bskge", weights, v).reshape(*q.shape[:2], -1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, heads, group * s, -1)
+    found = jnp.einsum("bkxt,bkte->bkxe", weights, v).reshape(b, heads, group, s, width)
+    return found.transpose(0, 3, 1, 2, 4).reshape(b, s, -1)
 
 
 # (q (..., K, G, E), k (..., K, E), v (..., K, E), window) -> (..., K * G * E)
@@ -89,23 +97,56 @@ def in_rows(valid_BxS: jax.Array | None = None) -> Attend:
     return attend
 
 
-def behind_prefix(prefix: int, batch: int) -> Attend:
-    """Attention of packed tokens (P + B * S): a prefix within itself, each row of a batch to
-    it and within itself."""
+class Packed(NamedTuple):
+    """Where the tokens of B rows stand that lie one behind the other, with no padding between."""
+
+    token_BxS: jax.Array  # which of them a row has at a position; N where it has none
+    place_N: jax.Array  # the same the other way round: row * S + position; B * S of what fills up
+
+    def positions(self) -> jax.Array:
+        """(N,) within the rows."""
+        return self.place_N % self.token_BxS.shape[1]
+
+    def unpacked(self, x: jax.Array) -> jax.Array:
+        """(N, ...) -> (B, S, ...)."""
+        found = _moved(x, self.token_BxS.ravel(), self.place_N)
+        return found.reshape(*self.token_BxS.shape, *x.shape[1:])
+
+    def packed(self, x: jax.Array) -> jax.Array:
+        """(B, S, ...) -> (N, ...)."""
+        x = x.reshape(-1, *x.shape[2:])
+        return _moved(x, self.place_N, self.token_BxS.ravel())
+
+
+@jax.custom_vjp
+def _moved(x: jax.Array, of: jax.Array, back: jax.Array) -> jax.Array:
+    """x[of], zeros beyond its end, where x = _moved(x, of, back)[back]: so the gradient is read as
+    well, instead of added up."""
+    return jnp.take(x, of, axis=0, mode="fill", fill_value=0)
+
+
+_moved.defvjp(
+    lambda x, of, back: (_moved(x, of, back), (of, back)),
+    lambda indices, g: (_moved(g, *reversed(indices)), None, None),
+)
+
+
+def in_packed(rows: Packed, prefix: int = 0) -> Attend:
+    """Attention of packed tokens (P + N): a prefix within itself, each row to it and within
+    itself."""
 
     def attend(q, k, v, window):
-        def rows(x):  # (P + B * S, ...) -> (B, S, ...)
-            return x[prefix:].reshape(batch, -1, *x.shape[1:])
+        batch = len(rows.token_BxS)
 
         def whole(x):  # keys or values -> (B, P + S, ...)
             shared = jnp.broadcast_to(x[:prefix], (batch, *x[:prefix].shape))
-            return jnp.concatenate([shared, rows(x)], axis=1)
+            return jnp.concatenate([shared, rows.unpacked(x[prefix:])], axis=1)
 
+        mask = causal_mask(rows.token_BxS.shape[1], window, before=prefix)
+        own = rows.packed(attention(rows.unpacked(q[prefix:]), whole(k), whole(v), mask))
+        if not prefix:
+            return own
         first = (x[None, :prefix] for x in (q, k, v))
-        first = attention(*first, causal_mask(prefix, window))
-        q = rows(q)
-        mask = causal_mask(q.shape[1], window, before=prefix)
-        others = attention(q, whole(k), whole(v), mask)
-        return jnp.concatenate([first[0], others.reshape(-1, others.shape[-1])])
+        return jnp.concatenate([attention(*first, causal_mask(prefix, window))[0], own])
 
     return attend

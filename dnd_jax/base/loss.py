@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dnd_jax.base.architecture import BaseLM, Lora
+from dnd_jax.base.attention import Packed
 
 
 def answer_loss(
@@ -19,8 +20,8 @@ def answer_loss(
     """(mean cross-entropy over response tokens, share of responses whose every token is the most
     likely one).
 
-    batch: {"ids" (B, S), "at" (B, R), "labels" (B, R)} of `Sequences.batch`, perhaps with "prefix"
-    (P,).
+    batch: {"ids" (B, S), "at" (B, R), "labels" (B, R)} of `Sequences.batch`, or one task's of
+    `packed_rows`.
     """
     logits = _logits(module, params, batch, lora, lora_scale)
     labels = jnp.maximum(batch["labels"], 0)
@@ -53,11 +54,20 @@ def distillation_loss(
 def _logits(
     module: BaseLM, params: Mapping, batch: Mapping, lora: Lora | None, lora_scale: float
 ) -> jax.Array:
-    """(B, R, V), at the positions that predict the responses."""
-    rows = batch["ids"], lora, lora_scale, None, batch.get("prefix")
-    hidden = module.apply({"params": params}, *rows, method="hidden")
-    hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
-    return module.apply({"params": params}, hidden, method="head")
+    """(B, R, V) at the positions that predict the responses; packed, (R, V)."""
+    params, at = {"params": params}, batch["at"]
+    if rows := _packed(batch):
+        given = batch["ids"], rows, batch["prefix"], lora, lora_scale
+        hidden = module.apply(params, *given, method="hidden_packed")[at]
+    else:
+        hidden = module.apply(params, batch["ids"], lora, lora_scale, method="hidden")
+        hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return module.apply(params, hidden, method="head")
+
+
+def _packed(batch: Mapping) -> Packed | None:
+    """Where the tokens of a packed batch stand."""
+    return Packed(batch["token"], batch["place"]) if "token" in batch else None
 
 
 def _mean_inside(values_BxR: jax.Array, batch: Mapping) -> jax.Array:
@@ -66,7 +76,12 @@ def _mean_inside(values_BxR: jax.Array, batch: Mapping) -> jax.Array:
     return jnp.sum(values_BxR * inside) / jnp.sum(inside)
 
 
-def _right(logits_BxRxV: jax.Array, batch: Mapping) -> jax.Array:
+def _right(logits: jax.Array, batch: Mapping) -> jax.Array:
     """The share of responses whose every token is the most likely one."""
     labels = batch["labels"]
-    return jnp.mean(jnp.all((jnp.argmax(logits_BxRxV, axis=-1) == labels) | (labels < 0), axis=-1))
+    right = (jnp.argmax(logits, axis=-1) == labels) | (labels < 0)
+    if rows := _packed(batch):
+        count, length = rows.token_BxS.shape
+        row = rows.place_N[batch["at"]] // length  # of each token that predicts
+        right = right | (row != jnp.arange(count)[:, None])  # (B, R)
+    return jnp.mean(jnp.all(right, axis=-1))

@@ -45,22 +45,20 @@ class Sequences:
         first = self.ids[:, : max(0, int(self.start.min()) - 1)]
         return int(np.argmin(np.append((first == first[0]).all(axis=0), False)))
 
-    def batch(self, index: np.ndarray, width: int, prefix: int = 0) -> dict[str, np.ndarray]:
+    def batch(self, index: np.ndarray, width: int) -> dict[str, np.ndarray]:
         """Rows `index` as {"ids" (..., S), "at" (..., R), "labels" (..., R)}, R = width: logits at
-        `at` predict `labels` (-1: beyond the response). With a prefix, at most `self.prefix`, its
-        tokens are taken off the rows and are "prefix" (P,).
+        `at` predict `labels` (-1: beyond the response).
 
         S holds the longest of the rows and is one of a few: little to compile for, and little
         padding to compute.
         """
-        end = self.end[index] - prefix
-        ids = self.ids[index][..., prefix : prefix + padded_length(int(end.max()))]
-        at = (self.start[index] - prefix)[..., None] + np.arange(width)
+        end = self.end[index]
+        ids = self.ids[index][..., : padded_length(int(end.max()))]
+        at = self.start[index][..., None] + np.arange(width)
         inside = at < end[..., None]
         at = np.minimum(at, ids.shape[-1] - 1)
         labels = np.where(inside, np.take_along_axis(ids, at, axis=-1), -1)
-        batch = {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
-        return batch | {"prefix": self.ids[0, :prefix]} if prefix else batch
+        return {"ids": ids, "at": at - 1, "labels": labels.astype(np.int32)}
 
     def answers(self) -> Iterator[np.ndarray]:
         """The tokens of each row's response."""
@@ -81,23 +79,57 @@ def shared_prefix(tasks: Iterable[Sequences]) -> int:
     return shared if shared >= LEAST_PREFIX else 0
 
 
-def stacked_rows(
-    tasks: Sequence[Sequences], index: Sequence[np.ndarray], width: int, prefix: int, pad: int
+def packed_rows(
+    tasks: Sequence[Sequences], index: Sequence[np.ndarray], prefix: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """`Sequences.batch` of rows index[k] of each of K tasks as one, (K, ...), all padded to one of
-    few lengths that holds the longest. pad: token id."""
-    rows = [task.batch(at, width, prefix) for task, at in zip(tasks, index, strict=True)]
-    length = padded_length(max(batch["ids"].shape[1] for batch in rows))
-    for batch in rows:
-        missing = length - batch["ids"].shape[1]
-        batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, missing)), constant_values=pad)
-    return {key: np.stack([batch[key] for batch in rows]) for key in rows[0]}
+    """Rows index[k], B each, of each of K tasks, one behind the other with no padding between:
+    {"ids" (K, N), "token" (K, B, S), "place" (K, N), "at" (K, R), "labels" (K, R), "prefix" (K,
+    P)}, int32.
+
+    token and place: of base/attention.py's Packed. Logits of the tokens `at` predict `labels` (-1:
+    none). The first `prefix` tokens, which all rows of a task begin with, are taken off them, and
+    so is the last, which predicts nothing. N, S and R hold the most of any task and are ones of a
+    few: little to compile for. pad: token id.
+    """
+    found = [_one_behind_the_other(*each, prefix) for each in zip(tasks, index, strict=True)]
+    count, longest = len(index[0]), int(max(step.max() for _, _, step, _, _ in found)) + 1
+    whole, length = padded_length(max(len(ids) for ids, *_ in found), 8), padded_length(longest)
+    width = padded_length(max(len(at) for *_, at, _ in found), 2)
+    packed = {
+        "ids": np.full((len(tasks), whole), pad, np.int32),
+        "token": np.full((len(tasks), count, length), whole, np.int32),
+        "place": np.full((len(tasks), whole), count * length, np.int32),
+        "at": np.zeros((len(tasks), width), np.int32),
+        "labels": np.full((len(tasks), width), -1, np.int32),
+        "prefix": np.stack([task.ids[0, :prefix] for task in tasks]),
+    }
+    for k, (ids, row, step, at, labels) in enumerate(found):
+        packed["ids"][k, : len(ids)] = ids
+        packed["token"][k, row, step] = np.arange(len(ids))
+        packed["place"][k, : len(ids)] = row * length + step
+        packed["at"][k, : len(at)] = at
+        packed["labels"][k, : len(at)] = labels
+    return packed
 
 
-def padded_length(tokens: int) -> int:
-    """How long rows are made that have so many tokens: the next multiple of 8; beyond 64, the next
-    of eight steps an octave."""
-    step = max(8, (1 << (tokens - 1).bit_length()) // 8)
+def _one_behind_the_other(
+    task: Sequences, rows: np.ndarray, prefix: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens (n,), their rows' places in `rows`, their positions in these, which of them predict
+    responses' tokens (r,), those)."""
+    lengths = task.end[rows] - prefix - 1
+    row = np.repeat(np.arange(len(rows)), lengths)
+    step = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    at = np.flatnonzero(step >= task.start[rows][row] - prefix - 1)
+    of = rows[row]
+    return task.ids[of, prefix + step], row, step, at, task.ids[of[at], prefix + step[at] + 1]
+
+
+def padded_length(tokens: int, steps: int = 4) -> int:
+    """How long rows are made that have so many tokens: the next of so many steps an octave, each of
+    8 at least."""
+    octave = 1 << (tokens - 1).bit_length() >> 1
+    step = max(8, octave // steps)
     return -(-tokens // step) * step
 
 

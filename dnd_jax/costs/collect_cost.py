@@ -59,13 +59,22 @@ def base_shapes(
 def row_shapes(
     config: Config, tasks: int, rows: int, answer: int, over_tasks: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of so many questions and answers of each task; answer: tokens, 0: all that have room."""
+    """`packed_rows` of so many questions and answers of each task; answer: tokens, 0: all that have
+    room."""
     length = config.base.max_length
-    answer = min(answer or length, max(1, length - 1))
+    answers, whole = rows * answer_tokens(config, answer), rows * length
+    shapes = {"ids": (whole,), "token": (rows, length), "place": (whole,), "prefix": (0,)}
+    shapes |= dict.fromkeys(("at", "labels"), (answers,))
     return {
-        key: jax.ShapeDtypeStruct((tasks, rows, width), jnp.int32, sharding=over_tasks)
-        for key, width in {"ids": length, "at": answer, "labels": answer}.items()
+        key: jax.ShapeDtypeStruct((tasks, *shape), jnp.int32, sharding=over_tasks)
+        for key, shape in shapes.items()
     }
+
+
+def answer_tokens(config: Config, answer: int) -> int:
+    """Of a row's answer; 0: all that have room."""
+    length = config.base.max_length
+    return min(answer or length, max(1, length - 1))
 
 
 def collect_arguments(
@@ -115,7 +124,7 @@ def make_plan(config: Config, devices: list, measure: bool = False, answer: int 
         convolutions="",
         state_bytes=held,
         length=config.base.max_length,
-        answer=arguments[2]["at"].shape[-1],
+        answer=answer_tokens(config, answer),
         limit_bytes=int(chip.room) if chip else None,
     )
     plan = compiled_cost(plan, step, arguments, mesh, measure=measure)

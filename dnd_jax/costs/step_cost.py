@@ -145,7 +145,6 @@ def make_plan(
     alone = dataclasses.replace(config, train=alone)
     decoder = make_plan(alone, devices, step, measure, checkpoints=checkpoints)
     function, arguments = train_arguments(config, mesh, answer, checkpoints)
-    rows = arguments[1]["rows"]
     plan = _plan(config, mesh, step, (function, arguments), measure)
     plan = _beside_unused(plan, arguments)
     program_of = functools.partial(_through_base, config, mesh, answer)
@@ -153,8 +152,8 @@ def make_plan(
     return dataclasses.replace(
         collect_cost.count_layers(plan, program_of, layers, mesh),
         rows=c.answer_rows,
-        length=rows["ids"].shape[-1],
-        answer=rows["at"].shape[-1],
+        length=config.base.max_length,
+        answer=collect_cost.answer_tokens(config, answer),
         decoder_seconds=decoder.measured_seconds or decoder.estimate_seconds,
         decoder_peak_bytes=decoder.peak_bytes,
     )

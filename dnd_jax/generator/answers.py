@@ -51,9 +51,9 @@ class Answering:
         `shown`, the first is the divergence from what the base expects under these, or of itself
         where it reads these.
 
-        params: of the base. target: what the tokens mean. rows: {"ids" (K, n, S), "at", "labels"
-        (K, n, R)} and perhaps "prefix" (K, P), as of `Sequences.batch`: n questions and answers of
-        each task. shown: the same behind answered examples, R the same.
+        params: of the base. target: what the tokens mean. rows: `packed_rows` of questions and
+        answers of each task, or {"ids" (K, n, S), "at", "labels" (K, n, R)} of `Sequences.batch`.
+        shown: the same answers behind answered examples, R the same.
         """
 
         teacher = None if teacher_KxTxHxW is None else loras_of(target, teacher_KxTxHxW)

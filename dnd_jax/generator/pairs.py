@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dnd_jax.base.sequences import Sequences, shared_prefix, stacked_rows
+from dnd_jax.base.sequences import Sequences, packed_rows, shared_prefix
 from dnd_jax.config.schema import Config
 from dnd_jax.config.training import ASKING, FEWEST, OF_LORAS
 from dnd_jax.core import workdir as paths
@@ -177,24 +177,24 @@ class Pairs:
         return [name for part, name in self._of_loras.items() if part in self.taught_at(step)]
 
     def rows_at(self, step: int) -> dict[str, dict[str, np.ndarray]]:
-        """{"rows": the questions and answers of the step's pairs, (B, rows, ...) as of
-        `stacked_rows`: none of a pair's own prompts, unless its dataset has no others, and some
-        twice where it has few; "shown": the same behind answered examples, if it distills these};
-        nothing of a step that does not ask the base."""
+        """{"rows": the questions and answers of the step's pairs, as of `packed_rows`;
+        "shown": the same behind answered examples, if it distills these}; nothing of a step that
+        does not ask the base."""
         parts = {*self.taught_at(step)}
         if not ASKING & parts:
             return {}
-        index, width = self._asked(step), self._width
+        index = self.asked(step)
         found = {"rows": [self.datasets[d].questions for d, _, _ in self.draw(step)]}
         if "distill" in parts and "distill" not in self._of_loras:
             found["shown"] = [self.datasets[d].shown for d, _, _ in self.draw(step)]
         return {
-            key: stacked_rows(asked, index, width, self._prefixes[key], self.pad)
+            key: packed_rows(asked, index, self._prefixes[key], self.pad)
             for key, asked in found.items()
         }
 
-    def _asked(self, step: int) -> list[np.ndarray]:
-        """Which questions of its dataset each of the step's pairs is asked."""
+    def asked(self, step: int) -> list[np.ndarray]:
+        """Which questions of its dataset each of the step's pairs is asked, (rows,): none of the
+        pair's own prompts, unless there are no others, and some twice where there are few."""
         index, drawn = [], self.draw(step)
         for i in range(len(drawn)):
             first = i - i % self.wordings  # pairs that differ in their prompts are asked the same
@@ -207,11 +207,6 @@ class Pairs:
             rng = np.random.default_rng([self.seed, step, first, 3])
             index.append(rng.choice(others, self.rows, replace=len(others) < self.rows))
         return index
-
-    @functools.cached_property
-    def _width(self) -> int:
-        """Tokens of the longest answer."""
-        return max(dataset.questions.response_width for dataset in self.datasets)
 
     @functools.cached_property
     def _prefixes(self) -> dict[str, int]:

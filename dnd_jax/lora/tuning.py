@@ -17,7 +17,7 @@ from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_base, load_tokenizer
 from dnd_jax.base.found import find_base
 from dnd_jax.base.layers import of_each_layer
-from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
+from dnd_jax.base.sequences import Sequences, encode, packed_rows, shared_prefix
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object, write_json
@@ -85,11 +85,6 @@ class TaskBatches:
         return np.arange(-(-count // ways) * ways) % count
 
     @functools.cached_property
-    def _width(self) -> int:
-        """Tokens of the longest response."""
-        return max(task.response_width for task in self.tasks)
-
-    @functools.cached_property
     def over_tasks(self) -> jax.sharding.NamedSharding:
         """Where a batch's entries lie."""
         return leading(self.mesh, len(self._entries), "the number of tasks")
@@ -104,10 +99,10 @@ class TaskBatches:
         return shared_prefix(self.tasks)
 
     def at(self, i: int) -> dict[str, jax.Array]:
-        """The i-th batch, (entries, batch_size, ...), of a prefix (entries, P): all tasks read
-        their examples in the same order."""
+        """The i-th batch, `packed_rows` of the entries: all tasks read their examples in the same
+        order."""
         index = [shuffled_rows(len(t), self.batch_size, self.seed, i) for t in self.tasks]
-        rows = stacked_rows(self.tasks, index, self._width, self._prefix, self.pad)
+        rows = packed_rows(self.tasks, index, self._prefix, self.pad)
 
         def placed(of_tasks: np.ndarray) -> jax.Array:
             whole = of_tasks[self._entries]

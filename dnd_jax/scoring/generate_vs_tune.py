@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.base.folder import load_base, load_tokenizer
-from dnd_jax.base.sequences import encode
+from dnd_jax.base.sequences import encode, packed_rows, shared_prefix
 from dnd_jax.config import schema
 from dnd_jax.config.schema import Config
 from dnd_jax.core.files import read_object
@@ -125,9 +125,10 @@ def measure_tuning(
     state = first_state(jax.random.key(seed), shapes, optimizer)
     timed = min(limit or lora.steps, lora.steps)
     batches = _batches(base, examples, max_length, lora.batch_size, seed, timed)
-    shapes_of_batches = {batch["ids"].shape: batch for batch in batches}
-    one_of_each = list(shapes_of_batches.values())  # what is compiled for
-    tokens = round(float(np.mean([batch["ids"].shape[-1] for batch in batches])))
+    by_shapes = {str(jax.tree.map(np.shape, batch)): batch for batch in batches}
+    one_of_each = list(by_shapes.values())  # what is compiled for
+    computed = [batch["ids"].size + batch["prefix"].size for batch in batches]
+    tokens = round(float(np.mean(computed)))
 
     def tune(state, batches: Sequence[Mapping]):
         for batch in batches:
@@ -145,11 +146,11 @@ def measure_tuning(
         "steps": lora.steps,
         "timed_steps": timed,
         "batch_size": lora.batch_size,
-        "sequence_length": tokens,
+        "step_tokens": tokens,
         "base_weights": _weights(params),
         # Forward, and backwards through the frozen weights to the activations: 2 operations a
         # weight and token each.
-        "step_flop": 4 * _weights(params) * lora.batch_size * tokens,
+        "step_flop": 4 * _weights(params) * tokens,
     }
 
 
@@ -162,10 +163,11 @@ def _batches(
     count: int,
 ) -> list[dict]:
     """The first batches of the tuning of one LoRA, as collect draws them."""
-    data = encode(load_tokenizer(base), examples, max_length)
+    tokenizer = load_tokenizer(base)
+    data = encode(tokenizer, examples, max_length)
     rows = [shuffled_rows(len(data), batch_size, seed, i) for i in range(count)]
-    width = data.response_width
-    return [jax.tree.map(lambda x: x[None], data.batch(index, width)) for index in rows]
+    how = shared_prefix([data]), tokenizer.pad_token_id
+    return [packed_rows([data], [index], *how) for index in rows]
 
 
 def compare(generation: Mapping, tuning: Mapping) -> dict:
@@ -191,7 +193,7 @@ def compare(generation: Mapping, tuning: Mapping) -> dict:
         f"cold). The paper reports {PAPER}. "
         f"What decides it: {steps} steps of about {t['step_flop'] / 1e12:.3g} TFLOP "
         f"(4 x {t['base_weights'] / 1e6:.3g}M weights of the base x "
-        f"{t['batch_size']} x {t['sequence_length']} tokens) against one pass of "
+        f"{t['step_tokens']} tokens) against one pass of "
         f"{g['encode_flop'] / 1e12:.3g} TFLOP in the text "
         f"encoder and {g['decode_flop'] / 1e12:.3g} in the decoder, where most of the time goes "
         f"to {max(parts, key=parts.get)}. A "

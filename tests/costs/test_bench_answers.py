@@ -11,7 +11,7 @@ from pipeline import dnd
 from small_models import WORDS, write_qwen
 
 from dnd_jax.base.folder import load_tokenizer
-from dnd_jax.base.sequences import LEAST_PREFIX
+from dnd_jax.base.sequences import LEAST_PREFIX, shared_prefix
 from dnd_jax.config.load import load_file
 from dnd_jax.config.validate import freeze
 from dnd_jax.core.errors import InputError
@@ -128,9 +128,10 @@ def test_pytorch_makes_the_same_matrices_of_tokens(base, target, width):
 )
 def test_variants_of_ours_compute_the_same(base, ours, variant):
     work = answering.Work.of(CASE, settings(base))
-    beside = work.rows["prefix"].shape[-1]
-    assert beside >= LEAST_PREFIX
-    assert work.whole()["ids"].shape[-1] == beside + work.rows["ids"].shape[-1]
+    shared = shared_prefix(work.tasks)
+    assert shared >= LEAST_PREFIX
+    short, whole = ((work.rows(n)["labels"] >= 0).sum() for n in (shared, 0))
+    assert short == whole and work.rows(0)["ids"].size > work.rows(shared)["ids"].size
     np.testing.assert_allclose(ours("element", variant), ours("element"), rtol=2e-5)
 
 

@@ -11,6 +11,7 @@ from small_models import write_qwen
 from transformers import AutoModelForCausalLM
 
 from dnd_jax.base.folder import load_base
+from dnd_jax.base.sequences import Sequences, packed_rows
 from dnd_jax.generator.answers import Answering
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.targets import from_statistics
@@ -48,6 +49,15 @@ def rows_of(vocabulary: int) -> dict[str, np.ndarray]:
     at = np.minimum(LENGTH - ANSWER - 1 + np.arange(ANSWER), LENGTH - 2) + 0 * lengths
     labels = np.where(np.arange(ANSWER) < lengths, np.take_along_axis(ids, at + 1, -1), -1)
     return {"ids": ids, "at": at.astype(np.int32), "labels": labels.astype(np.int32)}
+
+
+def packed(rows: dict[str, np.ndarray], prefix: int = 0) -> dict[str, np.ndarray]:
+    """The same as a step of training has them."""
+    tasks = []
+    for ids, at, labels in zip(rows["ids"], rows["at"], rows["labels"], strict=True):
+        start = at[:, 0] + 1
+        tasks.append(Sequences(ids, start, start + (labels >= 0).sum(axis=1)))
+    return packed_rows(tasks, [np.arange(ROWS)] * TASKS, prefix, 0)
 
 
 def in_pytorch(
@@ -116,8 +126,10 @@ def test_loss_and_gradient_are_those_of_peft(base, kind, of):
     shown = behind_others(rows, module.config.vocab_size) if of == "answered examples" else None
     answering = Answering(module, ALPHA / RANK)
 
+    asked, behind = packed(rows), packed(shown) if shown else None
+
     def mean_loss(tokens):
-        losses, exact = answering.losses(params, target, tokens, rows, teacher, shown)
+        losses, exact = answering.losses(params, target, tokens, asked, teacher, behind)
         return losses.mean(), (losses, exact)
 
     (_, (losses, exact)), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(tokens)
@@ -145,7 +157,6 @@ def test_a_task_is_its_own_affair(base):
         np.testing.assert_allclose(alone[0], losses[k], rtol=1e-6)
     rows["ids"][:, :, :3] = rows["ids"][:, :1, :3]
     whole, _ = answering.losses(params, target, jnp.asarray(tokens), rows)
-    short = {"ids": rows["ids"][:, :, 3:], "at": rows["at"] - 3, "labels": rows["labels"]}
-    short["prefix"] = rows["ids"][:, 0, :3]
-    parted, _ = answering.losses(params, target, jnp.asarray(tokens), short)
-    np.testing.assert_allclose(parted, whole, rtol=1e-5)
+    for prefix in (0, 3):
+        parted, _ = answering.losses(params, target, jnp.asarray(tokens), packed(rows, prefix))
+        np.testing.assert_allclose(parted, whole, rtol=1e-5)

@@ -69,22 +69,30 @@ def test_what_is_asked_is_none_of_the_prompts(few_prompts):
     pairs = asking(asked(40), 5, few_prompts=few_prompts)
     for step in range(20):
         rows = pairs.rows_at(step)["rows"]
-        assert rows["ids"].shape[:2] == (16, 5) and rows["labels"].shape == (16, 5, 2)
-        for (*_, prompts), ids in zip(pairs.draw(step), rows["ids"], strict=True):
-            numbers = ids[:, 0].tolist()
+        assert rows["token"].shape[:2] == (16, 5) and (rows["labels"] >= 0).sum() == 16 * 5 * 2
+        for (*_, prompts), numbers in zip(pairs.draw(step), questions(rows), strict=True):
             assert len(set(numbers)) == 5 and not set(numbers) & set(prompts.tolist())
     assert not np.array_equal(rows["ids"], pairs.rows_at(0)["rows"]["ids"])
 
 
+def questions(rows: dict[str, np.ndarray]) -> list[list[int]]:
+    """The numbers of the questions that each pair is asked: their first tokens."""
+    pairs = zip(rows["ids"], rows["token"], strict=True)
+    return [ids[token[:, 0]].tolist() for ids, token in pairs]
+
+
 def test_rows_have_one_of_few_lengths():
-    """Each is another program: datasets of 17 to 24 tokens have one."""
-    lengths = set()
+    """Each is another program: five questions of 17 to 24 tokens have six, with little padding."""
+    lengths = []
     for tokens in range(17, 25):
         ids = np.tile(np.arange(40, dtype=np.int32)[:, None], (1, tokens))
         at = np.full(40, tokens - 2, np.int32)
         dataset = PairedDataset("one", DATASET.prompts, questions=Sequences(ids, at, at + 2))
-        lengths.add(asking(dataset, 5).rows_at(0)["rows"]["ids"].shape)
-    assert lengths == {(16, 5, 24)}
+        rows = asking(dataset, 5).rows_at(0)["rows"]
+        lengths.append(tuple(rows[key].shape[1:] for key in ("ids", "token", "labels")))
+        assert 5 * (tokens - 1) <= rows["ids"].shape[1] < 5 * (tokens - 1) + 8
+    assert len(set(lengths)) == 6
+    assert {token for _, token, _ in lengths} == {(5, 16), (5, 24)}
 
 
 def test_steps_on_weights_ask_nothing():
@@ -104,22 +112,25 @@ def test_the_same_questions_are_shown_behind_answered_examples(of_loras):
     np.testing.assert_array_equal(found["rows"]["ids"], asking(plain, 5).rows_at(3)["rows"]["ids"])
     assert ("shown" in found) == (not of_loras)
     if not of_loras:
-        np.testing.assert_array_equal(found["shown"]["labels"], found["rows"]["labels"] + 100)
+        wanted = found["rows"]["labels"]
+        wanted = np.where(wanted < 0, wanted, wanted + 100)
+        np.testing.assert_array_equal(found["shown"]["labels"], wanted)
         assert found["shown"]["prefix"].shape == (16, 10)
 
 
 def test_examples_that_were_left_out_keep_the_others_numbers():
     """Rows 0 to 9 are examples 30 to 39."""
     pairs = asking(asked(10, np.arange(30, 40)), 3)
-    for (*_, prompts), ids in zip(pairs.draw(0), pairs.rows_at(0)["rows"]["ids"], strict=True):
-        assert not set((ids[:, 0] + 30).tolist()) & set(prompts.tolist())
+    of_each = questions(pairs.rows_at(0)["rows"])
+    for (*_, prompts), numbers in zip(pairs.draw(0), of_each, strict=True):
+        assert not {number + 30 for number in numbers} & set(prompts.tolist())
 
 
 def test_few_other_questions_are_asked_twice_and_without_any_its_own():
     of = np.arange(2)
-    assert asking(asked(2, of), 5).rows_at(0)["rows"]["ids"].shape[1] == 5
+    assert asking(asked(2, of), 5).rows_at(0)["rows"]["token"].shape[1] == 5
     small = PairedDataset("one", {"condition": np.zeros((N, 2, 3))}, questions=asked(N).questions)
-    assert asking(small, 3, batch=4).rows_at(0)["rows"]["ids"].shape[:2] == (4, 3)
+    assert asking(small, 3, batch=4).rows_at(0)["rows"]["token"].shape[:2] == (4, 3)
 
 
 def test_pairs_of_weights_are_the_same_where_questions_come_with_them():

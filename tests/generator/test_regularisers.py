@@ -18,7 +18,7 @@ from dnd_jax.generator.train import train
 from dnd_jax.loop.metrics import read_metrics
 from dnd_jax.lora.layout import LoraLayout
 from dnd_jax.lora.targets import Target, from_statistics
-from tests.generator.test_pairs import N, asked
+from tests.generator.test_pairs import N, asked, questions
 
 RANK = 2
 # Matrices of three layers alike, and of a module outside of them; a last chunk with padding.
@@ -128,14 +128,14 @@ def test_two_samples_differ_in_their_prompts_alone():
     pairs = Pairs([asked(40), asked(40)], 16, N, 0, wordings=2, **more)
     others = 0
     for step in range(10):
-        drawn, rows = pairs.draw(step), pairs.rows_at(step)["rows"]["ids"]
+        drawn, rows = pairs.draw(step), pairs.rows_at(step)["rows"]
         assert len(drawn) == 16
         for i in range(0, 16, 2):
             assert drawn[i][:2] == drawn[i + 1][:2]
             prompts = [set(drawn[k][2].tolist()) for k in (i, i + 1)]
             others += prompts[0] != prompts[1]
-            np.testing.assert_array_equal(rows[i], rows[i + 1])
-            assert not set(rows[i, :, 0].tolist()) & (prompts[0] | prompts[1])
+            np.testing.assert_array_equal(rows["ids"][i], rows["ids"][i + 1])
+            assert not set(questions(rows)[i]) & (prompts[0] | prompts[1])
     assert others == 80 and len({d for d, *_ in drawn}) == 2
 
 

@@ -94,7 +94,7 @@ def test_measured_printed_and_kept(made, tmp_path, capsys, monkeypatch):
     assert result["memory_of"] == "process" and result["device"] == "cpu"
     model = AutoModelForCausalLM.from_pretrained(made / "base")
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    assert result["step_flop"] == 4 * weights * 4 * result["sequence_length"]
+    assert result["step_flop"] == 4 * weights * result["step_tokens"]
     macs = 0
     # The formula of docs/SETTINGS.md.
     for (n, length, c), (n2, l2, c2) in zip(FEATURES[:-1], FEATURES[1:], strict=True):
@@ -128,7 +128,7 @@ def test_the_note_names_what_dominates():
         "timed_steps": 50,
         "batch_size": 8,
     }
-    tuning |= {"sequence_length": 100, "base_weights": 2_000_000, "step_flop": 4 * 2_000_000 * 800}
+    tuning |= {"step_tokens": 800, "base_weights": 2_000_000, "step_flop": 4 * 2_000_000 * 800}
     generation = {
         "generate_seconds": 0.05,
         "encode_seconds": 0.01,

@@ -2,13 +2,14 @@
 train` asks first."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dnd_jax.base.folder import load_base
+from dnd_jax.base.sequences import Sequences, packed_rows, shared_prefix
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench.case import Case
@@ -30,7 +31,9 @@ class Work:
     target: Target  # what the decoder's tokens mean
     scale: float  # of LoRAs in the base
     condition: np.ndarray  # (B, N, L, C), random numbers: what encodes prompts is no part of a step
-    rows: dict[str, np.ndarray]  # of `Pairs.rows_at`
+    pad: int  # token id
+    tasks: Sequence[Sequences]  # (B,)
+    index: Sequence[np.ndarray]  # which rows of each are asked
 
     @classmethod
     def of(cls, case: Case, config: Config) -> "Work":
@@ -60,16 +63,13 @@ class Work:
         start = Initial(config, config.base.path)
         shape = c.batch_size, *spec_of(config).condition_shape
         condition = np.random.default_rng(0).standard_normal(shape, np.float32)
-        return cls(start.target(), start.adapter.scale, condition, pairs.rows_at(0)["rows"])
+        drawn = [questions[d] for d, *_ in pairs.draw(0)]
+        made = start.target(), start.adapter.scale, condition
+        return cls(*made, pad, drawn, pairs.asked(0))
 
-    def whole(self) -> dict[str, np.ndarray]:
-        """The rows, each with what all begin with."""
-        rows = dict(self.rows)
-        prefix = rows.pop("prefix", np.zeros((len(rows["ids"]), 0), np.int32))
-        count = rows["ids"].shape[1]
-        before = np.repeat(prefix[:, None], count, axis=1)
-        ids = np.concatenate([before, rows["ids"]], axis=-1)
-        return rows | {"ids": ids, "at": rows["at"] + prefix.shape[-1]}
+    def rows(self, prefix: int) -> dict[str, np.ndarray]:
+        """`packed_rows` of the tasks."""
+        return packed_rows(self.tasks, self.index, prefix, self.pad)
 
 
 def sharded_step(config: Config, work: Work) -> tuple[ShardedStep, dict]:
@@ -98,7 +98,7 @@ def operation(case: Case, config: Config, variant: str) -> Callable[[], object]:
     work = Work.of(case, config)
     sharded, frozen = sharded_step(config, work)
     state = sharded.init(jax.random.fold_in(jax.random.key(config.seed), 2))
-    rows = work.whole() if variant == "whole rows" else work.rows
+    rows = work.rows(0 if variant == "whole rows" else shared_prefix(work.tasks))
     condition = work.condition.astype(jnp.dtype(case.dtype))
     batch = jax.device_put({"condition": condition, "rows": rows}, sharded.over_batch)
 

@@ -16,8 +16,8 @@ from dnd_jax.generator.spec import DecoderSpec
 # How many times the forward operations each takes, by the direct method.
 PASSES = {"forward": 1, "gradient": 3, "train": 3, "generate": 1}
 # How a step of "collect" is taken: as `dnd collect` does; a task at a time; without what all rows
-# begin with computed once; so, and padded to a multiple of 64 tokens; each layer computed anew.
-COLLECTING = ("together", "one by one", "whole rows", "one length", "recomputed")
+# begin with computed once; so, and each row padded to the longest; each layer computed anew.
+COLLECTING = ("together", "one by one", "whole rows", "padded", "recomputed")
 # How one of "answers" is: as `dnd train` does; a task at a time; without what all rows begin with
 # computed once; each layer computed anew.
 ANSWERING = ("together", "one by one", "whole rows", "recomputed")

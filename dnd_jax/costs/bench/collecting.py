@@ -11,7 +11,7 @@ import numpy as np
 
 from dnd_jax.base.chat import ends_of
 from dnd_jax.base.folder import load_tokenizer
-from dnd_jax.base.sequences import Sequences, encode, shared_prefix, stacked_rows
+from dnd_jax.base.sequences import Sequences, encode, packed_rows, shared_prefix
 from dnd_jax.config.schema import Config
 from dnd_jax.core.errors import InputError
 from dnd_jax.costs.bench.case import Case
@@ -22,8 +22,6 @@ from dnd_jax.loop.prefetch import shuffled_rows
 from dnd_jax.lora.task_step import first_state, make_collect_step
 from dnd_jax.lora.tuning import Tuning
 from dnd_jax.parallel.programs import compiler_options
-
-ONE_LENGTH = 64  # tokens of which rows of one length are a multiple
 
 
 def suite_of(case: Case, config: Config) -> Suite:
@@ -64,13 +62,19 @@ class Work:
         index = [shuffled_rows(len(task), c.batch_size, config.seed, 0) for task in tasks]
         return cls(pad, tasks, index)
 
-    def rows(self, prefix: int, length: int = 1) -> dict[str, np.ndarray]:
-        """`stacked_rows` of all tasks, of a multiple of `length` tokens."""
+    def rows(self, prefix: int) -> dict[str, np.ndarray]:
+        """`packed_rows` of all tasks."""
+        return packed_rows(self.tasks, self.index, prefix, self.pad)
+
+    def padded(self) -> dict[str, np.ndarray]:
+        """`Sequences.batch` of all tasks, as long as the longest, (K, B, ...)."""
         width = max(task.response_width for task in self.tasks)
-        batch = stacked_rows(self.tasks, self.index, width, prefix, self.pad)
-        more = -batch["ids"].shape[-1] % length
-        ids = np.pad(batch["ids"], ((0, 0), (0, 0), (0, more)), constant_values=self.pad)
-        return batch | {"ids": ids}
+        rows = [task.batch(at, width) for task, at in zip(self.tasks, self.index, strict=True)]
+        length = max(batch["ids"].shape[-1] for batch in rows)
+        for batch in rows:
+            more = length - batch["ids"].shape[-1]
+            batch["ids"] = np.pad(batch["ids"], ((0, 0), (0, more)), constant_values=self.pad)
+        return {key: np.stack([batch[key] for batch in rows]) for key in rows[0]}
 
 
 def operation(case: Case, config: Config, variant: str) -> Callable[[], object]:
@@ -78,8 +82,8 @@ def operation(case: Case, config: Config, variant: str) -> Callable[[], object]:
     lora = dataclasses.replace(config.lora, dtype=case.dtype, remat=variant == "recomputed")
     config = dataclasses.replace(config, lora=lora)
     work, tuning = Work.of(case, config), Tuning.of(config, config.base.path)
-    prefix = 0 if variant in ("whole rows", "one length") else shared_prefix(work.tasks)
-    batch = work.rows(prefix, ONE_LENGTH if variant == "one length" else 1)
+    prefix = 0 if variant == "whole rows" else shared_prefix(work.tasks)
+    batch = work.padded() if variant == "padded" else work.rows(prefix)
     optimizer, c = lora_optimizer(lora), tuning.module.config
     step = make_collect_step(tuning.module, optimizer, tuning.adapter.scale)
     options = compiler_options(jax.default_backend())

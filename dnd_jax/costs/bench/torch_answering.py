@@ -94,18 +94,20 @@ class ThroughBase:
 def arguments_of(work: Work, tasks: range, device: torch.device) -> tuple[torch.Tensor, ...]:
     """What `ThroughBase.loss` takes beside the tokens of these tasks: the rows padded to their
     longest."""
-    whole, of = work.whole(), slice(tasks.start, tasks.stop)
-    ids, at, labels = (whole[key][of] for key in ("ids", "at", "labels"))
-    inside = labels >= 0
-    length = at[inside].max() + 2  # the last answer's end token, which predicts nothing
-    first = np.arange(ids[..., 0].size).reshape(ids.shape[:2]) * length
-    shares = inside / inside.sum((1, 2), keepdims=True) / len(work.condition)
-    found = (
-        ids[..., :length].reshape(-1, length).astype(np.int64),
-        (first[..., None] + at)[inside].astype(np.int64),
-        labels[inside].astype(np.int64),
-        shares[inside].astype(np.float32),
-    )
+    rows, of = [], slice(tasks.start, tasks.stop)
+    for task, index in zip(work.tasks[of], work.index[of], strict=True):
+        answers = (task.end - task.start)[index]
+        share = 1 / answers.sum() / len(work.condition)
+        rows += [(task.ids[i, : task.end[i]], task.start[i], share) for i in index]
+    length = max(len(ids) for ids, *_ in rows)
+    padded = np.full((len(rows), length), work.pad, np.int64)
+    at, labels, shares = [], [], []
+    for number, (ids, start, share) in enumerate(rows):
+        padded[number, : len(ids)] = ids
+        at += [*range(number * length + start - 1, number * length + len(ids) - 1)]
+        labels += ids[start:].tolist()
+        shares += [share] * (len(ids) - start)
+    found = padded, np.array(at), np.array(labels), np.array(shares, np.float32)
     return tuple(torch.tensor(x, device=device) for x in found)
 
 
