@@ -71,17 +71,13 @@ def causal_mask(
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q (B, S, K, G, E), k and v (B, T, K, E), mask (B or 1, S, T) -> (B, S, K * G * E); softmax in
     float32."""
-    b, s, heads, group, width = q.shape
-    # Plain products of matrices, one for each row and key-value head: no other order costs so few
-    # turns, with the gradients' in it.
-    q = q.transpose(0, 2, 3, 1, 4).reshape(b, heads, group * s, width)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkxe,bkte->bkxt", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, heads, group, s, -1)
+    # Heads before positions, which makes plain products of matrices of both.
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bkgse,bkte->bkgst", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, heads, group * s, -1)
-    found = jnp.einsum("bkxt,bkte->bkxe", weights, v).reshape(b, heads, group, s, width)
-    return found.transpose(0, 3, 1, 2, 4).reshape(b, s, -1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    found = jnp.einsum("bkgst,bkte->bkgse", weights, v).transpose(0, 3, 1, 2, 4)
+    return found.reshape(*found.shape[:2], -1)
 
 
 # (q (..., K, G, E), k (..., K, E), v (..., K, E), window) -> (..., K * G * E)
