@@ -138,10 +138,8 @@ def test_the_note_names_what_dominates():
     generation |= {"generate_cold_seconds": 5.5, "encode_flop": 1e9, "decode_flop": 2e12}
     result = compare(tuning=tuning, generation=generation)
     assert result["ratio"] == pytest.approx(2000) and result["cold_ratio"] == pytest.approx(20)
-    assert (
-        "50 steps of about 0.0064 TFLOP (4 x 2M weights of the base x 8 x 100 tokens)"
-        in result["note"]
-    )
+    said = "50 steps of about 0.0064 TFLOP (4 x 2M weights of the base x 800 tokens)"
+    assert said in result["note"]
     assert "one pass of 0.001 TFLOP in the text encoder and 2 in the decoder" in result["note"]
     assert (
         "most of the time goes to the decoder" in result["note"] and "timed" not in result["note"]
