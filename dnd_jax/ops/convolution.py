@@ -157,13 +157,11 @@ def _forward(x, kernel, axis, plan):
 
 def _backward(axis, plan, residuals, dy):
     x, kernel = residuals
+    by = functools.partial(direct, axis=axis, platform=plan.platform)
     if plan.backward is None:
-        by = functools.partial(direct, axis=axis, platform=plan.platform)
         return jax.vjp(by, x, kernel)[1](dy)
     if plan.backward == SHIFTED:
-        _, gradient_of_kernel = jax.vjp(
-            lambda kernel: direct(x, kernel, axis, plan.platform), kernel
-        )
+        _, gradient_of_kernel = jax.vjp(functools.partial(by, x), kernel)
         transposed = kernel[::-1, ::-1].swapaxes(2, 3)
         return shifted(dy, transposed, axis), *gradient_of_kernel(dy)
     x, dy = jnp.moveaxis(x, axis, 3), jnp.moveaxis(dy, axis, 3)
